@@ -1,0 +1,38 @@
+# `make quickstart` and `make test` are all a newcomer needs; both install what they use into .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install quickstart test quality format clean
+
+help:
+	@echo "make quickstart   pretrain a small LLaMA with Online Subspace Descent on this machine (about 5 minutes)"
+	@echo "make test         run the tests (about 10 minutes on two cores)"
+	@echo "make quality      formatting, lint and types"
+	@echo "make format       let ruff rewrite the files"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+quickstart: install
+	$(BIN)/python examples/pretrain_llama.py --quickstart
+
+test: install
+	$(BIN)/python -m pytest
+
+quality: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,14 @@
+"""Online Subspace Descent for the Hugging Face ecosystem.
+
+Importing this package makes `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor` and `osd_sgd`
+known to transformers as values of `TrainingArguments(optim=...)`.
+"""
+
+from .optim import OSD, create_osd_optimizer
+from .trainer import OSDCallback, OSDTrainer, OSDTrainingArguments, register
+from .version import __version__
+
+
+__all__ = ["OSD", "OSDCallback", "OSDTrainer", "OSDTrainingArguments", "__version__", "create_osd_optimizer"]
+
+register()

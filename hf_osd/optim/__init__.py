@@ -1,0 +1,24 @@
+"""The optimizer, its options, and how a model becomes parameter groups."""
+
+from .memory import adamw_state_bytes, predicted_state_bytes, state_bytes
+from .osd import OSD
+from .param_groups import DEFAULT_RANK, create_osd_optimizer, osd_kwargs
+from .presets import OPTIM_NAMES, PRESETS, resolve
+from .targets import ALL_LINEAR, Selection, select
+
+
+__all__ = [
+    "ALL_LINEAR",
+    "DEFAULT_RANK",
+    "OPTIM_NAMES",
+    "OSD",
+    "PRESETS",
+    "Selection",
+    "adamw_state_bytes",
+    "create_osd_optimizer",
+    "osd_kwargs",
+    "predicted_state_bytes",
+    "resolve",
+    "select",
+    "state_bytes",
+]

@@ -1,0 +1,59 @@
+"""What is asked of gradients before a step: their norms and whether they are finite, all at once, on the device."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..update_rules import GradientCheck
+
+
+EPS = 1e-30  # below this ||G||² counts as zero; float32 holds its inverse
+
+
+def check_gradients(grads: Sequence[Tensor]) -> list[GradientCheck]:
+    """One `GradientCheck` for each gradient. A few launches for each device and precision, nothing read back."""
+    checks: dict[int, GradientCheck] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for i, G in enumerate(grads):
+        alike[G.device, torch.promote_types(G.dtype, torch.float32)].append(i)
+    for (device, dtype), members in alike.items():
+        norm2 = _squared_norms([grads[i] for i in members], device, dtype)
+        skip = ~norm2.isfinite()
+        found_inf = skip.to(torch.float32)
+        # s = 1 / max(||G||², eps)
+        rows = zip(
+            norm2.clamp(min=EPS).reciprocal_().unbind(),
+            skip.unbind(),
+            found_inf.unbind(),
+            (1 - found_inf).unbind(),
+            strict=True,
+        )
+        for i, row in zip(members, rows, strict=True):
+            checks[i] = GradientCheck(*row)
+    return [checks[i] for i in range(len(grads))]
+
+
+def _squared_norms(grads: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if device.type == "cpu":
+        # On the CPU a dot product is several times faster than a norm, which runs on one thread.
+        return torch.stack([_dot(G) if G.dtype == dtype else _norm(G, dtype).square_() for G in grads])
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).square_()
+
+
+def _dot(G: Tensor) -> Tensor:
+    flat = G.reshape(-1)
+    return torch.dot(flat, flat)
+
+
+def _norm(G: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(G, dtype=dtype)
+
+
+def refuse_unsupported(G: Tensor, name: str) -> None:
+    """Raise `ValueError` for a gradient that no rule here is defined for."""
+    if G.layout != torch.strided:
+        raise ValueError(f"{name} has a sparse gradient, which OSD does not support: use dense embeddings.")
+    if G.is_complex():
+        raise ValueError(f"{name} has a complex gradient, which OSD does not support.")

@@ -1,0 +1,187 @@
+"""Every option of the optimizer: its type, default and check, in one table that all entrances share.
+
+The entrances are the constructor and groups of `OSD`, `create_osd_optimizer`, `optim_args` and
+`OSDTrainingArguments`. Whoever misspells a name, or gives an option that would have no effect, gets a `ValueError`.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..subspace import LEARNING_OPTIONS, RULE_OPTIONS, SUBSPACES, subspace_options
+from ..subspace.initialization import INITS
+from ..update_rules import RULES, rule_options
+
+
+FLOAT_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one parameter group, with their defaults. `OSD` documents them."""
+
+    rank: int | None = None
+    weight_rule: str = "adamw"
+    projection_rule: str | None = None
+    subspace: str = "online_pca"
+    alpha: float = 5.0
+    projection_lr: float | None = None
+    lambda_: float = 0.1
+    scale: float = 1.0
+    weight_decay: float = 0.0
+    projection_weight_decay: float | None = None
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    init: Any = "auto"
+    side: str = "auto"
+    update_interval: int | None = None
+    projection_dtype: str | None = None
+    moment_dtype: str | None = None
+    seed: int = 0
+
+
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Options)}
+
+
+def refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str) -> None:
+    """Raise `ValueError` for the first name that is not allowed, with the nearest one and all of them."""
+    allowed = sorted(allowed)
+    for name in given:
+        if name not in allowed:
+            close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise ValueError(f"Unknown option `{name}` in {where}.{hint} Allowed: {', '.join(allowed)}.")
+
+
+def validate(options: Mapping[str, Any], where: str = "OSD") -> None:
+    """Raise `ValueError` unless every value has the right type and range and has an effect.
+
+    Args:
+        options (`dict`): All options of `Options`, complete.
+        where (`str`, *optional*): What the message calls the place where they were given.
+    """
+    for name, check in CHECKS.items():
+        value = options[name]
+        if value is None and DEFAULTS[name] is None:
+            continue
+        complaint = check(value)
+        if complaint:
+            raise ValueError(f"`{name}` of {where} must be {complaint}, got {value!r}.")
+    if options["rank"] is not None:
+        _refuse_without_effect(options, where)
+    _refuse_unused_rule_options(options, where)
+
+
+def _refuse_without_effect(options: Mapping[str, Any], where: str) -> None:
+    for name in sorted((LEARNING_OPTIONS | RULE_OPTIONS) - subspace_options(options["subspace"])):
+        if options[name] != DEFAULTS[name]:
+            others = ", ".join(repr(other) for other in SUBSPACES if name in subspace_options(other))
+            raise ValueError(
+                f"`{name}` of {where} has no effect with subspace={options['subspace']!r}. Leave it out, or use "
+                f"subspace={others}."
+            )
+    if options["projection_lr"] is not None and options["alpha"] != DEFAULTS["alpha"]:
+        raise ValueError(
+            f"`alpha` and `projection_lr` of {where} set the same thing, P's learning rate: give one of them."
+        )
+    if options["moment_dtype"] is not None and RULES[options["weight_rule"]].eight_bit:
+        raise ValueError(
+            f"`moment_dtype` of {where} has no effect with the 8-bit rule {options['weight_rule']!r}. Leave it out, "
+            f"or use weight_rule={options['weight_rule'].removesuffix('8bit')!r}."
+        )
+
+
+def _refuse_unused_rule_options(options: Mapping[str, Any], where: str) -> None:
+    rules = {options["weight_rule"], projection_rule(options)} - {None}
+    used = set().union(*(rule_options(rule) for rule in rules))
+    for name in ("betas", "eps", "momentum"):
+        if options[name] is not None and name not in used:
+            raise ValueError(f"`{name}` of {where} has no effect with the update rule {' and '.join(sorted(rules))}.")
+
+
+def projection_rule(options: Mapping[str, Any]) -> str | None:
+    """The rule that P moves by: the one given, or the weights' own (Algorithm 1); `None` where P is not learned."""
+    if options["rank"] is None or not SUBSPACES[options["subspace"]].learns:
+        return None
+    return options["projection_rule"] or options["weight_rule"]
+
+
+def projection_weight_decay(options: Mapping[str, Any]) -> float:
+    """P's decoupled decay: the one asked for, or the weights' own (the remark of Algorithm 1)."""
+    decay = options["projection_weight_decay"]
+    return options["weight_decay"] if decay is None else decay
+
+
+def projection_alpha(options: Mapping[str, Any], lr: float) -> float:
+    """Alpha, P's learning rate over the weights'. `projection_lr` is P's at the group's first `lr`."""
+    if options["projection_lr"] is None:
+        return options["alpha"]
+    if not lr > 0:
+        raise ValueError(f"`projection_lr` needs a positive initial `lr` to follow the schedule of, got lr={lr!r}.")
+    return options["projection_lr"] / lr
+
+
+def _number(low: float, *, open_below: bool = False, below: float = float("inf")) -> Callable[[Any], str | None]:
+    limits = f"a number {'>' if open_below else '>='} {low}" + (f" and < {below}" if below < float("inf") else "")
+
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and value < below
+        return None if fine and (value > low if open_below else value >= low) else limits
+
+    return check
+
+
+def _integer(low: int) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        fine = isinstance(value, int) and not isinstance(value, bool) and value >= low
+        return None if fine else f"an integer >= {low}"
+
+    return check
+
+
+def _one_of(names: Iterable[str]) -> Callable[[Any], str | None]:
+    names = tuple(names)
+
+    def check(value: Any) -> str | None:
+        if isinstance(value, str) and value in names:
+            return None
+        close = difflib.get_close_matches(str(value), names, n=1)
+        return f"one of {', '.join(names)}" + (f" (did you mean {close[0]!r}?)" if close else "")
+
+    return check
+
+
+def _betas(value: Any) -> str | None:
+    fine = isinstance(value, (tuple, list)) and len(value) == 2
+    fine = fine and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in value)
+    return None if fine else "two numbers >= 0 and < 1"
+
+
+def _init(value: Any) -> str | None:
+    # Tensors are checked against their parameters' shapes by the optimizer.
+    return _one_of(INITS)(value) if isinstance(value, str) else None
+
+
+CHECKS: dict[str, Callable[[Any], str | None]] = {
+    "rank": _integer(1),
+    "weight_rule": _one_of(RULES),
+    "projection_rule": _one_of(RULES),
+    "subspace": _one_of(SUBSPACES),
+    "alpha": _number(0),
+    "projection_lr": _number(0),
+    "lambda_": _number(0),
+    "scale": _number(0, open_below=True),
+    "weight_decay": _number(0),
+    "projection_weight_decay": _number(0),
+    "betas": _betas,
+    "eps": _number(0),
+    "momentum": _number(0, below=1),
+    "init": _init,
+    "side": _one_of(("auto", "left", "right")),
+    "update_interval": _integer(1),
+    "projection_dtype": _one_of(FLOAT_DTYPES),
+    "moment_dtype": _one_of(FLOAT_DTYPES),
+    "seed": _integer(0),
+}

@@ -1,0 +1,135 @@
+"""From a model to an optimizer: parameter groups, and the factory for loops without a Trainer."""
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .options import DEFAULTS, refuse_unknown
+from .osd import OSD
+from .presets import OPTIM_NAMES, resolve
+from .targets import ALL_LINEAR, Selection, select
+
+
+DEFAULT_RANK = 128  # GaLore's and APOLLO's in transformers
+
+
+def build_param_groups(
+    selection: Selection, decay_names: Collection[str], rank: int, init: Any, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Up to four groups of (name, parameter) pairs: projected or not, with weight decay or not.
+
+    Args:
+        selection ([`Selection`]): What is projected.
+        decay_names (`Collection[str]`): Parameters that weight decay applies to.
+        rank (`int`): Rank of the projected groups.
+        init (`str` or tensors by name): P_0 of the projected groups.
+        weight_decay (`float`): Weight decay of the groups that have it.
+    """
+    groups = []
+    for parameters, own in ((selection.projected, {"rank": rank, "init": init}), (selection.full_size, {})):
+        for decays in (True, False):
+            params = [(name, p) for name, p in parameters.items() if (name in decay_names) == decays]
+            if params:
+                groups.append({"params": params, "weight_decay": weight_decay if decays else 0.0, **own})
+    return groups
+
+
+def decay_parameter_names(model: nn.Module) -> list[str]:
+    """Parameters that weight decay applies to, as `Trainer` decides it: no biases, no norms."""
+    from transformers import Trainer
+
+    # a method that does not use its `self`
+    return Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+
+
+def osd_kwargs(
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    target_modules: str | Iterable[str] = ALL_LINEAR,
+    exclude_modules: str | Iterable[str] | None = None,
+    decay_names: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Everything [`OSD`] is constructed from but the learning rate: `params` and options.
+
+    Args:
+        model (`nn.Module`): The model.
+        settings (`dict`): All options, as `presets.resolve` gives them; `rank` may be `None` for the default.
+        target_modules, exclude_modules: See [`~optim.targets.select`].
+        decay_names (`Collection[str]`, *optional*): Defaults to what `Trainer` decides.
+    """
+    selection = select(model, target_modules, exclude_modules)
+    if selection.ignored:
+        warnings.warn(
+            f"{len(selection.ignored)} modules match but are not projected, because they are no linear layers: "
+            f"{', '.join(selection.ignored[:5])}{' ...' if len(selection.ignored) > 5 else ''}.",
+            stacklevel=3,
+        )
+    own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
+    if decay_names is None:
+        decay_names = decay_parameter_names(model)
+    rank = DEFAULT_RANK if settings["rank"] is None else settings["rank"]
+    groups = build_param_groups(selection, decay_names, rank, settings["init"], settings["weight_decay"])
+    return {"params": groups, **own}
+
+
+def create_osd_optimizer(
+    model: nn.Module,
+    optim: str = "osd_adamw",
+    lr: float = 1e-3,
+    *,
+    rank: int = DEFAULT_RANK,
+    target_modules: str | Iterable[str] = ALL_LINEAR,
+    exclude_modules: str | Iterable[str] | None = None,
+    projection_optim: str | None = None,
+    preset: str | None = None,
+    init: str | Mapping[str, Tensor] | Sequence[Tensor] = "auto",
+    **options: Any,
+) -> OSD:
+    """An [`OSD`] optimizer for a model, with the same groups as in a Trainer.
+
+    Args:
+        model (`nn.Module`): The model. Frozen parameters are not passed to the optimizer.
+        optim (`str`, *optional*, defaults to `"osd_adamw"`):
+            `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor` or `osd_sgd`.
+        lr (`float`, *optional*, defaults to 1e-3): Learning rate.
+        rank (`int`, *optional*, defaults to 128): r.
+        target_modules, exclude_modules: What is projected, see [`~optim.targets.select`].
+        projection_optim (`str`, *optional*): The rule that P moves by; defaults to the weights' own.
+        preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.
+        init (`str` or `Mapping[str, torch.Tensor]`, *optional*, defaults to `"auto"`): See [`OSD`].
+        options: Any other option of [`OSD`], by name.
+
+    Raises:
+        ValueError: For an unknown name or option, with the nearest one, or an empty selection.
+
+    Example:
+    ```python
+    >>> from transformers import AutoModelForCausalLM, LlamaConfig
+    >>> import hf_osd
+
+    >>> config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = AutoModelForCausalLM.from_config(config)
+    >>> optimizer = hf_osd.create_osd_optimizer(model, "osd_adamw", lr=1e-3, rank=16)
+
+    ```
+    """
+    where = "create_osd_optimizer"
+    named = {"rank": rank, "init": init}
+    if projection_optim is not None:
+        named["projection_rule"] = projection_optim
+    refuse_unknown(options, DEFAULTS.keys() - named.keys() - {"weight_rule", "projection_rule"}, where)
+    return OSD(
+        lr=lr, **osd_kwargs(model, resolve(optim, named | options, preset, where), target_modules, exclude_modules)
+    )
+
+
+__all__ = [
+    "DEFAULT_RANK",
+    "OPTIM_NAMES",
+    "build_param_groups",
+    "create_osd_optimizer",
+    "decay_parameter_names",
+    "osd_kwargs",
+]

@@ -1,0 +1,182 @@
+"""One step for one parameter: Algorithm 1 of the paper, or its weight rule alone at full size.
+
+Letters and shapes as in `subspace.operators`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..subspace import choose_init, initial_projection, pca_loss
+from ..update_rules import GradientCheck, MomentStorage, UpdateRule
+from . import options
+from .gradients import EPS
+from .plan import Plan, ProjectedPlan, Rules
+
+
+PIECE = 2**22  # elements of a full-size parameter worked on at a time: bounds its float32 temporaries to 16 MiB each
+
+
+def step_full(
+    p: Tensor,
+    grad: Tensor,
+    state: dict,
+    group: Mapping[str, Any],
+    plan: Plan,
+    rules: Rules,
+    check: GradientCheck,
+) -> None:
+    """W <- (1 - lr weight_decay) W - lr rule(G), in pieces where the rule works element by element."""
+    rule, lr = rules.weight, group["lr"]
+    _count(state, "step", check)
+    for piece in _pieces(p, grad, rule):
+        W, G = (p, grad) if piece is None else (p.view(-1)[piece], grad.view(-1)[piece])
+        G = torch.where(check.skip, 0.0, G).to(plan.compute_dtype)
+        D = _direction(rule, rules.weight_storage, state, "", G, plan.update_shape, "step", check, piece)
+        if group["weight_decay"]:
+            W.mul_(1 - lr * group["weight_decay"] * check.keep)
+        W.add_(D, alpha=-lr)
+
+
+def start_projection(
+    G: Tensor, state: dict, group: Mapping[str, Any], plan: ProjectedPlan, check: GradientCheck, given: Tensor | None
+) -> bool:
+    """Set P_0, unless the gradient is zero or not finite. Reads the device: this happens once.
+
+    Args:
+        given (`torch.Tensor`, *optional*): P_0 where the user gave one.
+
+    Returns:
+        `bool`: Whether P_0 was made from this gradient, which then has nothing to teach it.
+    """
+    if not _usable(check):
+        return False
+    if group["init"] == "given":
+        if given is None:
+            raise ValueError(
+                f"The tensor given as `init` for {plan.name} is gone: this state was loaded before it was used. Give "
+                "`init` again."
+            )
+        state["projection"].copy_(given)
+    else:
+        init = _make_projection(G, state, plan, group["init"])
+    plan.started, plan.count = True, int(state["skipped_steps"])
+    return group["init"] != "given" and init != "orthonormal"
+
+
+def refresh_projection(
+    G: Tensor, state: dict, group: Mapping[str, Any], plan: ProjectedPlan, check: GradientCheck
+) -> None:
+    """Compute P anew from this gradient, if it is neither zero nor broken. Reads the device, as an SVD does anyway."""
+    if _usable(check):
+        _make_projection(G, state, plan, group["init"] if group["init"] in ("svd", "randomized_svd") else "auto")
+
+
+def _make_projection(G: Tensor, state: dict, plan: ProjectedPlan, init: str) -> str:
+    init = choose_init(*plan.size, plan.rank, init)
+    state["projection"].copy_(initial_projection(G, plan.side, plan.rank, init, plan.seed, plan.compute_dtype))
+    return init
+
+
+def _usable(check: GradientCheck) -> bool:
+    return bool(~check.skip & (check.inv_norm2 < 1 / EPS))
+
+
+def step_projected(
+    p: Tensor,
+    G: Tensor,
+    state: dict,
+    group: Mapping[str, Any],
+    plan: ProjectedPlan,
+    rules: Rules,
+    check: GradientCheck,
+    move: bool,
+    observe: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """One step of Algorithm 1. P is used first and moved after.
+
+    Args:
+        move (`bool`): Whether P moves; it does not where it was just made from this gradient and is stationary there.
+        observe (`bool`): Whether to return what `observation` sees.
+    """
+    op, lr = plan.op, group["lr"]
+    stored = state["projection"]
+    P = stored.to(plan.compute_dtype)
+    P_G = P.to(G.dtype)
+    _count(state, "step", check)
+    # R = down(G, P);  D = weight_rule(R)
+    R = op.down(G, P_G).to(plan.compute_dtype).masked_fill_(check.skip, 0.0)
+    D = _direction(rules.weight, rules.weight_storage, state, "", R, plan.update_shape, "step", check)
+    # W <- (1 - lr weight_decay) W - lr scale up(D, P)
+    if group["weight_decay"]:
+        p.mul_(1 - lr * group["weight_decay"] * check.keep)
+    op.add_up_(p, D.to(p.dtype), P_G.to(p.dtype), alpha=-lr * group["scale"])
+    seen = observation(P, R, plan, check) if observe else None
+
+    def descend(gP: Tensor) -> None:
+        # P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)
+        assert rules.projection is not None
+        gP.masked_fill_(check.skip, 0.0)
+        _count(state, "projection_step", check)
+        D_P = _direction(
+            rules.projection,
+            rules.projection_storage,
+            state,
+            "projection_",
+            gP,
+            plan.projection_shape,
+            "projection_step",
+            check,
+        )
+        lr_P, decay = group["alpha"] * lr, options.projection_weight_decay(group)
+        if decay:
+            P.mul_(1 - lr_P * decay * check.keep)
+        P.add_(D_P, alpha=-lr_P)
+
+    if move:
+        rules.subspace.advance_(P, G, R, op, check.inv_norm2, descend)
+        if P is not stored:
+            stored.copy_(P)
+    return seen
+
+
+def observation(P: Tensor, R: Tensor, plan: ProjectedPlan, check: GradientCheck) -> tuple[Tensor, Tensor]:
+    """Share of the gradient's energy outside the subspace, and ||PᵀP - I|| / sqrt(r), as 0-dim tensors."""
+    C = P.mT @ P
+    C.diagonal().sub_(1)
+    return pca_loss(P, R, plan.op, check.inv_norm2), torch.linalg.matrix_norm(C) / math.sqrt(plan.rank)
+
+
+def _direction(
+    rule: UpdateRule,
+    storage: MomentStorage,
+    state: dict,
+    prefix: str,
+    G: Tensor,
+    shape: tuple[int, ...],
+    step: str,
+    check: GradientCheck,
+    piece: slice | None = None,
+) -> Tensor:
+    moments = rule.moments(shape)
+    values = {moment.name: storage.load(state, moment, prefix, G.dtype, piece) for moment in moments}
+    D = rule.direction(G, values, state[step], check)
+    for moment in moments:
+        storage.store(state, moment, prefix, values[moment.name], piece, check.skip)
+    return D
+
+
+def _count(state: dict, name: str, check: GradientCheck) -> None:
+    state[name].add_(check.keep)
+
+
+def _pieces(p: Tensor, grad: Tensor, rule: UpdateRule) -> Iterator[slice | None]:
+    whole = p.numel() <= PIECE or not rule.elementwise
+    if whole or not (p.is_contiguous() and grad.is_contiguous()):
+        yield None
+        return
+    for start in range(0, p.numel(), PIECE):
+        yield slice(start, min(start + PIECE, p.numel()))

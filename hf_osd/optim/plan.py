@@ -1,0 +1,156 @@
+"""What the optimizer derives from a group and a parameter: helper objects, rebuilt at will and never saved."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..subspace import OPERATORS, LinearOperator, SubspaceRule, build_subspace, effective_rank
+from ..update_rules import MomentStorage, UpdateRule, build_rule, build_storage
+from . import options
+
+
+class Rules(NamedTuple):
+    """The rules of a group: the axes that its options name."""
+
+    weight: UpdateRule
+    weight_storage: MomentStorage
+    subspace: SubspaceRule
+    projection: UpdateRule | None  # None where P is not learned
+    projection_storage: MomentStorage
+
+
+def rules_of(group: Mapping[str, Any]) -> Rules:
+    """The rules of a group as its options are now: schedulers may change `betas` between steps."""
+    betas = tuple(group["betas"]) if group["betas"] is not None else None
+    return _rules(
+        group["weight_rule"],
+        options.projection_rule(group),
+        group["subspace"],
+        group["lambda_"],
+        group["update_interval"],
+        betas,
+        group["eps"],
+        group["momentum"],
+        group["moment_dtype"],
+    )
+
+
+@lru_cache(maxsize=256)
+def _rules(weight, projection, subspace, lambda_, update_interval, betas, eps, momentum, moment_dtype) -> Rules:
+    dtype = getattr(torch, moment_dtype) if moment_dtype else None
+    return Rules(
+        weight=build_rule(weight, betas, eps, momentum),
+        weight_storage=build_storage(weight, dtype),
+        subspace=build_subspace(subspace, lambda_, update_interval),
+        projection=build_rule(projection, betas, eps, momentum) if projection else None,
+        projection_storage=build_storage(projection or weight),
+    )
+
+
+@dataclass
+class Plan:
+    """How one parameter is stepped: at full size, unless it is a [`ProjectedPlan`].
+
+    Attributes:
+        name (`str`): Its name where the groups have names, else its position.
+        shape (`tuple[int, ...]`): Its shape.
+        compute_dtype (`torch.dtype`): float32, or float64 for a float64 parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    compute_dtype: torch.dtype
+
+    @property
+    def update_shape(self) -> tuple[int, ...]:
+        """Shape that the weight's rule works in."""
+        return self.shape
+
+
+@dataclass
+class ProjectedPlan(Plan):
+    """How one projected weight (m, n) is stepped.
+
+    Attributes:
+        side (`str`): `"left"` or `"right"`.
+        rank (`int`): r.
+        projection_dtype (`torch.dtype`): How P is kept between steps.
+        seed (`int`): Seed of a random P_0.
+        started (`bool`): Whether P has been initialised.
+        count (`int`): Steps so far, skipped ones included; what the host knows without asking the device.
+    """
+
+    side: str
+    rank: int
+    projection_dtype: torch.dtype
+    seed: int
+    started: bool = False
+    count: int = 0
+
+    @property
+    def op(self) -> type[LinearOperator]:
+        """The operator of the side."""
+        return OPERATORS[self.side]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(m, n)."""
+        m, n = self.shape
+        return m, n
+
+    @property
+    def update_shape(self) -> tuple[int, ...]:
+        """Shape of R."""
+        return self.op.low_rank_shape(*self.size, self.rank)
+
+    @property
+    def projection_shape(self) -> tuple[int, int]:
+        """Shape of P."""
+        return (self.op.projected_size(*self.size), self.rank)
+
+
+def make_plan(group: Mapping[str, Any], index: int, p: Tensor, position: int) -> Plan:
+    """The plan of `group["params"][index]`; `position` counts parameters over all groups."""
+    names = group.get("param_names")
+    name = names[index] if names else f"parameter {position}"
+    compute_dtype = torch.promote_types(p.dtype, torch.float32)
+    if group["rank"] is None:
+        return Plan(name, tuple(p.shape), compute_dtype)
+    m, n = p.shape
+    return ProjectedPlan(
+        name,
+        (m, n),
+        compute_dtype,
+        side=group["sides"][index],
+        rank=effective_rank(group["rank"], m, n),
+        projection_dtype=getattr(torch, group["projection_dtype"]) if group["projection_dtype"] else compute_dtype,
+        seed=group["seed"] * 1_000_003 + position,
+    )
+
+
+def given_projections(
+    given: Mapping[str, Tensor] | Sequence[Tensor], group: Mapping[str, Any], names: list[str], position: int
+) -> dict[Tensor, Tensor]:
+    """P_0 by parameter from what the user passed as `init`; `ValueError` unless every one is there and fits."""
+    params = group["params"]
+    if isinstance(given, Mapping):
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise ValueError(f"`init` has no tensor for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")
+        tensors = [given[name] for name in names]
+    else:
+        tensors = list(given)
+        if len(tensors) != len(params):
+            raise ValueError(f"`init` has {len(tensors)} tensors for {len(params)} parameters.")
+    for index, (p, P) in enumerate(zip(params, tensors, strict=True)):
+        plan = make_plan(group, index, p, position + index)
+        assert isinstance(plan, ProjectedPlan)
+        shape = plan.projection_shape
+        if not isinstance(P, Tensor) or tuple(P.shape) != shape or not P.isfinite().all():
+            got = f"shape {tuple(P.shape)}" if isinstance(P, Tensor) else type(P).__name__
+            raise ValueError(f"`init` for {names[index]} must be a finite tensor of shape {shape}, got {got}.")
+    return dict(zip(params, tensors, strict=True))

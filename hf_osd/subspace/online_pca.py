@@ -1,0 +1,100 @@
+"""Online PCA, the paper's rule for P (Eq. 6), in closed form.
+
+    loss(P) = || P Pᵀ Ĝ - Ĝ ||² + lambda || PᵀP - I ||²,    Ĝ = G / ||G||
+
+With R = Pᵀ G at hand (left side; the right side is the same for Gᵀ) and
+
+    s = 1 / max(||G||², eps)     C = Pᵀ P     K = s R Rᵀ     A = s G Rᵀ
+
+the gradient needs one more product with G (A); everything else is r wide:
+
+    grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
+    loss = 1 - 2 tr K + tr(C K) + lambda || C - I ||²
+
+Letters and shapes as in `operators`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .operators import LinearOperator
+
+
+def pca_loss(
+    P: Tensor,  # (s, r) projection
+    R: Tensor,  # low-rank gradient
+    op: type[LinearOperator],
+    inv_norm2: Tensor,  # () s = 1 / max(||G||², eps)
+    lambda_: float = 0.0,
+) -> Tensor:
+    """Eq. 6 at P, a 0-dim tensor. With `lambda_=0` it is the share of the gradient's energy outside the subspace."""
+    C = P.mT @ P
+    K = op.gram(R) * inv_norm2
+    # loss = 1 - 2 tr K + tr(C K) + lambda || C - I ||²
+    loss = 1 - 2 * K.trace() + (C * K).sum()
+    if lambda_:
+        loss = loss + lambda_ * _minus_identity(C).square().sum()
+    return loss
+
+
+def pca_gradient(
+    P: Tensor,  # (s, r) projection
+    G: Tensor,  # (m, n) gradient, in the precision of the large product
+    R: Tensor,  # low-rank gradient, in the precision of P
+    op: type[LinearOperator],
+    inv_norm2: Tensor,  # () s = 1 / max(||G||², eps)
+    lambda_: float,
+) -> Tensor:
+    """Gradient of Eq. 6 at P, (s, r), without autograd and without anything of size (m, n), (m, m) or (n, n)."""
+    C = P.mT @ P
+    K = op.gram(R) * inv_norm2
+    A = op.correlate(G, R.to(G.dtype)).to(P.dtype)  # without s, which goes into the (r, r) factor instead
+    # grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
+    #      = A (2 C - 4 I) + P (2 K + 4 lambda (C - I))
+    on_A = _minus_identity(C).mul_(2)
+    on_A.diagonal().sub_(2)
+    on_A.mul_(inv_norm2)
+    on_P = K.mul_(2)
+    if lambda_:
+        on_P.add_(_minus_identity(C), alpha=4 * lambda_)
+    return torch.addmm(P @ on_P, A, on_A)
+
+
+def _minus_identity(C: Tensor) -> Tensor:
+    out = C.clone()
+    out.diagonal().sub_(1)
+    return out
+
+
+@dataclass(frozen=True)
+class OnlinePCA:
+    """The paper's rule: P takes one step of its own optimizer on Eq. 6 at every training step.
+
+    Args:
+        lambda_ (`float`, *optional*, defaults to 0.1):
+            Weight of the orthogonality term, the paper's default.
+    """
+
+    learns: ClassVar[bool] = True
+
+    lambda_: float = 0.1
+
+    def refresh_due(self, count: int) -> bool:
+        """Never: P moves smoothly."""
+        return False
+
+    def advance_(
+        self,
+        P: Tensor,
+        G: Tensor,
+        R: Tensor,
+        op: type[LinearOperator],
+        inv_norm2: Tensor,
+        descend: Callable[[Tensor], None],
+    ) -> None:
+        """One step of P's optimizer on the gradient of Eq. 6."""
+        descend(pca_gradient(P, G, R, op, inv_norm2, self.lambda_))

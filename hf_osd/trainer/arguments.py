@@ -1,0 +1,97 @@
+"""Typed fields and command-line flags for the optimizer's options."""
+
+import re
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .optim_args import check_arguments
+
+
+@dataclass
+class OSDTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the options of [`OSD`] as fields; use them with an `osd_` name as `optim`.
+
+    A field left at `None` takes the optimizer's default, or the preset's. `learning_rate`, `weight_decay`,
+    `adam_beta1`, `adam_beta2` and `adam_epsilon` keep their meaning.
+
+    Raises:
+        ValueError: At construction, for values that are wrong, given twice, or would have no effect.
+
+    Example:
+    ```python
+    >>> from hf_osd import OSDTrainingArguments
+
+    >>> args = OSDTrainingArguments(
+    ...     output_dir="out", optim="osd_adamw", osd_rank=128, osd_target_modules=["q_proj", "v_proj"]
+    ... )
+
+    ```
+    """
+
+    osd_rank: int | None = field(default=None, metadata={"help": "Rank of the projections. Defaults to 128."})
+    osd_alpha: float | None = field(
+        default=None, metadata={"help": "P's learning rate is this times the learning rate. Defaults to 5."}
+    )
+    osd_lambda: float | None = field(
+        default=None, metadata={"help": "Weight of the orthogonality term of the PCA loss. Defaults to 0.1."}
+    )
+    osd_scale: float | None = field(default=None, metadata={"help": "Factor on the projected update. Defaults to 1."})
+    osd_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers to project: names, one regular expression, or all-linear (the default): every linear "
+            "layer inside the model's blocks.",
+            "nargs": "+",
+        },
+    )
+    osd_exclude_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to leave out again: names or one regular expression.", "nargs": "+"}
+    )
+    osd_projection_optim: str | None = field(
+        default=None,
+        metadata={
+            "help": "Update rule of P: adamw, adamw8bit, lion, lion8bit, adafactor or sgd. Defaults to the weights'."
+        },
+    )
+    osd_subspace: str | None = field(
+        default=None, metadata={"help": "online_pca (the default), svd (periodic, as GaLore) or static."}
+    )
+    osd_init: str | None = field(
+        default=None, metadata={"help": "First P: auto (the default), svd, randomized_svd or orthonormal."}
+    )
+    osd_side: str | None = field(default=None, metadata={"help": "auto (the default), left or right."})
+    osd_projection_lr: float | None = field(
+        default=None, metadata={"help": "P's learning rate at the initial learning rate, instead of osd_alpha."}
+    )
+    osd_projection_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of P. Defaults to weight_decay."}
+    )
+    osd_projection_dtype: str | None = field(
+        default=None, metadata={"help": "How P is kept: float32 (the default) or bfloat16."}
+    )
+    osd_moment_dtype: str | None = field(
+        default=None, metadata={"help": "How moments are kept: float32 (the default) or bfloat16."}
+    )
+    osd_update_interval: int | None = field(
+        default=None, metadata={"help": "Steps between SVDs with osd_subspace=svd. Defaults to 200."}
+    )
+    osd_momentum: float | None = field(default=None, metadata={"help": "Momentum of SGD. Defaults to 0.9."})
+    osd_seed: int | None = field(default=None, metadata={"help": "Seed of random projections. Defaults to seed."})
+    osd_preset: str | None = field(
+        default=None, metadata={"help": "reference: the settings of the paper's published code."}
+    )
+
+    def __post_init__(self):
+        """Check everything that can be checked without a model."""
+        super().__post_init__()
+        for name in ("osd_target_modules", "osd_exclude_modules"):
+            setattr(self, name, _unwrap(getattr(self, name)))
+        check_arguments(self)
+
+
+def _unwrap(modules: list[str] | str | None) -> list[str] | str | None:
+    """A list of one entry that cannot be a module's name is a regular expression: command lines give lists only."""
+    if isinstance(modules, list) and len(modules) == 1 and not re.fullmatch(r"[\w.]+", modules[0]):
+        return modules[0]
+    return modules

@@ -1,0 +1,110 @@
+"""What every Trainer does for our optimizer: check its arguments, say what is projected, log how P fares."""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
+from ..optim.plan import ProjectedPlan
+from .optim_args import check_arguments
+
+
+logger = logging.getLogger("hf_osd")
+
+
+class OSDCallback(TrainerCallback):
+    """Added to every Trainer by `import hf_osd`; silent unless the optimizer is [`OSD`].
+
+    Logs, at each logging step, `osd/pca_loss` (mean share of the gradients' energy outside their subspaces),
+    `osd/orthogonality` (mean ||PᵀP - I|| / sqrt(r)) and `osd/skipped_steps` (parameter steps skipped for gradients
+    that were not finite). They are computed in steps that are logged only, and read in one transfer.
+    """
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse wrong arguments before any data is read."""
+        check_arguments(args)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
+    ) -> None:
+        """Print the one summary line."""
+        osd = unwrap(optimizer)
+        if osd is not None and state.is_world_process_zero:
+            _ensure_visible()
+            logger.info(summary(osd))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
+    ) -> None:
+        """Observe the coming step if it will be logged."""
+        osd = unwrap(optimizer)
+        if osd is not None:
+            osd.collect_statistics = _will_log(args, state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs=None,
+        optimizer=None,
+        **kwargs,
+    ) -> None:
+        """Add the statistics to a training step's log, for the callbacks that follow and for the log history."""
+        osd = unwrap(optimizer)
+        if osd is None or not logs or "loss" not in logs:
+            return
+        values = {f"osd/{name}": value for name, value in osd.statistics().items()}
+        logs.update(values)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)
+
+
+def unwrap(optimizer: torch.optim.Optimizer | None) -> OSD | None:
+    """Our optimizer inside accelerate's wrapper, or `None`."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return optimizer if isinstance(optimizer, OSD) else None
+
+
+def summary(optimizer: OSD) -> str:
+    """One line: what is projected and what that saves.
+
+    Example:
+        `OSD: 42 matrices projected to rank 128 (25.3M parameters), 33.1M parameters at full size; optimizer state
+        312.4 MB, AdamW's 467.2 MB`
+    """
+    ranks, numel = set(), {True: 0, False: 0}
+    matrices = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            plan = optimizer.plan_of(p)
+            numel[isinstance(plan, ProjectedPlan)] += p.numel()
+            if isinstance(plan, ProjectedPlan):
+                matrices += 1
+                ranks.add(plan.rank)
+    rank = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}" if ranks else "no rank"
+    return (
+        f"OSD: {matrices} matrices projected to {rank} ({numel[True] / 1e6:.1f}M parameters), "
+        f"{numel[False] / 1e6:.1f}M parameters at full size; optimizer state "
+        f"{predicted_state_bytes(optimizer) / 1e6:.1f} MB, AdamW's {adamw_state_bytes(optimizer) / 1e6:.1f} MB"
+    )
+
+
+def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
+    if args.logging_strategy == IntervalStrategy.NO:
+        return False
+    if args.logging_strategy == IntervalStrategy.EPOCH:  # which step ends the epoch is not known beforehand
+        return True
+    step = state.global_step + 1
+    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+
+
+def _ensure_visible() -> None:
+    if not logger.handlers and not logging.getLogger().handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)

@@ -1,0 +1,50 @@
+"""Make the optimizer's names known to transformers: `TrainingArguments(optim="osd_adamw8bit")` then works anywhere."""
+
+from typing import Any
+
+from transformers import trainer as transformers_trainer
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
+from transformers.training_args import OptimizerNames
+
+from ..optim import OPTIM_NAMES, OSD, osd_kwargs
+from .callback import OSDCallback
+from .optim_args import read_settings
+
+
+def register() -> None:
+    """Add the names to `OptimizerNames`, their handler to Trainer's table and the callback to every Trainer.
+
+    `import hf_osd` calls it; calling it again changes nothing.
+    """
+    for name in OPTIM_NAMES:
+        member = _add_member(name)
+        # By member as Trainer looks it up, and by string, which is what arguments hold after unpickling.
+        _OPTIMIZER_HANDLERS[member] = _OPTIMIZER_HANDLERS[name] = build_optimizer_kwargs
+    callbacks: list[Any] = transformers_trainer.DEFAULT_CALLBACKS
+    if OSDCallback not in callbacks:
+        callbacks.append(OSDCallback)
+
+
+def build_optimizer_kwargs(context: OptimizerContext) -> tuple[type[OSD], dict[str, Any]]:
+    """Trainer's handler: the optimizer's class and everything to construct it with."""
+    if context.model is None:
+        raise ValueError(f"{context.args.optim} needs the model to choose what it projects.")
+    settings = read_settings(context.args)
+    kwargs = osd_kwargs(context.model, settings.options, settings.target_modules, settings.exclude_modules)
+    return OSD, {"lr": context.args.learning_rate, **kwargs}
+
+
+def _add_member(name: str) -> OptimizerNames:
+    if name in OptimizerNames._value2member_map_:
+        return OptimizerNames(name)
+    member = str.__new__(OptimizerNames, name)
+    member._name_ = name.upper()
+    member._value_ = name
+    # An enum member is pickled as a call of its class, which fails where this package is not imported. The arguments
+    # of a run are pickled into every checkpoint and pushed to the Hub, so our members are pickled as plain strings.
+    vars(member).update(__reduce_ex__=lambda protocol: (str, (name,)), __deepcopy__=lambda memo: member)
+    type.__setattr__(OptimizerNames, member._name_, member)
+    OptimizerNames._member_names_.append(member._name_)
+    OptimizerNames._member_map_[member._name_] = member
+    OptimizerNames._value2member_map_[name] = member
+    return member

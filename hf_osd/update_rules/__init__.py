@@ -1,0 +1,25 @@
+"""Update rules: a direction from a gradient and its moments. A rule never sees the weight.
+
+Each is used twice (paper, Algorithm 1): as OptimizerW on the low-rank gradient R, and as OptimizerP on the gradient
+of the PCA loss.
+"""
+
+from .protocol import GradientCheck, Moment, UpdateRule
+from .storage import BlockWise8bit, Dense, MomentStorage, TensorSpec, require_bitsandbytes
+from .table import RULES, build_rule, build_storage, rule_options
+
+
+__all__ = [
+    "RULES",
+    "BlockWise8bit",
+    "Dense",
+    "GradientCheck",
+    "Moment",
+    "MomentStorage",
+    "TensorSpec",
+    "UpdateRule",
+    "build_rule",
+    "build_storage",
+    "require_bitsandbytes",
+    "rule_options",
+]

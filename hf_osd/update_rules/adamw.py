@@ -1,0 +1,52 @@
+"""Adam's direction (Kingma and Ba 2015, arXiv 1412.6980). AdamW's decoupled decay is the optimizer's part."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .protocol import GradientCheck, Moment
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with bias correction.
+
+    Args:
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Decay of the two moments, torch's.
+        eps (`float`, *optional*, defaults to 1e-8): Added to the root of the second moment, torch's default.
+    """
+
+    elementwise: ClassVar[bool] = True
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def moments(self, shape: tuple[int, ...]) -> tuple[Moment, ...]:
+        """`exp_avg` and `exp_avg_sq`, both in the shape of the gradient."""
+        return (Moment("exp_avg", shape, signed=True), Moment("exp_avg_sq", shape, signed=False))
+
+    def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
+        """One pass of torch's fused kernel over a zero tensor, which honours `found_inf` on the device."""
+        D = torch.zeros_like(G)
+        # m <- beta1 m + (1 - beta1) G
+        # v <- beta2 v + (1 - beta2) G²
+        # D  = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)        the kernel computes 0 - lr D; lr = -1
+        torch._fused_adamw_(
+            [D],
+            [G],
+            [moments["exp_avg"]],
+            [moments["exp_avg_sq"]],
+            [],
+            [step],
+            lr=-1.0,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+            found_inf=check.found_inf,
+        )
+        return D

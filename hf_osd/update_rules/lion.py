@@ -1,0 +1,37 @@
+"""Lion's direction (Chen et al. 2023, arXiv 2302.06675)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .protocol import GradientCheck, Moment
+
+
+@dataclass(frozen=True)
+class Lion:
+    """The sign of an interpolated momentum.
+
+    Args:
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.99)`):
+            Interpolation of the direction and decay of the momentum, the paper's.
+    """
+
+    elementwise: ClassVar[bool] = True
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    def moments(self, shape: tuple[int, ...]) -> tuple[Moment, ...]:
+        """`exp_avg`, in the shape of the gradient."""
+        return (Moment("exp_avg", shape, signed=True),)
+
+    def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
+        """Entries are -1, 0 and 1."""
+        m = moments["exp_avg"]
+        keep = check.keep.to(m.dtype)
+        # D  = sign(beta1 m + (1 - beta1) G)
+        D = torch.lerp(m, G, 1 - self.betas[0]).sign_().mul_(keep)
+        # m <- beta2 m + (1 - beta2) G
+        m.lerp_(G, (1 - self.betas[1]) * keep)
+        return D

@@ -1,0 +1,55 @@
+"""What an update rule must offer, and what it is told about a gradient."""
+
+from typing import ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Moment(NamedTuple):
+    """One state tensor of a rule.
+
+    Attributes:
+        name (`str`): As in `torch.optim` where it means the same (`exp_avg`, `exp_avg_sq`).
+        shape (`tuple`): Its shape.
+        signed (`bool`): Whether it takes negative values: 8-bit storage has a map for each case.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    signed: bool
+
+
+class GradientCheck(NamedTuple):
+    """What is known of one gradient, as 0-dim tensors on its device: nothing of it is read by the host.
+
+    A parameter whose gradient is not finite is skipped: its weight, moments and step count stay what they were.
+    """
+
+    inv_norm2: Tensor  # 1 / max(||G||², eps)
+    skip: Tensor  # bool: G is not finite
+    found_inf: Tensor  # float32: 1 where skip, as torch's fused kernels take it
+    keep: Tensor  # float32: 1 - found_inf
+
+
+class UpdateRule(Protocol):
+    """A rule is a frozen dataclass of its settings; its state lives in the optimizer.
+
+    Attributes:
+        elementwise (`bool`):
+            Whether entry i of the direction depends on entry i of gradient and moments only, so that a large
+            parameter can be worked through in slices with small temporaries.
+    """
+
+    elementwise: ClassVar[bool]
+
+    def moments(self, shape: tuple[int, ...]) -> tuple[Moment, ...]:
+        """The state tensors for a gradient of this shape; they start at zero."""
+
+    def direction(
+        self,
+        G: Tensor,  # gradient, finite (zeros where check.skip), not modified
+        moments: dict[str, Tensor],  # by name; updated in place, unchanged where check.skip
+        step: Tensor,  # () float32, number of this step, counted from 1
+        check: GradientCheck,
+    ) -> Tensor:
+        """The descent direction, in the shape of G, zero where check.skip: the weight moves by -lr times it."""

@@ -1,0 +1,35 @@
+"""Gradient descent with momentum, as `torch.optim.SGD` without dampening."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .protocol import GradientCheck, Moment
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Heavy-ball momentum.
+
+    Args:
+        momentum (`float`, *optional*, defaults to 0.9): Decay of the momentum; 0 keeps no state.
+    """
+
+    elementwise: ClassVar[bool] = True
+
+    momentum: float = 0.9
+
+    def moments(self, shape: tuple[int, ...]) -> tuple[Moment, ...]:
+        """`momentum_buffer`, in the shape of the gradient; nothing without momentum."""
+        return (Moment("momentum_buffer", shape, signed=True),) if self.momentum else ()
+
+    def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
+        """The momentum, or the gradient itself."""
+        if not self.momentum:
+            return G
+        b, keep = moments["momentum_buffer"], check.keep.to(G.dtype)
+        # b <- momentum b + G
+        # D  = b
+        b.mul_(1 - (1 - self.momentum) * keep).add_(G)
+        return b * keep
