@@ -27,7 +27,7 @@ def check_gradients(grads: Sequence[Tensor]) -> list[GradientCheck]:
             norm2.clamp(min=EPS).reciprocal_().unbind(),
             skip.unbind(),
             found_inf.unbind(),
-            (1 - found_inf).unbind(),
+            (1 - found_inf).to(dtype).unbind(),
             strict=True,
         )
         for i, row in zip(members, rows, strict=True):

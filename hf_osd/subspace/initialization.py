@@ -48,7 +48,8 @@ def initial_projection(
     """
     X = G if side == "left" else G.mT
     if init == "svd":
-        return torch.linalg.svd(X.to(dtype), full_matrices=False).U[:, :rank].contiguous()
+        U, _, Vh = torch.linalg.svd(G.to(dtype), full_matrices=False)
+        return (U[:, :rank] if side == "left" else Vh[:rank].mT).contiguous()
     if init == "randomized_svd":
         return randomized_svd(X.to(dtype), rank, seed)
     return torch.linalg.qr(_gaussian(X.shape[0], rank, seed, X.device, dtype)).Q.contiguous()

@@ -39,9 +39,8 @@ class Adafactor:
 
     def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
         """G over the root of the factored second moment, its root mean square clipped."""
-        keep = check.keep.to(G.dtype)
         # 1 - beta2 = t^decay_rate; t is 0 only when the first gradient ever is skipped, and then nothing is kept
-        new = step.clamp(min=1.0).to(G.dtype).pow(self.decay_rate) * keep
+        new = step.clamp(min=1.0).to(G.dtype).pow(self.decay_rate) * check.keep
         if G.ndim < 2:
             v = moments["exp_avg_sq"].lerp_(G.square().add_(self.eps1), new)
             D = v.rsqrt().mul_(G)

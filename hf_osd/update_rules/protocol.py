@@ -28,7 +28,7 @@ class GradientCheck(NamedTuple):
     inv_norm2: Tensor  # 1 / max(||G||², eps)
     skip: Tensor  # bool: G is not finite
     found_inf: Tensor  # float32: 1 where skip, as torch's fused kernels take it
-    keep: Tensor  # float32: 1 - found_inf
+    keep: Tensor  # 1 - found_inf, in the precision of the computation
 
 
 class UpdateRule(Protocol):

@@ -28,7 +28,7 @@ class SGD:
         """The momentum, or the gradient itself."""
         if not self.momentum:
             return G
-        b, keep = moments["momentum_buffer"], check.keep.to(G.dtype)
+        b, keep = moments["momentum_buffer"], check.keep
         # b <- momentum b + G
         # D  = b
         b.mul_(1 - (1 - self.momentum) * keep).add_(G)
