@@ -1,0 +1,131 @@
+import json
+import math
+
+import pytest
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
+
+import pretrain_llama
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """The path of a model of about 20,000 parameters."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 64,
+        "vocab_size": 32000,
+    }
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def command(folder, config, output_dir, *options):
+    return [
+        *("--dataset", str(folder), "--model", str(config), "--output_dir", str(output_dir)),
+        *("--train_tokenizer", "300", "--sequence_length", "32", "--optim", "adamw_torch_fused"),
+        *("--per_device_train_batch_size", "2", "--logging_steps", "1", "--use_cpu", "true", "--disable_tqdm", "true"),
+        *options,
+    ]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_two_steps_end_to_end(jsonl_folder, tiny_config, tmp_path, capsys, streaming):
+    output_dir = tmp_path / "run"
+    results = pretrain_llama.main(
+        command(jsonl_folder, tiny_config, output_dir, "--max_steps", "2", "--streaming", streaming)
+    )
+    assert json.loads((output_dir / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert results["steps"] == 2 and results["tokens_seen"] == 2 * 2 * 32
+    assert results["perplexity"] == math.exp(results["eval_loss"])
+    assert results["parameters"] * 8 == results["adamw_state_bytes"] <= results["optimizer_state_bytes"]
+    assert results["tokens_per_second"] > 0 and results["peak_memory_bytes"] > 0
+    assert results["settings"]["optim"] == "adamw_torch_fused" and results["settings"]["learning_rate"] == 1e-3
+    assert not any(name.startswith("osd_") for name in results["settings"])
+    assert sum(group["parameters"] for group in results["parameter_groups"]) == results["parameters"]
+    history = results["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2]
+    assert all("eval_perplexity" in entry for entry in history if "eval_loss" in entry)
+    assert (output_dir / "loss.png").stat().st_size > 10_000
+
+    printed = capsys.readouterr().out
+    assert f"{results['perplexity']:.2f}" in printed and "AdamW's would be" in printed and "results.json" in printed
+
+    model, tokenizer = LlamaForCausalLM.from_pretrained(output_dir), AutoTokenizer.from_pretrained(output_dir)
+    assert model.config.vocab_size == len(tokenizer) == 300
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_resumed_run_continues_to_the_same_loss(jsonl_folder, tiny_config, tmp_path):
+    options = ("--max_steps", "4", "--save_steps", "2", "--eval_strategy", "no")
+    whole = pretrain_llama.main(command(jsonl_folder, tiny_config, tmp_path / "run", *options))
+    resumed = pretrain_llama.main(
+        command(
+            jsonl_folder,
+            tiny_config,
+            tmp_path / "run",
+            *options,
+            *("--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2")),
+        )
+    )
+    assert resumed["eval_loss"] == whole["eval_loss"]  # the same floating-point operations in the same order
+    assert resumed["tokens_seen"] == whole["tokens_seen"]
+
+
+def test_resume_true_takes_the_last_checkpoint(jsonl_folder, tiny_config, tmp_path):
+    _, training_args = pretrain_llama.parse_arguments(
+        command(jsonl_folder, tiny_config, tmp_path / "run", "--resume_from_checkpoint", "true")
+    )
+    assert training_args.resume_from_checkpoint is True
+
+
+def test_trainer_is_stock(jsonl_folder, tiny_config, tmp_path):
+    args, training_args = pretrain_llama.parse_arguments(
+        command(jsonl_folder, tiny_config, tmp_path / "run", "--max_steps", "1")
+    )
+    assert type(pretrain_llama.build_trainer(args, training_args, [])) is Trainer
+
+
+def test_unknown_model_names_the_known_ones(documents):
+    tokenizer = pretrain_llama.trained_tokenizer([{"text": text} for text in documents], "text", 300)
+    with pytest.raises(ValueError, match="llama_2b is neither a file nor one of llama_1b, .*llama_60m.*quickstart"):
+        pretrain_llama.load_model_config("llama_2b", tokenizer, 256)
+    with pytest.raises(ValueError, match="--sequence_length 2048 is more than the 1024 positions of llama_60m"):
+        pretrain_llama.load_model_config("llama_60m", tokenizer, 2048)
+
+
+def test_tokenizer_options_exclude_each_other():
+    with pytest.raises(ValueError, match="exclude each other"):
+        pretrain_llama.parse_arguments(["--tokenizer", "t5-base", "--train_tokenizer", "4096"])
+
+
+def test_default_tokenizers():
+    assert pretrain_llama.PretrainingArguments(dataset="docstrings").train_tokenizer == 4096
+    assert pretrain_llama.PretrainingArguments(dataset="docstrings", tokenizer="t5-base").train_tokenizer is None
+    assert pretrain_llama.PretrainingArguments().train_tokenizer is None
+    assert pretrain_llama.DEFAULT_TOKENIZER == "t5-base"
+
+
+def test_missing_tokenizer_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="(?s)could not be loaded.*--train_tokenizer"):
+        pretrain_llama.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("path", sorted(pretrain_llama.CONFIG_FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_model_sizes_are_what_the_names_say(path):
+    config = LlamaConfig.from_json_file(path)
+    h, i = config.hidden_size, config.intermediate_size
+    parameters = 2 * h * config.vocab_size + config.num_hidden_layers * (4 * h * h + 3 * h * i + 2 * h) + h
+    assert not config.tie_word_embeddings and config.head_dim % 2 == 0  # rotary embeddings turn pairs
+    size = path.stem.removeprefix("llama_")
+    if size == "quickstart":
+        assert 4e6 < parameters < 5e6
+    else:
+        named = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+        # the family's names are loose: 1b has 1.34 billion, 3b 2.69 billion
+        assert parameters == pytest.approx(named, rel=0.35)
