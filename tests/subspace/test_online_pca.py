@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from reference import twin
 from scipy.linalg import subspace_angles
 from sklearn.decomposition import PCA
 
 from hf_osd import OSD
 from hf_osd.subspace import OPERATORS, pca_gradient, pca_loss
+from reference import twin
 
 
 def problem(shape: tuple[int, int], side: str, rank: int):
