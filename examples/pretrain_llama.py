@@ -15,7 +15,7 @@ five minutes on two CPU cores; the real one needs a GPU and streams C4 from the 
 
     python examples/pretrain_llama.py --dataset allenai/c4 --model llama_60m --optim osd_adamw8bit \
         --osd_rank 128 --learning_rate 1e-2 --max_steps 10000 --per_device_train_batch_size 64 \
-        --gradient_accumulation_steps 8 --eval_steps 1000 --bf16 --output_dir runs/llama_60m
+        --gradient_accumulation_steps 8 --eval_steps 1000 --dtype bfloat16 --output_dir runs/llama_60m
 
 Continue an interrupted run with the same command and `--resume_from_checkpoint true`. A run on one data set compares
 optimizers; perplexities of different data sets or tokenizers do not compare.
@@ -98,7 +98,13 @@ class PretrainingArguments:
         metadata={"help": "Train a byte-level BPE of this size on the data. Default: 4096 for docstrings."},
     )
 
+    dtype: str = field(
+        default="float32", metadata={"help": "Precision of the weights: float32, or bfloat16 as in the paper."}
+    )
+
     def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--dtype must be float32 or bfloat16, got {self.dtype}.")
         if self.tokenizer is not None and self.train_tokenizer is not None:
             raise ValueError("--tokenizer and --train_tokenizer exclude each other: give one of them.")
         if self.sequence_length < 2:
@@ -189,7 +195,7 @@ def build_trainer(
         eval_blocks = validation_blocks(validation_rows, args.sequence_length, args.max_eval_tokens)
 
     set_seed(training_args.seed)  # before the weights are drawn
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).to(getattr(torch, args.dtype))
     return Trainer(
         model=model,
         args=training_args,

@@ -104,7 +104,7 @@ def summarise(experiment: dict[str, Any], runs: list[Run], found: list[dict[str,
                 "best_learning_rate": best,
                 "best_perplexity": math.exp(means[best]),
                 "seeds": [result["perplexity"] for result in results],
-                "spread": statistics.stdev([r["perplexity"] for r in results]) if len(results) > 1 else None,
+                "spread": _spread([result["perplexity"] for result in results]),
                 "optimizer_state_bytes": results[0]["optimizer_state_bytes"],
                 "adamw_state_bytes": results[0]["adamw_state_bytes"],
                 "steps": results[0]["steps"],
@@ -119,6 +119,12 @@ def summarise(experiment: dict[str, Any], runs: list[Run], found: list[dict[str,
 
 def _mean(losses: list[float]) -> float:
     return statistics.fmean(losses) if all(math.isfinite(loss) for loss in losses) else math.inf
+
+
+def _spread(perplexities: list[float]) -> float | None:
+    """Standard deviation over seeds, where there are several and none has diverged."""
+    finite = all(math.isfinite(value) for value in perplexities)
+    return statistics.stdev(perplexities) if len(perplexities) > 1 and finite else None
 
 
 def table(rows: list[dict[str, Any]]) -> str:
