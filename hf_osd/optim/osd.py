@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from ..subspace import choose_side
 from ..update_rules import RULES, GradientCheck, require_bitsandbytes
 from . import options
 from .gradients import check_gradients, refuse_unsupported
+from .loading import match_state
 from .param_step import refresh_projection, start_projection, step_full, step_projected
-from .plan import Plan, ProjectedPlan, given_projections, make_plan, rules_of
-from .state import check_state_dict, create_state
+from .plan import Plan, ProjectedPlan, given_projections, make_plan, names_of, rules_of
+from .state import create_state
 
 
 class OSD(torch.optim.Optimizer):
@@ -61,6 +61,8 @@ class OSD(torch.optim.Optimizer):
             steps of P below about 1/256 of an entry are lost.
         moment_dtype (`str`, *optional*): How the weights' moments are kept, likewise; not for 8-bit rules.
         seed (`int`, *optional*, defaults to 0): Seed of random projections, the same on all processes.
+        partial_load (`bool`, *optional*, defaults to `False`):
+            Whether `load_state_dict` starts parameters anew that the saved state does not fit, instead of refusing.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
 
     Raises:
@@ -106,6 +108,7 @@ class OSD(torch.optim.Optimizer):
         projection_dtype: str | None = None,
         moment_dtype: str | None = None,
         seed: int = 0,
+        partial_load: bool = False,
         maximize: bool = False,
     ):
         if maximize:
@@ -115,6 +118,7 @@ class OSD(torch.optim.Optimizer):
         self._reset_derived()
         self._given_projections: dict[Tensor, Tensor] = {}
         self._clipped_warned = False
+        self.partial_load = partial_load
         super().__init__(params, defaults)
         # Groups have taken their own by now; tensors are not for `defaults`, which is printed and pickled.
         if not isinstance(init, str):
@@ -141,7 +145,7 @@ class OSD(torch.optim.Optimizer):
         options.validate(group, where)
         if any(RULES[rule].eight_bit for rule in (group["weight_rule"], options.projection_rule(group)) if rule):
             require_bitsandbytes()
-        names = group.get("param_names") or [f"parameter {position + i}" for i in range(len(group["params"]))]
+        names = names_of(group, position)
         given, is_default = group["init"], group["init"] is self.defaults["init"]
         if not isinstance(given, str):
             group["init"] = "given"
@@ -234,25 +238,19 @@ class OSD(torch.optim.Optimizer):
         """Load a state exactly: dtypes as saved, on the parameters' devices.
 
         Raises:
-            ValueError: If an entry is missing or has another shape or dtype than the saved options ask for; nothing
-                is changed then.
+            ValueError: If it was saved with other rules, ranks, sides or targets, with a table of what differs (unless
+                `partial_load`), or if an entry does not fit; nothing is changed then.
         """
         # torch's loader casts every entry but `step` to the parameter's dtype: P and 8-bit codes would be lost.
         # So it loads the groups alone, and the state is set here.
-        groups = state_dict["param_groups"]
-        saved_ids = list(chain.from_iterable(group["params"] for group in groups))
-        by_id = dict(zip(saved_ids, self._params(), strict=False))
-        if len(saved_ids) == len(self._params()):  # else torch's own message follows
-            check_state_dict(state_dict, by_id)
+        state, groups = match_state(self.param_groups, state_dict, self.partial_load)
         super().load_state_dict({"state": {}, "param_groups": groups})
-        for key, entries in state_dict["state"].items():
-            p = by_id[key]
-            self.state[p] = {name: value.detach().clone().to(p.device) for name, value in entries.items()}
+        self.state.update(state)
         self._reset_derived()
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""
-        kept = ("_given_projections", "_clipped_warned", "collect_statistics")
+        kept = ("_given_projections", "_clipped_warned", "partial_load", "collect_statistics")
         return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -85,6 +85,7 @@ def create_osd_optimizer(
     projection_optim: str | None = None,
     preset: str | None = None,
     init: str | Mapping[str, Tensor] | Sequence[Tensor] = "auto",
+    partial_load: bool = False,
     **options: Any,
 ) -> OSD:
     """An [`OSD`] optimizer for a model, with the same groups as in a Trainer.
@@ -99,6 +100,7 @@ def create_osd_optimizer(
         projection_optim (`str`, *optional*): The rule that P moves by; defaults to the weights' own.
         preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.
         init (`str` or `Mapping[str, torch.Tensor]`, *optional*, defaults to `"auto"`): See [`OSD`].
+        partial_load (`bool`, *optional*, defaults to `False`): See [`OSD`].
         options: Any other option of [`OSD`], by name.
 
     Raises:
@@ -120,16 +122,5 @@ def create_osd_optimizer(
     if projection_optim is not None:
         named["projection_rule"] = projection_optim
     refuse_unknown(options, DEFAULTS.keys() - named.keys() - {"weight_rule", "projection_rule"}, where)
-    return OSD(
-        lr=lr, **osd_kwargs(model, resolve(optim, named | options, preset, where), target_modules, exclude_modules)
-    )
-
-
-__all__ = [
-    "DEFAULT_RANK",
-    "OPTIM_NAMES",
-    "build_param_groups",
-    "create_osd_optimizer",
-    "decay_parameter_names",
-    "osd_kwargs",
-]
+    settings = resolve(optim, named | options, preset, where)
+    return OSD(lr=lr, partial_load=partial_load, **osd_kwargs(model, settings, target_modules, exclude_modules))

@@ -113,10 +113,15 @@ class ProjectedPlan(Plan):
         return (self.op.projected_size(*self.size), self.rank)
 
 
+def names_of(group: Mapping[str, Any], position: int) -> list[str]:
+    """The names of a group's parameters; by position over all groups where it has none."""
+    names = group.get("param_names")
+    return list(names) if names else [f"parameter {position + index}" for index in range(len(group["params"]))]
+
+
 def make_plan(group: Mapping[str, Any], index: int, p: Tensor, position: int) -> Plan:
     """The plan of `group["params"][index]`; `position` counts parameters over all groups."""
-    names = group.get("param_names")
-    name = names[index] if names else f"parameter {position}"
+    name = names_of(group, position - index)[index]
     compute_dtype = torch.promote_types(p.dtype, torch.float32)
     if group["rank"] is None:
         return Plan(name, tuple(p.shape), compute_dtype)

@@ -1,12 +1,13 @@
 """The state of a parameter: a flat dict of tensors, described in one place."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..update_rules import TensorSpec
-from .plan import Plan, ProjectedPlan, Rules, make_plan, rules_of
+from .plan import Plan, ProjectedPlan, Rules, make_plan, names_of, rules_of
 
 
 def state_spec(plan: Plan, rules: Rules) -> dict[str, TensorSpec]:
@@ -30,18 +31,25 @@ def create_state(p: Tensor, plan: Plan, rules: Rules) -> dict[str, Tensor]:
     return {name: torch.zeros(entry.shape, dtype=entry.dtype, device=p.device) for name, entry in spec.items()}
 
 
-def check_state_dict(state_dict: dict[str, Any], by_id: dict[int, Tensor]) -> None:
-    """Raise `ValueError` unless every saved entry has the shape and dtype that the saved options ask for."""
+def check_state_dict(
+    groups: Sequence[Mapping[str, Any]], states: Mapping[str, Mapping[str, Tensor]], params: Mapping[str, Tensor]
+) -> None:
+    """Raise `ValueError` unless every saved entry has the shape and dtype that the saved options ask for.
+
+    Args:
+        groups (`list[dict]`): The saved groups.
+        states (`dict`): Saved state by parameter name; an empty one is that of a parameter that was never stepped.
+        params (`dict[str, torch.Tensor]`): The parameters by name.
+    """
     position = 0
-    for group in state_dict["param_groups"]:
-        for index, key in enumerate(group["params"]):
-            entries = state_dict["state"].get(key)
-            if entries:
-                plan = make_plan(group, index, by_id[key], position)
+    for group in groups:
+        for index, name in enumerate(names_of(group, position)):
+            if states.get(name):
+                plan = make_plan(group, index, params[name], position + index)
                 expected = {name: tuple(entry) for name, entry in state_spec(plan, rules_of(group)).items()}
-                got = {name: (tuple(value.shape), value.dtype) for name, value in entries.items()}
+                got = {name: (tuple(value.shape), value.dtype) for name, value in states[name].items()}
                 if got != expected:
                     raise ValueError(
                         f"The saved state of {plan.name} does not fit: it has {got}, expected {expected}."
                     )
-            position += 1
+        position += len(group["params"])

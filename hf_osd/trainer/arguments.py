@@ -82,6 +82,11 @@ class OSDTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "reference: the settings of the paper's published code."}
     )
 
+    osd_partial_load: bool | None = field(
+        default=None,
+        metadata={"help": "Start parameters anew that a resumed checkpoint does not fit, instead of refusing it."},
+    )
+
     def __post_init__(self):
         """Check everything that can be checked without a model."""
         super().__post_init__()

@@ -13,7 +13,7 @@ class Setting(NamedTuple):
     """One key of `optim_args`: the option that it sets and its type."""
 
     option: str
-    type: type[int] | type[float] | type[str]
+    type: type[int] | type[float] | type[str] | type[bool]
 
 
 # Keys of `optim_args`. With the prefix `osd_` they are the fields of `OSDTrainingArguments`.
@@ -34,6 +34,7 @@ SETTINGS: dict[str, Setting] = {
     "momentum": Setting("momentum", float),
     "seed": Setting("seed", int),
     "preset": Setting("preset", str),
+    "partial_load": Setting("partial_load", bool),
 }
 
 # Options with a field of their own in TrainingArguments: that is the one place to set them.
@@ -61,6 +62,7 @@ class OSDSettings(NamedTuple):
     options: dict[str, Any]
     target_modules: str | list[str]
     exclude_modules: str | list[str] | None
+    partial_load: bool
 
 
 def optim_name(args: TrainingArguments) -> str:
@@ -104,13 +106,13 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
         if key in given:
             raise ValueError(f"{key!r} is given twice: in `optim_args` and as `osd_{key}`.")
         given[key] = value
-    preset = given.pop("preset", None)
+    preset, partial_load = given.pop("preset", None), given.pop("partial_load", False)
     given.setdefault("seed", args.seed)
     options = {SETTINGS[key].option: value for key, value in given.items()} | {"weight_decay": args.weight_decay}
     resolved = resolve(optim_name(args), options, preset, "the training arguments")
     resolved |= _adam_fields(args, resolved)
     validate(resolved | {"rank": 1 if resolved["rank"] is None else resolved["rank"]}, "the training arguments")
-    return OSDSettings(resolved, *_modules(args))
+    return OSDSettings(resolved, *_modules(args), partial_load)
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -134,10 +136,12 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def _convert(key: str, value: str) -> Any:
+    kind = {int: "an integer", float: "a number", bool: "true or false"}.get(SETTINGS[key].type, "")
     try:
+        if SETTINGS[key].type is bool:
+            return {"true": True, "false": False}[value.lower()]
         return SETTINGS[key].type(value)
-    except ValueError:
-        kind = "an integer" if SETTINGS[key].type is int else "a number"
+    except (ValueError, KeyError):
         raise ValueError(f"{key!r} in `optim_args` must be {kind}, got {value!r}.") from None
 
 

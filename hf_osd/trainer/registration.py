@@ -31,7 +31,7 @@ def build_optimizer_kwargs(context: OptimizerContext) -> tuple[type[OSD], dict[s
         raise ValueError(f"{context.args.optim} needs the model to choose what it projects.")
     settings = read_settings(context.args)
     kwargs = osd_kwargs(context.model, settings.options, settings.target_modules, settings.exclude_modules)
-    return OSD, {"lr": context.args.learning_rate, **kwargs}
+    return OSD, {"lr": context.args.learning_rate, "partial_load": settings.partial_load, **kwargs}
 
 
 def _add_member(name: str) -> OptimizerNames:

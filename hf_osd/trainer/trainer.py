@@ -32,5 +32,5 @@ class OSDTrainer(Trainer):
                 settings.exclude_modules,
                 self.get_decay_parameter_names(module),
             )
-            self.optimizer = OSD(lr=self.args.learning_rate, **kwargs)
+            self.optimizer = OSD(lr=self.args.learning_rate, partial_load=settings.partial_load, **kwargs)
         return self.optimizer

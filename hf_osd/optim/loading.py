@@ -1,0 +1,82 @@
+"""Load a saved state: exactly, or not at all; for the parameters that fit, where the user asks for that."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .compatibility import differences, restored_options, table, traits
+from .plan import names_of
+from .state import check_state_dict
+
+
+State = dict[Tensor, dict[str, Tensor]]
+
+
+def match_state(
+    live_groups: list[dict[str, Any]], state_dict: Mapping[str, Any], partial: bool
+) -> tuple[State, list[dict[str, Any]]]:
+    """What to set in an optimizer so that it continues from `state_dict`. Changes nothing.
+
+    Args:
+        live_groups (`list[dict]`): The optimizer's groups.
+        state_dict (`dict`): A saved state, as `state_dict()` gives it.
+        partial (`bool`): Whether to leave out parameters that differ instead of refusing.
+
+    Returns:
+        The state by parameter, on the parameters' devices in the saved dtypes, and the groups to restore.
+
+    Raises:
+        ValueError: With a table of what differs, or if an entry is missing or has another shape or dtype.
+    """
+    saved_groups = state_dict["param_groups"]
+    params: dict[str, Tensor] = {}
+    for group in live_groups:
+        params.update(zip(names_of(group, len(params)), group["params"], strict=True))
+    keys: dict[str, Any] = {}
+    for group in saved_groups:
+        keys.update(zip(names_of(group, len(keys)), group["params"], strict=True))
+    rows = differences(traits(saved_groups, params), traits(live_groups, params))
+    if rows and not partial:
+        raise ValueError(
+            f"The state was saved by another optimizer: {len(rows)} of {len(params)} parameters differ.\n"
+            f"{table(rows)}\n"
+            "Use the options it was saved with, or set `partial_load` to start the differing parameters anew."
+        )
+    different = {name for name, _, _ in rows}
+    by_name = {name: state_dict["state"].get(key, {}) for name, key in keys.items() if name not in different}
+    check_state_dict(saved_groups, by_name, params)
+    if rows:
+        warnings.warn(
+            f"{len(rows)} of {len(params)} parameters differ from the saved state and start anew.\n{table(rows)}",
+            stacklevel=4,
+        )
+    else:
+        replaced = restored_options(saved_groups, live_groups)
+        if replaced:
+            warnings.warn(f"The saved state's options are restored: {'; '.join(replaced)}.", stacklevel=4)
+    state = {params[name]: _to_device(entries, params[name]) for name, entries in by_name.items() if entries}
+    return state, _with_schedule(live_groups, saved_groups) if rows else saved_groups
+
+
+def _to_device(entries: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+    # A copy where nothing moves: the state is changed in place, and the saved one must not be.
+    return {
+        name: value.detach().clone() if value.device == p.device else value.to(p.device)
+        for name, value in entries.items()
+    }
+
+
+def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The live groups with the learning rate that the saved run had come to."""
+    schedule: dict[str, Any] = {
+        name: saved_groups[0][name] for name in ("lr", "initial_lr") if name in saved_groups[0]
+    }
+    groups: list[dict[str, Any]] = []
+    position = 0
+    for group in live_groups:
+        ids = list(range(position, position + len(group["params"])))
+        position += len(ids)
+        groups.append({**group, **schedule, "params": ids})
+    return groups

@@ -1,0 +1,73 @@
+"""`torch.distributed.checkpoint.state_dict` creates missing state by a step with zero gradients and learning rate 0."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from hf_osd import OSD
+from hf_osd.update_rules import RULES
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(160, 96)
+        self.tall = nn.Linear(96, 130, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tall(self.wide(x).relu())
+
+
+def make(rule: str) -> tuple[Model, OSD]:
+    torch.manual_seed(0)
+    model = Model()
+    named = dict(model.named_parameters())
+    matrices = [(name, p) for name, p in named.items() if p.ndim == 2]
+    vectors = [(name, p) for name, p in named.items() if p.ndim == 1]
+    return model, OSD([{"params": matrices, "rank": 48}, {"params": vectors}], lr=1e-3, weight_rule=rule)
+
+
+def train(model: Model, optimizer: OSD, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(8, 160, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_get_and_set_continue_bit_for_bit(rule: str, flatten: bool):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optimizer = make(rule)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    weights = copy.deepcopy(model.state_dict())
+    train(model, optimizer, range(3, 6))
+
+    resumed, other = make(rule)
+    resumed.load_state_dict(weights)
+    set_optimizer_state_dict(resumed, other, saved, options=options)
+    train(resumed, other, range(3, 6))
+    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(value, other.state[q][name]) for name, value in optimizer.state[p].items())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_initial_zero_step_neither_moves_weights_nor_starts_p(rule: str):
+    model, optimizer = make(rule)
+    weights = copy.deepcopy(model.state_dict())
+    get_optimizer_state_dict(model, optimizer)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    P = optimizer.state[model.wide.weight]["projection"]
+    assert not P.any() and float(optimizer.state[model.wide.weight]["step"]) == 0
+    train(model, optimizer, range(1))
+    torch.testing.assert_close(P.T @ P, torch.eye(48), atol=1e-4, rtol=0)  # started from the first real gradient

@@ -1,0 +1,99 @@
+"""Refusing a saved state that does not fit, loading the part that does, and the ways that others save it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_osd import OSD
+
+
+def make(rank: int = 6, **options) -> tuple[list[nn.Parameter], OSD]:
+    torch.manual_seed(0)
+    A, B, b = nn.Parameter(torch.randn(20, 30)), nn.Parameter(torch.randn(40, 16)), nn.Parameter(torch.randn(30))
+    groups = [{"params": [("A", A), ("B", B)], "rank": rank}, {"params": [("b", b)]}]
+    return [A, B, b], OSD(groups, lr=1e-2, **options)
+
+
+def run(params: list[nn.Parameter], optimizer: OSD, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"rank": 5}, "rank 6 left .*rank 5 left"),
+        ({"side": "right"}, "rank 6 left .*rank 6 right"),
+        ({"weight_rule": "lion"}, "weight_rule: adamw.*weight_rule: lion"),
+        ({"projection_rule": "sgd"}, "projection_rule: adamw.*projection_rule: sgd"),
+        ({"subspace": "static"}, "subspace: online_pca.*subspace: static"),
+        ({"moment_dtype": "bfloat16"}, "moment_dtype: float32.*moment_dtype: bfloat16"),
+        ({"projection_dtype": "bfloat16"}, "projection_dtype: float32.*projection_dtype: bfloat16"),
+    ],
+)
+def test_another_setting_is_refused_with_a_table(changed: dict, told: str):
+    params, optimizer = make()
+    run(params, optimizer, range(2))
+    other_params, other = make(**changed)
+    run(other_params, other, range(1))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=f"(?s)saved by another optimizer.*parameter +checkpoint +this run.*A .*{told}"):
+        other.load_state_dict(optimizer.state_dict())
+    after = other.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for key, entries in before["state"].items():
+        assert all(torch.equal(value, after["state"][key][name]) for name, value in entries.items())
+
+
+def test_another_selection_is_refused():
+    params, optimizer = make()
+    run(params, optimizer, range(2))
+    A, B, b = params
+    other = OSD([{"params": [("A", A)], "rank": 6}, {"params": [("B", B), ("b", b)]}], lr=1e-2)
+    with pytest.raises(ValueError, match=r"(?s)2 of 3 parameters differ.*B .*rank 6 right.*full size"):
+        other.load_state_dict(optimizer.state_dict())
+    more = OSD([{"params": [("A", A), ("B", B), ("C", nn.Parameter(torch.randn(9, 8)))], "rank": 6}], lr=1e-2)
+    with pytest.raises(ValueError, match=r"(?s)b +has it +-|C +- +has it"):
+        more.load_state_dict(optimizer.state_dict())
+
+
+def test_partial_load_takes_what_fits_and_starts_the_rest_anew():
+    params, optimizer = make()
+    run(params, optimizer, range(3))
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.004
+    A, B, b = (nn.Parameter(p.detach().clone()) for p in params)
+    groups = [{"params": [("A", A)], "rank": 6}, {"params": [("B", B)], "rank": 4}, {"params": [("b", b)]}]
+    other = OSD(groups, lr=1e-2, partial_load=True)
+    with pytest.warns(UserWarning, match=r"(?s)2 of 3 parameters differ from the saved state and start anew.*rank 4"):
+        other.load_state_dict(optimizer.state_dict())
+    saved = optimizer.state[params[0]]
+    assert all(torch.equal(value, other.state[A][name]) for name, value in saved.items())
+    assert B not in other.state and [group["lr"] for group in other.param_groups] == [0.004] * 3
+    run([A, B, b], other, range(3, 5))
+    run(params, optimizer, range(3, 5))
+    assert torch.equal(A, params[0]) and other.state[B]["projection"].shape == (16, 4)
+
+
+def test_saved_options_are_restored_and_said():
+    params, optimizer = make(alpha=2.0)
+    run(params, optimizer, range(2))
+    _, other = make(alpha=7.0)
+    with pytest.warns(UserWarning, match=r"alpha=2.0 \(checkpoint\) instead of 7.0"):
+        other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["alpha"] == 2.0
+
+
+def test_groups_without_names_are_matched_by_position():
+    p, q = nn.Parameter(torch.randn(20, 30)), nn.Parameter(torch.randn(20, 30))
+    a = OSD([{"params": [p], "rank": 4}], lr=1e-2)
+    run([p], a, range(2))
+    b = OSD([{"params": [q], "rank": 4}], lr=1e-2)
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a.state[p]["projection"], b.state[q]["projection"])
+    with pytest.raises(ValueError, match="parameter 0"):
+        OSD([{"params": [q], "rank": 5}], lr=1e-2).load_state_dict(a.state_dict())
