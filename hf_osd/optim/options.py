@@ -74,6 +74,15 @@ def validate(options: Mapping[str, Any], where: str = "OSD") -> None:
     _refuse_unused_rule_options(options, where)
 
 
+def refuse_without_rank(options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for options that only projected groups use, where no group has a `rank`."""
+    for name in sorted(LEARNING_OPTIONS | RULE_OPTIONS | {"subspace", "scale", "side", "projection_dtype"}):
+        if options[name] != DEFAULTS[name]:
+            raise ValueError(
+                f"`{name}` of OSD has no effect: no parameter group has a `rank`, so nothing is projected."
+            )
+
+
 def _refuse_without_effect(options: Mapping[str, Any], where: str) -> None:
     for name in sorted((LEARNING_OPTIONS | RULE_OPTIONS) - subspace_options(options["subspace"])):
         if options[name] != DEFAULTS[name]:
@@ -86,15 +95,16 @@ def _refuse_without_effect(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"`alpha` and `projection_lr` of {where} set the same thing, P's learning rate: give one of them."
         )
+
+
+def _refuse_unused_rule_options(options: Mapping[str, Any], where: str) -> None:
     if options["moment_dtype"] is not None and RULES[options["weight_rule"]].eight_bit:
         raise ValueError(
             f"`moment_dtype` of {where} has no effect with the 8-bit rule {options['weight_rule']!r}. Leave it out, "
             f"or use weight_rule={options['weight_rule'].removesuffix('8bit')!r}."
         )
-
-
-def _refuse_unused_rule_options(options: Mapping[str, Any], where: str) -> None:
-    rules = {options["weight_rule"], projection_rule(options)} - {None}
+    # Groups without a rank share the options of those with one, whose P may need them.
+    rules = {options["weight_rule"], projection_rule({**options, "rank": 1})} - {None}
     used = set().union(*(rule_options(rule) for rule in rules))
     for name in ("betas", "eps", "momentum"):
         if options[name] is not None and name not in used:
@@ -160,8 +170,16 @@ def _betas(value: Any) -> str | None:
 
 
 def _init(value: Any) -> str | None:
-    # Tensors are checked against their parameters' shapes by the optimizer.
-    return _one_of(INITS)(value) if isinstance(value, str) else None
+    if isinstance(value, (Mapping, list, tuple)):  # of tensors, which the optimizer checks against its parameters
+        return None
+    return _one_of(INITS)(value) if isinstance(value, str) else f"one of {', '.join(INITS)}, or tensors"
+
+
+def check_lr(value: Any, where: str) -> None:
+    """Raise `ValueError` unless `value` is a finite number >= 0."""
+    complaint = _number(0, below=float("inf"))(value) or (None if value < float("inf") else "finite")
+    if complaint:
+        raise ValueError(f"`lr` of {where} must be {complaint}, got {value!r}.")
 
 
 CHECKS: dict[str, Callable[[Any], str | None]] = {

@@ -117,9 +117,13 @@ class OSD(torch.optim.Optimizer):
         defaults = {name: given[name] for name in options.DEFAULTS} | {"lr": lr}
         self._reset_derived()
         self._given_projections: dict[Tensor, Tensor] = {}
-        self._clipped_warned = False
+        self._clipped: list[str] = []
         self.partial_load = partial_load
+        self.collect_statistics = False
         super().__init__(params, defaults)
+        if all(group["rank"] is None for group in self.param_groups):
+            options.refuse_without_rank(defaults)
+        self._warn_clipped()
         # Groups have taken their own by now; tensors are not for `defaults`, which is printed and pickled.
         if not isinstance(init, str):
             self.defaults["init"] = "auto"
@@ -132,7 +136,7 @@ class OSD(torch.optim.Optimizer):
         group, position = self.param_groups[-1], len(self._params()) - len(self.param_groups[-1]["params"])
         try:
             self._settle(group, position)
-        except (ValueError, ImportError):
+        except Exception:
             self.param_groups.pop()
             raise
         self._reset_derived()
@@ -140,8 +144,7 @@ class OSD(torch.optim.Optimizer):
     def _settle(self, group: dict[str, Any], position: int) -> None:
         """Validate a new group and store in it what is decided once: primitives only."""
         where = f"parameter group {len(self.param_groups) - 1}"
-        if not isinstance(group["lr"], (int, float)) or not group["lr"] >= 0:
-            raise ValueError(f"`lr` of {where} must be a number >= 0, got {group['lr']!r}.")
+        options.check_lr(group["lr"], where)
         options.validate(group, where)
         if any(RULES[rule].eight_bit for rule in (group["weight_rule"], options.projection_rule(group)) if rule):
             require_bitsandbytes()
@@ -161,18 +164,20 @@ class OSD(torch.optim.Optimizer):
                 )
         group["sides"] = [choose_side(p.shape[0], p.shape[1], group["side"]) for p in group["params"]]
         group["alpha"] = options.projection_alpha(group, group["lr"])
-        self._warn_clipped(group)
+        self._clipped += [
+            name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape)
+        ]
         if not isinstance(given, str):
             self._given_projections |= given_projections(given, group, names, position)
 
-    def _warn_clipped(self, group: dict[str, Any]) -> None:
-        full = sum(group["rank"] >= min(p.shape) for p in group["params"])
-        if full and not self._clipped_warned:
-            self._clipped_warned = True
+    def _warn_clipped(self) -> None:
+        """Say once, for all matrices, that their rank is not low."""
+        if self._clipped:
             warnings.warn(
-                f"rank={group['rank']} is not below min(m, n) for {full} of {len(group['params'])} matrices: they are "
-                "projected at full rank, which saves no memory. Choose a smaller rank or leave them out.",
-                stacklevel=5,
+                f"`rank` is not below min(m, n) for {len(self._clipped)} matrices: they are projected at full rank, "
+                f"which saves no memory. Choose a smaller rank or leave them out: {', '.join(self._clipped[:3])}"
+                f"{' ...' if len(self._clipped) > 3 else ''}.",
+                stacklevel=3,
             )
 
     @torch.no_grad()
@@ -231,7 +236,8 @@ class OSD(torch.optim.Optimizer):
         values = {"skipped_steps": torch.stack([value.to(device) for value in skipped]).sum()}
         for i, name in enumerate(("pca_loss", "orthogonality")):
             if seen:
-                values[name] = torch.stack([pair[i].to(device, torch.float32) for pair in seen]).mean()
+                # not a number where the gradient was broken: that step was skipped and shows nothing
+                values[name] = torch.stack([pair[i].to(device, torch.float32) for pair in seen]).nanmean()
         return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -250,20 +256,17 @@ class OSD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""
-        kept = ("_given_projections", "_clipped_warned", "partial_load", "collect_statistics")
+        kept = ("_given_projections", "_clipped", "partial_load", "collect_statistics")
         return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and forget what was derived."""
         super().__setstate__(state)
-        collect = self.__dict__.get("collect_statistics", False)
         self._reset_derived()
-        self.collect_statistics = collect
 
     def _reset_derived(self) -> None:
         self._plans: dict[Tensor, Plan] = {}
         self._observations: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        self.collect_statistics = False
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

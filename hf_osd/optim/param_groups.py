@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .options import DEFAULTS, refuse_unknown
 from .osd import OSD
-from .presets import OPTIM_NAMES, resolve
+from .presets import resolve
 from .targets import ALL_LINEAR, Selection, select
 
 

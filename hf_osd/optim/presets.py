@@ -1,8 +1,10 @@
 """The names that users choose, and what each stands for."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from ..subspace import SUBSPACES
 from .options import DEFAULTS, RULES, refuse_unknown
 
 
@@ -37,9 +39,16 @@ def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str)
         `dict`: Every option of `Options`.
     """
     if name not in OPTIM_NAMES:
-        refuse_unknown([name], OPTIM_NAMES, "the names of the optimizer")
+        close = difflib.get_close_matches(name, OPTIM_NAMES, n=1, cutoff=0.4)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown optimizer {name!r}.{hint} Known: {', '.join(OPTIM_NAMES)}.")
     refuse_unknown(given, DEFAULTS.keys() - {"weight_rule"}, where)
     settings = dict(PRESETS[_known_preset(preset)]) if preset else {}
+    subspace = given.get("subspace", DEFAULTS["subspace"])
+    if settings and subspace in SUBSPACES and not SUBSPACES[subspace].learns:
+        raise ValueError(
+            f"preset={preset!r} is about how P is learned: it cannot be combined with subspace={subspace!r}."
+        )
     if "alpha" in given:  # both set P's learning rate; the user's word counts
         settings.pop("projection_lr", None)
     return {**DEFAULTS, **settings, **given, "weight_rule": OPTIM_NAMES[name]}

@@ -54,6 +54,8 @@ def select(
     unwanted = None if exclude_modules is None else _normalise(exclude_modules)
     names = [name for name, _ in model.named_modules() if name]
     matched = _all_linear(model) if wanted == ALL_LINEAR else _match(wanted, names, "target_modules")
+    if unwanted == ALL_LINEAR:
+        raise ValueError(f"exclude_modules={ALL_LINEAR!r} would leave nothing to project: name what to leave out.")
     if unwanted:
         excluded = _match(unwanted, names, "exclude_modules")
         matched = [name for name in matched if name not in set(excluded)]

@@ -96,12 +96,12 @@ def summary(optimizer: OSD) -> str:
 
 
 def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
-    if args.logging_strategy == IntervalStrategy.NO:
-        return False
+    step = state.global_step + 1
+    if step == 1 and args.logging_first_step:
+        return True
     if args.logging_strategy == IntervalStrategy.EPOCH:  # which step ends the epoch is not known beforehand
         return True
-    step = state.global_step + 1
-    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+    return args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
 
 
 def _ensure_visible() -> None:

@@ -78,9 +78,7 @@ def uses_osd(args: TrainingArguments) -> bool:
 def parse_optim_args(text: str | None) -> dict[str, Any]:
     """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else."""
     values: dict[str, Any] = {}
-    for entry in (text or "").split(","):
-        if not entry.strip():
-            continue
+    for entry in text.split(",") if text else ():
         key, equals, value = (part.strip() for part in entry.partition("="))
         if not equals or not key or not value or "=" in value:
             raise ValueError(f"`optim_args` must read key=value,key=value, got {entry.strip()!r} in {text!r}.")
@@ -108,10 +106,13 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
         given[key] = value
     preset, partial_load = given.pop("preset", None), given.pop("partial_load", False)
     given.setdefault("seed", args.seed)
+    where = "the training arguments"
     options = {SETTINGS[key].option: value for key, value in given.items()} | {"weight_decay": args.weight_decay}
-    resolved = resolve(optim_name(args), options, preset, "the training arguments")
+    resolved = resolve(optim_name(args), options, preset, where)
+    rank = 1 if resolved["rank"] is None else resolved["rank"]  # the default comes with the model
+    validate(resolved | {"rank": rank}, where)
     resolved |= _adam_fields(args, resolved)
-    validate(resolved | {"rank": 1 if resolved["rank"] is None else resolved["rank"]}, "the training arguments")
+    validate(resolved | {"rank": rank}, where)
     return OSDSettings(resolved, *_modules(args), partial_load)
 
 

@@ -29,6 +29,7 @@ class AdamW:
 
     def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
         """One pass of torch's fused kernel over a zero tensor, which honours `found_inf` on the device."""
+        G = G.contiguous()  # the kernel walks memory, and the moments are contiguous
         D = torch.zeros_like(G)
         # m <- beta1 m + (1 - beta1) G
         # v <- beta2 v + (1 - beta2) G²

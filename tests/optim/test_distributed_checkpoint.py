@@ -1,4 +1,4 @@
-"""`torch.distributed.checkpoint.state_dict` creates missing state by a step with zero gradients and learning rate 0."""
+"""`torch.distributed.checkpoint.state_dict` creates missing state by a step with zero gradients and lr 0."""
 
 import copy
 

@@ -42,7 +42,9 @@ def test_another_setting_is_refused_with_a_table(changed: dict, told: str):
     other_params, other = make(**changed)
     run(other_params, other, range(1))
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=f"(?s)saved by another optimizer.*parameter +checkpoint +this run.*A .*{told}"):
+    with pytest.raises(
+        ValueError, match=f"(?s)saved by another optimizer.*parameter +checkpoint +this run.*A .*{told}"
+    ):
         other.load_state_dict(optimizer.state_dict())
     after = other.state_dict()
     assert before["param_groups"] == after["param_groups"]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from reference.twin import RULES, Twin
 
 from hf_osd import OSD
+from reference.twin import RULES, Twin
 
 
 SHAPES = {"left": (9, 14), "right": (14, 9)}

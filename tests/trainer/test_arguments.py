@@ -1,0 +1,306 @@
+"""Training arguments: every mistake is answered before training, and what is given reaches the optimizer."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from hf_osd import OSD, OSDTrainer, OSDTrainingArguments
+from hf_osd.optim.options import DEFAULTS
+from hf_osd.optim.presets import OPTIM_NAMES
+from hf_osd.trainer.optim_args import SETTINGS, TRAINER_FIELDS, parse_optim_args, read_settings
+
+
+def tiny_llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=64,
+        )
+    )
+
+
+@pytest.fixture
+def stock(tmp_path):
+    """Stock training arguments."""
+
+    def make(**given: Any) -> TrainingArguments:
+        return TrainingArguments(**{"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", **given})
+
+    return make
+
+
+@pytest.fixture
+def typed(tmp_path):
+    """Our training arguments."""
+
+    def make(**given: Any) -> OSDTrainingArguments:
+        defaults = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "optim": "osd_adamw"}
+        return OSDTrainingArguments(**{**defaults, **given})
+
+    return make
+
+
+def optimizer_of(args: TrainingArguments, trainer: type[Trainer] = Trainer) -> OSD:
+    optimizer = trainer(tiny_llama(), args).create_optimizer()
+    assert isinstance(optimizer, OSD)
+    return optimizer
+
+
+MISTAKES = [
+    ("rnak=8", "`rnak` in `optim_args`. Did you mean `rank`"),
+    ("lambda_=0.1", "`lambda_` in `optim_args`. Did you mean `lambda`"),
+    ("projection_rule=lion", "`projection_rule` in `optim_args`. Did you mean `projection_"),
+    ("osd_rank=8", "`osd_rank` in `optim_args`. Did you mean `rank`"),
+    ("rank", "must read key=value,key=value, got 'rank'"),
+    ("rank=", "must read key=value,key=value, got 'rank='"),
+    ("=8", "must read key=value,key=value, got '=8'"),
+    ("rank=8=9", "must read key=value,key=value, got 'rank=8=9'"),
+    ("rank=8;alpha=2", "must read key=value,key=value"),
+    ("rank=8,rank=9", "'rank' is given twice"),
+    ("rank=8.5", "'rank' in `optim_args` must be an integer, got '8.5'"),
+    ("rank=many", "'rank' in `optim_args` must be an integer, got 'many'"),
+    ("alpha=large", "'alpha' in `optim_args` must be a number, got 'large'"),
+    ("rank=0", "`rank` of the training arguments must be an integer >= 1, got 0"),
+    ("alpha=-1", "`alpha` of the training arguments must be a number >= 0"),
+    ("alpha=nan", "`alpha` of the training arguments must be a number >= 0"),
+    # The next two fail: KeyError.
+    ("projection_optim=adam", "`projection_rule` .* must be one of .*did you mean 'adamw'"),
+    ("subspace=online_pc", "must be one of .*did you mean 'online_pca'"),
+    ("init=svdd", "`init` .* must be one of .*did you mean 'svd'"),
+    ("preset=referense", "Unknown preset 'referense'. Known: reference"),
+    ("subspace=svd,alpha=3", "`alpha` .* no effect with subspace='svd'"),
+    ("update_interval=10", "`update_interval` .* no effect with subspace='online_pca'"),
+    ("alpha=3,projection_lr=0.1", "set the same thing"),
+    ("momentum=0.5", "`momentum` .* no effect with the update rule adamw"),
+    *((f"{key}=0.1", f"Set `{name}` of the training arguments") for key, name in TRAINER_FIELDS.items()),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES)
+def test_a_mistake_in_optim_args_is_refused_at_construction(text, message, stock, typed):
+    with pytest.raises(ValueError, match=message):  # a stock Trainer refuses before any data is read
+        Trainer(tiny_llama(), stock(optim="osd_adamw", optim_args=text))
+    with pytest.raises(ValueError, match=message):  # our arguments refuse without a model
+        typed(optim_args=text)
+
+
+def test_optim_args_are_typed_by_key():
+    text = "rank=8, alpha = 2,lambda=0,seed=3,side=left,subspace=online_pca"
+    values = parse_optim_args(text)
+    assert values == {"rank": 8, "alpha": 2.0, "lambda": 0.0, "seed": 3, "side": "left", "subspace": "online_pca"}
+    assert {type(values[key]) for key in ("alpha", "lambda")} == {float}
+    assert parse_optim_args(None) == parse_optim_args("") == {}
+
+
+# Fails: we let an empty entry pass, transformers' own parser then stops with "not enough values to unpack".
+@pytest.mark.parametrize("text", ["rank=8,", ",rank=8", "rank=8,,alpha=3"])
+def test_an_empty_entry_in_optim_args_is_refused_or_works(text, stock):
+    try:
+        trainer = Trainer(tiny_llama(), stock(optim="osd_adamw", optim_args=text))
+    except ValueError as error:
+        assert "key=value" in str(error)
+        return
+    assert trainer.create_optimizer().param_groups[0]["rank"] == 8
+
+
+def test_fields_and_settings_agree():
+    own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
+    assert own == {f"osd_{key}" for key in SETTINGS} | {"osd_target_modules", "osd_exclude_modules"}
+    assert all(OSDTrainingArguments.__dataclass_fields__[name].default is None for name in own)
+    options = {setting.option for key, setting in SETTINGS.items() if key not in ("preset", "partial_load")}
+    # Every option of the optimizer is a key, but for those that `optim` and Trainer's own fields set.
+    assert DEFAULTS.keys() - options == {"weight_rule", "weight_decay", "betas", "eps"}
+    assert options <= DEFAULTS.keys()
+    for key, setting in SETTINGS.items():
+        annotation = OSDTrainingArguments.__annotations__[f"osd_{key}"]
+        assert annotation == setting.type | None, key
+
+
+EVERY: dict[str, Any] = {
+    "rank": 6,
+    "alpha": 2.5,
+    "lambda": 0.2,
+    "scale": 0.5,
+    "projection_optim": "lion",
+    "subspace": "online_pca",
+    "init": "orthonormal",
+    "side": "right",
+    "projection_weight_decay": 0.05,
+    "projection_dtype": "bfloat16",
+    "moment_dtype": "bfloat16",
+    "seed": 9,
+}
+
+
+def test_every_key_reaches_the_optimizer_from_both_entrances(stock, typed):
+    text = ",".join(f"{key}={value}" for key, value in EVERY.items())
+    by_text = optimizer_of(stock(optim="osd_adamw", optim_args=text))
+    by_field = optimizer_of(typed(**{f"osd_{key}": value for key, value in EVERY.items()}))
+    ours = optimizer_of(typed(**{f"osd_{key}": value for key, value in EVERY.items()}), OSDTrainer)
+    for group, other, third in zip(by_text.param_groups, by_field.param_groups, ours.param_groups, strict=True):
+        settings = {key: value for key, value in group.items() if key != "params"}
+        assert settings == {key: value for key, value in other.items() if key != "params"}
+        assert settings == {key: value for key, value in third.items() if key != "params"}
+    group = by_text.param_groups[0]
+    assert {key: group[SETTINGS[key].option] for key in EVERY} == EVERY
+
+
+@pytest.mark.parametrize(
+    ("optim", "key", "value", "more"),
+    [
+        ("osd_adamw", "projection_lr", 0.02, ""),
+        ("osd_adamw", "update_interval", 7, ",subspace=svd"),
+        ("osd_sgd", "momentum", 0.5, ""),
+    ],
+)
+def test_the_keys_that_exclude_others(optim, key, value, more, stock):
+    optimizer = optimizer_of(stock(optim=optim, optim_args=f"rank=4,{key}={value}{more}", learning_rate=0.01))
+    assert optimizer.param_groups[0][key] == value
+    if key == "projection_lr":
+        assert optimizer.param_groups[0]["alpha"] == pytest.approx(2.0, rel=1e-12)  # 0.02 / 0.01, one division
+
+
+@pytest.mark.parametrize("key", EVERY)
+def test_the_same_option_twice_is_refused(key, typed):
+    with pytest.raises(ValueError, match=f"'{key}' is given twice: in `optim_args` and as `osd_{key}`"):
+        typed(optim_args=f"{key}={EVERY[key]}", **{f"osd_{key}": EVERY[key]})
+
+
+def test_target_modules_twice_are_refused(typed):
+    with pytest.raises(ValueError, match="as `optim_target_modules` and as `osd_target_modules`"):
+        typed(optim_target_modules=["q_proj"], osd_target_modules=["v_proj"])
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "galore_adamw"])
+@pytest.mark.parametrize(
+    "given", [{"osd_rank": 4}, {"osd_target_modules": ["q_proj"]}, {"osd_exclude_modules": ["q_proj"]}]
+)
+def test_our_fields_with_another_optimizer_are_refused(optim, given, typed):
+    name = next(iter(given))
+    with pytest.raises(ValueError, match=f"{name} need an OSD optimizer, but optim is '{optim}'. .*osd_adamw"):
+        typed(optim=optim, **given)
+
+
+def test_our_optim_args_with_an_optimizer_that_ignores_them_are_refused(stock):
+    with pytest.raises(ValueError, match="optim='adamw_torch' ignores optim_args='rank=8'.*osd_adamw"):
+        Trainer(tiny_llama(), stock(optim="adamw_torch", optim_args="rank=8"))
+    # Those of other optimizers are none of our business.
+    args = stock(optim="galore_adamw", optim_args="rank=8,update_proj_gap=3", optim_target_modules=["q_proj"])
+    assert Trainer(tiny_llama(), args).args is args
+
+
+def test_trainers_own_fields_reach_the_groups(stock):
+    args = stock(
+        optim="osd_adamw",
+        optim_args="rank=4",
+        learning_rate=3e-4,
+        weight_decay=0.2,
+        adam_beta1=0.8,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        seed=11,
+        optim_target_modules=["q_proj", "up_proj"],
+    )
+    optimizer = optimizer_of(args)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.2, 0.0]
+    for group in optimizer.param_groups:
+        assert (group["lr"], tuple(group["betas"]), group["eps"], group["seed"]) == (3e-4, (0.8, 0.95), 1e-6, 11)
+    names = optimizer.param_groups[0]["param_names"]
+    assert {name.split(".")[-2] for name in names} == {"q_proj", "up_proj"} and len(names) == 4
+
+
+def test_lion_takes_the_betas_and_refuses_a_changed_epsilon(stock):
+    optimizer = optimizer_of(stock(optim="osd_lion", optim_args="rank=4", adam_beta2=0.98))
+    assert all(tuple(group["betas"]) == (0.9, 0.98) for group in optimizer.param_groups)
+    with pytest.raises(ValueError, match="`adam_epsilon` has no effect with the update rule lion"):
+        Trainer(tiny_llama(), stock(optim="osd_lion", adam_epsilon=1e-6))
+
+
+@pytest.mark.parametrize("optim", ["osd_sgd", "osd_adafactor"])
+@pytest.mark.parametrize("changed", [{"adam_beta1": 0.8}, {"adam_beta2": 0.98}, {"adam_epsilon": 1e-6}])
+def test_adam_fields_without_a_user_are_refused(optim, changed, stock):
+    with pytest.raises(ValueError, match=f"`{next(iter(changed))}` has no effect with the update rule"):
+        Trainer(tiny_llama(), stock(optim=optim, **changed))
+
+
+# Fails where the weights' rule uses fewer of betas, eps and momentum than P's: groups without a rank refuse them.
+@pytest.mark.parametrize("projection", ["adamw", "lion", "sgd", "adafactor"])
+@pytest.mark.parametrize("optim", OPTIM_NAMES)
+def test_every_rule_combines_with_every_rule_of_the_projection(optim, projection, stock):
+    optimizer = optimizer_of(stock(optim=optim, optim_args=f"rank=4,projection_optim={projection}"))
+    assert optimizer.param_groups[0]["projection_rule"] == projection
+    assert {group["weight_rule"] for group in optimizer.param_groups} == {optim.removeprefix("osd_")}
+
+
+# Fails as the test above: the preset's rule for P is adamw.
+@pytest.mark.parametrize("optim", OPTIM_NAMES)
+def test_the_reference_preset_works_with_every_name(optim, stock, typed):
+    by_text = optimizer_of(stock(optim=optim, optim_args="rank=4,preset=reference"))
+    by_field = optimizer_of(typed(optim=optim, osd_rank=4, osd_preset="reference"))
+    for optimizer in (by_text, by_field):
+        group = optimizer.param_groups[0]
+        assert (group["scale"], group["lambda_"], group["projection_rule"]) == (0.25, 0.0, "adamw")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "count"),
+    [
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"], 4),
+        (["q_proj"], ["q_proj"], 2),
+        (["layers.0.mlp.up_proj"], ["layers.0.mlp.up_proj"], 1),
+        ([r".*\.0\..*_proj"], r".*\.0\..*_proj", 7),
+        (["all-linear"], "all-linear", 14),
+        (["all_linear"], ["all_linear"], 14),
+    ],
+)
+def test_target_modules_on_a_command_line(words, expected, count, tmp_path):
+    line = (
+        f"--output_dir {tmp_path} --use_cpu --report_to none --optim osd_adamw --osd_rank 4 --osd_lambda 0.2".split()
+    )
+    (args,) = HfArgumentParser(OSDTrainingArguments).parse_args_into_dataclasses(
+        [*line, "--osd_target_modules", *words]
+    )
+    assert args.osd_target_modules == expected
+    assert (args.osd_rank, args.osd_lambda, args.osd_alpha) == (4, 0.2, None)
+    settings = read_settings(args)
+    assert settings.options["lambda_"] == 0.2 and settings.target_modules == expected
+    optimizer = optimizer_of(args)
+    assert len(optimizer.param_groups[0]["params"]) == count
+
+
+def test_exclude_modules_on_a_command_line(tmp_path):
+    line = f"--output_dir {tmp_path} --use_cpu --report_to none --optim osd_adamw --osd_rank 4".split()
+    (args,) = HfArgumentParser(OSDTrainingArguments).parse_args_into_dataclasses(
+        [*line, "--osd_exclude_modules", "q_proj", "mlp.up_proj"]
+    )
+    assert len(optimizer_of(args).param_groups[0]["params"]) == 14 - 4
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], r".*q_proj", "all-linear", None])
+def test_json_round_trip(modules, typed, tmp_path):
+    args = typed(osd_rank=4, osd_target_modules=modules, osd_exclude_modules=["k_proj"], osd_seed=5, osd_alpha=2.0)
+    path = Path(tmp_path) / "args.json"
+    path.write_text(args.to_json_string())
+    (again,) = HfArgumentParser(OSDTrainingArguments).parse_json_file(str(path))
+    assert again.optim == "osd_adamw" and again.osd_target_modules == modules
+    assert read_settings(again) == read_settings(args)
+
+
+def test_a_json_file_written_by_hand(tmp_path):
+    path = Path(tmp_path) / "args.json"
+    written = {"output_dir": str(tmp_path), "use_cpu": True, "optim": "osd_lion", "osd_rank": 4}
+    path.write_text(json.dumps(written | {"osd_target_modules": [r".*q_proj"]}))
+    (args,) = HfArgumentParser(OSDTrainingArguments).parse_json_file(str(path))
+    assert args.osd_target_modules == ".*q_proj" and args.osd_rank == 4
+    path.write_text(json.dumps(written | {"osd_rnak": 4}))
+    with pytest.raises(ValueError, match="osd_rnak"):
+        HfArgumentParser(OSDTrainingArguments).parse_json_file(str(path))

@@ -1,0 +1,170 @@
+"""Continuing from a checkpoint is bit for bit the uninterrupted run: weights, states and logged losses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+import hf_osd
+from hf_osd.optim import OPTIM_NAMES
+
+
+# 96 x 160 matrices at rank 48: moments and P are large enough to be kept in 8 bits
+CONFIG = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "attention_dropout": 0.1,  # the random state must continue too
+}
+STEPS, SAVED_AT = 6, 3
+SCHEDULES = {
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {},
+    "constant": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 2, "min_lr_ratio": 0.1},
+}
+
+
+class Tokens(Dataset):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(64, (16,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def make_trainer(folder: Path, optim: str, dtype: torch.dtype = torch.float32, **options) -> Trainer:
+    set_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype)
+    defaults = {
+        "learning_rate": 2e-3,
+        "weight_decay": 0.1,
+        "max_steps": STEPS,
+        "save_steps": SAVED_AT,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "optim_args": "rank=48",
+        "warmup_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    args = TrainingArguments(output_dir=str(folder), optim=optim, **(defaults | options))
+    return Trainer(model, args, train_dataset=Tokens())
+
+
+def assert_identical(a: Trainer, b: Trainer) -> None:
+    for (name, p), q in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    left, right = a.optimizer.state_dict()["state"], b.optimizer.state_dict()["state"]
+    assert left.keys() == right.keys()
+    for index, entries in left.items():
+        assert entries.keys() == right[index].keys()
+        for name, value in entries.items():
+            assert value.dtype == right[index][name].dtype and torch.equal(value, right[index][name]), name
+    for x, y in zip(a.state.log_history, b.state.log_history, strict=True):
+        assert {k: v for k, v in x.items() if "train_" not in k} == {k: v for k, v in y.items() if "train_" not in k}
+
+
+def run_twice(folder: Path, optim: str, dtype: torch.dtype = torch.float32, **options) -> tuple[Trainer, Trainer]:
+    whole = make_trainer(folder, optim, dtype, **options)
+    whole.train()
+    resumed = make_trainer(folder, optim, dtype, **options)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED_AT}"))
+    return whole, resumed
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optim", OPTIM_NAMES)
+def test_trainer_resumes_exactly(tmp_path: Path, optim: str, dtype: torch.dtype, accumulation: int):
+    options = {"gradient_accumulation_steps": accumulation, "lr_scheduler_type": "cosine"}
+    assert_identical(*run_twice(tmp_path, optim, dtype, **options))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_resumes_exactly(tmp_path: Path, schedule: str):
+    options = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": SCHEDULES[schedule]}
+    assert_identical(*run_twice(tmp_path, "osd_adamw8bit", **options))
+
+
+@pytest.mark.parametrize("optim_args", ["subspace=svd,update_interval=2", "subspace=static", "preset=reference"])
+def test_other_subspaces_resume_exactly(tmp_path: Path, optim_args: str):
+    assert_identical(*run_twice(tmp_path, "osd_adamw", optim_args=f"rank=48,{optim_args}"))
+
+
+def test_another_rank_is_refused_by_the_trainer(tmp_path: Path):
+    make_trainer(tmp_path, "osd_adamw", max_steps=SAVED_AT).train()
+    other = make_trainer(tmp_path, "osd_adamw", optim_args="rank=24")
+    with pytest.raises(ValueError, match="(?s)saved by another optimizer.*rank 48 left.*rank 24 left"):
+        other.train(resume_from_checkpoint=True)
+    partial = make_trainer(tmp_path, "osd_adamw", optim_args="rank=24,partial_load=true")
+    with pytest.warns(UserWarning, match="7 of 12 parameters differ from the saved state and start anew"):
+        partial.train(resume_from_checkpoint=True)
+
+
+CHILD = """
+import sys, torch
+sys.path[:0] = {path!r}
+from pathlib import Path
+from test_resume import make_trainer
+trainer = make_trainer(Path({folder!r}), "osd_lion8bit", torch.bfloat16)
+trainer.train(resume_from_checkpoint=True)
+torch.save(trainer.model.state_dict(), {out!r})
+"""
+
+
+def test_a_new_process_resumes_exactly(tmp_path: Path):
+    whole = make_trainer(tmp_path / "a", "osd_lion8bit", torch.bfloat16)
+    whole.train()
+    os.rename(tmp_path / "a" / f"checkpoint-{STEPS}", tmp_path / "done")  # so that the newest is the one in the middle
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    code = CHILD.format(path=path, folder=str(tmp_path / "a"), out=str(tmp_path / "weights.pt"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = torch.load(tmp_path / "weights.pt")
+    assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
+
+
+@pytest.mark.parametrize("optim", OPTIM_NAMES)
+def test_accelerate_save_and_load_state(tmp_path: Path, optim: str):
+    def prepare():
+        set_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(torch.bfloat16)
+        optimizer = hf_osd.create_osd_optimizer(model, optim, lr=2e-3, rank=48)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        accelerator = Accelerator(cpu=True)
+        return accelerator, *accelerator.prepare(model, optimizer, schedule)
+
+    def train(accelerator, model, optimizer, schedule, steps: range) -> None:
+        for step in steps:
+            batch = {name: value[None] for name, value in Tokens()[step].items()}
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+    whole = prepare()
+    train(*whole, range(3))
+    whole[0].save_state(str(tmp_path))
+    train(*whole, range(3, 6))
+    resumed = prepare()
+    resumed[0].load_state(str(tmp_path))
+    train(*resumed, range(3, 6))
+    for p, q in zip(whole[1].parameters(), resumed[1].parameters(), strict=True):
+        assert torch.equal(p, q)
