@@ -5,10 +5,18 @@ known to transformers as values of `TrainingArguments(optim=...)`.
 """
 
 from .optim import OSD, create_osd_optimizer
-from .trainer import OSDCallback, OSDTrainer, OSDTrainingArguments, register
+from .trainer import OSDCallback, OSDTrainer, OSDTrainingArguments, last_complete_checkpoint, register
 from .version import __version__
 
 
-__all__ = ["OSD", "OSDCallback", "OSDTrainer", "OSDTrainingArguments", "__version__", "create_osd_optimizer"]
+__all__ = [
+    "OSD",
+    "OSDCallback",
+    "OSDTrainer",
+    "OSDTrainingArguments",
+    "__version__",
+    "create_osd_optimizer",
+    "last_complete_checkpoint",
+]
 
 register()

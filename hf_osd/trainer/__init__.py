@@ -2,8 +2,9 @@
 
 from .arguments import OSDTrainingArguments
 from .callback import OSDCallback
+from .checkpoints import last_complete_checkpoint
 from .registration import register
 from .trainer import OSDTrainer
 
 
-__all__ = ["OSDCallback", "OSDTrainer", "OSDTrainingArguments", "register"]
+__all__ = ["OSDCallback", "OSDTrainer", "OSDTrainingArguments", "last_complete_checkpoint", "register"]

@@ -8,11 +8,14 @@ from transformers.training_args import OptimizerNames
 
 from ..optim import OPTIM_NAMES, OSD, osd_kwargs
 from .callback import OSDCallback
+from .checkpoints import register_last_complete_checkpoint
 from .optim_args import read_settings
 
 
 def register() -> None:
     """Add the names to `OptimizerNames`, their handler to Trainer's table and the callback to every Trainer.
+
+    Trainers also pass over torn checkpoints from then on (`checkpoints.py`).
 
     `import hf_osd` calls it; calling it again changes nothing.
     """
@@ -20,6 +23,7 @@ def register() -> None:
         member = _add_member(name)
         # By member as Trainer looks it up, and by string, which is what arguments hold after unpickling.
         _OPTIMIZER_HANDLERS[member] = _OPTIMIZER_HANDLERS[name] = build_optimizer_kwargs
+    register_last_complete_checkpoint()
     callbacks: list[Any] = transformers_trainer.DEFAULT_CALLBACKS
     if OSDCallback not in callbacks:
         callbacks.append(OSDCallback)

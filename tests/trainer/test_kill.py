@@ -1,0 +1,74 @@
+"""A run that is killed, during saving too, resumes from its last complete checkpoint and ends as if nothing was."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import make_trainer
+
+from hf_osd import last_complete_checkpoint
+
+
+KILLS = 20
+STEPS = 400  # more than twenty lives can do
+
+
+def live(folder: Path, steps: int) -> None:
+    """Train from the last checkpoint on, saving after every step: most of the time goes into saving."""
+    options = {"max_steps": steps, "save_steps": 1, "save_total_limit": 3, "lr_scheduler_type": "constant"}
+    trainer = make_trainer(folder, "osd_adamw8bit", torch.bfloat16, **options)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) is not None)
+    torch.save(trainer.model.state_dict(), folder / "end.pt")
+
+
+def start(folder: Path, steps: int) -> multiprocessing.Process:
+    # Forked from here, where everything is imported: a life then lasts a second, not ten
+    process = multiprocessing.get_context("fork").Process(target=live, args=(folder, steps))
+    process.start()
+    return process
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_twenty_kills_lose_nothing(tmp_path: Path):
+    killed, clock = tmp_path / "killed", random.Random(0)
+    killed.mkdir()
+    reached, torn = [], 0
+    for _ in range(KILLS):
+        process = start(killed, STEPS)
+        time.sleep(clock.uniform(0.5, 2.0))
+        assert process.is_alive(), f"died by itself with {process.exitcode}"
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        newest = max((int(path.name.split("-")[1]) for path in killed.glob("checkpoint-*")), default=0)
+        complete = last_complete_checkpoint(killed)
+        reached.append(int(complete.rsplit("-", 1)[1]) if complete else 0)
+        torn += newest > reached[-1]
+    assert reached == sorted(reached) and reached[-1] > 0
+    assert torn > 0, "no kill hit a save: the test shows nothing"
+    steps = reached[-1] + 3
+    last = start(killed, steps)
+    last.join()
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    start(undisturbed, steps).join()
+    left, right = torch.load(killed / "end.pt"), torch.load(undisturbed / "end.pt")
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+@pytest.mark.parametrize("content", [None, "", '{"global_step": 2', "[]"])
+def test_a_checkpoint_without_its_last_file_is_not_complete(tmp_path: Path, content: str | None):
+    for step in (1, 2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    torn = tmp_path / "checkpoint-10" / "trainer_state.json"
+    torn.unlink() if content is None else torn.write_text(content)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path / "checkpoint-1") is None
