@@ -4,6 +4,7 @@ Importing this package makes `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion
 known to transformers as values of `TrainingArguments(optim=...)`.
 """
 
+from .hub import ProjectionState
 from .optim import OSD, create_osd_optimizer
 from .trainer import OSDCallback, OSDTrainer, OSDTrainingArguments, last_complete_checkpoint, register
 from .version import __version__
@@ -14,6 +15,7 @@ __all__ = [
     "OSDCallback",
     "OSDTrainer",
     "OSDTrainingArguments",
+    "ProjectionState",
     "__version__",
     "create_osd_optimizer",
     "last_complete_checkpoint",

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import run
+from . import run, show
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,5 +14,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run.add_parser(commands)
-    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    show.add_parser(commands)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["run"]:  # all that follows belongs to the script: argparse would take its `--` and `-m`
+        run.run(argv[1:])
+        return
+    arguments = parser.parse_args(argv)
     arguments.function(arguments)

@@ -99,7 +99,8 @@ def create_osd_optimizer(
         target_modules, exclude_modules: What is projected, see [`~optim.targets.select`].
         projection_optim (`str`, *optional*): The rule that P moves by; defaults to the weights' own.
         preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.
-        init (`str` or `Mapping[str, torch.Tensor]`, *optional*, defaults to `"auto"`): See [`OSD`].
+        init (`str`, `ProjectionState` or `Mapping[str, torch.Tensor]`, *optional*, defaults to `"auto"`):
+            P_0, see [`OSD`]; with a [`ProjectionState`], the subspaces that another run has learned.
         partial_load (`bool`, *optional*, defaults to `False`): See [`OSD`].
         options: Any other option of [`OSD`], by name.
 

@@ -145,8 +145,9 @@ def given_projections(
     if isinstance(given, Mapping):
         missing = [name for name in names if name not in given]
         if missing:
-            raise ValueError(f"`init` has no tensor for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")
-        tensors = [given[name] for name in names]
+            raise ValueError(f"`init` has no P for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")
+        # A ProjectionState's entries hold P and what it was learned with
+        tensors = [getattr(given[name], "projection", given[name]) for name in names]
     else:
         tensors = list(given)
         if len(tensors) != len(params):

@@ -58,7 +58,11 @@ class OSDTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "online_pca (the default), svd (periodic, as GaLore) or static."}
     )
     osd_init: str | None = field(
-        default=None, metadata={"help": "First P: auto (the default), svd, randomized_svd or orthonormal."}
+        default=None,
+        metadata={
+            "help": "First P: auto (the default), svd, randomized_svd, orthonormal, or a folder or "
+            "repository on the Hub with the P of another run."
+        },
     )
     osd_side: str | None = field(default=None, metadata={"help": "auto (the default), left or right."})
     osd_projection_lr: float | None = field(

@@ -1,12 +1,14 @@
 """What every Trainer does for our optimizer: check its arguments, say what is projected, log how P fares."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
+from ..hub import ProjectionState
 from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
 from ..optim.plan import ProjectedPlan
 from .optim_args import check_arguments
@@ -22,6 +24,9 @@ class OSDCallback(TrainerCallback):
     `osd/orthogonality` (mean ||PᵀP - I|| / sqrt(r)) and `osd/skipped_steps` (parameter steps skipped for gradients
     that were not finite). They are computed in steps that are logged only, and read in one transfer.
     """
+
+    def __init__(self) -> None:
+        self._saved: dict[Path, int] = {}  # step of the P that was last written into a folder
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,6 +69,27 @@ class OSDCallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
 
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
+    ) -> None:
+        """Put P beside the model into the checkpoint that has just been written."""
+        self._save_projections(_checkpoint(args, state), args, state, optimizer)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
+    ) -> None:
+        """Put P into what is about to be uploaded: a push collects its files after this and before `on_save`."""
+        self._save_projections(_checkpoint(args, state), args, state, optimizer)
+        self._save_projections(_output_dir(args), args, state, optimizer)
+
+    def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, optimizer) -> None:
+        osd = unwrap(optimizer)
+        if osd is None or not args.should_save or not folder.is_dir() or self._saved.get(folder) == state.global_step:
+            return
+        if has_started(osd):
+            ProjectionState.from_optimizer(osd).save_pretrained(folder)
+            self._saved[folder] = state.global_step
+
 
 def unwrap(optimizer: torch.optim.Optimizer | None) -> OSD | None:
     """Our optimizer inside accelerate's wrapper, or `None`."""
@@ -93,6 +119,21 @@ def summary(optimizer: OSD) -> str:
         f"{numel[False] / 1e6:.1f}M parameters at full size; optimizer state "
         f"{predicted_state_bytes(optimizer) / 1e6:.1f} MB, AdamW's {adamw_state_bytes(optimizer) / 1e6:.1f} MB"
     )
+
+
+def has_started(optimizer: OSD) -> bool:
+    """Whether any P has been initialised."""
+    plans = (optimizer.plan_of(p) for group in optimizer.param_groups for p in group["params"])
+    return any(isinstance(plan, ProjectedPlan) and plan.started for plan in plans)
+
+
+def _output_dir(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None  # TrainingArguments has put its default there
+    return Path(args.output_dir)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return _output_dir(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _will_log(args: TrainingArguments, state: TrainerState) -> bool:

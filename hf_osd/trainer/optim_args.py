@@ -1,5 +1,6 @@
 """From training arguments to options, strictly: one reading of `optim_args`, `osd_*` fields and Trainer's own."""
 
+import os
 from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
@@ -110,9 +111,10 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
     options = {SETTINGS[key].option: value for key, value in given.items()} | {"weight_decay": args.weight_decay}
     resolved = resolve(optim_name(args), options, preset, where)
     rank = 1 if resolved["rank"] is None else resolved["rank"]  # the default comes with the model
-    validate(resolved | {"rank": rank}, where)
+    init = "auto" if _is_repository(resolved["init"]) else resolved["init"]
+    validate(resolved | {"rank": rank, "init": init}, where)
     resolved |= _adam_fields(args, resolved)
-    validate(resolved | {"rank": rank}, where)
+    validate(resolved | {"rank": rank, "init": init}, where)
     return OSDSettings(resolved, *_modules(args), partial_load)
 
 
@@ -144,6 +146,11 @@ def _convert(key: str, value: str) -> Any:
         return SETTINGS[key].type(value)
     except (ValueError, KeyError):
         raise ValueError(f"{key!r} in `optim_args` must be {kind}, got {value!r}.") from None
+
+
+def _is_repository(init: str) -> bool:
+    """Whether `init` names a saved P, on the Hub (`user/name`) or in a folder, and not a way to start one."""
+    return "/" in init or os.path.isdir(init)
 
 
 def _fields(args: TrainingArguments) -> dict[str, Any]:

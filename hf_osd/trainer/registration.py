@@ -6,10 +6,10 @@ from transformers import trainer as transformers_trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames
 
-from ..optim import OPTIM_NAMES, OSD, osd_kwargs
+from ..optim import OPTIM_NAMES, OSD
 from .callback import OSDCallback
 from .checkpoints import register_last_complete_checkpoint
-from .optim_args import read_settings
+from .construction import constructor_arguments
 
 
 def register() -> None:
@@ -33,9 +33,7 @@ def build_optimizer_kwargs(context: OptimizerContext) -> tuple[type[OSD], dict[s
     """Trainer's handler: the optimizer's class and everything to construct it with."""
     if context.model is None:
         raise ValueError(f"{context.args.optim} needs the model to choose what it projects.")
-    settings = read_settings(context.args)
-    kwargs = osd_kwargs(context.model, settings.options, settings.target_modules, settings.exclude_modules)
-    return OSD, {"lr": context.args.learning_rate, "partial_load": settings.partial_load, **kwargs}
+    return OSD, constructor_arguments(context.args, context.model)
 
 
 def _add_member(name: str) -> OptimizerNames:

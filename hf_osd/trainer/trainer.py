@@ -3,8 +3,9 @@
 import torch
 from transformers import Trainer
 
-from ..optim import OPTIM_NAMES, OSD, osd_kwargs
-from .optim_args import optim_name, read_settings, uses_osd
+from ..optim import OPTIM_NAMES, OSD
+from .construction import constructor_arguments
+from .optim_args import optim_name, uses_osd
 
 
 class OSDTrainer(Trainer):
@@ -24,13 +25,6 @@ class OSDTrainer(Trainer):
                 )
             module = self.model if model is None else model
             assert module is not None
-            settings = read_settings(self.args)
-            kwargs = osd_kwargs(
-                module,
-                settings.options,
-                settings.target_modules,
-                settings.exclude_modules,
-                self.get_decay_parameter_names(module),
-            )
-            self.optimizer = OSD(lr=self.args.learning_rate, partial_load=settings.partial_load, **kwargs)
+            decay_names = self.get_decay_parameter_names(module)
+            self.optimizer = OSD(**constructor_arguments(self.args, module, decay_names))
         return self.optimizer

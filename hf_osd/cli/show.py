@@ -1,0 +1,253 @@
+"""`hf-osd show`: what a P that was saved or shared looks like, and how large one would be."""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ..hub import ProjectionFileError, ProjectionState, projection_bytes
+from ..hub.analysis import ModelWeights, orthogonality, share_of_change
+from ..hub.locate import Source
+from ..subspace import OPERATORS
+
+
+DESCRIPTION = """Show the projections P in a folder or in a repository on the Hub, or estimate their size.
+
+  hf-osd show out/checkpoint-1000
+  hf-osd show user/name --revision v1 --json
+  hf-osd show out --base user/base-model --plot shares.png
+  hf-osd show --estimate config.json --rank 128 512 1024
+
+orthogonality: ||P'P - I|| / sqrt(r), 0 for orthonormal columns. share: how much of the weight's change since --base
+lies in P's subspace, ||QQ' dW||^2 / ||dW||^2 with Q a basis of it; random: what a random subspace would hold, r / s.
+"""
+SETTINGS = ("optim", "weight_rule", "projection_rule", "subspace", "alpha", "lambda", "scale", "weight_decay", "step")
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser(
+        "show", help=DESCRIPTION.split("\n")[0], description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("source", nargs="?", metavar="PATH_OR_ID", help="folder or repository with osd_config.json")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument("--base", metavar="MODEL", help="folder or repository of the model before training")
+    parser.add_argument("--model", metavar="MODEL", help="the model after training; default: PATH_OR_ID itself")
+    parser.add_argument("--estimate", metavar="CONFIG", help="config.json or repository of a model")
+    parser.add_argument(
+        "--rank", nargs="+", type=int, metavar="R", help="ranks for --estimate (default: 128 512 1024)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument("--plot", metavar="FILE", help="draw the values per layer into a picture")
+    parser.set_defaults(function=show)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print what was asked for; exit with one sentence where that cannot be."""
+    try:
+        _refuse_combinations(arguments)
+        report = estimate(arguments) if arguments.estimate else inspect(arguments)
+        if arguments.plot:
+            plot(report["parameters"], arguments.plot)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"hf-osd show: {error}") from error
+    if arguments.json:
+        print(json.dumps(report, indent=2, allow_nan=False))
+    else:
+        print(estimate_text(report) if arguments.estimate else inspect_text(report))
+
+
+def _refuse_combinations(arguments: argparse.Namespace) -> None:
+    if (arguments.source is None) == (arguments.estimate is None):
+        raise ValueError("give either PATH_OR_ID or --estimate CONFIG.")
+    if arguments.estimate:
+        stray = [f"--{name}" for name in ("base", "model", "plot") if getattr(arguments, name)]
+        if stray:
+            raise ValueError(f"{', '.join(stray)} cannot be used with --estimate.")
+    elif arguments.rank:
+        raise ValueError("--rank is for --estimate: a saved P has its own rank.")
+    elif arguments.model and not arguments.base:
+        raise ValueError("--model needs --base, the model before training.")
+
+
+def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is known of a saved P, as JSON values."""
+    state = ProjectionState.from_pretrained(arguments.source, revision=arguments.revision)
+    models = _models(arguments) if arguments.base else None
+    rows = []
+    for name, entry in state.items():
+        row: dict[str, Any] = {
+            "name": name,
+            "shape": list(entry.shape),
+            "rank": entry.rank,
+            "side": entry.side,
+            "dtype": str(entry.projection.dtype).removeprefix("torch."),
+            "orthogonality": orthogonality(entry.projection),
+        }
+        if models:
+            before, after = (model.get(name, entry.shape) for model in models)
+            row["share"] = None
+            if before is not None and after is not None:
+                row["share"] = share_of_change(entry, after.float() - before.float())
+            row["random_share"] = entry.rank / OPERATORS[entry.side].projected_size(*entry.shape)
+        rows.append(row)
+    config = state.config
+    return {
+        "source": arguments.source,
+        "config": {key: config.get(key) for key in SETTINGS},
+        "bytes": sum(entry.projection.numel() * entry.projection.element_size() for entry in state.values()),
+        "moments": any(entry.moments for entry in state.values()),
+        "parameters": rows,
+    }
+
+
+def _models(arguments: argparse.Namespace) -> tuple[ModelWeights, ModelWeights]:
+    base = ModelWeights(Source(arguments.base))
+    if arguments.model:
+        return base, ModelWeights(Source(arguments.model))
+    try:
+        return base, ModelWeights(Source(arguments.source, arguments.revision))
+    except ProjectionFileError as error:
+        raise ValueError(f"{error} Give the trained model as --model.") from error
+
+
+def inspect_text(report: dict[str, Any]) -> str:
+    """The report as a table with a line on the settings above and the means below."""
+    rows, with_share = report["parameters"], "share" in report["parameters"][0]
+    header = ["parameter", "shape", "rank", "side", "orthogonality", *(["share", "random"] if with_share else [])]
+    lines = [
+        [
+            row["name"],
+            f"{row['shape'][0]} x {row['shape'][1]}",
+            str(row["rank"]),
+            row["side"],
+            f"{row['orthogonality']:.2e}",
+            *([_percent(row["share"]), _percent(row["random_share"])] if with_share else []),
+        ]
+        for row in rows
+    ]
+    settings = ", ".join(f"{key} {value}" for key, value in report["config"].items() if value is not None)
+    dtypes = ", ".join(sorted({row["dtype"] for row in rows}))
+    text = [
+        f"{report['source']}: {len(rows)} projections, {_size(report['bytes'])} in {dtypes}"
+        + (", with moments" if report["moments"] else ""),
+        *([settings] if settings else []),
+        "",
+        table(header, lines, left=("parameter", "side")),
+        "",
+        f"orthogonality: mean {statistics.fmean(row['orthogonality'] for row in rows):.2e}, "
+        f"largest {max(row['orthogonality'] for row in rows):.2e}",
+    ]
+    if with_share:
+        shares = [row["share"] for row in rows if row["share"] is not None]
+        mean = _percent(statistics.fmean(shares)) if shares else "-"
+        without = f"; {len(rows) - len(shares)} without (unchanged, or not found)" if len(shares) < len(rows) else ""
+        text.append(f"share of the change in P's subspace: mean {mean} of {len(shares)} weights{without}")
+    return "\n".join(text)
+
+
+def estimate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Bytes of P for each rank, from a model's config alone; nothing of the model is allocated."""
+    shapes = model_shapes(arguments.estimate, arguments.revision)
+    rows = []
+    for rank in arguments.rank or [128, 512, 1024]:
+        sizes = {dtype: projection_bytes(shapes, rank, projection_dtype=dtype) for dtype in ("float32", "bfloat16")}
+        rows.append(
+            {
+                "rank": rank,
+                **{f"{dtype}_bytes": size for dtype, size in sizes.items()},
+                "with_moments_bytes": projection_bytes(shapes, rank, include_moments=True),
+                "with_8bit_moments_bytes": projection_bytes(
+                    shapes, rank, include_moments=True, weight_rule="adamw8bit"
+                ),
+                "clipped": sum(rank > min(shape) for shape in shapes),
+            }
+        )
+    numel = sum(m * n for m, n in shapes)
+    return {"config": arguments.estimate, "matrices": len(shapes), "numel": numel, "ranks": rows}
+
+
+def model_shapes(config: str, revision: str | None = None) -> list[tuple[int, int]]:
+    """(m, n) of each matrix that `all-linear` projects in the model of a config file or repository."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from ..optim.targets import select
+
+    loaded = AutoConfig.from_pretrained(config, **({"revision": revision} if revision else {}))
+    with torch.device("meta"):
+        causal = type(loaded) in AutoModelForCausalLM._model_mapping
+        model = (AutoModelForCausalLM if causal else AutoModel).from_config(loaded)
+    return [(p.shape[0], p.shape[1]) for p in select(model).projected.values()]
+
+
+def estimate_text(report: dict[str, Any]) -> str:
+    """The estimate as a table."""
+    header = ["rank", "P float32", "P bfloat16", "P + osd_adamw", "P + osd_adamw8bit"]
+    keys = ("float32_bytes", "bfloat16_bytes", "with_moments_bytes", "with_8bit_moments_bytes")
+    lines = [[str(row["rank"]), *(_size(row[key]) for key in keys)] for row in report["ranks"]]
+    text = [
+        f"{report['config']}: {report['matrices']} matrices to project, {report['numel'] / 1e6:,.1f}M parameters",
+        "",
+        table(header, lines),
+        "",
+        "P + optim: with all moments of the projected matrices (include_moments=True), P in float32",
+    ]
+    for row in report["ranks"]:
+        if row["clipped"]:
+            text.append(f"rank {row['rank']} is larger than {row['clipped']} of the matrices, and clipped there")
+    return "\n".join(text)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """Draw orthogonality, and shares where there are any, over the layers; one line for each kind of weight."""
+    from matplotlib.figure import Figure
+
+    values = ["orthogonality", *(["share"] if "share" in rows[0] else [])]
+    figure = Figure(figsize=(9, 1 + 3 * len(values)), layout="constrained")
+    for axes, value in zip(figure.subplots(len(values), 1, squeeze=False, sharex=True)[:, 0], values, strict=True):
+        for kind, points in _by_kind(rows).items():
+            drawn = [(layer, row[value]) for layer, row in points if row[value] is not None]
+            if drawn:
+                axes.plot(*zip(*drawn, strict=True), marker="o", markersize=4, label=kind)
+        axes.set_ylim(bottom=0, top=1.02 if value == "share" else None)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    labels = {"orthogonality": "||PᵀP − I|| / √r", "share": "share of the change in P's subspace"}
+    for axes, value in zip(figure.axes, values, strict=True):
+        axes.set_ylabel(labels[value])
+    figure.axes[-1].set_xlabel("layer")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for row in rows:
+        match = re.search(r"\.(\d+)\.", row["name"])
+        kind = re.sub(r"\d+", "*", row["name"][match.end() :]) if match else row["name"]
+        kinds.setdefault(kind.removesuffix(".weight"), []).append((int(match.group(1)) if match else 0, row))
+    return kinds
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
+    """Columns two spaces apart; those named in `left` aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if name in left else cell.rjust(width)
+            for name, cell, width in zip(header, line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"

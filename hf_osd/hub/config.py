@@ -1,0 +1,158 @@
+"""`osd_config.json`: what stands in it, made from an optimizer and checked when it is read.
+
+Top level: `format_version`, the versions of hf_osd, torch and transformers, `optim`, `step`, and the options of the
+projected groups (`null` where groups differ, or where the subspace does not use an option). `parameters`: for each
+name `side`, `rank`, `shape` (m, n) and the names of its `moments`. `files`: `size` and `sha256` of each data file.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..optim import OPTIM_NAMES, options
+from ..subspace import LEARNING_OPTIONS, OPERATORS, RULE_OPTIONS, subspace_options
+from ..version import __version__
+from .checks import MAX_DIMENSION, ProjectionFileError, is_count, is_shape, name_fault
+
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "osd_config.json"
+DATA_NAME = "osd_projection.safetensors"
+INDEX_NAME = DATA_NAME + ".index.json"
+SHARD_PATTERN = re.compile(r"osd_projection-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
+
+# Options of a group that tell what P was learned with -> what they may be in JSON, apart from null.
+OPTION_TYPES: dict[str, type] = {
+    "optim": str,
+    "weight_rule": str,
+    "projection_rule": str,
+    "subspace": str,
+    "side": str,
+    "rank": int,
+    "step": int,
+    "seed": int,
+    "update_interval": int,
+    "alpha": float,
+    "lambda": float,
+    "scale": float,
+    "weight_decay": float,
+    "projection_weight_decay": float,
+    "eps": float,
+    "momentum": float,
+}
+
+
+def options_config(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options that all projected groups share; those in which they differ become `None`."""
+    every = [_group_options(group) for group in groups]
+    return {name: value if all(other[name] == value for other in every) else None for name, value in every[0].items()}
+
+
+def _group_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    unused = (LEARNING_OPTIONS | RULE_OPTIONS) - subspace_options(group["subspace"])
+    values = {name: None if name in unused else group[name] for name in ("alpha", "lambda_", "update_interval")}
+    learns = "projection_rule" not in unused
+    return {
+        "optim": next((name for name, rule in OPTIM_NAMES.items() if rule == group["weight_rule"]), None),
+        "weight_rule": group["weight_rule"],
+        "projection_rule": options.projection_rule(group),
+        "subspace": group["subspace"],
+        "side": group["side"],
+        "rank": group["rank"],
+        "alpha": values["alpha"],
+        "lambda": values["lambda_"],
+        "update_interval": values["update_interval"],
+        "scale": group["scale"],
+        "weight_decay": group["weight_decay"],
+        "projection_weight_decay": options.projection_weight_decay(group) if learns else None,
+        "betas": list(group["betas"]) if group["betas"] is not None else None,
+        "eps": group["eps"],
+        "momentum": group["momentum"],
+        "seed": group["seed"],
+    }
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Raise `ProjectionFileError` for what is missing, of the wrong type, or impossible, but for `files`."""
+    version = config.get("format_version")
+    if is_count(version, FORMAT_VERSION + 1):
+        raise ProjectionFileError(f"{where} has format_version {version}, newer than {FORMAT_VERSION}: update hf_osd.")
+    if not is_count(version, 1):
+        raise ProjectionFileError(f"{where} has format_version {version!r}, expected {FORMAT_VERSION}.")
+    for name, kind in OPTION_TYPES.items():
+        value = config.get(name)
+        if value is not None and not _has_type(value, kind):
+            raise ProjectionFileError(f"{name!r} in {where} must be of type {kind.__name__} or null, got {value!r}.")
+    betas = config.get("betas")
+    if betas is not None and not (isinstance(betas, list) and all(_has_type(beta, float) for beta in betas)):
+        raise ProjectionFileError(f"'betas' in {where} must be a list of numbers or null, got {betas!r}.")
+    parameters = config.get("parameters")
+    if not isinstance(parameters, dict) or not parameters:
+        raise ProjectionFileError(f"{where} has no 'parameters', an object with an entry for each P.")
+    for name, entry in parameters.items():
+        _check_parameter(name, entry, where)
+
+
+def versions() -> dict[str, str]:
+    """What a config was made with."""
+    import torch
+    import transformers
+
+    return {
+        "hf_osd_version": __version__,
+        "torch_version": str(torch.__version__),
+        "transformers_version": transformers.__version__,
+    }
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    if kind is str:
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+
+
+def _check_parameter(name: str, entry: Any, where: str) -> None:
+    fault = name_fault(name)
+    if fault:
+        raise ProjectionFileError(f"the parameter name {name[:100]!r} in {where} {fault}.")
+    if not isinstance(entry, dict):
+        raise ProjectionFileError(f"the entry of {name} in {where} is not an object.")
+    values: list[Any] = [entry.get(key) for key in ("side", "rank", "shape", "moments")]
+    side, rank, shape, moments = values
+    if not isinstance(side, str) or side not in OPERATORS:
+        raise ProjectionFileError(f"{name} in {where} has the side {side!r}, expected {' or '.join(OPERATORS)}.")
+    if not is_shape(shape) or len(shape) != 2:
+        raise ProjectionFileError(f"{name} in {where} has the shape {shape!r}, expected [m, n].")
+    if not is_count(rank, 1, MAX_DIMENSION):
+        raise ProjectionFileError(f"{name} in {where} has the rank {rank!r}, expected a positive integer.")
+    if rank > min(shape):
+        raise ProjectionFileError(f"{name} in {where} has the rank {rank}, larger than its matrix {tuple(shape)}.")
+    if moments is not None:
+        fine = isinstance(moments, list) and all(
+            isinstance(moment, str) and moment.isidentifier() for moment in moments
+        )
+        if not fine or len(set(moments)) != len(moments):
+            raise ProjectionFileError(f"the moments of {name} in {where} must be a list of different names.")
+
+
+def check_files(files: Any, where: str) -> None:
+    """Raise `ProjectionFileError` unless `files` describes one complete set, of names that cannot lead elsewhere."""
+    if not isinstance(files, dict) or not files:
+        raise ProjectionFileError(f"{where} has no 'files', an object with the size and sha256 of each data file.")
+    for name, entry in files.items():
+        if name not in (DATA_NAME, INDEX_NAME) and not SHARD_PATTERN.fullmatch(name):
+            raise ProjectionFileError(f"{where} lists the file {name[:100]!r}, which is no name of a data file.")
+        fine = isinstance(entry, dict) and is_count(entry.get("size"), 0, 2**62)
+        digest = entry.get("sha256") if fine else None
+        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise ProjectionFileError(f"{where} does not give the size and sha256 of {name}.")
+    if files.keys() == {DATA_NAME}:
+        return
+    shards = sorted(set(files) - {INDEX_NAME})
+    count = len(shards)
+    complete = [f"osd_projection-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if INDEX_NAME not in files or not shards or shards != complete:
+        raise ProjectionFileError(f"{where} lists an incomplete set of files: {', '.join(sorted(files))[:500]}.")

@@ -1,0 +1,74 @@
+"""`Projection`: P of one weight, with what is needed to use it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..optim.plan import ProjectedPlan
+from ..subspace import OPERATORS
+from .checks import numel
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)  # how an optimizer keeps P
+MOMENT_DTYPES = (*DTYPES, torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """P of one weight W (m, n). Letters as in `subspace.operators`.
+
+    Attributes:
+        projection (`torch.Tensor`): P: (m, r) on the left side, (n, r) on the right.
+        side (`str`): `"left"` or `"right"`.
+        rank (`int`): r.
+        shape (`tuple[int, int]`): (m, n).
+        moments (`dict[str, torch.Tensor]`, *optional*):
+            The other entries of the weight's optimizer state, by their names there and in their format (8-bit moments
+            as codes), or nothing.
+    """
+
+    projection: Tensor
+    side: str
+    rank: int
+    shape: tuple[int, int]
+    moments: dict[str, Tensor] = field(default_factory=dict)
+
+
+def copy_projection(state: Mapping[str, Tensor], plan: ProjectedPlan, include_moments: bool) -> Projection:
+    """What the optimizer holds for one weight, copied to the CPU."""
+    kept = state if include_moments else {"projection": state["projection"]}
+    values = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
+    return Projection(values.pop("projection"), plan.side, plan.rank, plan.size, values)
+
+
+def projection_shape(side: str, shape: tuple[int, int], rank: int) -> tuple[int, int]:
+    """Shape of P."""
+    return (OPERATORS[side].projected_size(*shape), rank)
+
+
+def is_moment_shape(got: tuple[int, ...], side: str, shape: tuple[int, int], rank: int) -> bool:
+    """Whether a state entry can have this shape: a counter, a moment of R or of P, or a vector that belongs to one.
+
+    Vectors are 8-bit scales and Adafactor's means. Which rule has which entries is left to the optimizer, so that a
+    file stays readable when rules change.
+    """
+    own, low_rank = projection_shape(side, shape, rank), OPERATORS[side].low_rank_shape(*shape, rank)
+    return got in ((), own, low_rank) or (len(got) == 1 and got[0] <= max(numel(own), numel(low_rank)))
+
+
+def check_values(name: str, entry: Projection) -> None:
+    """Raise `ValueError` unless shapes are those that side, rank and (m, n) ask for, and all values are finite."""
+    shape = projection_shape(entry.side, entry.shape, entry.rank)
+    if tuple(entry.projection.shape) != shape:
+        raise ValueError(f"P of {name} must have the shape {shape}, got {tuple(entry.projection.shape)}.")
+    if entry.projection.dtype not in DTYPES:
+        raise ValueError(f"P of {name} must be one of {', '.join(map(str, DTYPES))}, got {entry.projection.dtype}.")
+    for kind, value in entry.moments.items():
+        fits = is_moment_shape(tuple(value.shape), entry.side, entry.shape, entry.rank)
+        if not fits or value.dtype not in MOMENT_DTYPES:
+            raise ValueError(f"{kind} of {name} cannot be {value.dtype} of shape {tuple(value.shape)}.")
+    for kind, value in (("P", entry.projection), *entry.moments.items()):
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{kind} of {name} has values that are not finite.")

@@ -1,0 +1,72 @@
+"""How large the files will be, from shapes alone."""
+
+from collections.abc import Iterable
+
+import torch
+
+from ..optim import options
+from ..optim.plan import ProjectedPlan, rules_of
+from ..optim.state import state_spec
+from ..subspace import choose_side, effective_rank
+
+
+def projection_bytes(
+    shapes: Iterable[tuple[int, int]],
+    rank: int,
+    include_moments: bool = False,
+    *,
+    side: str = "auto",
+    projection_dtype: str = "float32",
+    weight_rule: str = "adamw",
+    projection_rule: str | None = None,
+    subspace: str = "online_pca",
+) -> int:
+    """Bytes of P for weights of these shapes, as they will be saved; headers, some 100 bytes a tensor, not counted.
+
+    Args:
+        shapes (`Iterable[tuple[int, int]]`): (m, n) of each projected weight.
+        rank (`int`): r; clipped to min(m, n) for each.
+        include_moments (`bool`, *optional*, defaults to `False`): Add all other state of the projected weights.
+        side (`str`, *optional*, defaults to `"auto"`): As in [`OSD`].
+        projection_dtype (`str`, *optional*, defaults to `"float32"`): `float32` or `bfloat16`.
+        weight_rule, projection_rule, subspace: As in [`OSD`]; they matter with `include_moments` only.
+
+    Raises:
+        ValueError: For an option that [`OSD`] would refuse, and for shapes that are no matrices.
+
+    Example:
+    ```python
+    >>> from hf_osd.hub import projection_bytes
+
+    >>> projection_bytes([(4096, 11008)], rank=128)  # 4096 * 128 * 4
+    2097152
+
+    ```
+    """
+    group = options.DEFAULTS | {
+        "rank": rank,
+        "side": side,
+        "projection_dtype": projection_dtype,
+        "weight_rule": weight_rule,
+        "projection_rule": projection_rule,
+        "subspace": subspace,
+    }
+    options.validate(group, "projection_bytes")
+    rules, total = rules_of(group), 0
+    for shape in shapes:
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"`shapes` must hold pairs (m, n) of positive sizes, got {tuple(shape)}.")
+        m, n = shape
+        plan = ProjectedPlan(
+            name="",
+            shape=(m, n),
+            compute_dtype=torch.float32,
+            side=choose_side(m, n, side),
+            rank=effective_rank(rank, m, n),
+            projection_dtype=getattr(torch, projection_dtype),
+            seed=0,
+        )
+        spec = state_spec(plan, rules)
+        entries = spec.values() if include_moments else [spec["projection"]]
+        total += sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)
+    return total

@@ -1,0 +1,156 @@
+"""`hf-osd show`: tables that can be read, JSON that can be parsed, and the same numbers in both."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_osd import create_osd_optimizer
+from hf_osd.cli.main import main
+from hf_osd.cli.show import plot, table
+from hf_osd.hub import ProjectionState
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model before and after three steps, the latter with its P beside it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models")
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=32,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "base")
+    # With a P that does not move and no decay, all of the change lies in its subspace.
+    optimizer = create_osd_optimizer(model, "osd_adamw", rank=4, subspace="static")
+    for _ in range(3):
+        ids = torch.randint(0, 32, (2, 8))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "tuned", max_shard_size="5KB")
+    ProjectionState.from_optimizer(optimizer).save_pretrained(folder / "tuned")
+    ProjectionState.from_optimizer(optimizer).save_pretrained(folder / "only_p")
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+def show(capsys, *words: str) -> str:
+    main(["show", *words])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["show", *words])
+    assert not capsys.readouterr().out
+    message = str(caught.value)
+    assert message.startswith("hf-osd show: ") and "\n" not in message
+    return message
+
+
+def test_the_table_of_a_saved_p(folders, capsys):
+    lines = show(capsys, folders["only_p"]).splitlines()
+    assert lines[0] == f"{folders['only_p']}: 14 projections, 0.00 MB in float32"
+    assert "optim osd_adamw" in lines[1] and "subspace static" in lines[1] and "step 3" in lines[1]
+    assert lines[3].split() == ["parameter", "shape", "rank", "side", "orthogonality"]
+    row = next(line for line in lines if "layers.1.self_attn.k_proj" in line)
+    assert row.split()[:6] == ["model.layers.1.self_attn.k_proj.weight", "8", "x", "16", "4", "left"]
+    rows = lines[3:19]
+    assert len({len(line) for line in rows}) == 1 and "orthogonality: mean" in lines[-1]
+
+
+def test_the_share_of_the_change(folders, capsys):
+    words = (folders["tuned"], "--base", folders["base"])
+    report = json.loads(show(capsys, *words, "--json"))
+    assert report["bytes"] == sum(4 * min(row["shape"]) * row["rank"] for row in report["parameters"])
+    for row in report["parameters"]:
+        assert row["share"] == pytest.approx(1, abs=1e-4)  # changes of 1e-3 beside weights of 1, in float32
+        assert row["random_share"] == 4 / min(row["shape"]) and row["orthogonality"] < 1e-5
+    lines = show(capsys, *words).splitlines()
+    assert lines[3].split()[-2:] == ["share", "random"] and lines[5].split()[-2:] == ["100.0%", "25.0%"]
+    assert lines[-1] == "share of the change in P's subspace: mean 100.0% of 14 weights"
+    # the same with the model named, from a folder that holds P only
+    other = json.loads(show(capsys, folders["only_p"], *words[1:], "--model", folders["tuned"], "--json"))
+    assert other["parameters"] == report["parameters"]
+
+
+def test_weights_that_did_not_change_have_no_share(folders, capsys):
+    words = (folders["only_p"], "--base", folders["base"], "--model", folders["base"])
+    assert show(capsys, *words).endswith("mean - of 0 weights; 14 without (unchanged, or not found)\n")
+    assert {row["share"] for row in json.loads(show(capsys, *words, "--json"))["parameters"]} == {None}
+
+
+def test_a_base_saved_without_its_head_is_found(folders, capsys, tmp_path):
+    LlamaForCausalLM.from_pretrained(folders["base"]).model.save_pretrained(tmp_path)
+    report = json.loads(show(capsys, folders["tuned"], "--base", str(tmp_path), "--json"))
+    assert all(row["share"] == pytest.approx(1, abs=1e-4) for row in report["parameters"])
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_the_plot(folders, capsys, tmp_path, with_base):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "out.png"
+    output = show(capsys, folders["tuned"], "--plot", str(path), *(["--base", folders["base"]] if with_base else []))
+    assert "14 projections" in output and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_without_layers_can_be_plotted(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"name": name, "orthogonality": 0.1} for name in ("head.weight", "h.0.experts.3.w", "h.1.experts.12.w")]
+    plot(rows, str(tmp_path / "out.png"))
+
+
+def test_long_names_keep_the_columns_apart():
+    text = table(["name", "n"], [["a" * 90, "1"], ["b", "1000"]], left=("name",))
+    assert text.splitlines() == [
+        "name" + " " * 91 + "n",
+        "-" * 90 + "  ----",
+        "a" * 90 + "     1",
+        "b" + " " * 91 + "1000",
+    ]
+
+
+def test_the_estimate(capsys, tmp_path):
+    LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32).save_pretrained(tmp_path)
+    report = json.loads(show(capsys, "--estimate", str(tmp_path), "--rank", "128", "8192", "--json"))
+    small, large = report["ranks"]
+    assert report["matrices"] == 32 * 7 and small["float32_bytes"] == 32 * 7 * 4096 * 128 * 4
+    assert small["bfloat16_bytes"] * 2 == small["float32_bytes"]
+    assert (small["clipped"], large["clipped"]) == (0, 224)
+    assert large["float32_bytes"] == 32 * 7 * 4096 * 4096 * 4
+    text = show(capsys, "--estimate", str(tmp_path / "config.json"), "--rank", "128", "8192")
+    assert "224 matrices to project, 6,476.0M parameters" in text
+    assert " 128  469.76 MB" in text and "rank 8192 is larger than 224 of the matrices" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give either PATH_OR_ID or --estimate CONFIG"),
+        (("x", "--estimate", "y"), "give either PATH_OR_ID or --estimate CONFIG"),
+        (("--estimate", "y", "--base", "z", "--plot", "p.png"), "--base, --plot cannot be used with --estimate"),
+        (("x", "--rank", "4"), "--rank is for --estimate"),
+        (("x", "--model", "y"), "--model needs --base"),
+        (("no/such/folder",), "'no/such/folder' is neither a folder nor the id of a repository"),
+        (("{base}",), "osd_config.json is missing in {base}"),
+        (
+            ("{only_p}", "--base", "{base}"),
+            "{only_p} holds no model: it has no model.safetensors, nor an index. Give the trained",
+        ),
+        (("{tuned}", "--base", "{only_p}"), "{only_p} holds no model: it has no model.safetensors"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(words, message, folders, capsys):
+    assert message.format(**folders) in refused(capsys, *(word.format(**folders) for word in words))
+
+
+def test_a_damaged_file_is_said_in_one_sentence(folders, capsys, tmp_path):
+    ProjectionState.from_pretrained(folders["only_p"]).save_pretrained(tmp_path)
+    (tmp_path / "osd_projection.safetensors").write_bytes(b"damaged")
+    assert "has 7 bytes, osd_config.json says" in refused(capsys, str(tmp_path), "--json")
