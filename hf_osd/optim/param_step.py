@@ -34,7 +34,7 @@ def step_full(
     _count(state, "step", check)
     for piece in _pieces(p, grad, rule):
         W, G = (p, grad) if piece is None else (p.view(-1)[piece], grad.view(-1)[piece])
-        G = torch.where(check.skip, 0.0, G).to(plan.compute_dtype)
+        G = G.to(plan.compute_dtype)
         D = _direction(rule, rules.weight_storage, state, "", G, plan.update_shape, "step", check, piece)
         if group["weight_decay"]:
             W.mul_(1 - lr * group["weight_decay"] * check.keep)
@@ -108,7 +108,7 @@ def step_projected(
     P_G = P.to(G.dtype)
     _count(state, "step", check)
     # R = down(G, P);  D = weight_rule(R)
-    R = op.down(G, P_G).to(plan.compute_dtype).masked_fill_(check.skip, 0.0)
+    R = op.down(G, P_G).to(plan.compute_dtype)
     D = _direction(rules.weight, rules.weight_storage, state, "", R, plan.update_shape, "step", check)
     # W <- (1 - lr weight_decay) W - lr scale up(D, P)
     if group["weight_decay"]:
@@ -119,7 +119,6 @@ def step_projected(
     def descend(gP: Tensor) -> None:
         # P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)
         assert rules.projection is not None
-        gP.masked_fill_(check.skip, 0.0)
         _count(state, "projection_step", check)
         D_P = _direction(
             rules.projection,

@@ -37,7 +37,8 @@ def pca_loss(
     # loss = 1 - 2 tr K + tr(C K) + lambda || C - I ||²
     loss = 1 - 2 * K.trace() + (C * K).sum()
     if lambda_:
-        loss = loss + lambda_ * _minus_identity(C).square().sum()
+        C.diagonal().sub_(1)
+        loss = loss + lambda_ * C.square().sum()
     return loss
 
 
@@ -51,23 +52,17 @@ def pca_gradient(
 ) -> Tensor:
     """Gradient of Eq. 6 at P, (s, r), without autograd and without anything of size (m, n), (m, m) or (n, n)."""
     C = P.mT @ P
-    K = op.gram(R) * inv_norm2
-    A = op.correlate(G, R.to(G.dtype)).to(P.dtype)  # without s, which goes into the (r, r) factor instead
+    A = op.correlate(G, R.to(G.dtype)).to(P.dtype)  # without s, which goes into the (r, r) factors instead
+    K = P.mT @ A  # = R Rᵀ, and cheaper: A is (s, r), R is as long as the other side
     # grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
-    #      = A (2 C - 4 I) + P (2 K + 4 lambda (C - I))
-    on_A = _minus_identity(C).mul_(2)
-    on_A.diagonal().sub_(2)
-    on_A.mul_(inv_norm2)
-    on_P = K.mul_(2)
+    #      = A (2 s C - 4 s I) + P (2 s K + 4 lambda C - 4 lambda I)        with A and K without s
+    two_s = 2 * inv_norm2
+    on_A = C * two_s
+    on_A.diagonal().sub_(2 * two_s)
+    on_P = K.mul_(two_s)
     if lambda_:
-        on_P.add_(_minus_identity(C), alpha=4 * lambda_)
+        on_P.add_(C, alpha=4 * lambda_).diagonal().sub_(4 * lambda_)
     return torch.addmm(P @ on_P, A, on_A)
-
-
-def _minus_identity(C: Tensor) -> Tensor:
-    out = C.clone()
-    out.diagonal().sub_(1)
-    return out
 
 
 @dataclass(frozen=True)

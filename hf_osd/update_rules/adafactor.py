@@ -39,6 +39,7 @@ class Adafactor:
 
     def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
         """G over the root of the factored second moment, its root mean square clipped."""
+        G = G.masked_fill(check.skip, 0.0)
         # 1 - beta2 = t^decay_rate; t is 0 only when the first gradient ever is skipped, and then nothing is kept
         new = step.clamp(min=1.0).to(G.dtype).pow(self.decay_rate) * check.keep
         if G.ndim < 2:

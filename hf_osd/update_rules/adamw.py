@@ -28,7 +28,7 @@ class AdamW:
         return (Moment("exp_avg", shape, signed=True), Moment("exp_avg_sq", shape, signed=False))
 
     def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
-        """One pass of torch's fused kernel over a zero tensor, which honours `found_inf` on the device."""
+        """One pass of torch's fused kernel over a zero tensor, which `found_inf` stops on the device."""
         G = G.contiguous()  # the kernel walks memory, and the moments are contiguous
         D = torch.zeros_like(G)
         # m <- beta1 m + (1 - beta1) G

@@ -29,6 +29,7 @@ class Lion:
     def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
         """Entries are -1, 0 and 1."""
         m, keep = moments["exp_avg"], check.keep
+        G = G.masked_fill(check.skip, 0.0)
         # D  = sign(beta1 m + (1 - beta1) G)
         D = torch.lerp(m, G, 1 - self.betas[0]).sign_().mul_(keep)
         # m <- beta2 m + (1 - beta2) G

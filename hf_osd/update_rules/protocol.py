@@ -47,7 +47,7 @@ class UpdateRule(Protocol):
 
     def direction(
         self,
-        G: Tensor,  # gradient, finite (zeros where check.skip), not modified
+        G: Tensor,  # gradient, not modified; anything where check.skip
         moments: dict[str, Tensor],  # by name; updated in place, unchanged where check.skip
         step: Tensor,  # () float32, number of this step, counted from 1
         check: GradientCheck,

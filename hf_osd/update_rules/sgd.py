@@ -26,6 +26,7 @@ class SGD:
 
     def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
         """The momentum, or the gradient itself."""
+        G = G.masked_fill(check.skip, 0.0)
         if not self.momentum:
             return G
         b, keep = moments["momentum_buffer"], check.keep

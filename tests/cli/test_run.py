@@ -58,7 +58,7 @@ def test_python_m_runs_a_script(script, tmp_path):
         ["--help"],
         ["-m", "x", "--module"],
         ["a", "--", "b"],
-        pytest.param(["--", "a"], id="leading dashes"),  # Fails: argparse swallows the first `--`.
+        pytest.param(["--", "a"], id="leading dashes"),
     ],
 )
 def test_a_script_sees_what_python_shows_it(words, script, tmp_path, capsys):
@@ -71,7 +71,6 @@ def test_a_script_sees_what_python_shows_it(words, script, tmp_path, capsys):
     assert ours["registered"] and not plain["registered"]
 
 
-# Fails: Python makes `__file__` absolute, runpy leaves it as it was given.
 def test_a_script_has_an_absolute_file(script, tmp_path, capsys):
     main(["run", "folder/script.py"])
     assert read_report(capsys.readouterr().out)["file"] == str(script)

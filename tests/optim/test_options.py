@@ -138,7 +138,6 @@ def test_an_option_without_effect_is_refused(given, message):
         OSD([parameter(8, 12)], rank=4, **given)
 
 
-# Fails: the check runs for groups with a rank only.
 def test_a_moment_dtype_for_8bit_moments_is_refused_without_a_rank_too():
     with pytest.raises(ValueError, match="`moment_dtype` .* 8-bit rule"):
         OSD([parameter(8, 12)], weight_rule="adamw8bit", moment_dtype="bfloat16")
@@ -233,10 +232,9 @@ def test_only_matrices_are_projected(shape):
         ({"rank": 4, "init": [torch.zeros(8, 5)]}, r"must be a finite tensor of shape \(8, 4\), got shape \(8, 5\)"),
         ({"rank": 4, "init": [torch.full((8, 4), torch.nan)]}, r"must be a finite tensor of shape \(8, 4\)"),
         ({"rank": 4, "init": []}, "`init` has 0 tensors for 1 parameters"),
-        ({"rank": 4, "init": {"other": torch.zeros(8, 4)}}, "`init` has no tensor for parameter 2"),
+        ({"rank": 4, "init": {"other": torch.zeros(8, 4)}}, "`init` has no P for parameter 2"),
         ({"rank": 4, "init": ["svd"]}, "must be a finite tensor .* got str"),
         ({"rank": None, "init": [torch.zeros(8, 4)]}, "`init` of parameter group 1 has no effect without a `rank`"),
-        # Fails: TypeError, and the group stays.
         ({"rank": 4, "init": 5}, "`init` "),
         ({"rank": 4, "init": None}, "`init` "),
     ],

@@ -374,7 +374,6 @@ def test_an_unknown_option_is_refused_with_the_nearest(call, message):
         create_osd_optimizer(tiny_llama(), **{"rank": 4, **call})
 
 
-# Fails: groups without a rank refuse options that only the projection rule uses.
 def test_the_projection_has_a_rule_of_its_own():
     model = tiny_llama()
     optimizer = create_osd_optimizer(model, "osd_adamw", rank=4, projection_optim="sgd", momentum=0.5)
@@ -394,7 +393,7 @@ def test_init_by_name_reaches_the_parameters():
     optimizer.step()
     for name, p in model.named_parameters():
         assert torch.equal(optimizer.state[p]["projection"], given[name])
-    with pytest.raises(ValueError, match="`init` has no tensor for 1.weight"):
+    with pytest.raises(ValueError, match="`init` has no P for 1.weight"):
         create_osd_optimizer(model, rank=4, init={"0.weight": given["0.weight"]})
 
 

@@ -72,7 +72,6 @@ MISTAKES = [
     ("rank=0", "`rank` of the training arguments must be an integer >= 1, got 0"),
     ("alpha=-1", "`alpha` of the training arguments must be a number >= 0"),
     ("alpha=nan", "`alpha` of the training arguments must be a number >= 0"),
-    # The next two fail: KeyError.
     ("projection_optim=adam", "`projection_rule` .* must be one of .*did you mean 'adamw'"),
     ("subspace=online_pc", "must be one of .*did you mean 'online_pca'"),
     ("init=svdd", "`init` .* must be one of .*did you mean 'svd'"),
@@ -232,7 +231,6 @@ def test_adam_fields_without_a_user_are_refused(optim, changed, stock):
         Trainer(tiny_llama(), stock(optim=optim, **changed))
 
 
-# Fails where the weights' rule uses fewer of betas, eps and momentum than P's: groups without a rank refuse them.
 @pytest.mark.parametrize("projection", ["adamw", "lion", "sgd", "adafactor"])
 @pytest.mark.parametrize("optim", OPTIM_NAMES)
 def test_every_rule_combines_with_every_rule_of_the_projection(optim, projection, stock):
@@ -241,7 +239,6 @@ def test_every_rule_combines_with_every_rule_of_the_projection(optim, projection
     assert {group["weight_rule"] for group in optimizer.param_groups} == {optim.removeprefix("osd_")}
 
 
-# Fails as the test above: the preset's rule for P is adamw.
 @pytest.mark.parametrize("optim", OPTIM_NAMES)
 def test_the_reference_preset_works_with_every_name(optim, stock, typed):
     by_text = optimizer_of(stock(optim=optim, optim_args="rank=4,preset=reference"))

@@ -151,7 +151,6 @@ def mixed_layout(step: int, G: Tensor) -> Tensor:
     return G.t().contiguous().t() if step % 2 else G
 
 
-# Fails for adamw and adamw8bit.
 @pytest.mark.parametrize("rule", list(RULES))
 def test_the_memory_layout_of_a_gradient_does_not_matter(rule):
     # AdamW's fused kernel walks through memory, whatever the strides are.
@@ -161,7 +160,6 @@ def test_the_memory_layout_of_a_gradient_does_not_matter(rule):
     torch.testing.assert_close(mixed, plain, rtol=0, atol=1e-6)
 
 
-# Fails for adamw and adamw8bit.
 @pytest.mark.parametrize("rule", list(RULES))
 @pytest.mark.parametrize("transposed", ["gradient", "parameter"])
 def test_a_transposed_parameter_moves_like_a_contiguous_one(rule, transposed):
