@@ -154,9 +154,12 @@ def draw(rows: list[dict], path: str) -> None:
     axes.set_xticks(range(len(rows)), [f"LLaMA {row['model'].upper()}, rank {row['rank']}" for row in rows])
     axes.set_ylabel("time of a step / time of its three bare products")
     axes.set_yscale("log")
-    axes.margins(y=0.12)
+    axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(0.1, 16)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("One optimizer step on one transformer block (lower is faster)")
-    axes.legend(loc="upper left", ncols=2, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
     figure.savefig(path, dpi=130)
 
 

@@ -38,6 +38,7 @@ class OSDCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
     ) -> None:
         """Print the one summary line."""
+        self._saved.clear()  # a second training counts its steps anew
         osd = unwrap(optimizer)
         if osd is not None and state.is_world_process_zero:
             _ensure_visible()
