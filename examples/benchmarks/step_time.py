@@ -5,7 +5,7 @@ time of its SVD spread over 200 steps, (c) the same step with P's gradient from 
 All step the same tensors, in turn, and the medians are compared. One transformer block is timed: a model's time is
 that times its number of blocks.
 
-Needs: the `examples` extra (galore-torch, matplotlib). Writes results/<device>/step_time.json and .png.
+Needs: the `examples` extra (galore-torch, matplotlib). Writes results/<device>/step_time.json, .md and .png.
 
     python examples/benchmarks/step_time.py --models 60m --rounds 5          # a look, half a minute
     python examples/benchmarks/step_time.py                                  # the committed figures
@@ -141,6 +141,16 @@ def measure(model: str, rank: int, rounds: int, device: torch.device, dtype: tor
     return {**medians, "osd_adamw first step": first["osd_adamw"], "galore-torch SVD step": with_svd}
 
 
+def table(rows: list[dict]) -> str:
+    """Markdown: the ratios to the three bare products."""
+    names = ["osd_adamw", "galore-torch", "autograd", "torch AdamW fused"]
+    lines = [f"| | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+    for row in rows:
+        ratios = " | ".join(f"{row['ratio'][name]:.2f}" for name in names)
+        lines.append(f"| LLaMA {row['model'].upper()}, rank {row['rank']} | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(rows: list[dict], path: str) -> None:
     """Bars of the ratios to the three bare products."""
     names = ["osd_adamw", "galore-torch", "autograd", "torch AdamW fused"]
@@ -196,8 +206,9 @@ def main() -> None:
     name = "step_time" if arguments.dtype == "float32" else f"step_time_{arguments.dtype}"
     result = {"environment": describe(), "dtype": arguments.dtype, "rounds": arguments.rounds, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(table(rows))
     draw(rows, str(folder / f"{name}.png"))
-    print(f"Written: {folder / name}.json and .png")
+    print(f"Written: {folder / name}.json, .md and .png")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from ..hub import ProjectionState
 from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
 from ..optim.plan import ProjectedPlan
 from .optim_args import check_arguments
+from .push import refresh_card
 
 
 logger = logging.getLogger("hf_osd")
@@ -77,11 +78,20 @@ class OSDCallback(TrainerCallback):
         self._save_projections(_checkpoint(args, state), args, state, optimizer)
 
     def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs: Any,
     ) -> None:
-        """Put P into what is about to be uploaded: a push collects its files after this and before `on_save`."""
+        """Put P and the model card into what is about to be uploaded: before `on_save`, after which it is too late."""
         self._save_projections(_checkpoint(args, state), args, state, optimizer)
         self._save_projections(_output_dir(args), args, state, optimizer)
+        osd = unwrap(optimizer)
+        if osd is not None and args.should_save:
+            refresh_card(_output_dir(args), osd, args, state, model)
 
     def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, optimizer) -> None:
         osd = unwrap(optimizer)

@@ -18,7 +18,7 @@ from ..hub.card_section import is_generated, split_text
 from ..hub.model_card import CARD_NAME, CardFacts, read_card, update_card, write_text
 from ..optim import OSD
 from ..subspace.initialization import INITS
-from .optim_args import parse_optim_args
+from .optim_args import parse_optim_args, uses_osd
 
 
 logger = logging.getLogger("hf_osd")
@@ -85,12 +85,10 @@ def _own_card(trainer: Trainer, optimizer: OSD, token: str | None, revision: str
     original = trainer.create_model_card
 
     def create_model_card(*args: Any, **kwargs: Any) -> None:
-        path = Path(trainer.args.output_dir, CARD_NAME)
-        with _card_may_fail():
-            _start_from_hub(
-                path, trainer.hub_model_id, token or trainer.args.hub_token, revision or trainer.args.hub_revision
-            )
-        kept = _is_users(path, trainer, original, kwargs.get("model_name"))
+        path = Path(str(trainer.args.output_dir), CARD_NAME)
+        access = (token or trainer.args.hub_token, revision or trainer.args.hub_revision)
+        is_kept = functools.partial(_is_users, path, trainer, original, kwargs.get("model_name"))
+        kept = is_kept() or (_start_from_hub(path, trainer.hub_model_id, *access) and is_kept())
         if not kept:
             original(*args, **kwargs)
         with _card_may_fail():
@@ -122,13 +120,14 @@ def _card_may_fail() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning("The model card does not tell about Online Subspace Descent: %s", error, exc_info=True)
+        explained = isinstance(error, ValueError)
+        logger.warning("README.md is left without news of this run: %s", error, exc_info=not explained)
 
 
 def _facts(
     optimizer: torch.optim.Optimizer, args: TrainingArguments, state: TrainerState, model: Any, **given: Any
 ) -> CardFacts:
-    values = parse_optim_args(args.optim_args) if str(args.optim).startswith("osd_") else {}
+    values = parse_optim_args(args.optim_args) if uses_osd(args) else {}
     preset, init = (values.get(key) or getattr(args, f"osd_{key}", None) for key in ("preset", "init"))
     if init is not None and init not in INITS and os.path.isdir(init):
         init = "a folder"  # its name tells nobody anything
@@ -169,15 +168,14 @@ def _around(text: str) -> str:
     return REGEX_YAML_BLOCK.sub("", before, count=1).strip() + behind.strip()
 
 
-def _start_from_hub(path: Path, repo_id: str | None, token: str | None, revision: str | None) -> None:
-    """Take the README.md of the repository if a user wrote it and there is none here that anybody wrote."""
-    text = read_card(path)
-    if not repo_id or "/" not in repo_id or (text is not None and not is_generated(text)):
-        return
-    found = _card_on_hub(repo_id, token, revision)
-    if found is not None and _is_written(found):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, found)
+def _start_from_hub(path: Path, repo_id: str | None, token: str | None, revision: str | None) -> bool:
+    """Take the README.md of the repository if somebody wrote in it; whether that was so."""
+    text = _card_on_hub(repo_id, token, revision) if repo_id and "/" in repo_id else None
+    if text is None or not _is_written(text):
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return True
 
 
 def _card_on_hub(repo_id: str, token: str | None, revision: str | None) -> str | None:
@@ -193,7 +191,7 @@ def _card_on_hub(repo_id: str, token: str | None, revision: str | None) -> str |
 
 def _repo_id(args: TrainingArguments) -> str | None:
     """Where a run is pushed to: Trainer adds the user's name where the arguments give none."""
-    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
     return name if "/" in name else _with_user(name, args.hub_token)
 
 

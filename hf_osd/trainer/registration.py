@@ -10,12 +10,14 @@ from ..optim import OPTIM_NAMES, OSD
 from .callback import OSDCallback
 from .checkpoints import register_last_complete_checkpoint
 from .construction import constructor_arguments
+from .push import register_push
 
 
 def register() -> None:
     """Add the names to `OptimizerNames`, their handler to Trainer's table and the callback to every Trainer.
 
-    Trainers also pass over torn checkpoints from then on (`checkpoints.py`).
+    Trainers also pass over torn checkpoints from then on (`checkpoints.py`) and push a model card that tells about the
+    optimizer (`push.py`).
 
     `import hf_osd` calls it; calling it again changes nothing.
     """
@@ -24,6 +26,7 @@ def register() -> None:
         # By member as Trainer looks it up, and by string, which is what arguments hold after unpickling.
         _OPTIMIZER_HANDLERS[member] = _OPTIMIZER_HANDLERS[name] = build_optimizer_kwargs
     register_last_complete_checkpoint()
+    register_push()
     callbacks: list[Any] = transformers_trainer.DEFAULT_CALLBACKS
     if OSDCallback not in callbacks:
         callbacks.append(OSDCallback)

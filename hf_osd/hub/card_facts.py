@@ -1,0 +1,219 @@
+"""What a model card tells about a run, read from the run itself."""
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, adamw_state_bytes, predicted_state_bytes
+from ..optim.plan import ProjectedPlan, rules_of
+from .config import options_config, versions
+
+
+if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+NLL_LOSSES = (None, "nll", "chunked_nll")  # of trl's SFTConfig
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card tells about a run with [`OSD`].
+
+    Attributes:
+        model_name (`str`): Title of a card that is made from nothing.
+        repo_id (`str`): Where the model will be found, such as `user/name`.
+        optim (`str`): Such as `osd_adamw8bit`.
+        options (`dict[str, tuple]`):
+            The distinct values of each option over the projected groups, by its name in `osd_config.json`; an option
+            that has no effect has none.
+        ranks (`tuple[int, ...]`): The effective ranks, ascending.
+        matrices (`int`): How many weights are projected.
+        projected_parameters (`int`): Elements of these.
+        full_size_parameters (`int`): Elements of all other parameters of the optimizer.
+        state_bytes (`int`): Of the optimizer's state.
+        adamw_bytes (`int`): Of the state that AdamW would hold for the same parameters.
+        learning_rate (`float`): The initial one.
+        lr_scheduler (`str`): Name of the schedule.
+        steps (`int`): Steps so far.
+        targets (`str` or `list[str]`, *optional*): What to project, as the training arguments say.
+        exclude (`str` or `list[str]`, *optional*): What not to project, likewise.
+        preset (`str`, *optional*): Name of the preset.
+        init (`str`, *optional*): Where P started from, if that was asked for.
+        train_loss (`float`, *optional*): The last one that was logged.
+        eval_loss (`float`, *optional*): The last one.
+        perplexity (`float`, *optional*): exp(eval_loss), where that is the mean loss of a causal language model.
+        log_history (`tuple[dict, ...]`): As in `TrainerState`.
+        library_name (`str`): `transformers` or `peft`.
+        model_class (`str`, *optional*): The class that loads the model, such as `transformers.AutoModelForCausalLM`.
+        base_model (`str`, *optional*): The model on the Hub that training started from.
+        datasets (`tuple[str, ...]`): Names of the data sets.
+        versions (`dict[str, str]`): As in `osd_config.json`.
+    """
+
+    model_name: str
+    repo_id: str
+    optim: str
+    options: Mapping[str, tuple[Any, ...]]
+    ranks: tuple[int, ...]
+    matrices: int
+    projected_parameters: int
+    full_size_parameters: int
+    state_bytes: int
+    adamw_bytes: int
+    learning_rate: float
+    lr_scheduler: str
+    steps: int
+    targets: str | list[str] | None
+    exclude: str | list[str] | None
+    preset: str | None
+    init: str | None
+    train_loss: float | None
+    eval_loss: float | None
+    perplexity: float | None
+    log_history: tuple[dict[str, Any], ...]
+    library_name: str
+    model_class: str | None
+    base_model: str | None
+    datasets: tuple[str, ...]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def from_run(
+        cls,
+        optimizer: torch.optim.Optimizer,
+        args: "TrainingArguments",
+        state: "TrainerState",
+        model: nn.Module,
+        *,
+        base_model: str | None = None,
+        dataset: str | Sequence[str] | None = None,
+        repo_id: str | None = None,
+        preset: str | None = None,
+        init: str | None = None,
+    ) -> "CardFacts":
+        """Read the facts from what a Trainer holds.
+
+        Args:
+            optimizer ([`OSD`]): accelerate's wrapper is looked through.
+            args (`TrainingArguments`): The run's arguments.
+            state (`TrainerState`): Holds steps and losses.
+            model (`nn.Module`): The model.
+            base_model (`str`, *optional*): Defaults to the name that the model was loaded by, if it is not a folder.
+            dataset (`str` or `list[str]`, *optional*):
+                Names of the data. Those of the form `user/name` get into the metadata as data sets on the Hub.
+            repo_id (`str`, *optional*): Defaults to `args.hub_model_id`, or a placeholder with the folder's name.
+            preset, init (`str`, *optional*): As the training arguments ask for them.
+        """
+        osd = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(osd, OSD):
+            raise ValueError(f"CardFacts.from_run needs an OSD optimizer, got {type(osd).__name__}.")
+        projected = [group for group in osd.param_groups if group["rank"] is not None]
+        groups = [options_config([group]) for group in projected or osd.param_groups]
+        for own, group in zip(groups, projected, strict=bool(projected)):
+            own["projection_lr"] = group["projection_lr"]
+            own["update_interval"] = getattr(rules_of(group).subspace, "update_interval", None)
+        plans = [(osd.plan_of(p), p.numel()) for group in osd.param_groups for p in group["params"]]
+        low_rank = [(plan, numel) for plan, numel in plans if isinstance(plan, ProjectedPlan)]
+        asked = str(getattr(args.optim, "value", args.optim)) in OPTIM_NAMES  # else the optimizer was passed in
+        name = (repo_id or args.hub_model_id or Path(str(args.output_dir)).absolute().name).split("/")[-1]
+        repo_id = next((given for given in (repo_id, args.hub_model_id) if given and "/" in given), f"user/{name}")
+        eval_loss = _last(state, "eval_loss")
+        return cls(
+            model_name=name,
+            repo_id=repo_id,
+            optim=groups[0]["optim"],
+            options={key: _distinct(own[key] for own in groups) for key in groups[0]} if projected else {},
+            ranks=tuple(sorted({plan.rank for plan, _ in low_rank})),
+            matrices=len(low_rank),
+            projected_parameters=sum(numel for _, numel in low_rank),
+            full_size_parameters=sum(numel for plan, numel in plans if not isinstance(plan, ProjectedPlan)),
+            state_bytes=predicted_state_bytes(osd),
+            adamw_bytes=adamw_state_bytes(osd),
+            learning_rate=osd.param_groups[0].get("initial_lr", osd.param_groups[0]["lr"]),
+            lr_scheduler=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            steps=state.global_step,
+            targets=_targets(args) if asked else None,
+            exclude=getattr(args, "osd_exclude_modules", None) if asked else None,
+            preset=preset,
+            init=init,
+            train_loss=_last(state, "loss"),
+            eval_loss=eval_loss,
+            perplexity=_perplexity(eval_loss) if _is_causal_lm(model) and _loss_is_nll(args) else None,
+            log_history=tuple(dict(row) for row in state.log_history),
+            library_name="peft" if _base(model) is not model else "transformers",
+            model_class=_model_class(model),
+            base_model=base_model or _name_on_hub(model, repo_id),
+            datasets=(dataset,) if isinstance(dataset, str) else tuple(dict.fromkeys(dataset or ())),
+            versions=versions(),
+        )
+
+    @property
+    def datasets_on_hub(self) -> list[str]:
+        """Those of `datasets` that can be repositories: `user/name`, and nothing on this machine."""
+        return [name for name in self.datasets if HUB_ID.fullmatch(name) and not os.path.exists(name)]
+
+
+def _distinct(values: Any) -> tuple[Any, ...]:
+    found: list[Any] = []
+    for value in values:
+        if value is not None and value not in found:
+            found.append(value)
+    return tuple(found)
+
+
+def _last(state: "TrainerState", key: str) -> float | None:
+    return next((float(row[key]) for row in reversed(state.log_history) if key in row), None)
+
+
+def _targets(args: "TrainingArguments") -> str | list[str]:
+    own = getattr(args, "osd_target_modules", None)
+    given = own if own is not None else args.optim_target_modules
+    return ALL_LINEAR if given is None else given
+
+
+def _perplexity(loss: float | None) -> float | None:
+    if loss is None or not math.isfinite(loss):
+        return None
+    return math.exp(loss) if loss < 700 else None
+
+
+def _loss_is_nll(args: "TrainingArguments") -> bool:
+    """Whether `eval_loss` is a mean log-likelihood: not with label smoothing, nor in trl's preference trainers."""
+    trl = [kind.__name__ for kind in type(args).__mro__ if kind.__module__.split(".")[0] == "trl"]
+    supervised = not trl or ("SFTConfig" in trl and getattr(args, "loss_type", None) in NLL_LOSSES)
+    return supervised and not args.label_smoothing_factor
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model inside peft's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return any(kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for kind in type(_base(model)).__mro__)
+
+
+def _model_class(model: nn.Module) -> str | None:
+    kind = type(_base(model))
+    if _base(model) is not model:
+        return "peft.AutoPeftModelForCausalLM" if _is_causal_lm(model) else "peft.AutoPeftModel"
+    if kind.__module__.split(".")[0] != "transformers":
+        return None
+    return "transformers.AutoModelForCausalLM" if _is_causal_lm(model) else f"transformers.{kind.__name__}"
+
+
+def _name_on_hub(model: nn.Module, repo_id: str) -> str | None:
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
+    plain = HUB_ID.fullmatch(name) or re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII)  # `gpt2` has no user
+    return name if plain and name != repo_id and not os.path.exists(name) else None

@@ -1,0 +1,214 @@
+"""The section of a README.md that is ours: rendered from facts, found and replaced in a text that is not ours."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from .card_facts import CardFacts
+
+
+START, END = "<!-- hf_osd:start -->", "<!-- hf_osd:end -->"
+TEMPLATE = Path(__file__).parent / "templates" / "section.md"
+DIGEST = re.compile(r"^<!-- The text around this section was generated \(sha256 ([0-9a-f]{16})\)", re.MULTILINE)
+LINE_LENGTH = 100  # of the code
+
+
+def split_text(text: str) -> tuple[str, str, str]:
+    """What stands before our section, the section, and what stands behind it; without one, everything is before.
+
+    Raises:
+        ValueError: Unless each marker stands at the start of a line once, in this order, or not at all.
+    """
+    starts, ends = ([match.start() for match in re.finditer(f"^{mark}", text, re.MULTILINE)] for mark in (START, END))
+    if not starts and not ends:
+        return text, "", ""
+    if len(starts) != 1 or len(ends) != 1 or ends[0] < starts[0]:
+        raise ValueError(
+            f"README.md must have the lines {START} and {END} once each, in this order, or neither; found "
+            f"{len(starts)} and {len(ends)}. Remove them: the section is made anew."
+        )
+    stop = ends[0] + len(END)
+    return text[: starts[0]], text[starts[0] : stop], text[stop:]
+
+
+def place_section(text: str, section: str) -> str:
+    """The text with this section instead of the one it has, or at its end; nothing else changes."""
+    line_break = line_break_of(text)
+    section = section.replace("\n", line_break)
+    before, old, behind = split_text(text)
+    if old:
+        return before + section + behind
+    gap = "" if not text else line_break if text.endswith("\n") else 2 * line_break
+    return text + gap + section + line_break
+
+
+def line_break_of(text: str) -> str:
+    """How the lines of a text end."""
+    return "\r\n" if "\r\n" in text else "\n"
+
+
+def digest_around(text: str) -> str:
+    """A short hash of all but our section; line breaks and the gap beside the section do not count."""
+    before, _, behind = split_text(text)
+    around = "\n".join(part.replace("\r\n", "\n").strip() for part in (before, behind))
+    return hashlib.sha256(around.encode()).hexdigest()[:16]
+
+
+def is_generated(text: str) -> bool:
+    """Whether nobody has written in this text: it is empty around our section, or as it was generated."""
+    try:
+        before, section, behind = split_text(text)
+    except ValueError:
+        return False
+    found = DIGEST.search(section)
+    return not (before + behind).strip() or (found is not None and found[1] == digest_around(text))
+
+
+def render_section(facts: CardFacts, *, picture: str | None, projections: bool, digest: str | None = None) -> str:
+    """Our section, markers included.
+
+    Args:
+        facts ([`CardFacts`]): The run.
+        picture (`str`, *optional*): File name of the picture.
+        projections (`bool`): Whether P lies beside the model.
+        digest (`str`, *optional*): Of the text around the section, where that was generated.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    values: dict[str, Any] = {
+        "base_model": facts.base_model,
+        "matrices": facts.matrices,
+        "rank": _rank(facts),
+        "learns": "online_pca" in facts.options.get("subspace", ()),
+        "subspace": _joined(facts.options.get("subspace", ())),
+        "rows": [(name, value) for name, value in _rows(facts) if value],
+        "state_size": format_bytes(facts.state_bytes),
+        "adamw_size": format_bytes(facts.adamw_bytes),
+        "share": f"{facts.state_bytes / facts.adamw_bytes:.0%}" if facts.adamw_bytes else "",
+        "picture": picture,
+        "code": _code(facts, projections),
+        "projections": projections,
+        "optim_args": f"rank={facts.options['rank'][0]},init={facts.repo_id}" if projections else "",
+        "versions": ", ".join(f"{key.removesuffix('_version')} {value}" for key, value in facts.versions.items()),
+        "digest": digest,
+    }
+    # The template has a head, as all templates of model cards; only the text below it is ours to place.
+    card = ModelCard.from_template(ModelCardData(tags=["hf_osd"]), template_path=str(TEMPLATE), **values)
+    return card.text.strip("\n")
+
+
+def _rows(facts: CardFacts) -> list[tuple[str, str]]:
+    def option(name: str) -> str:
+        return _joined(facts.options.get(name, ()))
+
+    scheduled = f"{facts.learning_rate:g}, {facts.lr_scheduler} schedule"
+    interval = f", every {option('update_interval')} steps" if option("update_interval") else ""
+    decays = tuple(value for value in facts.options.get("weight_decay", ()) if value)
+    loss = f"{facts.eval_loss:.4f}" if facts.eval_loss is not None else ""
+    return [
+        ("optimizer", f"`{facts.optim}`"),
+        ("preset", f"`{facts.preset}`" if facts.preset else ""),
+        ("rank", option("rank")),
+        ("subspace", f"`{option('subspace')}`{interval}" if facts.matrices else ""),
+        ("rule of P", f"`{option('projection_rule')}`" if option("projection_rule") else ""),
+        ("alpha (learning rate of P over the weights')", option("alpha")),
+        ("learning rate of P", option("projection_lr")),
+        ("lambda (orthogonality)", option("lambda")),
+        ("scale", option("scale")),
+        ("start of P", _cell(facts.init) if facts.init else ""),
+        ("projected layers", _cell(facts.targets) if facts.targets and facts.matrices else ""),
+        ("except", _cell(facts.exclude) if facts.exclude else ""),
+        ("projected", f"{facts.matrices} matrices, {format_count(facts.projected_parameters)} parameters"),
+        ("at full size", f"{format_count(facts.full_size_parameters)} parameters"),
+        ("learning rate", scheduled),
+        ("weight decay", _joined(decays)),
+        ("data", ", ".join(_cell(name) for name in facts.datasets)),
+        ("steps", f"{facts.steps:,}"),
+        ("last training loss", f"{facts.train_loss:.4f}" if facts.train_loss is not None else ""),
+        ("evaluation loss", loss),
+        ("perplexity (per token)", f"{facts.perplexity:.2f}" if facts.perplexity is not None else ""),
+    ]
+
+
+def _code(facts: CardFacts, projections: bool) -> str:
+    """How to load the model and, where it lies beside it, P, with an optimizer as this run's."""
+    lines = (
+        ["from hf_osd import create_osd_optimizer", "from hf_osd.hub import ProjectionState"] if projections else []
+    )
+    model = 'model = ...  # as you built it, with the weights of "{}"'
+    if facts.model_class:
+        module, name = facts.model_class.split(".")
+        lines.insert(0, f"from {module} import {name}")
+        trainable = ", is_trainable=True" if module == "peft" and projections else ""
+        model = f'model = {name}.from_pretrained("{{}}"{trainable})'
+    elif not projections:
+        return ""
+    lines += ["", model.format(facts.repo_id)]
+    if projections:
+        lines.append(f'projections = ProjectionState.from_pretrained("{facts.repo_id}")')
+        arguments = ["model", f'"{facts.optim}"', f"lr={facts.learning_rate:g}", *_arguments(facts)]
+        call = f"optimizer = create_osd_optimizer({', '.join(arguments)})"
+        if len(call) > LINE_LENGTH:
+            call = "\n".join(["optimizer = create_osd_optimizer(", *(f"    {own}," for own in arguments), ")"])
+        lines.append(call)
+    return "\n".join(lines)
+
+
+def _arguments(facts: CardFacts) -> list[str]:
+    """The arguments of `create_osd_optimizer` that are not its defaults, where all groups agree."""
+    given = {name: values[0] for name, values in facts.options.items() if len(values) == 1}
+    defaults = {"subspace": "online_pca", "side": "auto", "alpha": 5.0, "lambda": 0.1, "scale": 1.0}
+    found = {"rank": given.get("rank")}
+    if facts.targets not in (None, "all-linear"):
+        found["target_modules"] = facts.targets
+    found["exclude_modules"] = facts.exclude
+    found |= {name: given[name] for name, default in defaults.items() if given.get(name, default) != default}
+    if given.get("projection_lr") is not None:
+        found["projection_lr"] = given["projection_lr"]
+        found.pop("alpha", None)  # that follows from it
+    if given.get("projection_rule") not in (None, given.get("weight_rule")):
+        found["projection_optim"] = given["projection_rule"]
+    found["update_interval"] = given.get("update_interval")
+    found = {("lambda_" if name == "lambda" else name): value for name, value in found.items() if value is not None}
+    return [f"{name}={_literal(value)}" for name, value in found.items()] + ["init=projections"]
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        return "r" * ("\\" in value) + f'"{value}"' if '"' not in value and not value.endswith("\\") else repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(one) for one in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
+def _cell(value: str | list[str]) -> str:
+    """Code in a cell of a table, where a bar would end the cell."""
+    names = [value] if isinstance(value, str) else value
+    return ", ".join(f"`{name}`" for name in names).replace("|", "\\|").replace("\n", " ")
+
+
+def _joined(values: tuple[Any, ...]) -> str:
+    return " and ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def _rank(facts: CardFacts) -> str:
+    if len(facts.ranks) < 2:
+        return f"rank {facts.ranks[0]}" if facts.ranks else ""
+    return f"ranks {facts.ranks[0]} to {facts.ranks[-1]}"
+
+
+def format_count(number: int) -> str:
+    """`25.3M`; small numbers in full."""
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if number >= unit:
+            return f"{number / unit:.1f}{name}"
+    return f"{number:,}"
+
+
+def format_bytes(number: int) -> str:
+    """`312.4 MB`, in powers of 1000."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return f"{number} bytes"

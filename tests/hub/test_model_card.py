@@ -1,0 +1,342 @@
+"""Our section of a model card tells what the run was; everything around it stays as it was."""
+
+import dataclasses
+import importlib.util
+import logging
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerState, TrainingArguments
+
+import hf_osd
+from hf_osd import OSDTrainingArguments, create_osd_optimizer
+from hf_osd.hub import ProjectionState, loss_picture
+from hf_osd.hub.card_section import END, START, is_generated
+from hf_osd.hub.model_card import PICTURE_NAME, CardFacts, update_card
+from hf_osd.optim import adamw_state_bytes, state_bytes
+
+
+ROOT = Path(hf_osd.__file__).parents[1]
+LOG = [
+    {"step": 1, "loss": 4.0, "osd/pca_loss": 0.3},
+    {"step": 2, "loss": 3.0, "osd/pca_loss": 0.2},
+    {"step": 2, "eval_loss": 2.5, "eval_runtime": 1.0},
+]
+HEADED = """\
+---
+license: mit  # ours to give
+tags: [text, 'no']
+language: no
+# datasets follow
+datasets:
+- one/data
+# and the metrics
+metrics: accuracy
+---
+# A title
+
+Text with trailing blanks  \n\n\n<!-- a comment -->
+"""
+
+
+@pytest.fixture
+def llama():
+    config = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**config, num_key_value_heads=1, vocab_size=32))
+
+
+@pytest.fixture
+def run(llama, tmp_path):
+    """Facts of three steps of a tiny LLaMA, and what they were read from."""
+
+    def make(optim="osd_adamw", *, args=None, model=None, log=LOG, facts=None, **options):
+        model = llama if model is None else model
+        optimizer = create_osd_optimizer(model, optim, **{"rank": 4, **options})
+        ids = torch.randint(0, 32, (2, 8))
+        for _ in range(3):
+            llama(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        args = args or TrainingArguments(str(tmp_path / "out"), optim=optim, report_to="none", use_cpu=True)
+        state = TrainerState(global_step=1234, log_history=log)
+        found = CardFacts.from_run(optimizer, args, state, model, **{"repo_id": "tester/model", **(facts or {})})
+        return SimpleNamespace(facts=found, optimizer=optimizer, args=args, state=state, model=model)
+
+    return make
+
+
+def section(text: str) -> str:
+    return text[text.index(START) : text.index(END) + len(END)]
+
+
+def rows(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| ([^|]+?) \| (.+?) \|$", section(text), re.MULTILINE))
+
+
+def head(text: str) -> dict:
+    return yaml.safe_load(text.split("---")[1])
+
+
+def code(text: str) -> str:
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_the_facts_are_the_runs(run, llama, tmp_path):
+    made = run(alpha=2.0, lambda_=0.5, scale=0.25, lr=3e-3, facts={"dataset": "some/data"})
+    facts = made.facts
+    linear = [p for name, p in llama.named_parameters() if "proj" in name]
+    assert facts.matrices == len(linear) == 14 and facts.ranks == (4,)
+    assert facts.projected_parameters == sum(p.numel() for p in linear)
+    assert facts.full_size_parameters == sum(p.numel() for p in llama.parameters()) - facts.projected_parameters
+    assert facts.state_bytes == state_bytes(made.optimizer)
+    assert facts.adamw_bytes == adamw_state_bytes(made.optimizer)
+    assert facts.eval_loss == 2.5 and facts.train_loss == 3.0 and facts.perplexity == math.exp(2.5)
+    shown = rows(update_card(tmp_path, facts).read_text())
+    assert shown["optimizer"] == "`osd_adamw`" and shown["rank"] == "4" and shown["subspace"] == "`online_pca`"
+    assert shown["alpha (learning rate of P over the weights')"] == "2" and shown["lambda (orthogonality)"] == "0.5"
+    assert shown["scale"] == "0.25" and shown["rule of P"] == "`adamw`" and shown["steps"] == "1,234"
+    assert shown["learning rate"] == "0.003, linear schedule" and shown["data"] == "`some/data`"
+    assert shown["projected layers"] == "`all-linear`" and shown["projected"].startswith("14 matrices, ")
+    assert shown["last training loss"] == "3.0000" and shown["perplexity (per token)"] == "12.18"
+    assert shown["share of AdamW's"] == f"{facts.state_bytes / facts.adamw_bytes:.0%}"
+    assert dataclasses.is_dataclass(facts)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        facts.steps = 0
+
+
+@pytest.mark.parametrize("subspace", ["svd", "static"])
+def test_a_subspace_that_does_not_learn_has_no_alpha(subspace, run, tmp_path):
+    text = update_card(tmp_path, run(subspace=subspace).facts).read_text()
+    shown = rows(text)
+    assert not any(word in shown for word in ("rule of P", "lambda (orthogonality)", "learning rate of P"))
+    assert not any(name.startswith("alpha") for name in shown)
+    assert shown["subspace"] == ("`svd`, every 200 steps" if subspace == "svd" else "`static`")
+    assert ("recomputes by SVD" if subspace == "svd" else "which do not change") in text
+    assert "online PCA" not in text
+
+
+def test_nothing_projected_and_an_optimizer_of_ones_own(run, llama, tmp_path):
+    args = TrainingArguments(str(tmp_path / "out"), report_to="none", use_cpu=True)  # optim is adamw_torch
+    facts = CardFacts.from_run(hf_osd.OSD(llama.parameters()), args, TrainerState(), llama)
+    text = update_card(tmp_path, facts).read_text()
+    assert "no matrix was projected" in text and rows(text)["projected"] == "0 matrices, 0 parameters"
+    assert "projected layers" not in rows(text) and "### Loss" not in text
+    assert facts.repo_id == "user/out"
+    with pytest.raises(ValueError, match="needs an OSD optimizer, got SGD"):
+        CardFacts.from_run(torch.optim.SGD(llama.parameters()), args, TrainerState(), llama)
+
+
+def test_targets_are_shown_as_given(run, tmp_path):
+    pattern = r".*\.(q_proj|up_proj)"
+    args = OSDTrainingArguments(
+        str(tmp_path / "out"), optim="osd_adamw", osd_target_modules=pattern, report_to="none", use_cpu=True
+    )
+    text = update_card(tmp_path, run(args=args, target_modules=pattern).facts).read_text()
+    assert "| projected layers | `" + pattern.replace("|", "\\|") + "` |" in text  # a bare bar would end the cell
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": ["q_proj", "down_proj"], "side": "right", "lambda_": 0.2},
+        {"target_modules": r".*\.(q_proj|up_proj)", "projection_lr": 0.01, "lr": 2e-3},
+        {"subspace": "svd", "update_interval": 7},
+    ],
+)
+def test_the_code_in_the_card_runs(options, run, llama, tmp_path):
+    args = OSDTrainingArguments(
+        str(tmp_path / "out"),
+        optim="osd_adamw",
+        osd_target_modules=options.get("target_modules"),
+        report_to="none",
+        use_cpu=True,
+    )
+    folder = tmp_path / "model"
+    made = run(args=args, facts={"repo_id": str(folder)}, **options)
+    llama.save_pretrained(folder)
+    assert "ProjectionState" not in update_card(folder, made.facts).read_text()  # there is no P yet
+    ProjectionState.from_optimizer(made.optimizer).save_pretrained(folder)
+    found: dict = {}
+    exec(code(update_card(folder, made.facts).read_text()), found)
+    old, new = made.optimizer, found["optimizer"]
+    for group, other in zip(old.param_groups, new.param_groups, strict=True):
+        assert group["param_names"] == other["param_names"]
+        same = ("lr", "rank", "sides", "subspace", "lambda_", "alpha", "projection_lr", "update_interval", "scale")
+        given = {name: (group.get(name), other.get(name)) for name in same}
+        if group["subspace"] == "svd" and group["rank"]:
+            assert other["update_interval"] == 7
+        assert all(one == another for one, another in given.values()), given
+    ids = torch.randint(0, 32, (2, 8))
+    found["model"](input_ids=ids, labels=ids).loss.backward()
+    new.step()
+
+
+# What others wrote
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_text_is_kept_byte_for_byte_and_metadata_key_by_key(line_break, mark, run, tmp_path):
+    path, before = tmp_path / "README.md", mark + HEADED.replace("\n", line_break)
+    path.write_bytes(before.encode())
+    update_card(tmp_path, run(facts={"dataset": ["two/data", "one/data"]}).facts)
+    text = path.read_bytes().decode()
+    body = before.split("---" + line_break, 2)[2]
+    assert text.split("---" + line_break, 2)[2].startswith(body + line_break + START)
+    assert text.endswith(END + line_break) and (line_break == "\n" or "\n" not in text.replace("\r\n", ""))
+    for line in ("license: mit  # ours to give", "language: no", "# datasets follow", "# and the metrics"):
+        assert line + line_break in text
+    found = head(text)
+    assert found["tags"] == ["text", "no", "online-subspace-descent", "hf_osd"]
+    assert found["datasets"] == ["one/data", "two/data"] and found["metrics"] == ["accuracy", "perplexity"]
+    assert found["library_name"] == "transformers" and text.startswith(mark + "---" + line_break)
+
+
+def test_a_second_update_replaces_the_section_and_nothing_else(run, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(HEADED)
+    facts = run(facts={"dataset": "two/data"}).facts
+    update_card(tmp_path, facts)
+    once = path.read_bytes()
+    update_card(tmp_path, facts)
+    assert path.read_bytes() == once
+    path.write_bytes(once + b"\nMore of mine, no line break")
+    update_card(tmp_path, dataclasses.replace(facts, steps=99, perplexity=7.0))
+    twice = path.read_text()
+    assert twice.endswith(END + "\n\nMore of mine, no line break") and twice.count(START) == 1
+    assert rows(twice)["steps"] == "99"
+    (result,) = head(twice)["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == 7.0 and result["dataset"]["type"] == "two/data"
+    assert sorted(file.name for file in tmp_path.iterdir() if file.is_file()) == ["README.md", PICTURE_NAME]
+
+
+def test_what_others_set_stays_set(run, tmp_path):
+    before = "library_name: peft\nbase_model: theirs/model\ntags: hf_osd\nmodel-index:\n- name: x\n  results: []\n"
+    (tmp_path / "README.md").write_text(f"---\n{before}---\n")
+    facts = run(facts={"base_model": "ours/model", "dataset": ["a/b", "not on the hub"]}).facts
+    found = head(update_card(tmp_path, facts).read_text())
+    assert found["library_name"] == "peft" and found["base_model"] == "theirs/model"
+    assert found["tags"] == ["hf_osd", "online-subspace-descent"] and found["datasets"] == ["a/b"]
+    assert found["model-index"][0]["name"] == "x" and len(found["model-index"][0]["results"]) == 1
+
+
+def test_a_model_index_of_another_form_is_left_alone(run, tmp_path):
+    before = "---\nmodel-index:\n- {name: a}\n- {name: b}\n---\n# Mine\n"
+    (tmp_path / "README.md").write_text(before)
+    text = update_card(tmp_path, run(facts={"dataset": "a/b"}).facts).read_text()
+    assert "model-index:\n- {name: a}\n- {name: b}\n" in text and START in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"---\ntags: [a\n---\n# Mine\n", "is no YAML: .*expected ',' or ']'"),
+        (b"---\njust text\n---\n# Mine\n", "must be a mapping, not str"),
+        (b"---\ntags: {a: b}\n---\n# Mine\n", "'tags' .* must be a list, not dict"),
+        (b"---\ntags: [a]\ntags: [b]\n---\n# Mine\n", "cannot be added to"),
+        (b"---\n{license: mit}\n---\n# Mine\n", "cannot be added to"),
+        (f"# Mine\n{START}\n".encode(), "once each.*found 1 and 0. Remove them"),
+        (f"{END}\n# Mine\n{START}\n".encode(), "once each"),
+        (b"# M\xffine\n", "README.md is not UTF-8"),
+    ],
+)
+def test_a_text_that_cannot_be_added_to_is_explained_and_left(content, message, run, tmp_path):
+    (tmp_path / "README.md").write_bytes(content)
+    facts = run().facts
+    with pytest.raises(ValueError, match=message):
+        update_card(tmp_path, facts)
+    assert (tmp_path / "README.md").read_bytes() == content
+    assert not (tmp_path / PICTURE_NAME).exists()
+
+
+def test_a_card_from_nothing_is_generated_until_it_is_edited(run, tmp_path):
+    facts = run().facts
+    text = update_card(tmp_path, facts).read_text()
+    assert "\n# model\n" in text and is_generated(text)
+    text = update_card(tmp_path, dataclasses.replace(facts, steps=99, base_model="some/base")).read_text()
+    assert is_generated(text) and head(text)["base_model"] == "some/base"
+    assert "Fine-tuned from [some/base](https://huggingface.co/some/base) with [Online" in text
+    edited = text.replace("---\n\n#", "license: mit\n---\n\n#")
+    assert not is_generated(edited) and is_generated(text.replace("\n", "\r\n"))
+    (tmp_path / "README.md").write_text(edited)
+    text = update_card(tmp_path, facts).read_text()
+    assert not is_generated(text) and "sha256" not in text and head(text)["license"] == "mit"
+
+
+# Losses
+
+
+@pytest.mark.parametrize(
+    ("log", "perplexity"),
+    [([], None), ([{"step": 1, "eval_loss": math.nan}], None), ([{"step": 1, "eval_loss": 1e4}], None), (LOG, 12.18)],
+)
+def test_perplexity_is_given_where_it_can_be(log, perplexity, run, tmp_path):
+    facts = run(log=log, facts={"dataset": "a/b"}).facts
+    assert facts.perplexity == (None if perplexity is None else pytest.approx(perplexity, abs=0.01))
+    assert ("metrics" in head(update_card(tmp_path, facts).read_text())) == (perplexity is not None)
+
+
+def test_a_loss_that_is_no_likelihood_has_no_perplexity(run, tmp_path):
+    args = TrainingArguments(str(tmp_path), optim="osd_adamw", report_to="none", label_smoothing_factor=0.1)
+    assert run(args=args).facts.perplexity is None
+    trl_like = type("DPOConfig", (TrainingArguments,), {"__module__": "trl.trainer.dpo_config"})
+    assert run(args=trl_like(str(tmp_path), optim="osd_adamw", report_to="none")).facts.perplexity is None
+    supervised = type("SFTConfig", (TrainingArguments,), {"__module__": "trl.trainer.sft_config", "loss_type": "nll"})
+    assert run(args=supervised(str(tmp_path), optim="osd_adamw", report_to="none")).facts.perplexity is not None
+
+
+def test_the_picture_is_a_png_and_optional(run, tmp_path, monkeypatch, caplog):
+    facts = run().facts
+    text = update_card(tmp_path / "with", facts).read_text()
+    assert f"({PICTURE_NAME})" in text
+    assert (tmp_path / "with" / PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    loss_picture._say_no_picture.cache_clear()
+    caplog.set_level(logging.WARNING, logger="hf_osd")
+    for _ in range(2):
+        assert "### Loss" not in update_card(tmp_path / "without", facts).read_text()
+    assert [record.getMessage() for record in caplog.records] == [
+        "The model card has no picture of the loss: matplotlib is not installed."
+    ]
+    assert [file.name for file in (tmp_path / "without").iterdir()] == ["README.md"]
+
+
+def test_the_hub_takes_the_card(run, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    for name, before in (
+        ("new", None),
+        ("headed", HEADED.replace("language: no", "language: nb")),
+        ("plain", "no head\n"),
+    ):
+        (tmp_path / name).mkdir()
+        if before is not None:
+            (tmp_path / name / "README.md").write_text(before)
+        path = update_card(tmp_path / name, run(facts={"dataset": "a/b"}).facts)
+        ModelCard.load(path).validate()
+        assert ModelCard.load(path).data.eval_results[0].metric_value == round(math.exp(2.5), 4)
+    with pytest.raises(ValueError, match="must be one of the identifiers"):
+        ModelCard("---\nlicense: None!\n---\n").validate()
+
+
+def test_the_example_is_what_its_script_renders(tmp_path):
+    spec = importlib.util.spec_from_file_location("render", ROOT / "model_cards" / "render.py")
+    render = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(render)
+    render.main(["--output", str(tmp_path), "--max_steps", "5"])
+    made, committed = ((folder / "llama-quickstart.md").read_text() for folder in (tmp_path, ROOT / "model_cards"))
+    assert rows(made).keys() == rows(committed).keys()
+    assert code(made) == code(committed) and head(made) == head(committed)
+    assert rows(made)["steps"] == "5" and float(rows(committed)["perplexity (per token)"]) < 64  # of 256 bytes
+    headings = re.compile("^#+ .*", re.MULTILINE)
+    assert headings.findall(made) == headings.findall(committed) and is_generated(committed)
+    for folder in (tmp_path, ROOT / "model_cards"):
+        assert (folder / "llama-quickstart-loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "](llama-quickstart-loss.png)" in committed and "/tmp" not in committed

@@ -1,0 +1,47 @@
+"""The README says what is so: its tables are the committed results, its keys exist, its snippets are Python."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from hf_osd.optim import DEFAULT_RANK, OPTIM_NAMES, PRESETS
+from hf_osd.optim.options import DEFAULTS
+from hf_osd.trainer.optim_args import SETTINGS
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "examples" / "benchmarks" / "results" / "cpu_2_cores"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "step_time"])
+def test_tables_are_the_committed_results(name: str):
+    table = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    assert table in README
+    assert f"results/cpu_2_cores/{name}.png" in README and (RESULTS / f"{name}.png").is_file()
+    assert json.loads((RESULTS / f"{name}.json").read_text())["environment"]["device"] == "cpu_2_cores"
+
+
+def test_the_options_table_is_complete_and_right():
+    table = README.split("### Options")[1].split("**What is projected**")[0]
+    named = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE))))
+    assert named == {"optim_args", "osd_"} - {"osd_"} | SETTINGS.keys()
+    rows = dict(re.findall(r"^\| `([a-z_]+)` \| `?([^|`]+?)`? \|", table, flags=re.MULTILINE))
+    assert float(rows["rank"]) == DEFAULT_RANK
+    for key, option in (("alpha", "alpha"), ("lambda", "lambda_"), ("scale", "scale")):
+        assert float(rows[key]) == DEFAULTS[option]
+    assert rows["subspace"] == DEFAULTS["subspace"] and rows["init"] == DEFAULTS["init"]
+    assert all(f"`{name}`" in README for name in [*OPTIM_NAMES, *PRESETS])
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+def test_snippets_are_python(snippet: str):
+    ast.parse(snippet)
+
+
+def test_files_named_in_the_readme_exist():
+    for path in set(re.findall(r"\b(?:examples|model_cards)/[\w./]+\.(?:py|json|md|png)", README)):
+        assert (ROOT / path).exists(), path
