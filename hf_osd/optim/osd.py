@@ -13,7 +13,7 @@ from . import options
 from .gradients import check_gradients, refuse_unsupported
 from .loading import match_state
 from .param_step import refresh_projection, start_projection, step_full, step_projected
-from .plan import Plan, ProjectedPlan, given_projections, make_plan, names_of, rules_of
+from .plan import Plan, ProjectedPlan, Rules, given_projections, make_plan, names_of, rules_of
 from .state import create_state
 
 
@@ -197,12 +197,13 @@ class OSD(torch.optim.Optimizer):
         for p, G, _ in work:
             refuse_unsupported(G, self.plan_of(p).name)
         checks = check_gradients([G for _, G, _ in work])
+        rules = {id(group): rules_of(group) for group in self.param_groups}
         for (p, G, group), check in zip(work, checks, strict=True):
-            self._step_param(p, G, group, check)
+            self._step_param(p, G, group, rules[id(group)], check)
         return loss
 
-    def _step_param(self, p: Tensor, G: Tensor, group: dict[str, Any], check: GradientCheck) -> None:
-        plan, rules, state = self.plan_of(p), rules_of(group), self.state[p]
+    def _step_param(self, p: Tensor, G: Tensor, group: dict[str, Any], rules: Rules, check: GradientCheck) -> None:
+        plan, state = self.plan_of(p), self.state[p]
         if not state:
             state.update(create_state(p, plan, rules))
         state["skipped_steps"].add_(check.found_inf)

@@ -5,13 +5,14 @@ Letters and shapes as in `subspace.operators`.
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..subspace import choose_init, initial_projection, pca_loss
-from ..update_rules import GradientCheck, MomentStorage, UpdateRule
+from ..update_rules import GradientCheck, Moment, MomentStorage, UpdateRule
 from . import options
 from .gradients import EPS
 from .plan import Plan, ProjectedPlan, Rules
@@ -34,7 +35,7 @@ def step_full(
     _count(state, "step", check)
     for piece in _pieces(p, grad, rule):
         W, G = (p, grad) if piece is None else (p.view(-1)[piece], grad.view(-1)[piece])
-        G = G.to(plan.compute_dtype)
+        G = _cast(G, plan.compute_dtype)
         D = _direction(rule, rules.weight_storage, state, "", G, plan.update_shape, "step", check, piece)
         if group["weight_decay"]:
             W.mul_(1 - lr * group["weight_decay"] * check.keep)
@@ -104,16 +105,16 @@ def step_projected(
     """
     op, lr = plan.op, group["lr"]
     stored = state["projection"]
-    P = stored.to(plan.compute_dtype)
-    P_G = P.to(G.dtype)
+    P = _cast(stored, plan.compute_dtype)
+    P_G = _cast(P, G.dtype)
     _count(state, "step", check)
     # R = down(G, P);  D = weight_rule(R)
-    R = op.down(G, P_G).to(plan.compute_dtype)
+    R = _cast(op.down(G, P_G), plan.compute_dtype)
     D = _direction(rules.weight, rules.weight_storage, state, "", R, plan.update_shape, "step", check)
     # W <- (1 - lr weight_decay) W - lr scale up(D, P)
     if group["weight_decay"]:
         p.mul_(1 - lr * group["weight_decay"] * check.keep)
-    op.add_up_(p, D.to(p.dtype), P_G.to(p.dtype), alpha=-lr * group["scale"])
+    op.add_up_(p, _cast(D, p.dtype), _cast(P_G, p.dtype), alpha=-lr * group["scale"])
     seen = observation(P, R, plan, check) if observe else None
 
     def descend(gP: Tensor) -> None:
@@ -160,12 +161,21 @@ def _direction(
     check: GradientCheck,
     piece: slice | None = None,
 ) -> Tensor:
-    moments = rule.moments(shape)
+    moments = _moments(rule, shape)
     values = {moment.name: storage.load(state, moment, prefix, G.dtype, piece) for moment in moments}
     D = rule.direction(G, values, state[step], check)
     for moment in moments:
         storage.store(state, moment, prefix, values[moment.name], piece, check.skip)
     return D
+
+
+@lru_cache(maxsize=1024)
+def _moments(rule: UpdateRule, shape: tuple[int, ...]) -> tuple[Moment, ...]:
+    return rule.moments(shape)  # asked for at every step of every parameter
+
+
+def _cast(X: Tensor, dtype: torch.dtype) -> Tensor:
+    return X if X.dtype == dtype else X.to(dtype)  # `to` costs microseconds even where it does nothing
 
 
 def _count(state: dict, name: str, check: GradientCheck) -> None:

@@ -52,7 +52,10 @@ def pca_gradient(
 ) -> Tensor:
     """Gradient of Eq. 6 at P, (s, r), without autograd and without anything of size (m, n), (m, m) or (n, n)."""
     C = P.mT @ P
-    A = op.correlate(G, R.to(G.dtype)).to(P.dtype)  # without s, which goes into the (r, r) factors instead
+    A = op.correlate(
+        G, R if R.dtype == G.dtype else R.to(G.dtype)
+    )  # without s, which goes into the (r, r) factors instead
+    A = A if A.dtype == P.dtype else A.to(P.dtype)
     K = P.mT @ A  # = R Rᵀ, and cheaper: A is (s, r), R is as long as the other side
     # grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
     #      = A (2 s C - 4 s I) + P (2 s K + 4 lambda C - 4 lambda I)        with A and K without s

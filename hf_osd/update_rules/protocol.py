@@ -42,6 +42,9 @@ class UpdateRule(Protocol):
 
     elementwise: ClassVar[bool]
 
+    def __hash__(self) -> int:
+        """Rules are values: what is derived from one is cached."""
+
     def moments(self, shape: tuple[int, ...]) -> tuple[Moment, ...]:
         """The state tensors for a gradient of this shape; they start at zero."""
 

@@ -63,7 +63,8 @@ class Dense:
     ) -> Tensor:
         """The stored tensor itself where the dtypes agree."""
         stored = state[prefix + moment.name]
-        return (stored if piece is None else stored.view(-1)[piece]).to(compute_dtype)
+        value = stored if piece is None else stored.view(-1)[piece]
+        return value if value.dtype == compute_dtype else value.to(compute_dtype)
 
     def store(
         self, state: dict, moment: Moment, prefix: str, value: Tensor, piece: slice | None, skip: Tensor
