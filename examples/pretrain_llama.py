@@ -10,8 +10,8 @@ What it needs: `pip install "hf_osd[examples]"`. The small command needs neither
 five minutes on two CPU cores; the real one needs a GPU and streams C4 from the Hub.
 
     python examples/pretrain_llama.py --dataset docstrings --model llama_quickstart --optim osd_adamw8bit \
-        --osd_rank 32 --learning_rate 2.5e-3 --max_steps 600 --per_device_train_batch_size 4 --eval_steps 150 \
-        --output_dir runs/quickstart
+        --osd_rank 48 --osd_scale 0.125 --learning_rate 1e-2 --max_steps 400 --per_device_train_batch_size 4 \
+        --eval_steps 200 --output_dir runs/quickstart
 
     python examples/pretrain_llama.py --dataset allenai/c4 --model llama_60m --optim osd_adamw8bit \
         --osd_rank 128 --learning_rate 1e-2 --max_steps 10000 --per_device_train_batch_size 64 \
