@@ -158,5 +158,8 @@ def given_projections(
         shape = plan.projection_shape
         if not isinstance(P, Tensor) or tuple(P.shape) != shape or not P.isfinite().all():
             got = f"shape {tuple(P.shape)}" if isinstance(P, Tensor) else type(P).__name__
-            raise ValueError(f"`init` for {names[index]} must be a finite tensor of shape {shape}, got {got}.")
+            raise ValueError(
+                f"`init` for {names[index]} must be a finite tensor of shape {shape}, got {got}: give the rank "
+                f"and side that it was learned with, here rank {plan.rank} and {plan.side}."
+            )
     return dict(zip(params, tensors, strict=True))

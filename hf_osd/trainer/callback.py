@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from ..hub import ProjectionState
+from ..hub.config import CONFIG_NAME
 from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
 from ..optim.plan import ProjectedPlan
 from .optim_args import check_arguments
@@ -28,6 +29,7 @@ class OSDCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._saved: dict[Path, int] = {}  # step of the P that was last written into a folder
+        self._best: Path | None = None  # the checkpoint whose weights the model was given at the end
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -40,6 +42,7 @@ class OSDCallback(TrainerCallback):
     ) -> None:
         """Print the one summary line."""
         self._saved.clear()  # a second training counts its steps anew
+        self._best = None
         osd = unwrap(optimizer)
         if osd is not None and state.is_world_process_zero:
             _ensure_visible()
@@ -88,10 +91,20 @@ class OSDCallback(TrainerCallback):
     ) -> None:
         """Put P and the model card into what is about to be uploaded: before `on_save`, after which it is too late."""
         self._save_projections(_checkpoint(args, state), args, state, optimizer)
-        self._save_projections(_output_dir(args), args, state, optimizer)
+        if self._best is None:
+            self._save_projections(_output_dir(args), args, state, optimizer)
+        elif args.should_save and unwrap(optimizer) is not None and (self._best / CONFIG_NAME).is_file():
+            ProjectionState.from_pretrained(self._best).save_pretrained(_output_dir(args))
         osd = unwrap(optimizer)
         if osd is not None and args.should_save:
             refresh_card(_output_dir(args), osd, args, state, model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note whose weights the model has now: what is pushed from here on needs the P of that checkpoint."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._best = Path(state.best_model_checkpoint)
 
     def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, optimizer) -> None:
         osd = unwrap(optimizer)

@@ -5,7 +5,8 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from .optim_args import parse_optim_args, uses_osd
 
 
 logger = logging.getLogger("hf_osd")
+
+HUB_PATIENCE = 10.0  # seconds that a save in the middle of training waits for the README.md on the Hub
 
 
 def register_push() -> None:
@@ -74,7 +77,11 @@ def refresh_card(
         path = Path(output_dir, CARD_NAME)
         repo_id = repo_id or _repo_id(args)
         if not path.exists():
-            _start_from_hub(path, repo_id, args.hub_token, args.hub_revision)
+            try:
+                _start_from_hub(path, repo_id, args.hub_token, args.hub_revision)
+            except Exception as error:  # a card made now could replace a text that is there: the next push asks again
+                logger.debug("README.md of %s cannot be asked for: %s", repo_id, error)
+                return
         update_card(output_dir, _facts(optimizer, args, state, model, repo_id=repo_id))
 
 
@@ -88,7 +95,10 @@ def _own_card(trainer: Trainer, optimizer: OSD, token: str | None, revision: str
         path = Path(str(trainer.args.output_dir), CARD_NAME)
         access = (token or trainer.args.hub_token, revision or trainer.args.hub_revision)
         is_kept = functools.partial(_is_users, path, trainer, original, kwargs.get("model_name"))
-        kept = is_kept() or (_start_from_hub(path, trainer.hub_model_id, *access) and is_kept())
+        kept = is_kept()
+        if not kept:
+            with suppress(Exception):  # where the Hub cannot be asked it cannot be pushed to either
+                kept = _start_from_hub(path, trainer.hub_model_id, *access) and is_kept()
         if not kept:
             original(*args, **kwargs)
         with _card_may_fail():
@@ -179,14 +189,19 @@ def _start_from_hub(path: Path, repo_id: str | None, token: str | None, revision
 
 
 def _card_on_hub(repo_id: str, token: str | None, revision: str | None) -> str | None:
-    """The README.md of a repository; `None` if there is none or the Hub cannot be asked."""
+    """The README.md of a repository, `None` if there is none. Raises where the Hub does not answer soon."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
+    # In a thread of its own: the client's retries would hold up training for minutes.
+    pool = ThreadPoolExecutor(1)
     try:
-        return read_card(Path(hf_hub_download(repo_id, CARD_NAME, token=token, revision=revision)))
-    except Exception as error:
-        logger.debug("No README.md from %s: %s", repo_id, error)
+        download = pool.submit(hf_hub_download, repo_id, CARD_NAME, token=token, revision=revision)
+        return read_card(Path(download.result(timeout=HUB_PATIENCE)))
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _repo_id(args: TrainingArguments) -> str | None:
