@@ -16,6 +16,7 @@ Letters and shapes as in `operators`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -32,7 +33,7 @@ def pca_loss(
     lambda_: float = 0.0,
 ) -> Tensor:
     """Eq. 6 at P, a 0-dim tensor. With `lambda_=0` it is the share of the gradient's energy outside the subspace."""
-    C = P.mT @ P
+    C = P.t() @ P
     K = op.gram(R) * inv_norm2
     # loss = 1 - 2 tr K + tr(C K) + lambda || C - I ||²
     loss = 1 - 2 * K.trace() + (C * K).sum()
@@ -51,21 +52,22 @@ def pca_gradient(
     lambda_: float,
 ) -> Tensor:
     """Gradient of Eq. 6 at P, (s, r), without autograd and without anything of size (m, n), (m, m) or (n, n)."""
-    C = P.mT @ P
-    A = op.correlate(
-        G, R if R.dtype == G.dtype else R.to(G.dtype)
-    )  # without s, which goes into the (r, r) factors instead
+    I = _identity(P.shape[1], P.dtype, P.device)  # noqa: E741 - its name in the paper
+    E = P.t() @ P - I  # C - I
+    A = op.correlate(G, R if R.dtype == G.dtype else R.to(G.dtype))  # without s, which goes into the (r, r) factors
     A = A if A.dtype == P.dtype else A.to(P.dtype)
-    K = P.mT @ A  # = R Rᵀ, and cheaper: A is (s, r), R is as long as the other side
+    K = P.t() @ A  # = R Rᵀ without s, and cheaper: A is (s, r), R is as long as the other side
     # grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
-    #      = A (2 s C - 4 s I) + P (2 s K + 4 lambda C - 4 lambda I)        with A and K without s
+    #      = A 2 s (C - 2 I) + P (2 s K + 4 lambda (C - I))        with A and K without s
     two_s = 2 * inv_norm2
-    on_A = C * two_s
-    on_A.diagonal().sub_(2 * two_s)
-    on_P = K.mul_(two_s)
-    if lambda_:
-        on_P.add_(C, alpha=4 * lambda_).diagonal().sub_(4 * lambda_)
+    on_A = (E - I).mul_(two_s)
+    on_P = K.mul_(two_s).add_(E, alpha=4 * lambda_)
     return torch.addmm(P @ on_P, A, on_A)
+
+
+@lru_cache(maxsize=64)
+def _identity(r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(r, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Left:
 
     @staticmethod
     def down(G: Tensor, P: Tensor) -> Tensor:  # noqa: D102
-        return P.mT @ G
+        return P.t() @ G
 
     @staticmethod
     def up(D: Tensor, P: Tensor) -> Tensor:  # noqa: D102
@@ -71,11 +71,11 @@ class Left:
 
     @staticmethod
     def gram(R: Tensor) -> Tensor:  # noqa: D102
-        return R @ R.mT
+        return R @ R.t()
 
     @staticmethod
     def correlate(G: Tensor, R: Tensor) -> Tensor:  # noqa: D102
-        return G @ R.mT
+        return G @ R.t()
 
 
 class Right:
@@ -95,19 +95,19 @@ class Right:
 
     @staticmethod
     def up(D: Tensor, P: Tensor) -> Tensor:  # noqa: D102
-        return D @ P.mT
+        return D @ P.t()
 
     @staticmethod
     def add_up_(W: Tensor, D: Tensor, P: Tensor, alpha: float) -> None:  # noqa: D102
-        W.addmm_(D, P.mT, alpha=alpha)
+        W.addmm_(D, P.t(), alpha=alpha)
 
     @staticmethod
     def gram(R: Tensor) -> Tensor:  # noqa: D102
-        return R.mT @ R
+        return R.t() @ R
 
     @staticmethod
     def correlate(G: Tensor, R: Tensor) -> Tensor:  # noqa: D102
-        return G.mT @ R
+        return G.t() @ R
 
 
 OPERATORS: dict[str, type[LinearOperator]] = {"left": Left, "right": Right}
