@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +186,6 @@ def test_server_as_a_process(tmp_path):
         code = "from huggingface_hub import HfApi; import json; print(json.dumps(HfApi().whoami()))"
         env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
         whoami = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        server.send_signal(signal.SIGINT)
+        server.terminate()
     assert json.loads(whoami.stdout)["name"] == "tester"
     assert server.returncode == 0
