@@ -36,7 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_osd import OSDTrainingArguments
+from hf_osd import OSDTrainingArguments, last_complete_checkpoint
 from loss_plot import save_loss_plot
 from packing import collate_blocks, tokenize, training_blocks, validation_blocks
 from pretraining_data import TextSplits, load_text
@@ -168,10 +168,21 @@ def summary(results: dict[str, Any], output_dir: str) -> str:
             f"throughput             {results['tokens_per_second']:,.0f} tokens per second",
             f"peak memory            {results['peak_memory_bytes'] / 2**30:.2f} GiB",
             f"model and checkpoints  {output_dir}",
+            *_projections(output_dir),
             f"all figures            {Path(output_dir, 'results.json')}",
             f"picture                {Path(output_dir, 'loss.png')}",
         ]
     )
+
+
+def _projections(output_dir: str) -> list[str]:
+    """The line that says where P is, if a checkpoint holds it."""
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is None or not Path(checkpoint, "osd_config.json").is_file():
+        return []
+    return [
+        f"projections P          {Path(checkpoint, 'osd_projection.safetensors')} (look: hf-osd show {checkpoint})"
+    ]
 
 
 def build_trainer(
@@ -245,8 +256,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     state = trainer.state
     if not any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history):
         trainer.evaluate()
-    results = report(trainer, clock, args)
     trainer.save_model()  # with the tokenizer
+    results = report(trainer, clock, args)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset=args.dataset)
     return results
