@@ -25,6 +25,14 @@ def test_tables_are_the_committed_results(name: str):
     assert json.loads((RESULTS / f"{name}.json").read_text())["environment"]["device"] == "cpu_2_cores"
 
 
+def test_the_quickstarts_output_is_the_committed_run():
+    run = json.loads((RESULTS / "make_quickstart.json").read_text())
+    assert f"validation perplexity  {run['perplexity']:.2f} after {run['tokens_seen']:,} tokens" in README
+    used, adamw = run["optimizer_state_bytes"] / 2**20, run["adamw_state_bytes"] / 2**20
+    assert f"{used:.1f} MiB, AdamW's would be {adamw:.1f} MiB ({used / adamw:.0%})" in README
+    assert f"throughput             {run['tokens_per_second']:,.0f} tokens per second" in README
+
+
 def test_the_options_table_is_complete_and_right():
     table = README.split("### Options")[1].split("**What is projected**")[0]
     named = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE))))
