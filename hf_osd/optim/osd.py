@@ -215,6 +215,7 @@ class OSD(torch.optim.Optimizer):
             fresh = start_projection(G, state, group, plan, check, self._given_projections.get(p))
             if not plan.started:
                 return
+            self._given_projections.pop(p, None)  # copied into the state: not kept twice
         elif rules.subspace.refresh_due(plan.count):
             refresh_projection(G, state, group, plan, check)
         plan.count += 1

@@ -93,6 +93,7 @@ def test_given_projections_survive_a_copy_made_before_the_first_step():
         give_gradients(W2)
         other.step()
         assert torch.equal(other.state[W2]["projection"], P)
+        assert not other._given_projections  # P is in the state now, and only there
 
 
 @pytest.mark.parametrize("rule", RULES)
