@@ -79,11 +79,18 @@ class TrainingClock(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stops the clock before an evaluation, a checkpoint and the end."""
-        if control.should_evaluate or control.should_save or control.should_training_stop:
+        running = self._started is not None
+        if running and (control.should_evaluate or control.should_save or control.should_training_stop):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.seconds += time.perf_counter() - self._started
             self._started = None
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As after a step: what happens once an epoch is asked for here."""
+        self.on_step_end(args, state, control, **kwargs)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

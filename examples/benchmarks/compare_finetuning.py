@@ -1,0 +1,181 @@
+"""Fine-tunes the same model on GLUE tasks with several methods, each at its best learning rate of a grid.
+
+Reads experiments/<name>.json: arguments common to all runs, those of each task, and for each method its arguments and
+learning rates, or the name of a method whose best rates it takes over. For each task and method, every rate of the
+grid runs with the first seed; the best one runs with the other seeds too. Every run is one call of
+examples/finetune_glue.py in a process of its own. Finished runs are kept in `--work_dir` and not repeated, so an
+interrupted comparison continues. Writes results/<device>/<name>.json and .md.
+
+Needs: the `examples` extra. The small command takes minutes, the committed one two hours on one core. Both take model
+and data from the Hub, or from `--model` and `--data_dir`.
+
+    python examples/benchmarks/compare_finetuning.py glue_minilm --tasks rte --methods osd-r8 lora-r8 --use_cpu
+    python examples/benchmarks/compare_finetuning.py glue_minilm
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from environment import describe, results_folder
+
+
+HERE = Path(__file__).parent
+
+
+def finetune(argv: list[str], log: Path) -> None:
+    """Runs the script in this process, printing to a file."""
+    sys.path.insert(0, str(HERE.parent))
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import finetune_glue
+
+    finetune_glue.main(argv)
+
+
+class Runner:
+    """Runs the script once for each set of arguments, each time in a new process that shares only the imports.
+
+    Args:
+        work_dir (`Path`): Keeps the results of finished runs.
+        common (`list[str]`): Arguments of all runs.
+    """
+
+    def __init__(self, work_dir: Path, common: list[str]):
+        self.work_dir, self.common = work_dir, common
+        context = multiprocessing.get_context("forkserver")
+        sys.path.insert(0, str(HERE.parent))  # for the preload
+        context.set_forkserver_preload(["finetune_glue"])
+        self.pool = ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
+
+    def __call__(self, name: str, arguments: list[str]) -> dict[str, Any]:
+        """The run's results.json, from disk where the same run has finished before."""
+        folder = self.work_dir / name
+        results, command_file = folder / "results.json", folder / "command.json"
+        argv = [*self.common, *arguments, "--output_dir", str(folder)]
+        if not (results.is_file() and command_file.is_file() and json.loads(command_file.read_text()) == argv):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.pool.submit(finetune, argv, folder / "log.txt").result()
+            command_file.write_text(json.dumps(argv))
+        found = json.loads(results.read_text())
+        print(f"{name}: {found['runs'][0]['score']:.2f}", flush=True)
+        return found
+
+
+def compare_task(
+    task: str, experiment: dict[str, Any], methods: list[str], run: Callable[[str, list[str]], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row a method: its grid with the first seed, and all seeds at the best rate."""
+    rows: dict[str, dict[str, Any]] = {}
+    first, *others = experiment["seeds"]
+    for name in methods:
+        method = experiment["methods"][name]
+        rates = method["learning_rates"]
+        if isinstance(rates, str):
+            if rates not in rows:
+                raise SystemExit(f"{name} takes the learning rates of {rates}, which must run before it.")
+            rates = [rows[rates]["best_learning_rate"]]
+
+        def result(rate: float, seed: int, name: str = name, arguments: list[str] = method["arguments"]) -> dict:
+            extra = ["--task", task, "--learning_rate", str(rate), "--seed", str(seed)]
+            return run(f"{task}-{name}-lr{rate:g}-seed{seed}", [*arguments, *experiment["tasks"][task], *extra])
+
+        grid = {rate: result(rate, first) for rate in rates}
+        best = max(rates, key=lambda rate: grid[rate]["runs"][0]["score"])
+        found = [grid[best], *(result(best, seed) for seed in others)]
+        runs = [entry["runs"][0] for entry in found]
+        rows[name] = {
+            "task": task,
+            "method": name,
+            "label": method["label"],
+            "arguments": method["arguments"],
+            "grid": {f"{rate:g}": entry["runs"][0]["score"] for rate, entry in grid.items()},
+            "best_learning_rate": best,
+            "scores": [entry["score"] for entry in runs],
+            "metrics": [entry["metrics"] for entry in runs],
+            "metrics_from": runs[0]["metrics_from"],
+            "steps": runs[0]["steps"],
+            "trained_parameters": runs[0]["trained_parameters"],
+            "optimizer_state_bytes": runs[0]["optimizer_state_bytes"],
+            "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in found),
+            "seconds": statistics.fmean(entry["seconds"] for entry in runs),
+        }
+    return list(rows.values())
+
+
+def average(rows: list[dict[str, Any]]) -> tuple[float, float | None]:
+    """Mean over tasks of the mean over seeds, and the standard deviation over seeds of the mean over tasks."""
+    by_seed = [statistics.fmean(scores) for scores in zip(*(row["scores"] for row in rows), strict=True)]
+    return statistics.fmean(by_seed), statistics.stdev(by_seed) if len(by_seed) > 1 else None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one row a method, one column a task."""
+    tasks, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "method"))
+    lines = [
+        f"| method | {' | '.join(tasks)} | average | trained parameters | optimizer state | peak memory |",
+        "| --- |" + " --- |" * (len(tasks) + 4),
+    ]
+    for method in methods:
+        own = [row for row in rows if row["method"] == method]
+        cells = [_score(statistics.fmean(row["scores"]), _spread(row["scores"])) for row in own]
+        cells = [f"{cell} ({row['best_learning_rate']:g})" for cell, row in zip(cells, own, strict=True)]
+        cells = [own[0]["label"], *cells, _score(*average(own)), f"{own[0]['trained_parameters']:,}"]
+        cells.append(f"{own[0]['optimizer_state_bytes'] / 2**20:.1f} MiB")
+        cells.append(f"{max(row['peak_memory_bytes'] for row in own) / 2**30:.2f} GiB")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _score(mean: float, spread: float | None) -> str:
+    return f"{mean:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+
+
+def _spread(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def main() -> None:
+    """Run, summarise, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", help="name of a file in experiments/")
+    parser.add_argument("--tasks", nargs="+", help="only these; nothing is written to results/ then")
+    parser.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
+    parser.add_argument("--model", help="folder of the model, where there is no Hub")
+    parser.add_argument("--data_dir", help="folder of the data, where there is no Hub")
+    parser.add_argument("--use_cpu", action="store_true", help="needed for bf16 without a GPU")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
+    arguments = parser.parse_args()
+    file = HERE / "experiments" / f"{arguments.experiment}.json"
+    if not file.is_file():
+        raise SystemExit(f"There is no {file}; known: {', '.join(f.stem for f in file.parent.glob('*.json'))}.")
+    experiment = json.loads(file.read_text())
+    tasks, methods = arguments.tasks or list(experiment["tasks"]), arguments.methods or list(experiment["methods"])
+    for asked, known in ((tasks, experiment["tasks"]), (methods, experiment["methods"])):
+        if set(asked) - set(known):
+            raise SystemExit(f"Unknown: {', '.join(set(asked) - set(known))}; there are {', '.join(known)}.")
+    common = ["--model_name_or_path", arguments.model or experiment["model"], *experiment["common"]]
+    common += ["--data_dir", arguments.data_dir] if arguments.data_dir else []
+    common += ["--use_cpu", "true"] if arguments.use_cpu else []
+    run = Runner(arguments.work_dir / arguments.experiment, common)
+    rows = [row for task in tasks for row in compare_task(task, experiment, methods, run)]
+    print("\n" + table(rows))
+    if arguments.tasks or arguments.methods:
+        return
+    folder = results_folder()
+    result = {"environment": describe(), **{key: experiment[key] for key in ("model", "common", "tasks", "seeds")}}
+    (folder / f"{arguments.experiment}.json").write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+    (folder / f"{arguments.experiment}.md").write_text(table(rows))
+    print(f"Written: {folder / arguments.experiment}.json and .md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The ways to fine-tune that are compared: which optimizer, which weights, and what a rank means for each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from hf_osd.optim.targets import select
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Attributes:
+        optim (`str`): Trainer's optimizer unless another one is asked for.
+        optims (`str`): What its name must begin with; empty for any that does not project.
+        has_rank (`bool`): Whether it has a rank.
+    """
+
+    optim: str
+    optims: str
+    has_rank: bool
+
+
+METHODS = {
+    "osd": Method("osd_adamw", "osd_", True),
+    "galore": Method("galore_adamw", "galore_", True),
+    "full": Method("adamw_torch_fused", "", False),
+    "lora": Method("adamw_torch_fused", "", True),
+}
+DEFAULT_RANK = 8
+PROJECTING = ("osd_", "galore_", "apollo_")
+
+
+def method_options(method: str, rank: int | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of Trainer that a method determines.
+
+    Args:
+        method (`str`): One of `METHODS`.
+        rank (`int`, *optional*): r; defaults to 8 where there is one.
+        given (`dict`): All arguments of the command line.
+
+    Raises:
+        ValueError: For arguments that do not go with the method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
+    settings = METHODS[method]
+    optim = given["optim"] or settings.optim
+    if not (optim.startswith(settings.optims) if settings.optims else not optim.startswith(PROJECTING)):
+        raise ValueError(f"--method {method} does not go with --optim {optim}.")
+    if not settings.has_rank and rank is not None:
+        raise ValueError(f"--rank has no effect with --method {method}: leave it out.")
+    for name in ("osd_rank", "osd_target_modules", "optim_target_modules"):
+        if given[name] is not None:
+            raise ValueError(
+                f"--{name} is set by this script: use --rank, and --target_modules for the layers of every method."
+            )
+    options: dict[str, Any] = {"optim": optim}
+    if method == "osd":
+        options["osd_rank"] = rank or DEFAULT_RANK
+    if method == "galore":
+        extra = f",{given['optim_args']}" if given["optim_args"] else ""
+        options["optim_args"] = f"rank={rank or DEFAULT_RANK}{extra}"
+    return options
+
+
+def prepare_model(
+    model: PreTrainedModel,
+    method: str,
+    args: TrainingArguments,
+    *,
+    rank: int | None,
+    lora_alpha: int | None,
+    target_modules: str | list[str],
+) -> nn.Module:
+    """Choose the layers, the same for every method: they are projected, or get adapters.
+
+    Args:
+        model (`PreTrainedModel`): As loaded.
+        method (`str`): One of `METHODS`.
+        args (`TrainingArguments`): Gets the layers where Trainer's own argument holds them.
+        rank (`int`, *optional*): r; defaults to 8.
+        lora_alpha (`int`, *optional*): LoRA's updates are scaled by `lora_alpha / rank`; defaults to `2 * rank`.
+        target_modules (`str` or `list[str]`): As in `OSDTrainingArguments`.
+
+    Returns:
+        `nn.Module`: The model to train; a `PeftModel` for LoRA.
+    """
+    if method == "full":
+        return model
+    if method == "osd":
+        args.osd_target_modules = target_modules  # type: ignore[attr-defined]
+        return model
+    names = [name.removesuffix(".weight") for name in select(model, target_modules).projected]
+    if method == "galore":
+        args.optim_target_modules = names
+        return model
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    rank = rank or DEFAULT_RANK
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=lora_alpha or 2 * rank, lora_dropout=0.0, target_modules=names
+    )
+    return get_peft_model(model, config)
