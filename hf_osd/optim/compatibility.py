@@ -10,7 +10,10 @@ from .plan import ProjectedPlan, make_plan, names_of
 
 
 # Options that shape the trajectory but not the state: the saved values are restored, as torch restores `lr`.
-RESTORED = ("alpha", "lambda_", "scale", "weight_decay", "projection_weight_decay", "betas", "eps", "momentum")
+RESTORED = (
+    *("alpha", "lambda_", "scale", "weight_decay", "projection_weight_decay", "betas", "eps", "momentum"),
+    "stochastic_rounding",
+)
 ROWS_SHOWN = 12
 
 

@@ -39,6 +39,7 @@ class Options:
     update_interval: int | None = None
     projection_dtype: str | None = None
     moment_dtype: str | None = None
+    stochastic_rounding: bool = False
     seed: int = 0
 
 
@@ -163,6 +164,10 @@ def _one_of(names: Iterable[str]) -> Callable[[Any], str | None]:
     return check
 
 
+def _boolean(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "True or False"
+
+
 def _betas(value: Any) -> str | None:
     fine = isinstance(value, (tuple, list)) and len(value) == 2
     fine = fine and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in value)
@@ -201,5 +206,6 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
     "update_interval": _integer(1),
     "projection_dtype": _one_of(FLOAT_DTYPES),
     "moment_dtype": _one_of(FLOAT_DTYPES),
+    "stochastic_rounding": _boolean,
     "seed": _integer(0),
 }

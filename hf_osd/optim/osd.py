@@ -13,7 +13,8 @@ from . import options
 from .gradients import check_gradients, refuse_unsupported
 from .loading import match_state
 from .param_step import refresh_projection, start_projection, step_full, step_projected
-from .plan import Plan, ProjectedPlan, Rules, given_projections, make_plan, names_of, rules_of
+from .plan import Plan, ProjectedPlan, Rules, given_projections, make_plan, names_of, resume_plan, rules_of
+from .rounding import refuse_without_bfloat16
 from .state import create_state
 
 
@@ -60,7 +61,9 @@ class OSD(torch.optim.Optimizer):
             How P is kept, `float32` or `bfloat16`; defaults to float32 (float64 for float64 parameters). In bfloat16
             steps of P below about 1/256 of an entry are lost.
         moment_dtype (`str`, *optional*): How the weights' moments are kept, likewise; not for 8-bit rules.
-        seed (`int`, *optional*, defaults to 0): Seed of random projections, the same on all processes.
+        stochastic_rounding (`bool`, *optional*, defaults to `False`):
+            Whether bfloat16 weights are rounded at random, so that steps too small for them add up, not vanish.
+        seed (`int`, *optional*, defaults to 0): Seed of all that is random, the same on all processes.
         partial_load (`bool`, *optional*, defaults to `False`):
             Whether `load_state_dict` starts parameters anew that the saved state does not fit, instead of refusing.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
@@ -107,6 +110,7 @@ class OSD(torch.optim.Optimizer):
         update_interval: int | None = None,
         projection_dtype: str | None = None,
         moment_dtype: str | None = None,
+        stochastic_rounding: bool = False,
         seed: int = 0,
         partial_load: bool = False,
         maximize: bool = False,
@@ -118,11 +122,14 @@ class OSD(torch.optim.Optimizer):
         self._reset_derived()
         self._given_projections: dict[Tensor, Tensor] = {}
         self._clipped: list[str] = []
+        self._constructed = False
         self.partial_load = partial_load
         self.collect_statistics = False
         super().__init__(params, defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
+        refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
+        self._constructed = True
         self._warn_clipped()
         # Groups have taken their own by now; tensors are not for `defaults`, which is printed and pickled.
         if not isinstance(init, str):
@@ -136,6 +143,8 @@ class OSD(torch.optim.Optimizer):
         group, position = self.param_groups[-1], len(self._params()) - len(self.param_groups[-1]["params"])
         try:
             self._settle(group, position)
+            if self._constructed:
+                refuse_without_bfloat16(self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
@@ -258,12 +267,14 @@ class OSD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""
-        kept = ("_given_projections", "_clipped", "partial_load", "collect_statistics")
+        kept = ("_given_projections", "_clipped", "_constructed", "partial_load", "collect_statistics")
         return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and forget what was derived."""
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("stochastic_rounding", False)  # saved before there was the option
         self._reset_derived()
 
     def _reset_derived(self) -> None:
@@ -282,13 +293,7 @@ class OSD(torch.optim.Optimizer):
             for group in self.param_groups:
                 for index, other in enumerate(group["params"]):
                     if other not in self._plans:
-                        self._plans[other] = self._resume(make_plan(group, index, other, position), other)
+                        plan = make_plan(group, index, other, position)
+                        self._plans[other] = resume_plan(plan, self.state.get(other))
                     position += 1
         return self._plans[p]
-
-    def _resume(self, plan: Plan, p: Tensor) -> Plan:
-        state = self.state.get(p)
-        if isinstance(plan, ProjectedPlan) and state:
-            steps = int(state["step"])
-            plan.started, plan.count = steps > 0, steps + int(state["skipped_steps"])
-        return plan

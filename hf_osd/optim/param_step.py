@@ -16,9 +16,7 @@ from ..update_rules import GradientCheck, Moment, MomentStorage, UpdateRule
 from . import options
 from .gradients import EPS
 from .plan import Plan, ProjectedPlan, Rules
-
-
-PIECE = 2**22  # elements of a full-size parameter worked on at a time: bounds its float32 temporaries to 16 MiB each
+from .rounding import PIECE, add_rounded_, rounding_noise
 
 
 def step_full(
@@ -33,13 +31,13 @@ def step_full(
     """W <- (1 - lr weight_decay) W - lr rule(G), in pieces where the rule works element by element."""
     rule, lr = rules.weight, group["lr"]
     _count(state, "step", check)
+    plan.count += 1
+    decay, noise = _decay(group, check), rounding_noise(p, group, plan)
     for piece in _pieces(p, grad, rule):
         W, G = (p, grad) if piece is None else (p.view(-1)[piece], grad.view(-1)[piece])
         G = _cast(G, plan.compute_dtype)
         D = _direction(rule, rules.weight_storage, state, "", G, plan.update_shape, "step", check, piece)
-        if group["weight_decay"]:
-            W.mul_(1 - lr * group["weight_decay"] * check.keep)
-        W.add_(D, alpha=-lr)
+        _update_full(W, D, -lr, decay, noise)
 
 
 def start_projection(
@@ -112,9 +110,7 @@ def step_projected(
     R = _cast(op.down(G, P_G), plan.compute_dtype)
     D = _direction(rules.weight, rules.weight_storage, state, "", R, plan.update_shape, "step", check)
     # W <- (1 - lr weight_decay) W - lr scale up(D, P)
-    if group["weight_decay"]:
-        p.mul_(1 - lr * group["weight_decay"] * check.keep)
-    op.add_up_(p, _cast(D, p.dtype), _cast(P_G, p.dtype), alpha=-lr * group["scale"])
+    _update_projected(p, D, P, group, plan, check)
     seen = observation(P, R, plan, check) if observe else None
 
     def descend(gP: Tensor) -> None:
@@ -141,6 +137,36 @@ def step_projected(
         if P is not stored:
             stored.copy_(P)
     return seen
+
+
+def _update_full(W: Tensor, D: Tensor, alpha: float, decay: Tensor | None, noise: torch.Generator | None) -> None:
+    """W <- decay W + alpha D."""
+    if noise is not None:
+        D = torch.atleast_1d(D)
+        add_rounded_(W, lambda X, rows: X.add_(D[rows], alpha=alpha), decay, noise)
+        return
+    if decay is not None:
+        W.mul_(decay)
+    W.add_(D, alpha=alpha)
+
+
+def _update_projected(
+    p: Tensor, D: Tensor, P: Tensor, group: Mapping[str, Any], plan: ProjectedPlan, check: GradientCheck
+) -> None:
+    """W <- (1 - lr weight_decay) W - lr scale up(D, P)."""
+    op, alpha = plan.op, -group["lr"] * group["scale"]
+    decay, noise = _decay(group, check), rounding_noise(p, group, plan)
+    if noise is not None:
+        add_rounded_(p, lambda X, rows: op.add_up_(X, *op.factors(D, P, rows), alpha=alpha), decay, noise)
+        return
+    if decay is not None:
+        p.mul_(decay)
+    op.add_up_(p, _cast(D, p.dtype), _cast(P, p.dtype), alpha=alpha)
+
+
+def _decay(group: Mapping[str, Any], check: GradientCheck) -> Tensor | None:
+    """Factor on W, 1 where the step is skipped; `None` without weight decay."""
+    return 1 - group["lr"] * group["weight_decay"] * check.keep if group["weight_decay"] else None
 
 
 def observation(P: Tensor, R: Tensor, plan: ProjectedPlan, check: GradientCheck) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """What the optimizer derives from a group and a parameter: helper objects, rebuilt at will and never saved."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -59,11 +59,15 @@ class Plan:
         name (`str`): Its name where the groups have names, else its position.
         shape (`tuple[int, ...]`): Its shape.
         compute_dtype (`torch.dtype`): float32, or float64 for a float64 parameter.
+        seed (`int`): Seed of what is random for this parameter, the same on all processes.
+        count (`int`): Steps so far, skipped ones included; what the host knows without asking the device.
     """
 
     name: str
     shape: tuple[int, ...]
     compute_dtype: torch.dtype
+    seed: int
+    count: int = field(default=0, kw_only=True)
 
     @property
     def update_shape(self) -> tuple[int, ...]:
@@ -79,17 +83,13 @@ class ProjectedPlan(Plan):
         side (`str`): `"left"` or `"right"`.
         rank (`int`): r.
         projection_dtype (`torch.dtype`): How P is kept between steps.
-        seed (`int`): Seed of a random P_0.
         started (`bool`): Whether P has been initialised.
-        count (`int`): Steps so far, skipped ones included; what the host knows without asking the device.
     """
 
     side: str
     rank: int
     projection_dtype: torch.dtype
-    seed: int
     started: bool = False
-    count: int = 0
 
     @property
     def op(self) -> type[LinearOperator]:
@@ -123,18 +123,29 @@ def make_plan(group: Mapping[str, Any], index: int, p: Tensor, position: int) ->
     """The plan of `group["params"][index]`; `position` counts parameters over all groups."""
     name = names_of(group, position - index)[index]
     compute_dtype = torch.promote_types(p.dtype, torch.float32)
+    seed = group["seed"] * 1_000_003 + position
     if group["rank"] is None:
-        return Plan(name, tuple(p.shape), compute_dtype)
+        return Plan(name, tuple(p.shape), compute_dtype, seed)
     m, n = p.shape
     return ProjectedPlan(
         name,
         (m, n),
         compute_dtype,
+        seed,
         side=group["sides"][index],
         rank=effective_rank(group["rank"], m, n),
         projection_dtype=getattr(torch, group["projection_dtype"]) if group["projection_dtype"] else compute_dtype,
-        seed=group["seed"] * 1_000_003 + position,
     )
+
+
+def resume_plan(plan: Plan, state: Mapping[str, Tensor] | None) -> Plan:
+    """The plan with what a state that exists already tells. Reads the device: this happens once after a load."""
+    if state:
+        steps = int(state["step"])
+        plan.count = steps + int(state["skipped_steps"])
+        if isinstance(plan, ProjectedPlan):
+            plan.started = steps > 0
+    return plan
 
 
 def given_projections(

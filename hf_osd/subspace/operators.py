@@ -38,6 +38,10 @@ class LinearOperator(Protocol):
         """W <- W + alpha * up(D, P), accumulated by the product itself: nothing of size (m, n) is allocated."""
 
     @staticmethod
+    def factors(D: Tensor, P: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Views of D and P such that `up` of them is those rows of up(D, P)."""
+
+    @staticmethod
     def gram(R: Tensor) -> Tensor:
         """Pᵀ G Gᵀ P (left) or Pᵀ Gᵀ G P (right) from R alone, (r, r)."""
 
@@ -70,6 +74,10 @@ class Left:
         W.addmm_(P, D, alpha=alpha)
 
     @staticmethod
+    def factors(D: Tensor, P: Tensor, rows: slice) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return D, P[rows]
+
+    @staticmethod
     def gram(R: Tensor) -> Tensor:  # noqa: D102
         return R @ R.t()
 
@@ -100,6 +108,10 @@ class Right:
     @staticmethod
     def add_up_(W: Tensor, D: Tensor, P: Tensor, alpha: float) -> None:  # noqa: D102
         W.addmm_(D, P.t(), alpha=alpha)
+
+    @staticmethod
+    def factors(D: Tensor, P: Tensor, rows: slice) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return D[rows], P
 
     @staticmethod
     def gram(R: Tensor) -> Tensor:  # noqa: D102

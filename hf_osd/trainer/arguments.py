@@ -81,7 +81,15 @@ class OSDTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Steps between SVDs with osd_subspace=svd. Defaults to 200."}
     )
     osd_momentum: float | None = field(default=None, metadata={"help": "Momentum of SGD. Defaults to 0.9."})
-    osd_seed: int | None = field(default=None, metadata={"help": "Seed of random projections. Defaults to seed."})
+    osd_stochastic_rounding: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Round updates of bfloat16 weights at random, so that tiny steps add up instead of vanishing."
+        },
+    )
+    osd_seed: int | None = field(
+        default=None, metadata={"help": "Seed of random projections and rounding. Defaults to seed."}
+    )
     osd_preset: str | None = field(
         default=None, metadata={"help": "reference: the settings of the paper's published code."}
     )

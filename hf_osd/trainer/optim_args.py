@@ -33,6 +33,7 @@ SETTINGS: dict[str, Setting] = {
     "moment_dtype": Setting("moment_dtype", str),
     "update_interval": Setting("update_interval", int),
     "momentum": Setting("momentum", float),
+    "stochastic_rounding": Setting("stochastic_rounding", bool),
     "seed": Setting("seed", int),
     "preset": Setting("preset", str),
     "partial_load": Setting("partial_load", bool),

@@ -39,6 +39,7 @@ GOOD: dict[str, list[Any]] = {
     "side": ["auto", "left", "right"],
     "projection_dtype": ["float32", "bfloat16", None],
     "moment_dtype": ["float32", "bfloat16", None],
+    "stochastic_rounding": [False, True],
     "seed": [0, 7],
 }
 
@@ -62,6 +63,7 @@ BAD: dict[str, list[Any]] = {
     "update_interval": [0, -5, 2.5, "200", True],
     "projection_dtype": ["float16", "int8", torch.bfloat16, 32],
     "moment_dtype": ["float16", "uint8", torch.float32],
+    "stochastic_rounding": [0, 1, "true", None],
     "seed": [-1, 1.0, None, "0", True],
 }
 

@@ -1,0 +1,69 @@
+"""Stochastic rounding of the update of bfloat16 weights (Gupta et al. 2015, arXiv 1502.02551).
+
+bfloat16 keeps 8 significant bits: a step below 1/512 of a weight is rounded away, and so is every one that follows.
+Rounded up or down at random, with probabilities that make the mean exact, steps of any size add up.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import Plan
+
+
+PIECE = 2**22  # elements of a full-size parameter worked on at a time: bounds its float32 temporaries to 16 MiB each
+
+
+def refuse_without_bfloat16(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `ValueError` if rounding is asked for and no parameter of any group would be rounded."""
+    asked = any(group["stochastic_rounding"] for group in groups)
+    if asked and not any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
+        raise ValueError(
+            "`stochastic_rounding` has no effect: no parameter is bfloat16. Load the model with dtype=torch.bfloat16 "
+            "(`bf16=True` of a Trainer computes in bfloat16, but keeps the weights as they are), or leave it out."
+        )
+
+
+def rounding_noise(p: Tensor, group: Mapping[str, Any], plan: Plan) -> torch.Generator | None:
+    """The random numbers of this step of this parameter, `None` where its update is not rounded stochastically.
+
+    They depend on seed, position and step alone: the same on all processes and after a resume, from what the host
+    knows, and the global generators are not touched.
+    """
+    if not group["stochastic_rounding"] or p.dtype != torch.bfloat16:
+        return None
+    # Hashed, because a generator on the CPU looks at the low 32 bits of its seed only.
+    digest = blake2b(f"{plan.seed} {plan.count}".encode(), digest_size=8).digest()
+    return torch.Generator(p.device).manual_seed(int.from_bytes(digest, "little"))
+
+
+def add_rounded_(
+    W: Tensor,  # bfloat16
+    add_: Callable[[Tensor, slice], object],  # adds the update of the rows W[slice] to its first argument, in place
+    decay: Tensor | None,  # () factor on W
+    noise: torch.Generator,
+) -> None:
+    """W <- round(decay W + update), rounded once, with float32 temporaries of a few rows."""
+    W = torch.atleast_1d(W)
+    rows = max(1, PIECE // max(1, W[:1].numel()))
+    for start in range(0, W.shape[0], rows):
+        piece = slice(start, min(start + rows, W.shape[0]))
+        X = W[piece].to(torch.float32)
+        if decay is not None:
+            X.mul_(decay)
+        add_(X, piece)
+        round_into_(W[piece], X, noise)
+
+
+def round_into_(W: Tensor, X: Tensor, noise: torch.Generator) -> None:
+    """W <- X, up with probability (X - down) / (up - down), where down <= X <= up are neighbours in bfloat16.
+
+    What bfloat16 can hold is kept, infinities and NaN included.
+    """
+    # bfloat16 is the upper half of float32's bits: 16 random bits are added below, and the carry decides
+    bits = torch.empty(X.shape, dtype=torch.int32, device=X.device).random_(0, 1 << 16, generator=noise)
+    bits.add_(X.view(torch.int32)).bitwise_and_(-(1 << 16))
+    W.copy_(torch.where(X.isnan(), X, bits.view(torch.float32)))  # a carry could make a number of NaN
