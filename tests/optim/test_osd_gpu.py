@@ -11,12 +11,12 @@ from hf_osd.update_rules import RULES
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def make(rule: str, device: str, dtype: torch.dtype) -> tuple[list[nn.Parameter], OSD]:
+def make(rule: str, device: str, dtype: torch.dtype, **options) -> tuple[list[nn.Parameter], OSD]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(96, 160), (160, 96), (160,)]
     params = [nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
     groups = [{"params": params[:2], "rank": 48}, {"params": params[2:]}]
-    return params, OSD(groups, lr=1e-3, weight_rule=rule, weight_decay=0.1)
+    return params, OSD(groups, lr=1e-3, weight_rule=rule, weight_decay=0.1, **options)
 
 
 def step(params: list[nn.Parameter], optimizer: OSD, seed: int) -> None:
@@ -26,9 +26,10 @@ def step(params: list[nn.Parameter], optimizer: OSD, seed: int) -> None:
     optimizer.step()
 
 
+@pytest.mark.parametrize("rounding", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_no_synchronisation_in_a_step(rule: str):
-    params, optimizer = make(rule, "cuda", torch.bfloat16)
+def test_no_synchronisation_in_a_step(rule: str, rounding: bool):
+    params, optimizer = make(rule, "cuda", torch.bfloat16, stochastic_rounding=rounding)
     step(params, optimizer, 0)  # the first step initialises P
     step(params, optimizer, 1)
     gradients = [torch.randn_like(p) for p in params]
@@ -60,3 +61,21 @@ def test_a_state_saved_on_the_cpu_reaches_the_device():
     optimizer.load_state_dict(saved)
     assert {v.device.type for entries in optimizer.state.values() for v in entries.values()} == {"cuda"}
     step(params, optimizer, 1)
+
+
+def test_stochastic_rounding_repeats_and_resumes():
+    (first, a), (second, b) = (make("adamw", "cuda", torch.bfloat16, stochastic_rounding=True) for _ in range(2))
+    for seed in range(6):
+        step(first, a, seed)
+        torch.randn(7, device="cuda")  # the global generator must not matter
+        if seed == 3:
+            b = make_again(second, b)
+        step(second, b, seed)
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+
+
+def make_again(params: list[nn.Parameter], optimizer: OSD) -> OSD:
+    groups = [{"params": params[:2], "rank": 48}, {"params": params[2:]}]
+    other = OSD(groups, lr=1e-3, weight_decay=0.1, stochastic_rounding=True)
+    other.load_state_dict(optimizer.state_dict())
+    return other

@@ -103,6 +103,30 @@ def test_trainer_resumes_exactly(tmp_path: Path, optim: str, dtype: torch.dtype,
     assert_identical(*run_twice(tmp_path, optim, dtype, **options))
 
 
+@pytest.mark.parametrize("optim", ["osd_adamw", "osd_lion8bit"])
+def test_stochastic_rounding_resumes_exactly(tmp_path: Path, optim: str):
+    options = {"learning_rate": 1e-5, "optim_args": "rank=48,stochastic_rounding=true"}
+    whole, resumed = run_twice(tmp_path, optim, torch.bfloat16, **options)
+    assert_identical(whole, resumed)
+    plain = make_trainer(tmp_path, optim, torch.bfloat16, learning_rate=1e-5)
+    start = [p.detach().clone() for p in plain.model.parameters()]
+    plain.train()
+
+    def moved(trainer: Trainer) -> int:
+        return sum(int((p != q).sum()) for p, q in zip(trainer.model.parameters(), start, strict=True))
+
+    assert moved(whole) > 2 * moved(plain)  # most weights are too large for steps of 1e-5
+
+
+def test_stochastic_rounding_needs_a_bfloat16_model(tmp_path: Path):
+    options = {"output_dir": str(tmp_path), "optim": "osd_adamw", "report_to": "none", "use_cpu": True}
+    args = hf_osd.OSDTrainingArguments(**options, osd_rank=48, osd_stochastic_rounding=True)
+    optimizer = Trainer(LlamaForCausalLM(LlamaConfig(**CONFIG)).bfloat16(), args).create_optimizer()
+    assert all(group["stochastic_rounding"] for group in optimizer.param_groups)
+    with pytest.raises(ValueError, match="no parameter is bfloat16"):
+        Trainer(LlamaForCausalLM(LlamaConfig(**CONFIG)), args).create_optimizer()
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_resumes_exactly(tmp_path: Path, schedule: str):
     options = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": SCHEDULES[schedule]}
