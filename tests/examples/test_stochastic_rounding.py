@@ -17,7 +17,8 @@ def test_the_matrix_travels_with_stochastic_rounding_only():
         return stochastic_rounding.travel(dtype, stochastic, steps=40)[-1][1]
 
     assert end(torch.float32, False) == pytest.approx(40 * stochastic_rounding.STEP, rel=1e-3)
-    assert end(torch.bfloat16, False) == 0
+    # W0 is of rank 8 up to its own rounding, so a few weights near zero get steps that are not tiny
+    assert abs(end(torch.bfloat16, False)) < 1e-9
     # standard deviation of the mean over 24,576 weights: about 1 % after 40 steps
     assert end(torch.bfloat16, True) == pytest.approx(40 * stochastic_rounding.STEP, rel=0.08)
 
@@ -25,7 +26,7 @@ def test_the_matrix_travels_with_stochastic_rounding_only():
 def test_the_committed_result_says_so_too(tmp_path):
     result = json.loads((BENCHMARKS / "results" / "cpu_2_cores" / "stochastic_rounding.json").read_text())
     ends = {key: {name: points[-1][1] for name, points in result[key].items()} for key in ("travel", "loss")}
-    assert ends["travel"]["bfloat16"] == 0
+    assert abs(ends["travel"]["bfloat16"]) < 1e-9
     full, random = (ends["loss"][name] for name in ("float32", "bfloat16, stochastic rounding"))
     gain = result["loss"]["float32"][0][1] - full
     assert abs(random - full) < 0.02 * gain < 0.5 * gain < ends["loss"]["bfloat16"] - full
