@@ -5,6 +5,7 @@ known to transformers as values of `TrainingArguments(optim=...)`.
 """
 
 from .hub import ProjectionState
+from .interop import extract_lora, init_lora_from_projection
 from .optim import OSD, create_osd_optimizer
 from .trainer import OSDCallback, OSDTrainer, OSDTrainingArguments, last_complete_checkpoint, register
 from .version import __version__
@@ -18,6 +19,8 @@ __all__ = [
     "ProjectionState",
     "__version__",
     "create_osd_optimizer",
+    "extract_lora",
+    "init_lora_from_projection",
     "last_complete_checkpoint",
 ]
 

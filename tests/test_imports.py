@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "optim": {"optim", "update_rules", "subspace"},
     "trainer": {"trainer", "hub", "optim", "update_rules", "subspace"},
     "hub": {"hub", "optim", "update_rules", "subspace", "version"},
+    "interop": {"interop", "hub", "optim", "update_rules", "subspace", "version"},
     "cli": None,
 }
 OPTIONAL = {"bitsandbytes", "peft", "huggingface_hub", "accelerate", "datasets", "matplotlib", "galore_torch", "trl"}

@@ -1,0 +1,95 @@
+"""`hf-osd extract-lora`: share a full-weight fine-tune as a PEFT LoRA adapter."""
+
+import argparse
+import warnings
+
+from ..interop import ExtractedLora, extract_lora
+from ..interop.changes import CARRY, relative_text
+from .show import table
+
+
+DESCRIPTION = """Turn what training changed in a model's weights into a PEFT LoRA adapter, of a few megabytes.
+
+  hf-osd extract-lora out --base user/base-model --rank 16 --output adapter
+  hf-osd extract-lora user/tuned --base user/base-model --energy 0.9 --push user/adapter
+
+kept: share of the change of a layer that its rank keeps, ||BA||^2 / ||dW||^2. Without --output and --push it is shown
+and nothing is written. The adapter is loaded with peft.PeftModel.from_pretrained(base, adapter).
+"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser(
+        "extract-lora",
+        help=DESCRIPTION.split("\n")[0],
+        description=DESCRIPTION,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("tuned", metavar="TUNED", help="folder or repository of the model after training")
+    parser.add_argument("--base", required=True, metavar="BASE", help="the model before training")
+    rank = parser.add_mutually_exclusive_group()
+    rank.add_argument("--rank", type=int, metavar="R", help="rank of each layer (default: 16)")
+    rank.add_argument(
+        "--energy", type=float, metavar="E", help="or: the smallest rank that keeps this share, e.g. 0.9"
+    )
+    parser.add_argument("--max_rank", type=int, metavar="R", help="limit for the ranks that --energy asks for")
+    parser.add_argument(
+        "--carry",
+        choices=list(CARRY),
+        default="auto",
+        help="what else to take along: the task head; norms and biases too (auto, default); embeddings too (all)",
+    )
+    parser.add_argument("--exact", action="store_true", help="exact SVD of large matrices too")
+    parser.add_argument("--output", metavar="DIR", help="write the adapter into this folder")
+    parser.add_argument("--push", metavar="USER/NAME", help="push the adapter to this repository")
+    parser.add_argument("--private", action="store_true", help="a repository that --push creates is private")
+    parser.set_defaults(function=extract)
+
+
+def extract(arguments: argparse.Namespace) -> None:
+    """Do what was asked for; exit with one sentence where that cannot be."""
+    try:
+        if arguments.private and not arguments.push:
+            raise ValueError("--private is for --push.")
+        if arguments.max_rank is not None and arguments.energy is None:
+            raise ValueError("--max_rank is for --energy.")
+        fixed = 16 if arguments.rank is None else arguments.rank
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The adapter leaves out")  # the table below says it
+            adapter = extract_lora(
+                arguments.tuned,
+                arguments.base,
+                rank="auto" if arguments.energy is not None else fixed,
+                energy=arguments.energy,
+                max_rank=arguments.max_rank,
+                carry=arguments.carry,
+                exact=arguments.exact,
+            )
+        print(text(adapter, arguments.tuned))
+        if arguments.output:
+            adapter.save_pretrained(arguments.output)
+            print(f"written to {arguments.output}")
+        if arguments.push:
+            commit = adapter.push_to_hub(arguments.push, private=arguments.private or None)
+            print(f"pushed to {arguments.push}: {commit.commit_url}")
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"hf-osd extract-lora: {error}") from error
+
+
+def text(adapter: ExtractedLora, tuned: str) -> str:
+    """A table of the layers, what else is carried, what is left out, and sizes."""
+    rows = [
+        [name, f"{layer.shape[0]} x {layer.shape[1]}", str(layer.rank), f"{100 * layer.kept:.1f}%"]
+        for name, layer in adapter.layers.items()
+    ]
+    lines = [table(["layer", "shape", "rank", "kept"], rows, left=("layer",)), ""]
+    for title, found in (("carried in full", adapter.carried), ("left out", adapter.dropped)):
+        if found:
+            named = ", ".join(f"{name} ({relative_text(change)})" for name, change in found.items())
+            lines.append(f"{title}, with the relative change: {named}")
+    lines.append(
+        f"{len(rows)} layers keep {100 * adapter.kept:.1f}% of their change; {adapter.bytes / 1e6:,.2f} MB for "
+        f"{tuned}, whose weights have {adapter.model_bytes / 1e6:,.2f} MB"
+    )
+    return "\n".join(lines)
