@@ -3,6 +3,7 @@
 Letters: dW (m, n) = W_tuned - W_base, with m outputs and n inputs; B (m, r), A (r, n) LoRA's factors; r the rank.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -143,7 +144,7 @@ def _change(after: Any, before: Any) -> Tensor:
 
 
 def _warn(dropped: Mapping[str, float]) -> None:
-    largest = sorted(dropped, key=lambda name: -dropped[name])
+    largest = sorted(dropped, key=lambda name: (math.isinf(dropped[name]), -dropped[name]))
     shown = ", ".join(f"{name} ({relative_text(dropped[name])})" for name in largest[:5])
     more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
     warnings.warn(
