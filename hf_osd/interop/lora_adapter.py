@@ -169,7 +169,22 @@ def build_adapter(tuned: nn.Module, base: nn.Module, changes: Changes, factors: 
     if config.modules_to_save:  # peft adds the names of usual classifiers, whether they are there or not
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     _fill(peft_model, tuned, factors)
+    if changes.biases:
+        _check_biases_are_saved(peft_model, changes)
     return peft_model
+
+
+def _check_biases_are_saved(peft_model: Any, changes: Changes) -> None:
+    """Before 0.21, peft looks for the biases of bias="lora_only" under a name that they do not have."""
+    from peft import __version__, get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    for name in changes.biases:
+        if f"base_model.model.{name.removesuffix('bias')}base_layer.bias" not in saved:
+            raise ValueError(
+                f"peft {__version__} would not save {name}: install peft 0.21 or newer, or leave biases and norms out "
+                "with carry='head'."
+            )
 
 
 def _fill(peft_model: Any, tuned: nn.Module, factors: Factors) -> None:

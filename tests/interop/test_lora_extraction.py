@@ -166,6 +166,20 @@ def test_what_is_carried_and_what_is_left_out(carry, tmp_path):
     assert math.isinf({**adapter.carried, **adapter.dropped}["bert.pooler.dense.bias"])
 
 
+def test_a_peft_that_loses_biases_is_refused(monkeypatch):
+    tuned, base = fine_tuned("bert")
+    original = peft.get_peft_model_state_dict
+
+    def without_biases(*args, **kwargs):  # as peft before 0.21
+        return {key: value for key, value in original(*args, **kwargs).items() if "base_layer" not in key}
+
+    monkeypatch.setattr(peft, "get_peft_model_state_dict", without_biases)
+    with pytest.raises(ValueError, match="would not save bert.*bias: install peft 0.21 or newer, or leave"):
+        extract_lora(tuned, base)
+    with pytest.warns(UserWarning, match="leaves out"):
+        assert extract_lora(tuned, base, carry="head").layers
+
+
 def test_layers_named_by_hand_are_carried():
     tuned, base = fine_tuned("bert")
     adapter = extract_lora(tuned, base, rank=2, carry="all", modules_to_save=["bert.pooler.dense"])
