@@ -36,9 +36,10 @@ from transformers import (
     set_seed,
 )
 
+from extracted_adapters import evaluate_adapters
 from finetuning_methods import method_options, prepare_model
 from glue_metrics import metric_function
-from glue_report import GlueRun, finished_run, write_report
+from glue_report import GlueRun, finished_run, score_of, write_report
 from glue_tasks import TASKS, Task, load_task
 from hf_osd import OSDTrainingArguments
 from run_report import TrainingClock
@@ -88,6 +89,10 @@ class GlueArguments:
     seeds: list[int] | None = field(
         default=None, metadata={"help": "One run for each. Default: --seed alone.", "nargs": "+"}
     )
+    extract_lora: list[int] | None = field(
+        default=None,
+        metadata={"help": "Also evaluate LoRA adapters of these ranks, made of the trained weights.", "nargs": "+"},
+    )
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.task if name not in TASKS]
@@ -95,6 +100,8 @@ class GlueArguments:
             raise ValueError(f"Unknown --task {', '.join(unknown)}; there are {', '.join(TASKS)}.")
         if self.lora_alpha is not None and self.method != "lora":
             raise ValueError(f"--lora_alpha has no effect with --method {self.method}.")
+        if self.extract_lora and self.method == "lora":
+            raise ValueError("--extract_lora is for methods that train the weights themselves, not for lora.")
         if self.class_weights not in ("none", "balanced"):
             raise ValueError(f"--class_weights must be none or balanced, got {self.class_weights!r}.")
         if self.class_weights == "balanced" and any(not TASKS[name].labels for name in self.task):
@@ -172,6 +179,7 @@ def run_task(name: str, args: GlueArguments, training_args: OSDTrainingArguments
         own.seed, own.output_dir = seed, str(Path(training_args.output_dir, name, f"seed-{seed}"))
         set_seed(seed)  # before the classifier's weights are drawn
         model = load_model(args.model_name_or_path, task)
+        base = copy.deepcopy(model) if args.extract_lora else None
         model = prepare_model(
             model, args.method, own, rank=args.rank, lora_alpha=args.lora_alpha, target_modules=args.layers
         )
@@ -194,6 +202,11 @@ def run_task(name: str, args: GlueArguments, training_args: OSDTrainingArguments
         if own.save_strategy != "no":
             trainer.save_model()
         runs.append(finished_run(trainer, clock, name, seed, source))
+        if base is not None:
+            adapters = evaluate_adapters(
+                trainer, base.to(trainer.args.device), args.extract_lora, Path(own.output_dir)
+            )
+            runs[-1].extracted = [entry | {"score": score_of(entry["metrics"])} for entry in adapters]
     return runs
 
 

@@ -27,6 +27,7 @@ class GlueRun:
         metrics (`dict[str, float]`): Of the last evaluation, as Trainer names them.
         score (`float`): Mean of the task's metrics over its validation splits, times 100.
         seconds (`float`): Training time, without evaluation.
+        extracted (`list[dict]`): What `evaluate_adapters` found, with scores.
     """
 
     task: str
@@ -41,7 +42,7 @@ class GlueRun:
     optimizer_state_bytes: int
     parameter_groups: list[dict[str, Any]]
     log_history: list[dict[str, float]]
-    extracted: list[dict[str, float]] = field(default_factory=list)
+    extracted: list[dict[str, Any]] = field(default_factory=list)
 
 
 def finished_run(trainer: Trainer, clock: TrainingClock, task: str, seed: int, metrics_from: str) -> GlueRun:
@@ -63,7 +64,7 @@ def finished_run(trainer: Trainer, clock: TrainingClock, task: str, seed: int, m
         trained_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         optimizer_state_bytes=optimizer_state_bytes(trainer.optimizer),
         parameter_groups=parameter_groups(trainer.optimizer),
-        log_history=state.log_history,
+        log_history=list(state.log_history),
     )
 
 
@@ -90,6 +91,34 @@ def table(runs: list[GlueRun]) -> str:
             f"{statistics.fmean(run.seconds for run in own):.0f} s",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" + adapter_table(runs)
+
+
+def adapter_table(runs: list[GlueRun]) -> str:
+    """Markdown: the models and the adapters made of them, mean and standard deviation over seeds; empty without."""
+    if not any(run.extracted for run in runs):
+        return ""
+    lines = [
+        "",
+        "| task | model | adapter of rank | with embeddings | score | kept (worst layer) | size |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task in dict.fromkeys(run.task for run in runs):
+        own = [run for run in runs if run.task == task]
+        for entries in zip(*(run.extracted for run in own), strict=True):
+            kept, worst = (
+                statistics.fmean(entry[key] for entry in entries) for key in ("kept", "kept_in_worst_layer")
+            )
+            cells = (
+                task,
+                mean_and_spread([run.score for run in own]),
+                str(entries[0]["rank"]),
+                "yes" if entries[0]["carry"] == "all" else "no",
+                mean_and_spread([entry["score"] for entry in entries]),
+                f"{kept:.1%} ({worst:.1%})",
+                f"{entries[0]['bytes'] / 1e6:.1f} MB",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -104,6 +104,18 @@ def test_methods_differ_only_in_what_they_train(finetune, method):
         assert full <= run[0]["optimizer_state_bytes"] < 1.01 * full + 4096
 
 
+def test_extracted_adapters_are_evaluated(finetune, tmp_path):
+    run = finetune(task="stsb", rank=4, extract_lora=[2, 24], learning_rate=1e-2, max_steps=6)["runs"][0]
+    found = {(entry["rank"], entry["carry"]): entry for entry in run["extracted"]}
+    assert list(found) == [(2, "auto"), (2, "all"), (24, "auto"), (24, "all")]
+    # at full rank and with the embeddings, the adapter is the trained model
+    assert found[24, "all"]["metrics"]["eval_loss"] == pytest.approx(run["metrics"]["eval_loss"], rel=1e-5)
+    assert abs(found[2, "all"]["metrics"]["eval_loss"] - run["metrics"]["eval_loss"]) > 1e-4
+    assert found[24, "auto"]["kept"] == pytest.approx(1) and found[2, "auto"]["kept"] < 0.99
+    assert found[2, "auto"]["bytes"] < found[24, "auto"]["bytes"] < found[24, "all"]["bytes"]
+    assert "| stsb |" in (tmp_path / "out" / "results.md").read_text().split("with embeddings")[1]
+
+
 def test_seeds_repeat(finetune):
     first, second = (finetune(task="mrpc", rank=4, seed=5)["runs"][0] for _ in range(2))
     assert first["metrics"]["eval_loss"] == second["metrics"]["eval_loss"]
@@ -190,6 +202,7 @@ def test_test_splits_without_labels_are_refused(tmp_path):
         ({"task": "stsb", "class_weights": "balanced"}, "stsb is a regression"),
         ({"class_weights": "inverse"}, "must be none or balanced"),
         ({"seeds": [1, 1]}, "duplicates"),
+        ({"method": "lora", "extract_lora": 8}, "--extract_lora is for methods that train the weights"),
     ],
 )
 def test_mistakes_are_refused(finetune, options, message):
