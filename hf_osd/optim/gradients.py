@@ -12,24 +12,31 @@ from ..update_rules import GradientCheck
 EPS = 1e-30  # below this ||G||² counts as zero; float32 holds its inverse
 
 
-def check_gradients(grads: Sequence[Tensor]) -> list[GradientCheck]:
-    """One `GradientCheck` for each gradient. A few launches for each device and precision, nothing read back."""
+def check_gradients(grads: Sequence[Tensor], stacked: Sequence[bool] | None = None) -> list[GradientCheck]:
+    """One `GradientCheck` for each gradient. A few launches for each device and precision, nothing read back.
+
+    Args:
+        grads (`list[torch.Tensor]`): The gradients.
+        stacked (`list[bool]`, *optional*):
+            Which of them are a stack (E, m, n), of whose E matrices a zero one is skipped. The tensors of their checks
+            have the shape (E,).
+    """
     checks: dict[int, GradientCheck] = {}
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    alike: dict[tuple[torch.device, torch.dtype, bool], list[int]] = defaultdict(list)
     for i, G in enumerate(grads):
-        alike[G.device, torch.promote_types(G.dtype, torch.float32)].append(i)
-    for (device, dtype), members in alike.items():
-        norm2 = _squared_norms([grads[i] for i in members], device, dtype)
+        alike[G.device, torch.promote_types(G.dtype, torch.float32), bool(stacked and stacked[i])].append(i)
+    for (device, dtype, are_stacks), members in alike.items():
+        matrices = [G for i in members for G in (grads[i].unbind() if are_stacks else grads[i : i + 1])]
+        norm2 = _squared_norms(matrices, device, dtype)
+        broken = norm2.isfinite().logical_not_().to(torch.float32)
+        if are_stacks:
+            norm2.masked_fill_(norm2 == 0, float("nan"))  # not a number: nothing is learned or observed there either
         skip = ~norm2.isfinite()
         found_inf = skip.to(torch.float32)
         # s = 1 / max(||G||², eps)
-        rows = zip(
-            norm2.clamp(min=EPS).reciprocal_().unbind(),
-            skip.unbind(),
-            found_inf.unbind(),
-            (1 - found_inf).to(dtype).unbind(),
-            strict=True,
-        )
+        fields = (norm2.clamp(min=EPS).reciprocal_(), skip, found_inf, (1 - found_inf).to(dtype), broken)
+        sizes = [len(grads[i]) for i in members] if are_stacks else []
+        rows = zip(*(field.split(sizes) if are_stacks else field.unbind() for field in fields), strict=True)
         for i, row in zip(members, rows, strict=True):
             checks[i] = GradientCheck(*row)
     return [checks[i] for i in range(len(grads))]

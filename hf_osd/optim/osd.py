@@ -10,10 +10,21 @@ from torch import Tensor
 from ..subspace import choose_side
 from ..update_rules import RULES, GradientCheck, require_bitsandbytes
 from . import options
+from .experts import step_matrices
 from .gradients import check_gradients, refuse_unsupported
 from .loading import match_state
-from .param_step import refresh_projection, start_projection, step_full, step_projected
-from .plan import Plan, ProjectedPlan, Rules, given_projections, make_plan, names_of, resume_plan, rules_of
+from .param_step import step_full
+from .plan import (
+    Plan,
+    ProjectedPlan,
+    Rules,
+    StackedPlan,
+    given_projections,
+    make_plan,
+    names_of,
+    resume_plan,
+    rules_of,
+)
 from .rounding import refuse_without_bfloat16
 from .state import create_state
 
@@ -33,8 +44,9 @@ class OSD(torch.optim.Optimizer):
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate of the weights.
         rank (`int`, *optional*):
-            r. Groups without it are updated at full size; parameters of groups with it must be matrices. Clipped to
-            min(m, n), with one warning.
+            r. Groups without it are updated at full size; parameters of groups with it must be matrices (m, n), or
+            stacks (E, m, n) of experts' matrices, of which each is projected by itself and left alone in steps in
+            which its gradient is zero. Clipped to min(m, n), with one warning.
         weight_rule (`str`, *optional*, defaults to `"adamw"`):
             One of `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd`.
         projection_rule (`str`, *optional*): Likewise for P; defaults to `weight_rule` (Algorithm 1).
@@ -70,7 +82,7 @@ class OSD(torch.optim.Optimizer):
 
     Raises:
         ValueError: For an option that is unknown, out of range or without effect, for a projected parameter that is
-            not a matrix, and at a step for sparse and complex gradients.
+            neither a matrix nor a stack of them, and at a step for sparse and complex gradients.
 
     Example:
     ```python
@@ -166,15 +178,15 @@ class OSD(torch.optim.Optimizer):
                 raise ValueError(f"`init` of {where} has no effect without a `rank`.")
             return
         for name, p in zip(names, group["params"], strict=True):
-            if p.ndim != 2:
+            if p.ndim not in (2, 3):
                 raise ValueError(
-                    f"{name} has shape {tuple(p.shape)} and cannot be projected: only matrices can. Put it into a "
-                    "group without `rank`."
+                    f"{name} has shape {tuple(p.shape)} and cannot be projected: only matrices can, and stacks of "
+                    "them such as experts' weights. Put it into a group without `rank`."
                 )
-        group["sides"] = [choose_side(p.shape[0], p.shape[1], group["side"]) for p in group["params"]]
+        group["sides"] = [choose_side(p.shape[-2], p.shape[-1], group["side"]) for p in group["params"]]
         group["alpha"] = options.projection_alpha(group, group["lr"])
         self._clipped += [
-            name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape)
+            name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape[-2:])
         ]
         if not isinstance(given, str):
             self._given_projections |= given_projections(given, group, names, position)
@@ -205,7 +217,8 @@ class OSD(torch.optim.Optimizer):
         work = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, G, _ in work:
             refuse_unsupported(G, self.plan_of(p).name)
-        checks = check_gradients([G for _, G, _ in work])
+        stacked = [isinstance(self.plan_of(p), StackedPlan) for p, _, _ in work]
+        checks = check_gradients([G for _, G, _ in work], stacked)
         rules = {id(group): rules_of(group) for group in self.param_groups}
         for (p, G, group), check in zip(work, checks, strict=True):
             self._step_param(p, G, group, rules[id(group)], check)
@@ -215,20 +228,14 @@ class OSD(torch.optim.Optimizer):
         plan, state = self.plan_of(p), self.state[p]
         if not state:
             state.update(create_state(p, plan, rules))
-        state["skipped_steps"].add_(check.found_inf)
+        state["skipped_steps"].add_(check.broken)
         if not isinstance(plan, ProjectedPlan):
             step_full(p, G, state, group, plan, rules, check)
             return
-        fresh = False
-        if not plan.started:
-            fresh = start_projection(G, state, group, plan, check, self._given_projections.get(p))
-            if not plan.started:
-                return
+        given, observe = self._given_projections.get(p), self.collect_statistics
+        seen = step_matrices(p, G, state, group, plan, rules, check, given, observe)
+        if plan.complete:
             self._given_projections.pop(p, None)  # copied into the state: not kept twice
-        elif rules.subspace.refresh_due(plan.count):
-            refresh_projection(G, state, group, plan, check)
-        plan.count += 1
-        seen = step_projected(p, G, state, group, plan, rules, check, move=not fresh, observe=self.collect_statistics)
         if seen is not None:
             self._observations[p] = seen
 
@@ -244,11 +251,11 @@ class OSD(torch.optim.Optimizer):
         if not skipped:
             return {}
         device, seen = skipped[0].device, list(self._observations.values())
-        values = {"skipped_steps": torch.stack([value.to(device) for value in skipped]).sum()}
+        values = {"skipped_steps": torch.stack([value.to(device).sum() for value in skipped]).sum()}
         for i, name in enumerate(("pca_loss", "orthogonality")):
             if seen:
                 # not a number where the gradient was broken: that step was skipped and shows nothing
-                values[name] = torch.stack([pair[i].to(device, torch.float32) for pair in seen]).nanmean()
+                values[name] = torch.cat([pair[i].to(device, torch.float32).reshape(-1) for pair in seen]).nanmean()
         return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -46,31 +46,38 @@ def start_projection(
     """Set P_0, unless the gradient is zero or not finite. Reads the device: this happens once.
 
     Args:
-        given (`torch.Tensor`, *optional*): P_0 where the user gave one.
+        given (`torch.Tensor`, *optional*):
+            P_0 where the user gave one. Zero is what a saved state has for an expert that had no tokens yet: then P
+            starts from the gradient.
 
     Returns:
         `bool`: Whether P_0 was made from this gradient, which then has nothing to teach it.
     """
-    if not _usable(check):
+    if not usable(check):
         return False
-    if group["init"] == "given":
+    init = group["init"]
+    if init == "given":
         if given is None:
             raise ValueError(
                 f"The tensor given as `init` for {plan.name} is gone: this state was loaded before it was used. Give "
                 "`init` again."
             )
-        state["projection"].copy_(given)
-    else:
-        init = _make_projection(G, state, plan, group["init"])
-    plan.started, plan.count = True, int(state["skipped_steps"])
-    return group["init"] != "given" and init != "orthonormal"
+        if given.any():
+            state["projection"].copy_(given)
+        else:
+            init = "auto"
+    if init != "given":
+        init = _make_projection(G, state, plan, init)
+    plan.started, plan.idle = True, _idle_steps(state)
+    plan.count = int(state["skipped_steps"]) + plan.idle
+    return init not in ("given", "orthonormal")
 
 
 def refresh_projection(
     G: Tensor, state: dict, group: Mapping[str, Any], plan: ProjectedPlan, check: GradientCheck
 ) -> None:
     """Compute P anew from this gradient, if it is neither zero nor broken. Reads the device, as an SVD does anyway."""
-    if _usable(check):
+    if usable(check):
         _make_projection(G, state, plan, group["init"] if group["init"] in ("svd", "randomized_svd") else "auto")
 
 
@@ -80,8 +87,38 @@ def _make_projection(G: Tensor, state: dict, plan: ProjectedPlan, init: str) -> 
     return init
 
 
-def _usable(check: GradientCheck) -> bool:
-    return bool(~check.skip & (check.inv_norm2 < 1 / EPS))
+def usable(check: GradientCheck) -> Tensor:
+    """bool: whether P can be made from the gradient, which is neither zero nor broken."""
+    return ~check.skip & (check.inv_norm2 < 1 / EPS)
+
+
+def _idle_steps(state: Mapping[str, Tensor]) -> int:
+    return int(state["idle_steps"]) if "idle_steps" in state else 0  # experts have it
+
+
+def step_matrix(
+    p: Tensor,
+    G: Tensor,
+    state: dict,
+    group: Mapping[str, Any],
+    plan: ProjectedPlan,
+    rules: Rules,
+    check: GradientCheck,
+    given: Tensor | None,
+    observe: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Start P, or renew it where that is due, and step; nothing at all before the first gradient of any use."""
+    fresh = False
+    if not plan.started:
+        fresh = start_projection(G, state, group, plan, check, given)
+        if not plan.started:
+            return None
+    elif rules.subspace.refresh_due(plan.count - plan.idle):
+        plan.idle = _idle_steps(state)
+        if rules.subspace.refresh_due(plan.count - plan.idle):
+            refresh_projection(G, state, group, plan, check)
+    plan.count += 1
+    return step_projected(p, G, state, group, plan, rules, check, move=not fresh, observe=observe)
 
 
 def step_projected(

@@ -1,7 +1,7 @@
 """What the optimizer derives from a group and a parameter: helper objects, rebuilt at will and never saved."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,6 +11,9 @@ from torch import Tensor
 from ..subspace import OPERATORS, LinearOperator, SubspaceRule, build_subspace, effective_rank
 from ..update_rules import MomentStorage, UpdateRule, build_rule, build_storage
 from . import options
+
+
+COUNTERS = ("step", "skipped_steps", "idle_steps")  # of a state: all the steps that the host has counted
 
 
 class Rules(NamedTuple):
@@ -84,12 +87,16 @@ class ProjectedPlan(Plan):
         rank (`int`): r.
         projection_dtype (`torch.dtype`): How P is kept between steps.
         started (`bool`): Whether P has been initialised.
+        idle (`int`):
+            Of an expert, how many of the `count` steps were without tokens, as far as the host knows: it asks where
+            the number decides.
     """
 
     side: str
     rank: int
     projection_dtype: torch.dtype
     started: bool = False
+    idle: int = 0
 
     @property
     def op(self) -> type[LinearOperator]:
@@ -99,8 +106,18 @@ class ProjectedPlan(Plan):
     @property
     def size(self) -> tuple[int, int]:
         """(m, n)."""
-        m, n = self.shape
+        m, n = self.shape[-2:]
         return m, n
+
+    @property
+    def matrices(self) -> int:
+        """How many there are in the parameter."""
+        return 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether every matrix's P has been initialised."""
+        return self.started
 
     @property
     def update_shape(self) -> tuple[int, ...]:
@@ -111,6 +128,30 @@ class ProjectedPlan(Plan):
     def projection_shape(self) -> tuple[int, int]:
         """Shape of P."""
         return (self.op.projected_size(*self.size), self.rank)
+
+
+@dataclass
+class StackedPlan(ProjectedPlan):
+    """How a stack (E, m, n) of experts' matrices is stepped: each by a plan of its own.
+
+    Its state has the entries of one matrix with a leading dimension E, and `idle_steps`. `shape` is (E, m, n), what is
+    inherited otherwise tells of one matrix, `started` whether any P has been initialised.
+
+    Attributes:
+        experts (`list[ProjectedPlan]`): E plans that differ in name and seed, and in when they started.
+    """
+
+    experts: list[ProjectedPlan] = field(default_factory=list)
+
+    @property
+    def matrices(self) -> int:
+        """E."""
+        return len(self.experts)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expert's P has been initialised."""
+        return all(expert.started for expert in self.experts)
 
 
 def names_of(group: Mapping[str, Any], position: int) -> list[str]:
@@ -126,8 +167,8 @@ def make_plan(group: Mapping[str, Any], index: int, p: Tensor, position: int) ->
     seed = group["seed"] * 1_000_003 + position
     if group["rank"] is None:
         return Plan(name, tuple(p.shape), compute_dtype, seed)
-    m, n = p.shape
-    return ProjectedPlan(
+    m, n = p.shape[-2:]
+    plan = ProjectedPlan(
         name,
         (m, n),
         compute_dtype,
@@ -136,15 +177,25 @@ def make_plan(group: Mapping[str, Any], index: int, p: Tensor, position: int) ->
         rank=effective_rank(group["rank"], m, n),
         projection_dtype=getattr(torch, group["projection_dtype"]) if group["projection_dtype"] else compute_dtype,
     )
+    if p.ndim == 2:
+        return plan
+    # far from other parameters' seeds, and different in the 32 bits that torch's generator takes
+    experts = [replace(plan, name=f"{name}[{e}]", seed=plan.seed + e * 15_485_863) for e in range(len(p))]
+    return StackedPlan(**{**vars(plan), "shape": tuple(p.shape)}, experts=experts)
 
 
 def resume_plan(plan: Plan, state: Mapping[str, Tensor] | None) -> Plan:
     """The plan with what a state that exists already tells. Reads the device: this happens once after a load."""
-    if state:
-        steps = int(state["step"])
-        plan.count = steps + int(state["skipped_steps"])
-        if isinstance(plan, ProjectedPlan):
-            plan.started = steps > 0
+    if not state:
+        return plan
+    counters = [state[name].reshape(-1).tolist() for name in COUNTERS if name in state]
+    matrices = plan.experts if isinstance(plan, StackedPlan) else [plan]
+    for matrix, (step, skipped, *idle) in zip(matrices, zip(*counters, strict=True), strict=True):
+        matrix.count = int(step + skipped + sum(idle))
+        if isinstance(matrix, ProjectedPlan):
+            matrix.started, matrix.idle = step > 0, int(sum(idle))
+    if isinstance(plan, StackedPlan):
+        plan.started = any(expert.started for expert in plan.experts)
     return plan
 
 
@@ -166,7 +217,7 @@ def given_projections(
     for index, (p, P) in enumerate(zip(params, tensors, strict=True)):
         plan = make_plan(group, index, p, position + index)
         assert isinstance(plan, ProjectedPlan)
-        shape = plan.projection_shape
+        shape = (*plan.shape[:-2], *plan.projection_shape)
         if not isinstance(P, Tensor) or tuple(P.shape) != shape or not P.isfinite().all():
             got = f"shape {tuple(P.shape)}" if isinstance(P, Tensor) else type(P).__name__
             raise ValueError(

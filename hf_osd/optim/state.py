@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from ..update_rules import TensorSpec
-from .plan import Plan, ProjectedPlan, Rules, make_plan, names_of, rules_of
+from .plan import Plan, ProjectedPlan, Rules, StackedPlan, make_plan, names_of, rules_of
 
 
 def state_spec(plan: Plan, rules: Rules) -> dict[str, TensorSpec]:
     """Every entry of a parameter's state: what is allocated, what a checkpoint must hold, what `memory` adds up."""
+    if isinstance(plan, StackedPlan):
+        one = state_spec(plan.experts[0], rules) | {"idle_steps": TensorSpec((), torch.float32)}
+        return {name: TensorSpec((plan.matrices, *entry.shape), entry.dtype) for name, entry in one.items()}
     spec = {"step": TensorSpec((), torch.float32), "skipped_steps": TensorSpec((), torch.float32)}
     for moment in rules.weight.moments(plan.update_shape):
         spec |= rules.weight_storage.spec(moment, "", plan.compute_dtype)

@@ -22,13 +22,15 @@ class Moment(NamedTuple):
 class GradientCheck(NamedTuple):
     """What is known of one gradient, as 0-dim tensors on its device: nothing of it is read by the host.
 
-    A parameter whose gradient is not finite is skipped: its weight, moments and step count stay what they were.
+    A parameter whose gradient is not finite is skipped: its weight, moments and step count stay what they were. So is
+    an expert that had no tokens.
     """
 
-    inv_norm2: Tensor  # 1 / max(||G||², eps)
-    skip: Tensor  # bool: G is not finite
+    inv_norm2: Tensor  # 1 / max(||G||², eps); nothing to use where skip
+    skip: Tensor  # bool: G is not finite, or zero and an expert's
     found_inf: Tensor  # float32: 1 where skip, as torch's fused kernels take it
     keep: Tensor  # 1 - found_inf, in the precision of the computation
+    broken: Tensor  # float32: 1 where G is not finite
 
 
 class UpdateRule(Protocol):
