@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
             row["share"] = None
             if before is not None and after is not None:
                 row["share"] = share_of_change(entry, after.float() - before.float())
-            row["random_share"] = entry.rank / OPERATORS[entry.side].projected_size(*entry.shape)
+            row["random_share"] = entry.rank / OPERATORS[entry.side].projected_size(*entry.shape[-2:])
         rows.append(row)
     config = state.config
     return {
@@ -120,7 +121,7 @@ def inspect_text(report: dict[str, Any]) -> str:
     lines = [
         [
             row["name"],
-            f"{row['shape'][0]} x {row['shape'][1]}",
+            " x ".join(map(str, row["shape"])),
             str(row["rank"]),
             row["side"],
             f"{row['orthogonality']:.2e}",
@@ -162,15 +163,15 @@ def estimate(arguments: argparse.Namespace) -> dict[str, Any]:
                 "with_8bit_moments_bytes": projection_bytes(
                     shapes, rank, include_moments=True, weight_rule="adamw8bit"
                 ),
-                "clipped": sum(rank > min(shape) for shape in shapes),
+                "clipped": sum(math.prod(shape[:-2]) for shape in shapes if rank > min(shape[-2:])),
             }
         )
-    numel = sum(m * n for m, n in shapes)
-    return {"config": arguments.estimate, "matrices": len(shapes), "numel": numel, "ranks": rows}
+    numel, matrices = sum(map(math.prod, shapes)), sum(math.prod(shape[:-2]) for shape in shapes)
+    return {"config": arguments.estimate, "matrices": matrices, "numel": numel, "ranks": rows}
 
 
-def model_shapes(config: str, revision: str | None = None) -> list[tuple[int, int]]:
-    """(m, n) of each matrix that `all-linear` projects in the model of a config file or repository."""
+def model_shapes(config: str, revision: str | None = None) -> list[tuple[int, ...]]:
+    """(m, n) or (E, m, n) of each weight that `all-linear` projects in the model of a config file or repository."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -180,7 +181,7 @@ def model_shapes(config: str, revision: str | None = None) -> list[tuple[int, in
     with torch.device("meta"):
         causal = type(loaded) in AutoModelForCausalLM._model_mapping
         model = (AutoModelForCausalLM if causal else AutoModel).from_config(loaded)
-    return [(p.shape[0], p.shape[1]) for p in select(model).projected.values()]
+    return [tuple(p.shape) for p in select(model).projected.values()]
 
 
 def estimate_text(report: dict[str, Any]) -> str:

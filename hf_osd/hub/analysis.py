@@ -1,6 +1,7 @@
 """What P looks like, and how much of a weight's change lies in its subspace. Letters as in `subspace.operators`."""
 
 import math
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,13 @@ WEIGHTS_INDEX_NAME = WEIGHTS_NAME + ".index.json"
 
 
 def orthogonality(P: Tensor) -> float:
-    """||PᵀP - I|| / sqrt(r): 0 for orthonormal columns, 1 for P = 0. What `OSDCallback` logs."""
+    """||PᵀP - I|| / sqrt(r): 0 for orthonormal columns, 1 for P = 0. What `OSDCallback` logs.
+
+    Of a stack the mean, over the experts whose P has started.
+    """
+    if P.ndim == 3:
+        started = [orthogonality(P_e) for P_e in P if P_e.any()]
+        return statistics.fmean(started) if started else 1.0
     P = P.double()
     C = P.mT @ P
     C.diagonal().sub_(1)
@@ -41,7 +48,7 @@ def share_of_change(entry: Projection, change: Tensor) -> float | None:
 
     Args:
         entry ([`Projection`]): P, its side and shape.
-        change (`torch.Tensor`): dW (m, n).
+        change (`torch.Tensor`): dW, in the shape of the weight. Of a stack all experts' energies are added up.
 
     Returns:
         `float` or `None`: From 0 to 1; a subspace drawn at random would have r / s on average, where s is the size of
@@ -51,8 +58,13 @@ def share_of_change(entry: Projection, change: Tensor) -> float | None:
     whole = dW.square().sum(dtype=torch.float64)
     if not whole > 0:
         return None
-    inside = OPERATORS[entry.side].down(dW, orthonormal_basis(entry.projection).float())
-    return float(inside.square().sum(dtype=torch.float64) / whole)
+    pairs = zip(entry.projection, dW, strict=True) if dW.ndim == 3 else [(entry.projection, dW)]
+    energy = [
+        OPERATORS[entry.side].down(dW_e, orthonormal_basis(P).float()).square().sum(dtype=torch.float64)
+        for P, dW_e in pairs
+        if P.any()  # an expert without P has not been trained
+    ]
+    return float(sum(energy) / whole)
 
 
 @dataclass
@@ -97,7 +109,7 @@ class ModelWeights:
             raise unknown
         raise ProjectionFileError(f"{self.source.name} holds no model: it has no {WEIGHTS_NAME}, nor an index.")
 
-    def get(self, name: str, shape: tuple[int, int]) -> Tensor | None:
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The weight of this parameter name, or `None` if there is none or it has another shape.
 
         Weights saved from the model without its head lack the first parts of the name (`h.0.mlp.c_fc.weight` for

@@ -36,7 +36,7 @@ class CardFacts:
             The distinct values of each option over the projected groups, by its name in `osd_config.json`; an option
             that has no effect has none.
         ranks (`tuple[int, ...]`): The effective ranks, ascending.
-        matrices (`int`): How many weights are projected.
+        matrices (`int`): How many weights are projected; each expert's counts.
         projected_parameters (`int`): Elements of these.
         full_size_parameters (`int`): Elements of all other parameters of the optimizer.
         state_bytes (`int`): Of the optimizer's state.
@@ -133,7 +133,7 @@ class CardFacts:
             optim=groups[0]["optim"],
             options={key: _distinct(own[key] for own in groups) for key in groups[0]} if projected else {},
             ranks=tuple(sorted({plan.rank for plan, _ in low_rank})),
-            matrices=len(low_rank),
+            matrices=sum(plan.matrices for plan, _ in low_rank),
             projected_parameters=sum(numel for _, numel in low_rank),
             full_size_parameters=sum(numel for plan, numel in plans if not isinstance(plan, ProjectedPlan)),
             state_bytes=predicted_state_bytes(osd),

@@ -2,7 +2,8 @@
 
 Top level: `format_version`, the versions of hf_osd, torch and transformers, `optim`, `step`, and the options of the
 projected groups (`null` where groups differ, or where the subspace does not use an option). `parameters`: for each
-name `side`, `rank`, `shape` (m, n) and the names of its `moments`. `files`: `size` and `sha256` of each data file.
+name `side`, `rank`, `shape` (m, n), or (E, m, n) of a stack of experts' matrices, and the names of its `moments`.
+`files`: `size` and `sha256` of each data file.
 """
 
 import math
@@ -124,11 +125,11 @@ def _check_parameter(name: str, entry: Any, where: str) -> None:
     side, rank, shape, moments = values
     if not isinstance(side, str) or side not in OPERATORS:
         raise ProjectionFileError(f"{name} in {where} has the side {side!r}, expected {' or '.join(OPERATORS)}.")
-    if not is_shape(shape) or len(shape) != 2:
-        raise ProjectionFileError(f"{name} in {where} has the shape {shape!r}, expected [m, n].")
+    if not is_shape(shape) or len(shape) not in (2, 3):
+        raise ProjectionFileError(f"{name} in {where} has the shape {shape!r}, expected [m, n] or [experts, m, n].")
     if not is_count(rank, 1, MAX_DIMENSION):
         raise ProjectionFileError(f"{name} in {where} has the rank {rank!r}, expected a positive integer.")
-    if rank > min(shape):
+    if rank > min(shape[-2:]):
         raise ProjectionFileError(f"{name} in {where} has the rank {rank}, larger than its matrix {tuple(shape)}.")
     if moments is not None:
         fine = isinstance(moments, list) and all(

@@ -196,12 +196,12 @@ def check_tensors(parameters: Mapping[str, Any], tensors: Mapping[str, TensorHea
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ProjectionFileError(f"{source} {fault} {min(keys)[:200]!r}{more}, judging by {CONFIG_NAME}.")
     for name, entry in parameters.items():
-        (m, n), r, P = entry["shape"], entry["rank"], tensors[name]
-        shape = projection_shape(entry["side"], (m, n), r)
+        weight, r, P = tuple(entry["shape"]), entry["rank"], tensors[name]
+        shape = projection_shape(entry["side"], weight, r)
         if P.shape != shape:
             raise ProjectionFileError(
                 f"P of {name} in {source} has the shape {P.shape}, expected {shape}: {entry['side']} side of "
-                f"{(m, n)}, rank {r}."
+                f"{weight}, rank {r}."
             )
         if P.dtype not in PROJECTION_DTYPES:
             raise ProjectionFileError(
@@ -209,7 +209,7 @@ def check_tensors(parameters: Mapping[str, Any], tensors: Mapping[str, TensorHea
             )
         for key in keys_of(name, entry.get("moments") or [])[1:]:
             got = tensors[key].shape
-            if not is_moment_shape(got, entry["side"], (m, n), r):
+            if not is_moment_shape(got, entry["side"], weight, r):
                 raise ProjectionFileError(
                     f"{key} in {source} has the shape {got}, which no state entry of {name} has."
                 )

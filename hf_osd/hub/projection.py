@@ -17,13 +17,15 @@ MOMENT_DTYPES = (*DTYPES, torch.uint8)
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """P of one weight W (m, n). Letters as in `subspace.operators`.
+    """P of one weight W (m, n), or of a stack (E, m, n) of experts' weights. Letters as in `subspace.operators`.
 
     Attributes:
-        projection (`torch.Tensor`): P: (m, r) on the left side, (n, r) on the right.
+        projection (`torch.Tensor`):
+            P: (m, r) on the left side, (n, r) on the right. Of a stack (E, m, r) or (E, n, r), zero for an expert that
+            has had no tokens yet.
         side (`str`): `"left"` or `"right"`.
         rank (`int`): r.
-        shape (`tuple[int, int]`): (m, n).
+        shape (`tuple[int, ...]`): (m, n) or (E, m, n).
         moments (`dict[str, torch.Tensor]`, *optional*):
             The other entries of the weight's optimizer state, by their names there and in their format (8-bit moments
             as codes), or nothing.
@@ -32,7 +34,7 @@ class Projection:
     projection: Tensor
     side: str
     rank: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     moments: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -40,21 +42,26 @@ def copy_projection(state: Mapping[str, Tensor], plan: ProjectedPlan, include_mo
     """What the optimizer holds for one weight, copied to the CPU."""
     kept = state if include_moments else {"projection": state["projection"]}
     values = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
-    return Projection(values.pop("projection"), plan.side, plan.rank, plan.size, values)
+    return Projection(values.pop("projection"), plan.side, plan.rank, plan.shape, values)
 
 
-def projection_shape(side: str, shape: tuple[int, int], rank: int) -> tuple[int, int]:
+def projection_shape(side: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     """Shape of P."""
-    return (OPERATORS[side].projected_size(*shape), rank)
+    *stack, m, n = shape
+    return (*stack, OPERATORS[side].projected_size(m, n), rank)
 
 
-def is_moment_shape(got: tuple[int, ...], side: str, shape: tuple[int, int], rank: int) -> bool:
+def is_moment_shape(got: tuple[int, ...], side: str, shape: tuple[int, ...], rank: int) -> bool:
     """Whether a state entry can have this shape: a counter, a moment of R or of P, or a vector that belongs to one.
 
-    Vectors are 8-bit scales and Adafactor's means. Which rule has which entries is left to the optimizer, so that a
-    file stays readable when rules change.
+    Of a stack (E, m, n) it has a leading dimension E. Vectors are 8-bit scales and Adafactor's means. Which rule has
+    which entries is left to the optimizer, so that a file stays readable when rules change.
     """
-    own, low_rank = projection_shape(side, shape, rank), OPERATORS[side].low_rank_shape(*shape, rank)
+    *stack, m, n = shape
+    if list(got[: len(stack)]) != stack:
+        return False
+    got = got[len(stack) :]
+    own, low_rank = projection_shape(side, (m, n), rank), OPERATORS[side].low_rank_shape(m, n, rank)
     return got in ((), own, low_rank) or (len(got) == 1 and got[0] <= max(numel(own), numel(low_rank)))
 
 

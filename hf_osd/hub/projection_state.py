@@ -130,7 +130,7 @@ class ProjectionState(Mapping[str, Projection]):
                 projections[name] = copy_projection(optimizer.state[p], plan, include_moments)
         if not projections:
             raise ValueError("No projected parameter has been stepped yet: there is no P before the first step.")
-        steps = max(int(p_state["step"]) for p_state in optimizer.state.values() if "projection" in p_state)
+        steps = max(int(p_state["step"].max()) for p_state in optimizer.state.values() if "projection" in p_state)
         return cls(projections, {**options_config(groups), "step": steps})
 
     def initial_projections(self) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """How large the files will be, from shapes alone."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -11,7 +12,7 @@ from ..subspace import choose_side, effective_rank
 
 
 def projection_bytes(
-    shapes: Iterable[tuple[int, int]],
+    shapes: Iterable[tuple[int, ...]],
     rank: int,
     include_moments: bool = False,
     *,
@@ -24,7 +25,7 @@ def projection_bytes(
     """Bytes of P for weights of these shapes, as they will be saved; headers, some 100 bytes a tensor, not counted.
 
     Args:
-        shapes (`Iterable[tuple[int, int]]`): (m, n) of each projected weight.
+        shapes (`Iterable[tuple[int, ...]]`): (m, n) of each projected weight, or (E, m, n) of a stack of experts'.
         rank (`int`): r; clipped to min(m, n) for each.
         include_moments (`bool`, *optional*, defaults to `False`): Add all other state of the projected weights.
         side (`str`, *optional*, defaults to `"auto"`): As in [`OSD`].
@@ -32,7 +33,7 @@ def projection_bytes(
         weight_rule, projection_rule, subspace: As in [`OSD`]; they matter with `include_moments` only.
 
     Raises:
-        ValueError: For an option that [`OSD`] would refuse, and for shapes that are no matrices.
+        ValueError: For an option that [`OSD`] would refuse, and for shapes that are neither.
 
     Example:
     ```python
@@ -54,9 +55,9 @@ def projection_bytes(
     options.validate(group, "projection_bytes")
     rules, total = rules_of(group), 0
     for shape in shapes:
-        if len(shape) != 2 or min(shape) < 1:
-            raise ValueError(f"`shapes` must hold pairs (m, n) of positive sizes, got {tuple(shape)}.")
-        m, n = shape
+        if len(shape) not in (2, 3) or min(shape) < 1:
+            raise ValueError(f"`shapes` must hold (m, n) or (E, m, n) of positive sizes, got {tuple(shape)}.")
+        *stack, m, n = shape
         plan = ProjectedPlan(
             name="",
             shape=(m, n),
@@ -68,5 +69,5 @@ def projection_bytes(
         )
         spec = state_spec(plan, rules)
         entries = spec.values() if include_moments else [spec["projection"]]
-        total += sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)
+        total += math.prod(stack) * sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)
     return total

@@ -59,7 +59,8 @@ def osd_kwargs(
         target_modules, exclude_modules: See [`~optim.targets.select`].
         decay_names (`Collection[str]`, *optional*): Defaults to what `Trainer` decides.
     """
-    selection = select(model, target_modules, exclude_modules)
+    rank = DEFAULT_RANK if settings["rank"] is None else settings["rank"]
+    selection = select(model, target_modules, exclude_modules, rank)
     if selection.ignored:
         warnings.warn(
             f"{len(selection.ignored)} modules match but are not projected, because they are no linear layers: "
@@ -69,7 +70,6 @@ def osd_kwargs(
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
     if decay_names is None:
         decay_names = decay_parameter_names(model)
-    rank = DEFAULT_RANK if settings["rank"] is None else settings["rank"]
     groups = build_param_groups(selection, decay_names, rank, settings["init"], settings["weight_decay"])
     return {"params": groups, **own}
 

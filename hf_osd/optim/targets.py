@@ -2,10 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
+
+from .adapters import ModuleNames, module_names
+from .quantised import WAY_OUT, is_quantised
 
 
 ALL_LINEAR = "all-linear"
@@ -16,59 +20,84 @@ class Selection:
     """The trainable parameters of a model by what happens to them.
 
     Attributes:
-        projected (`dict[str, nn.Parameter]`): Matrices to project, by name.
+        projected (`dict[str, nn.Parameter]`): Matrices (m, n) and experts' stacks (E, m, n) to project, by name.
         full_size (`dict[str, nn.Parameter]`): All others.
         ignored (`list[str]`): Modules that were asked for but are not linear layers.
         frozen (`list[str]`): Linear layers that were asked for but do not require gradients.
+        quantised (`list[str]`): Quantised layers that `all-linear` has left.
+        adapters (`bool`): Whether the model has adapters of peft's.
     """
 
     projected: dict[str, nn.Parameter] = field(default_factory=dict)
     full_size: dict[str, nn.Parameter] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
+    quantised: list[str] = field(default_factory=list)
+    adapters: bool = False
 
 
 def select(
     model: nn.Module,
     target_modules: str | Iterable[str] = ALL_LINEAR,
     exclude_modules: str | Iterable[str] | None = None,
+    rank: int | None = None,
 ) -> Selection:
     """Choose the matrices to project.
 
     Args:
         model (`nn.Module`): The model. Frozen parameters are left out of everything.
         target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`):
-            `"all-linear"`: every linear layer inside the model's blocks (the elements of its `nn.ModuleList`s; of a
-            model without any, every linear layer), not the output head. A list: modules with that name or whose name
-            ends in `.` + it. Another string: a regular expression that must match the whole name.
+            `"all-linear"`: every linear layer and every layer of experts inside the model's blocks (the elements of
+            its `nn.ModuleList`s; of a model without any, every one), neither the output head nor gates of a single
+            row; and of a `PeftModel` the linear layers that `modules_to_save` trains wherever they are, if `rank` is
+            low for them. A list: modules with that name or whose name ends in `.` + it, and experts' parameters such
+            as `experts.gate_up_proj`. Another string: a regular expression that must match the whole name. Names are
+            those that the model has without peft's wrappers, or with them.
         exclude_modules (`str` or `list[str]`, *optional*): What to leave out again, matched likewise.
+        rank (`int`, *optional*): r, for the choice among `modules_to_save`: a classifier of two rows stays whole.
 
     Returns:
-        [`Selection`]: `nn.Linear` and GPT-2's `Conv1D` are projected. A weight shared by several modules counts once,
+        [`Selection`]: `nn.Linear`, GPT-2's `Conv1D` and the 3-D parameters (E, m, n) of modules whose class name ends
+        in `Experts` are projected, never the factors of adapters. A weight shared by several modules counts once,
         under its name in `named_parameters`.
 
     Raises:
-        ValueError: If nothing is selected, or a name in a list matches no module.
+        ValueError: If nothing is selected, a name in a list matches no module, or a quantised layer is named.
     """
     wanted = _normalise(target_modules)
     unwanted = None if exclude_modules is None else _normalise(exclude_modules)
-    names = [name for name, _ in model.named_modules() if name]
-    matched = _all_linear(model) if wanted == ALL_LINEAR else _match(wanted, names, "target_modules")
     if unwanted == ALL_LINEAR:
         raise ValueError(f"exclude_modules={ALL_LINEAR!r} would leave nothing to project: name what to leave out.")
+    known = module_names(model)
+    stacks = expert_stacks(model, known)
+    names = {name: plain for name, plain in known.plain.items() if name and name not in known.wrappers}
+    names |= {stack: _join(known.plain[owner], stack.rpartition(".")[2]) for stack, owner in stacks.items()}
+    if wanted == ALL_LINEAR:
+        matched = _all_linear(model, known, stacks, rank)
+    else:
+        matched = _match(wanted, names, known, "target_modules")
+        # a layer of experts stands for its stacks
+        matched = [part for name in matched for part in [s for s in stacks if stacks[s] == name] or [name]]
     if unwanted:
-        excluded = _match(unwanted, names, "exclude_modules")
-        matched = [name for name in matched if name not in set(excluded)]
-    selection, chosen = Selection(), set()
+        excluded = set(_match(unwanted, names, known, "exclude_modules"))
+        matched = [name for name in matched if name not in excluded and stacks.get(name) not in excluded]
+    selection, chosen = Selection(adapters=bool(known.adapters)), set()
     for name in matched:
-        module = model.get_submodule(name)
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, linear_classes()) or weight is None or not weight.is_floating_point():
+        if name not in stacks and is_quantised(model.get_submodule(name)):
+            selection.quantised.append(name)
+            continue
+        weight = model.get_parameter(name) if name in stacks else _linear_weight(model.get_submodule(name))
+        if weight is None:
             selection.ignored.append(name)
         elif not weight.requires_grad:
             selection.frozen.append(name)
         else:
             chosen.add(weight)
+    if selection.quantised and wanted != ALL_LINEAR:
+        raise ValueError(
+            f"`target_modules` names quantised layers, whose weights cannot be trained: "
+            f"{', '.join(selection.quantised[:3])}{' ...' if len(selection.quantised) > 3 else ''}. {WAY_OUT}"
+        )
     for name, p in model.named_parameters():
         if p.requires_grad:
             (selection.projected if p in chosen else selection.full_size)[name] = p
@@ -84,21 +113,59 @@ def linear_classes() -> tuple[type[nn.Module], ...]:
     return (nn.Linear, Conv1D)
 
 
-def _all_linear(model: nn.Module) -> list[str]:
+def expert_stacks(model: nn.Module, known: ModuleNames) -> dict[str, str]:
+    """Parameters (E, m, n) that hold a matrix for each of E experts -> the name of their module.
+
+    transformers' mixture-of-experts models keep them in classes named `MixtralExperts`, `GptOssExperts` and so on,
+    each matrix as (out, in) or (in, out), which changes nothing here. Other 3-D parameters, such as convolutions'
+    kernels, are no stacks of matrices.
+    """
+    return {
+        _join(owner, name): owner
+        for owner in known.plain
+        if any(cls.__name__.endswith("Experts") for cls in type(model.get_submodule(owner)).__mro__)
+        and not is_quantised(model.get_submodule(owner))
+        for name, p in model.get_submodule(owner).named_parameters(recurse=False)
+        if p.ndim == 3 and p.is_floating_point()
+    }
+
+
+def _linear_weight(module: nn.Module) -> Any:
+    weight = getattr(module, "weight", None)
+    is_linear = isinstance(module, linear_classes()) and weight is not None and weight.is_floating_point()
+    return weight if is_linear else None
+
+
+def _all_linear(model: nn.Module, known: ModuleNames, stacks: Mapping[str, str], rank: int | None) -> list[str]:
+    modules = {name: model.get_submodule(name) for name in known.plain}
     blocks = tuple(
-        f"{name}.{index}"
-        for name, module in model.named_modules()
+        f"{name}.{index}."
+        for name, module in modules.items()
         if isinstance(module, nn.ModuleList)
         for index in range(len(module))
     )
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, linear_classes())
-        and module is not head
-        and (not blocks or any(name == block or name.startswith(block + ".") for block in blocks))
-    ]
+    heads = {known.plain[name] for name, module in modules.items() if module is head}
+
+    def inside(name: str) -> bool:
+        return not blocks or f"{name}.".startswith(blocks)
+
+    found = []
+    for name, module in modules.items():
+        quantised = is_quantised(module)
+        if not isinstance(module, linear_classes()) and not quantised:
+            continue
+        weight: Any = getattr(module, "weight", None)
+        size = 2 if quantised else min(weight.shape)  # codes have another shape
+        if inside(name) and known.plain[name] not in heads and size > 1:
+            found.append(name)
+        elif name in known.copies and (rank is None or rank < size):
+            found.append(name)
+    return found + [name for name in stacks if inside(name)]
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}".removeprefix(".")
 
 
 def _normalise(modules: str | Iterable[str]) -> str | list[str]:
@@ -116,31 +183,50 @@ def _shorthand(name: str) -> str:
     return ALL_LINEAR if name.lower().replace("_", "-") == ALL_LINEAR else name
 
 
-def _match(wanted: str | list[str], names: list[str], option: str) -> list[str]:
+def _match(wanted: str | list[str], names: Mapping[str, str], known: ModuleNames, option: str) -> list[str]:
+    """Those of `names` (full name -> name without peft's wrappers) that are meant, under either."""
     if isinstance(wanted, str):
         try:
-            return [name for name in names if re.fullmatch(wanted, name)]
+            return [name for name, plain in names.items() if re.fullmatch(wanted, name) or re.fullmatch(wanted, plain)]
         except re.error as error:
             raise ValueError(f"`{option}` {wanted!r} is not a regular expression: {error}.") from error
     for entry in wanted:
-        if not any(name == entry or name.endswith("." + entry) for name in names):
-            known = sorted({name.rsplit(".", 1)[-1] for name in names} - {str(i) for i in range(1000)})
-            close = difflib.get_close_matches(entry, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" The model has: {', '.join(known)}."
-            raise ValueError(f"{entry!r} in `{option}` matches no module.{hint}")
-    return [name for name in names if any(name == entry or name.endswith("." + entry) for entry in wanted)]
+        if any(_ends(name, entry) or _ends(plain, entry) for name, plain in names.items()):
+            continue
+        if any(_ends(name, entry) for name in known.adapters):
+            raise ValueError(f"{entry!r} in `{option}` is part of an adapter: adapters' factors are never projected.")
+        last = sorted({plain.rsplit(".", 1)[-1] for plain in names.values()} - {str(i) for i in range(1000)})
+        close = difflib.get_close_matches(entry, last, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else f" The model has: {', '.join(last)}."
+        raise ValueError(f"{entry!r} in `{option}` matches no module.{hint}")
+    return [
+        name for name, plain in names.items() if any(_ends(name, entry) or _ends(plain, entry) for entry in wanted)
+    ]
+
+
+def _ends(name: str, entry: str) -> bool:
+    return name == entry or name.endswith("." + entry)
 
 
 def _refuse_empty(
     selection: Selection, target_modules: str | list[str], exclude_modules: str | list[str] | None
 ) -> None:
+    if selection.quantised:
+        count = len(selection.quantised)
+        raise ValueError(f"Nothing to project: {count} layers are quantised, and cannot be trained. {WAY_OUT}")
     reasons = []
     if selection.frozen:
         reasons.append(f"{len(selection.frozen)} matching layers are frozen")
     if selection.ignored:
         reasons.append(f"{', '.join(selection.ignored[:3])} matched but are no linear layers")
+    way_out = "target_modules='all-linear', names such as ['q_proj', 'v_proj'], or an optimizer that does not project"
+    if selection.adapters:
+        reasons.append("adapters' factors are small and never projected")
+        way_out = (
+            "optim='adamw_torch' for adapters alone, or train some layers in full beside them: name them in "
+            "`modules_to_save` of the adapter's config, or set `requires_grad`"
+        )
     raise ValueError(
         f"Nothing to project: target_modules={target_modules!r}, exclude_modules={exclude_modules!r} select no "
-        f"trainable linear layer{' (' + '; '.join(reasons) + ')' if reasons else ''}. Use "
-        "target_modules='all-linear', names such as ['q_proj', 'v_proj'], or an optimizer that does not project."
+        f"trainable linear layer{' (' + '; '.join(reasons) + ')' if reasons else ''}. Use {way_out}."
     )

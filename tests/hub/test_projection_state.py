@@ -417,7 +417,7 @@ def test_the_size_follows_from_shapes():
     assert projection_bytes([], rank=2) == 0
     with pytest.raises(ValueError, match="`rank` of projection_bytes must be an integer >= 1"):
         projection_bytes([(8, 12)], rank=0)
-    with pytest.raises(ValueError, match="pairs"):
+    with pytest.raises(ValueError, match=r"\(m, n\) or \(E, m, n\)"):
         projection_bytes([(8,)], rank=2)
 
 
