@@ -10,10 +10,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from ..hub import ProjectionState
 from ..hub.config import CONFIG_NAME
-from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
+from ..optim import OSD
 from ..optim.plan import ProjectedPlan
 from .optim_args import check_arguments
 from .push import refresh_card
+from .summary import summary
 
 
 logger = logging.getLogger("hf_osd")
@@ -38,7 +39,13 @@ class OSDCallback(TrainerCallback):
         check_arguments(args)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs: Any,
     ) -> None:
         """Print the one summary line."""
         self._saved.clear()  # a second training counts its steps anew
@@ -46,7 +53,7 @@ class OSDCallback(TrainerCallback):
         osd = unwrap(optimizer)
         if osd is not None and state.is_world_process_zero:
             _ensure_visible()
-            logger.info(summary(osd))
+            logger.info(summary(osd, model))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
@@ -119,30 +126,6 @@ def unwrap(optimizer: torch.optim.Optimizer | None) -> OSD | None:
     """Our optimizer inside accelerate's wrapper, or `None`."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     return optimizer if isinstance(optimizer, OSD) else None
-
-
-def summary(optimizer: OSD) -> str:
-    """One line: what is projected and what that saves.
-
-    Example:
-        `OSD: 42 matrices projected to rank 128 (25.3M parameters), 33.1M parameters at full size; optimizer state
-        312.4 MB, AdamW's 467.2 MB`
-    """
-    ranks, numel = set(), {True: 0, False: 0}
-    matrices = 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            plan = optimizer.plan_of(p)
-            numel[isinstance(plan, ProjectedPlan)] += p.numel()
-            if isinstance(plan, ProjectedPlan):
-                matrices += 1
-                ranks.add(plan.rank)
-    rank = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}" if ranks else "no rank"
-    return (
-        f"OSD: {matrices} matrices projected to {rank} ({numel[True] / 1e6:.1f}M parameters), "
-        f"{numel[False] / 1e6:.1f}M parameters at full size; optimizer state "
-        f"{predicted_state_bytes(optimizer) / 1e6:.1f} MB, AdamW's {adamw_state_bytes(optimizer) / 1e6:.1f} MB"
-    )
 
 
 def has_started(optimizer: OSD) -> bool:

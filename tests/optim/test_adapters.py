@@ -69,7 +69,7 @@ def test_factors_are_never_projected_and_a_pure_adapter_says_so(config: str):
     # with a layer unfrozen by hand, inside a wrapper of most methods
     whole = {}
     for name, p in model.named_parameters():
-        if "layers.0.self_attn.q_proj." in name and name not in factors:
+        if "layers.0.self_attn.q_proj." in name and name not in factors and p.is_floating_point() and p.ndim == 2:
             whole[name] = p.requires_grad_(True)
     assert len(whole) == 1
     for wanted in ("all-linear", ["q_proj"], ["layers.0.self_attn.q_proj"], r"model\.layers\.0\..*", r".*"):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_osd import OSD
 from hf_osd.optim import param_step
-from hf_osd.trainer.callback import summary
+from hf_osd.trainer.summary import summary
 
 
 KEYS = {"osd/pca_loss", "osd/orthogonality", "osd/skipped_steps"}
@@ -231,7 +231,10 @@ def test_the_summary_is_said_once_when_training_begins(trainer, caplog):
     run.train()
     (record,) = [record for record in caplog.records if record.name == "hf_osd"]
     assert record.getMessage() == summary(run.optimizer.optimizer)
-    assert record.getMessage().startswith("OSD: 14 matrices projected to rank 4")
+    assert record.getMessage().startswith(
+        "OSD: 14 matrices projected to rank 4 (0.0M parameters: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
+        "down_proj), 0.0M parameters at full size (embed_tokens, lm_head, 5 vectors); optimizer state"
+    )
 
 
 def test_the_schedule_reaches_the_optimizer(trainer):

@@ -1,0 +1,71 @@
+"""The one line that says what is projected, what is not, and what that saves."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
+from ..optim.plan import ProjectedPlan
+from ..optim.quantised import is_quantised
+
+
+KINDS_SHOWN = 8
+
+
+def summary(optimizer: OSD, model: nn.Module | None = None) -> str:
+    """What is projected, by the names of the layers, and what that saves.
+
+    Args:
+        optimizer ([`OSD`]): The optimizer.
+        model (`nn.Module`, *optional*): The model, to tell of what is frozen in it, too.
+
+    Example:
+        `OSD: 28 matrices projected to rank 8 (1.2M parameters: q_proj, o_proj), 0.3M parameters at full size
+        (embed_tokens, 5 vectors); optimizer state 0.4 MB, AdamW's 12.0 MB`
+    """
+    ranks, numel, matrices, vectors = set(), {True: 0, False: 0}, 0, 0
+    kinds: dict[bool, dict[str, None]] = {True: {}, False: {}}  # as ordered sets
+    for group in optimizer.param_groups:
+        names = group.get("param_names") or [""] * len(group["params"])
+        for name, p in zip(names, group["params"], strict=True):
+            plan = optimizer.plan_of(p)
+            projected = isinstance(plan, ProjectedPlan)
+            numel[projected] += p.numel()
+            if isinstance(plan, ProjectedPlan):
+                matrices += plan.matrices
+                ranks.add(plan.rank)
+            if p.ndim < 2:
+                vectors += 1
+            elif name:
+                kinds[projected][_kind(name)] = None
+    rank = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}" if ranks else "no rank"
+    projected_kinds = ": " + ", ".join(_shown(kinds[True])) if kinds[True] else ""
+    whole = ", ".join([*_shown(kinds[False]), *([f"{vectors} vectors"] if vectors else [])])
+    return (
+        f"OSD: {matrices} matrices projected to {rank} ({numel[True] / 1e6:.1f}M parameters{projected_kinds}), "
+        f"{numel[False] / 1e6:.1f}M parameters at full size{f' ({whole})' if whole else ''}"
+        f"{_frozen(model) if model is not None else ''}; optimizer state "
+        f"{predicted_state_bytes(optimizer) / 1e6:.1f} MB, AdamW's {adamw_state_bytes(optimizer) / 1e6:.1f} MB"
+    )
+
+
+def _kind(name: str) -> str:
+    """`q_proj` for `base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight`."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    while len(parts) > 1 and parts[-1] in ("weight", "base_layer", "default", "modules_to_save"):
+        parts.pop()
+    return parts[-1] if parts else name
+
+
+def _shown(kinds: Iterable[str]) -> list[str]:
+    kinds = list(kinds)
+    more = [f"{len(kinds) - KINDS_SHOWN} more"] if len(kinds) > KINDS_SHOWN else []
+    return [*kinds[:KINDS_SHOWN], *more]
+
+
+def _frozen(model: nn.Module) -> str:
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    quantised = sum(is_quantised(module) for module in model.modules())
+    if not frozen and not quantised:
+        return ""
+    return f", {frozen / 1e6:.1f}M frozen" + (f" ({quantised} quantised layers)" if quantised else "")
