@@ -1,0 +1,182 @@
+"""Every family of models: what is projected of it, two steps in a Trainer, and a resume bit for bit."""
+
+import ast
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Dataset
+
+from hf_osd.optim.plan import ProjectedPlan, StackedPlan
+from hf_osd.optim.targets import select
+
+
+H, I, L, V, HEADS, EXPERTS = 32, 48, 2, 80, 4, 3  # noqa: E741 - sizes as in the formulas below
+RANK, STEPS, SAVED_AT = 4, 3, 2
+SIZES = {"hidden_size": H, "intermediate_size": I, "num_hidden_layers": L, "num_attention_heads": HEADS}
+TEXT = SIZES | {"vocab_size": V, "max_position_embeddings": 64}
+GROUPED = TEXT | {"num_key_value_heads": HEADS // 2}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+ATTENTION, MLP = 4 * H * H, 2 * H * I
+GROUPED_ATTENTION, GATED_MLP = 2 * H * H + 2 * H * (H // 2), 3 * H * I
+# keys and values of half the heads; gate, up and down
+
+
+class Family(NamedTuple):
+    """How to build a model, what it reads, and what of it is to be projected."""
+
+    model: type[nn.Module]
+    config: Callable[..., Any]
+    sizes: dict[str, Any]
+    inputs: str
+    projected: int  # elements
+    matrices: int
+    whole: str  # a layer that stays at full size, as the summary names it
+
+
+FAMILIES = {
+    "bert": Family(hf.BertForSequenceClassification, hf.BertConfig, TEXT, "label", L * (ATTENTION + MLP), L * 6, "classifier"),
+    "roberta": Family(hf.RobertaForSequenceClassification, hf.RobertaConfig, TEXT, "label", L * (ATTENTION + MLP), L * 6, "word_embeddings"),
+    "distilbert": Family(hf.DistilBertForSequenceClassification, hf.DistilBertConfig, {"dim": H, "hidden_dim": I, "n_layers": L, "n_heads": HEADS, "vocab_size": V}, "label", L * (ATTENTION + MLP), L * 6, "pre_classifier"),
+    "gpt2": Family(hf.GPT2LMHeadModel, hf.GPT2Config, {"n_embd": H, "n_inner": I, "n_layer": L, "n_head": HEADS, "vocab_size": V, "n_positions": 64} | IDS, "tokens", L * (ATTENTION + MLP), L * 4, "wte"),
+    "gpt_neox": Family(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, TEXT, "tokens", L * (ATTENTION + MLP), L * 4, "lm_head"),
+    "llama": Family(hf.LlamaForCausalLM, hf.LlamaConfig, GROUPED, "tokens", L * (GROUPED_ATTENTION + GATED_MLP), L * 7, "lm_head"),
+    "mistral": Family(hf.MistralForCausalLM, hf.MistralConfig, GROUPED, "tokens", L * (GROUPED_ATTENTION + GATED_MLP), L * 7, "lm_head"),
+    "qwen2": Family(hf.Qwen2ForCausalLM, hf.Qwen2Config, GROUPED, "tokens", L * (GROUPED_ATTENTION + GATED_MLP), L * 7, "lm_head"),
+    "qwen3": Family(hf.Qwen3ForCausalLM, hf.Qwen3Config, GROUPED | {"head_dim": 8}, "tokens", L * (GROUPED_ATTENTION + GATED_MLP), L * 7, "lm_head"),
+    "gemma2": Family(hf.Gemma2ForCausalLM, hf.Gemma2Config, GROUPED | {"head_dim": 8} | IDS, "tokens", L * (GROUPED_ATTENTION + GATED_MLP), L * 7, "embed_tokens"),
+    "gemma3": Family(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, GROUPED | {"head_dim": 8} | IDS, "tokens", L * (GROUPED_ATTENTION + GATED_MLP), L * 7, "embed_tokens"),
+    "phi": Family(hf.PhiForCausalLM, hf.PhiConfig, TEXT | IDS, "tokens", L * (ATTENTION + MLP), L * 6, "lm_head"),
+    "t5": Family(hf.T5ForConditionalGeneration, hf.T5Config, {"d_model": H, "d_kv": H // HEADS, "d_ff": I, "num_layers": L, "num_heads": HEADS, "vocab_size": V, "decoder_start_token_id": 0}, "tokens", L * (3 * ATTENTION + 2 * MLP), L * 16, "shared"),
+    "vit": Family(hf.ViTForImageClassification, hf.ViTConfig, SIZES | {"image_size": 16, "patch_size": 8}, "image", L * (ATTENTION + MLP), L * 6, "classifier"),
+    "whisper": Family(hf.WhisperForConditionalGeneration, hf.WhisperConfig, {"d_model": H, "encoder_ffn_dim": I, "decoder_ffn_dim": I, "encoder_layers": L, "decoder_layers": L, "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "vocab_size": V, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 32, "decoder_start_token_id": 1} | IDS, "sound", L * (3 * ATTENTION + 2 * MLP), L * 16, "conv1"),
+    "mixtral": Family(hf.MixtralForCausalLM, hf.MixtralConfig, GROUPED | {"num_local_experts": EXPERTS, "num_experts_per_tok": 1}, "tokens", L * (GROUPED_ATTENTION + EXPERTS * GATED_MLP), L * (4 + 2 * EXPERTS), "embed_tokens"),
+    "qwen2_moe": Family(hf.Qwen2MoeForCausalLM, hf.Qwen2MoeConfig, GROUPED | {"num_experts": EXPERTS, "num_experts_per_tok": 1, "moe_intermediate_size": I, "shared_expert_intermediate_size": I}, "tokens", L * (GROUPED_ATTENTION + (EXPERTS + 1) * GATED_MLP), L * (4 + 3 + 2 * EXPERTS), "shared_expert_gate"),
+    "gpt_oss": Family(hf.GptOssForCausalLM, hf.GptOssConfig, GROUPED | {"head_dim": 8, "num_local_experts": EXPERTS, "num_experts_per_tok": 1} | IDS, "tokens", L * (GROUPED_ATTENTION + EXPERTS * GATED_MLP), L * (4 + 2 * EXPERTS), "lm_head"),
+}  # fmt: skip
+IDLE = EXPERTS - 1  # the expert that is given no tokens
+
+
+class Examples(Dataset):
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(3, V, (12,), generator=generator)
+        return {
+            "label": {"input_ids": ids, "labels": index % 2},
+            "tokens": {"input_ids": ids, "labels": ids},
+            "image": {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": index % 2},
+            "sound": {"input_features": torch.randn(8, 20, generator=generator), "labels": ids},
+        }[self.kind]
+
+
+def build(family: Family, checkpoint: Path | None = None) -> nn.Module:
+    hf.set_seed(0)
+    model = family.model(family.config(**family.sizes))
+    if checkpoint is not None and load_file(checkpoint / "model.safetensors").keys() - model.state_dict().keys():
+        # Trainer saves weights in the Hub's layout and does not convert them back when it resumes (transformers'
+        # issue 48805): experts' weights, and ViT's, must come from `from_pretrained`.
+        model = family.model.from_pretrained(checkpoint)
+    for name, p in model.named_parameters():
+        if re.search(r"mlp\.(gate|router)\.(weight|bias)", name):
+            # a·h or -a·h is above zero for every h: the two first experts take all tokens
+            p.requires_grad_(False)
+            p.data[1:] = 0
+            p.data[1] = -p.data[0]
+    return model
+
+
+def trainer(family: Family, folder: Path, checkpoint: Path | None = None) -> hf.Trainer:
+    args = hf.TrainingArguments(
+        output_dir=str(folder),
+        optim="osd_adamw",
+        optim_args=f"rank={RANK}",
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        max_steps=STEPS,
+        save_steps=SAVED_AT,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return hf.Trainer(build(family, checkpoint), args, train_dataset=Examples(family.inputs))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trains_resumes_and_says_what_is_projected(name: str, tmp_path: Path, caplog):
+    family = FAMILIES[name]
+    caplog.set_level(logging.INFO, logger="hf_osd")
+    run = trainer(family, tmp_path)
+    start = {key: p.detach().clone() for key, p in run.model.named_parameters()}
+    run.train()
+    optimizer = run.optimizer.optimizer
+    plans = [(optimizer.plan_of(p), p) for group in optimizer.param_groups for p in group["params"]]
+    projected = [(plan, p) for plan, p in plans if isinstance(plan, ProjectedPlan)]
+
+    # the projected share, against the sizes of the configuration
+    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    assert sum(p.numel() for _, p in projected) == family.projected
+    assert sum(plan.matrices for plan, _ in projected) == family.matrices
+    assert sum(p.numel() for _, p in plans) == trainable
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "hf_osd"]
+    assert "\n" not in line and f"OSD: {family.matrices} matrices projected to rank {RANK} " in line
+    assert f"({family.projected / 1e6:.1f}M parameters: " in line
+    assert f"{(trainable - family.projected) / 1e6:.1f}M parameters at full size (" in line
+    assert family.whole in line.split("at full size")[1]
+
+    # every trainable parameter has moved, but an expert without tokens
+    for key, p in run.model.named_parameters():
+        if p.requires_grad and not isinstance(optimizer.plan_of(p), StackedPlan) and p.grad is not None:
+            assert not torch.equal(p, start[key]), key
+    stacks = [(plan, p) for plan, p in projected if isinstance(plan, StackedPlan)]
+    assert len(stacks) == (2 * L if "moe" in name or name in ("mixtral", "gpt_oss") else 0)
+    for plan, p in stacks:
+        moved = [not torch.equal(p[e], start[plan.name][e]) for e in range(EXPERTS)]
+        assert moved == [True, True, False] and optimizer.state[p]["step"].tolist() == [STEPS, STEPS, 0]
+        assert all(not value[IDLE].any() for value in optimizer.state[p].values())
+
+    # the third step after a resume
+    checkpoint = tmp_path / f"checkpoint-{SAVED_AT}"
+    other = trainer(family, tmp_path, checkpoint)
+    other.train(resume_from_checkpoint=str(checkpoint))
+    for (key, p), q in zip(run.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(p, q), key
+    for (_, p), q in zip(plans, (q for group in other.optimizer.param_groups for q in group["params"]), strict=True):
+        left, right = optimizer.state[p], other.optimizer.optimizer.state[q]
+        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv1d(8, 6, 5), nn.Linear(6, 10)])
+
+
+def test_a_convolution_is_no_stack_of_matrices():
+    selection = select(Convolution())
+    assert list(selection.projected) == ["layers.1.weight"] and "layers.0.weight" in selection.full_size
+
+
+def test_every_layer_of_experts_in_transformers_is_found_by_its_name():
+    """The classes of the installed release that hold 3-D weights of experts: their names must fit the rule."""
+    found = []
+    for path in (Path(hf.__file__).parent / "models").glob("*/modeling_*moe*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and "gate_up_proj = nn.Parameter" in ast.unparse(node):
+                found.append(node.name)
+    assert len(found) > 10 and [name for name in found if not name.endswith("Experts")] == []
