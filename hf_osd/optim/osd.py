@@ -14,17 +14,7 @@ from .experts import step_matrices
 from .gradients import check_gradients, refuse_unsupported
 from .loading import match_state
 from .param_step import step_full
-from .plan import (
-    Plan,
-    ProjectedPlan,
-    Rules,
-    StackedPlan,
-    given_projections,
-    make_plan,
-    names_of,
-    resume_plan,
-    rules_of,
-)
+from .plan import Plan, ProjectedPlan, Rules, given_projections, make_plan, names_of, resume_plan, rules_of
 from .rounding import refuse_without_bfloat16
 from .state import create_state
 
@@ -217,7 +207,7 @@ class OSD(torch.optim.Optimizer):
         work = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, G, _ in work:
             refuse_unsupported(G, self.plan_of(p).name)
-        stacked = [isinstance(self.plan_of(p), StackedPlan) for p, _, _ in work]
+        stacked = [self.plan_of(p).stacked for p, _, _ in work]
         checks = check_gradients([G for _, G, _ in work], stacked)
         rules = {id(group): rules_of(group) for group in self.param_groups}
         for (p, G, group), check in zip(work, checks, strict=True):

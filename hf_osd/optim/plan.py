@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,10 @@ class Plan:
         compute_dtype (`torch.dtype`): float32, or float64 for a float64 parameter.
         seed (`int`): Seed of what is random for this parameter, the same on all processes.
         count (`int`): Steps so far, skipped ones included; what the host knows without asking the device.
+        stacked (`bool`): Whether it is a [`StackedPlan`].
     """
+
+    stacked: ClassVar[bool] = False
 
     name: str
     shape: tuple[int, ...]
@@ -140,6 +143,8 @@ class StackedPlan(ProjectedPlan):
     Attributes:
         experts (`list[ProjectedPlan]`): E plans that differ in name and seed, and in when they started.
     """
+
+    stacked: ClassVar[bool] = True
 
     experts: list[ProjectedPlan] = field(default_factory=list)
 

@@ -78,7 +78,7 @@ def test_stochastic_rounding_repeats_and_resumes():
 
 
 def make_again(params: list[nn.Parameter], optimizer: OSD) -> OSD:
-    groups = [{"params": params[:2], "rank": 48}, {"params": params[2:]}]
+    groups = [{"params": params[:3], "rank": 48}, {"params": params[3:]}]
     other = OSD(groups, lr=1e-3, weight_decay=0.1, stochastic_rounding=True)
     other.load_state_dict(optimizer.state_dict())
     return other

@@ -24,7 +24,13 @@ from hf_osd.hub import ProjectionState
 from hf_osd.trainer.summary import summary
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 80}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 80,
+}
 SAVED_AT, STEPS = 2, 4
 
 
