@@ -1,14 +1,13 @@
 """How large the files will be, from shapes alone."""
 
-import math
 from collections.abc import Iterable
 
 import torch
 
 from ..optim import options
-from ..optim.plan import ProjectedPlan, rules_of
+from ..optim.plan import make_plan, rules_of
 from ..optim.state import state_spec
-from ..subspace import choose_side, effective_rank
+from ..subspace import choose_side
 
 
 def projection_bytes(
@@ -57,17 +56,9 @@ def projection_bytes(
     for shape in shapes:
         if len(shape) not in (2, 3) or min(shape) < 1:
             raise ValueError(f"`shapes` must hold (m, n) or (E, m, n) of positive sizes, got {tuple(shape)}.")
-        *stack, m, n = shape
-        plan = ProjectedPlan(
-            name="",
-            shape=(m, n),
-            compute_dtype=torch.float32,
-            side=choose_side(m, n, side),
-            rank=effective_rank(rank, m, n),
-            projection_dtype=getattr(torch, projection_dtype),
-            seed=0,
-        )
+        own = group | {"sides": [choose_side(shape[-2], shape[-1], side)], "param_names": [""]}
+        plan = make_plan(own, 0, torch.empty(shape, device="meta"), 0)
         spec = state_spec(plan, rules)
         entries = spec.values() if include_moments else [spec["projection"]]
-        total += math.prod(stack) * sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)
+        total += sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)
     return total
