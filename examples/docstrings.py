@@ -11,8 +11,9 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 
@@ -72,14 +73,31 @@ def docstrings_file(packages: Sequence[str] = PACKAGES) -> Path:
         packages (`Sequence[str]`, *optional*, defaults to `PACKAGES`):
             Names of installed packages. The file's name holds their versions.
     """
+
+    def rows() -> Iterator[dict[str, str]]:
+        yield from ({"text": text} for text in collect_docstrings([package_folder(package) for package in packages]))
+
+    return cached_json_lines("docstrings", packages, rows)
+
+
+def cached_json_lines(kind: str, packages: Sequence[str], rows: Callable[[], Iterable[dict[str, Any]]]) -> Path:
+    """Returns the JSON lines file below `HF_HOME` with what was read from packages, written at the first call.
+
+    Args:
+        kind (`str`):
+            The folder's name.
+        packages (`Sequence[str]`):
+            Names of installed packages. The file's name holds their versions.
+        rows (`Callable[[], Iterable[dict[str, Any]]]`):
+            Reads the packages.
+    """
     name = "_".join(f"{package}-{importlib.metadata.version(package)}" for package in packages)
-    path = Path(constants.HF_HOME) / "hf_osd" / "docstrings" / f"{name}.jsonl"
+    path = Path(constants.HF_HOME) / "hf_osd" / kind / f"{name}.jsonl"
     if not path.exists():
         print(f"Reading the docstrings of {' and '.join(packages)}, once (about half a minute).", flush=True)
-        documents = collect_docstrings([package_folder(package) for package in packages])
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
         unfinished.replace(path)
     return path

@@ -20,7 +20,16 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-REPORTED_PACKAGES = ("hf_osd", "torch", "transformers", "accelerate", "datasets", "bitsandbytes", "galore-torch")
+REPORTED_PACKAGES = (
+    "hf_osd",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "galore-torch",
+    "trl",
+)
 REPORTED_ARGUMENTS = (
     "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm optim_args optim_target_modules per_device_train_batch_size gradient_accumulation_steps "

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -25,6 +26,15 @@ class OSDTrainingArguments(TrainingArguments):
     >>> args = OSDTrainingArguments(
     ...     output_dir="out", optim="osd_adamw", osd_rank=128, osd_target_modules=["q_proj", "v_proj"]
     ... )
+
+    ```
+
+    With the arguments of another library, such as trl's, name this class last, so that their defaults stay:
+
+    ```python
+    >>> @dataclass
+    ... class SFTArguments(trl.SFTConfig, OSDTrainingArguments):
+    ...     pass
 
     ```
     """
@@ -98,6 +108,17 @@ class OSDTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Start parameters anew that a resumed checkpoint does not fit, instead of refusing it."},
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse an order of base classes in which our copy of `TrainingArguments`' defaults hides another class's."""
+        super().__init_subclass__(**kwargs)
+        behind = cls.__mro__[cls.__mro__.index(OSDTrainingArguments) + 1 :]
+        hidden = [base.__name__ for base in behind if issubclass(base, TrainingArguments)][:-1]
+        if hidden:
+            raise TypeError(
+                f"{cls.__name__} would lose the defaults of {hidden[0]}: write `class {cls.__name__}({hidden[0]}, "
+                "OSDTrainingArguments)`."
+            )
 
     def __post_init__(self):
         """Check everything that can be checked without a model."""

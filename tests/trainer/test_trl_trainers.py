@@ -1,0 +1,178 @@
+"""Every trl trainer takes the optimizer's name and nothing else: two steps each, with trl's own defaults."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from hf_osd import OSD, OSDTrainingArguments
+from hf_osd.optim.plan import ProjectedPlan
+
+
+trl = pytest.importorskip("trl")
+
+PROMPTS = ["the sky is", "two and two make", "grass is", "fire is"]
+GOOD = [" blue", " four", " green", " hot"]
+BAD = [" red", " five", " blue", " cold"]
+LOG_KEYS = {"osd/pca_loss", "osd/orthogonality", "osd/skipped_steps"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Bytes and a few merges."""
+    backend = Tokenizer(models.BPE(unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<pad>", "<eos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator([p + g for p, g in zip(PROMPTS, GOOD, strict=True)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory) -> dict[type, str]:
+    """A tiny language model and a tiny reward model, saved: trl loads reference models by the model's name."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        num_labels=1,
+    )
+    found = {}
+    for cls in (LlamaForCausalLM, LlamaForSequenceClassification):
+        found[cls] = str(tmp_path_factory.mktemp(cls.__name__))
+        cls(config).save_pretrained(found[cls])
+        tokenizer.save_pretrained(found[cls])
+    return found
+
+
+def rows(**columns: list[Any]) -> Dataset:
+    return Dataset.from_dict({name: values * 4 for name, values in columns.items()})
+
+
+PREFERENCES = {"prompt": PROMPTS, "chosen": GOOD, "rejected": BAD}
+
+
+def different_letters(completions: list[str], **kwargs: Any) -> list[float]:
+    """A reward under which the completions of a tiny random model differ."""
+    return [float(len(set(text))) for text in completions]
+
+
+# Trainer, config, columns, what else the trainer needs and what its config needs beyond the defaults.
+CASES: dict[str, tuple[str, str, dict[str, list[Any]], dict[str, Any], dict[str, Any]]] = {
+    "sft": ("SFTTrainer", "SFTConfig", {"prompt": PROMPTS, "completion": GOOD}, {}, {}),
+    "sft packed": (
+        "SFTTrainer",
+        "SFTConfig",
+        {"text": [p + g for p, g in zip(PROMPTS, GOOD, strict=True)]},
+        {},
+        {"packing": True, "max_length": 16},
+    ),
+    "dpo": ("DPOTrainer", "DPOConfig", PREFERENCES, {}, {}),
+    "reward": ("RewardTrainer", "RewardConfig", PREFERENCES, {}, {}),
+    "kto": (
+        "KTOTrainer",
+        "KTOConfig",
+        {"prompt": PROMPTS, "completion": GOOD[:2] + BAD[2:], "label": [True, True, False, False]},
+        {},
+        {},
+    ),
+    "grpo": (
+        "GRPOTrainer",
+        "GRPOConfig",
+        {"prompt": PROMPTS},
+        {"reward_funcs": different_letters},
+        {"num_generations": 2, "max_completion_length": 4},
+    ),
+    "rloo": (
+        "RLOOTrainer",
+        "RLOOConfig",
+        {"prompt": PROMPTS},
+        {"reward_funcs": different_letters},
+        {"num_generations": 2, "max_completion_length": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps_with_trls_defaults(case, folders, tmp_path):
+    trainer_name, config_name, columns, needs, options = CASES[case]
+    args = getattr(trl, config_name)(
+        output_dir=str(tmp_path),
+        optim="osd_adamw8bit",
+        optim_args="rank=4",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        max_steps=2,
+        logging_steps=1,
+        learning_rate=1e-3,  # a rate for reinforcement learning, 1e-6, would be below what float32 shows in two steps
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        per_device_train_batch_size=4,
+        **options,
+    )
+    assert args.bf16 and args.gradient_checkpointing and args.max_grad_norm == 1.0  # trl's choice
+    cls = LlamaForSequenceClassification if trainer_name == "RewardTrainer" else LlamaForCausalLM
+    before = dict(cls.from_pretrained(folders[cls]).named_parameters())
+    trainer = getattr(trl, trainer_name)(model=folders[cls], args=args, train_dataset=rows(**columns), **needs)
+    trainer.train()
+
+    osd = trainer.optimizer.optimizer
+    assert isinstance(osd, OSD)
+    projected = {
+        name
+        for group in osd.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+        if isinstance(osd.plan_of(p), ProjectedPlan)
+    }
+    assert len(projected) == 14 and all(".layers." in name for name in projected)  # seven in each of two blocks
+    after = dict(trainer.model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(p.isfinite().all() for p in after.values())
+    assert all(not torch.equal(after[name], before[name]) for name in projected)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["step"] for row in logged] == [1, 2]
+    assert all(math.isfinite(row["loss"]) and row.keys() >= LOG_KEYS for row in logged)
+    assert all(row["grad_norm"] > 0 and row["osd/skipped_steps"] == 0 for row in logged)
+
+
+CONFIGS = sorted({config for _, config, *_ in CASES.values()})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_typed_fields_join_any_config_and_its_defaults_stay(name, tmp_path):
+    config = getattr(trl, name)
+    joined = dataclasses.make_dataclass("Joined", [], bases=(config, OSDTrainingArguments))
+    plain = config(output_dir=str(tmp_path), use_cpu=True)
+    args = joined(output_dir=str(tmp_path), use_cpu=True, optim="osd_adamw", osd_rank=4, osd_target_modules=[".*q_.*"])
+    assert args.osd_rank == 4 and args.osd_target_modules == ".*q_.*"
+    both, own = args.to_dict(), plain.to_dict()
+    assert {key for key in own if both[key] != own[key]} == {"optim"}
+    with pytest.raises(ValueError, match="osd_rank need an OSD optimizer"):
+        joined(output_dir=str(tmp_path), use_cpu=True, osd_rank=4)
+
+
+def test_the_wrong_order_of_bases_is_refused():
+    with pytest.raises(TypeError, match=r"class Wrong\(SFTConfig, OSDTrainingArguments\)"):
+        type("Wrong", (OSDTrainingArguments, trl.SFTConfig), {})
