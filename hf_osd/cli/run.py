@@ -14,7 +14,9 @@ USAGE = f"""usage: hf-osd run (script.py | -m module) [arguments ...]
 {SUMMARY}
 
   hf-osd run train.py --optim osd_adamw8bit --output_dir out
-  hf-osd run -m trl.cli sft --optim osd_adamw8bit ...
+  hf-osd run run_glue.py --optim osd_adamw8bit --optim_args rank=8 --optim_target_modules all-linear ...
+  hf-osd run -m trl.scripts.sft --optim osd_adamw8bit ...
+  accelerate launch -m hf_osd run -m trl.scripts.sft --optim osd_adamw8bit ...
   torchrun --nproc_per_node 2 -m hf_osd run train.py --optim osd_adamw8bit ..."""
 
 
@@ -31,6 +33,7 @@ def run(command: list[str]) -> None:
     if command[0] in ("-m", "--module"):
         if len(command) == 1:
             raise SystemExit("hf-osd run: -m needs the name of a module.")
+        _refuse_launcher(command[1:])
         _register_and_set(command[1:], os.getcwd())
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
         return
@@ -39,6 +42,17 @@ def run(command: list[str]) -> None:
         raise SystemExit(f"hf-osd run: there is no script {command[0]!r}. Use -m for a module.")
     _register_and_set(command, os.path.dirname(script))
     _run_script(script)
+
+
+def _refuse_launcher(command: list[str]) -> None:
+    """`trl sft` hands its script to `accelerate launch`, which starts Python anew, without our names."""
+    if command[0] in ("trl.cli", "trl.cli.main"):
+        script = command[1] if len(command) > 1 else "sft"
+        raise SystemExit(
+            f"hf-osd run: {command[0]} trains in a process of its own, where the osd_ names are not known. Run the "
+            f"script itself: hf-osd run -m trl.scripts.{script} --optim osd_adamw8bit ..., or on several devices "
+            f"accelerate launch -m hf_osd run -m trl.scripts.{script} ..."
+        )
 
 
 def _run_script(path: str) -> None:
