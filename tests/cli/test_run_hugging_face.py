@@ -1,7 +1,6 @@
 """The lines that the documentation names for scripts of Hugging Face: trl's, and those in the shape of run_glue.py."""
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -62,7 +61,6 @@ def folder(tmp_path, monkeypatch):
 
 SFT = "-m trl.scripts.sft --optim osd_adamw8bit"
 SFT_OPTIONS = f"--optim_args rank=4 --model_name_or_path llama --dataset_name chats --max_length 32 {OPTIONS}"
-LAUNCH = f"accelerate launch -m hf_osd run {SFT}"
 
 
 def test_trls_script_runs_by_the_line_in_the_usage(folder):
@@ -80,18 +78,26 @@ def logged(folder) -> list[dict]:
     return json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
 
 
-@pytest.mark.slow  # three processes import everything
+LAUNCHERS = {
+    "accelerate": ("accelerate.commands.launch --cpu --num_processes 1", 1),
+    "torchrun": ("torch.distributed.run --standalone --nproc_per_node 2", 2),  # accelerate needs MPI for two on CPU
+}
+
+
+@pytest.mark.slow  # up to three processes import everything
 @pytest.mark.distributed
-def test_trls_script_runs_under_accelerate_by_the_line_in_the_usage(folder):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_trls_script_runs_under_a_launcher(launcher, folder):
     pytest.importorskip("trl")
-    assert f"{LAUNCH} ..." in USAGE
-    words = shlex.split(LAUNCH)
-    words[:2] = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    assert f"accelerate launch -m hf_osd run {SFT} ..." in USAGE
+    launch, processes = LAUNCHERS[launcher]
     options = SFT_OPTIONS.replace("--save_strategy no", "--save_steps 2")
-    environment = os.environ | {"MASTER_PORT": "0"}
-    done = subprocess.run([*words, *shlex.split(options)], capture_output=True, text=True, cwd=folder, env=environment)
+    words = shlex.split(f"-m {launch} -m hf_osd run {SFT} {options}")
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert len(ProjectionState.from_pretrained(folder / "out" / "checkpoint-2")) == 14
+    state = json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["epoch"] == processes  # two steps of 8 rows in each process, 16 rows
 
 
 @pytest.mark.parametrize("module", ["trl.cli", "trl.cli.main"])
