@@ -256,6 +256,15 @@ def test_wrong_options_are_refused(options, message, folder, tmp_path):
         trainer_of(command(folder, tmp_path, *options))
 
 
+def test_the_committed_run_is_its_table_and_its_loss_falls():
+    report = sft_trl.Path(sft_trl.__file__).parent / "benchmarks" / "results" / "cpu_2_cores" / "sft_smollm2"
+    results = json.loads(report.with_suffix(".json").read_text())
+    assert report.with_suffix(".md").read_text() == sft_trl.results_table(results)
+    losses = [entry["eval_loss"] for entry in results["log_history"] if "eval_loss" in entry]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.5
+    assert results["settings"]["optim"] == "osd_adamw8bit" and results["parameters"] > 134e6
+
+
 SOURCE = '''
 class Box:
     """Holds whatever is put into it, in the order of arrival.
