@@ -21,8 +21,8 @@ The real one needs a GPU and takes model and data from the Hub.
         --model_init_kwargs '{"attn_implementation": "flash_attention_2"}' --output_dir runs/sft_capybara
 
 trl trains in bfloat16 unless told otherwise (`--bf16 false`): weights stay in float32, products are computed in
-bfloat16. A base model without a chat template takes another one's: `--chat_template_path
-HuggingFaceTB/SmolLM2-135M-Instruct --eos_token '<|im_end|>'`.
+bfloat16. A base model without a chat template takes another one's, and its end of a turn:
+`--chat_template_path HuggingFaceTB/SmolLM2-135M-Instruct`.
 """
 
 from dataclasses import dataclass, field
