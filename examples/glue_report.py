@@ -91,27 +91,31 @@ def table(runs: list[GlueRun]) -> str:
             f"{statistics.fmean(run.seconds for run in own):.0f} s",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" + adapter_table(runs)
+    by_task = {task: [run for run in runs if run.task == task] for task in dict.fromkeys(run.task for run in runs)}
+    adapters = {task: ([run.score for run in own], [run.extracted for run in own]) for task, own in by_task.items()}
+    return "\n".join(filter(None, ("\n".join(lines) + "\n", adapter_table(adapters))))
 
 
-def adapter_table(runs: list[GlueRun]) -> str:
-    """Markdown: the models and the adapters made of them, mean and standard deviation over seeds; empty without."""
-    if not any(run.extracted for run in runs):
+def adapter_table(tasks: dict[str, tuple[list[float], list[list[dict[str, Any]]]]]) -> str:
+    """Markdown: the models and the adapters made of them, mean and standard deviation over seeds; empty without.
+
+    Args:
+        tasks (`dict`): For each task the models' scores and what was extracted of each.
+    """
+    if not any(extracted for _, found in tasks.values() for extracted in found):
         return ""
     lines = [
-        "",
         "| task | model | adapter of rank | with embeddings | score | kept (worst layer) | size |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for task in dict.fromkeys(run.task for run in runs):
-        own = [run for run in runs if run.task == task]
-        for entries in zip(*(run.extracted for run in own), strict=True):
+    for task, (scores, found) in tasks.items():
+        for entries in zip(*found, strict=True):
             kept, worst = (
                 statistics.fmean(entry[key] for entry in entries) for key in ("kept", "kept_in_worst_layer")
             )
             cells = (
                 task,
-                mean_and_spread([run.score for run in own]),
+                mean_and_spread(scores),
                 str(entries[0]["rank"]),
                 "yes" if entries[0]["carry"] == "all" else "no",
                 mean_and_spread([entry["score"] for entry in entries]),

@@ -100,6 +100,7 @@ def compare_task(
             "grid": {f"{rate:g}": entry["runs"][0]["score"] for rate, entry in grid.items()},
             "best_learning_rate": best,
             "scores": [entry["score"] for entry in runs],
+            "extracted": [entry["extracted"] for entry in runs],
             "metrics": [entry["metrics"] for entry in runs],
             "metrics_from": runs[0]["metrics_from"],
             "steps": runs[0]["steps"],
@@ -135,6 +136,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def adapters(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the adapters made of the first method's models, where there are any."""
+    from glue_report import adapter_table
+
+    own = [row for row in rows if row["method"] == rows[0]["method"]]
+    return adapter_table({row["task"]: (row["scores"], row["extracted"]) for row in own})
+
+
 def _score(mean: float, spread: float | None) -> str:
     return f"{mean:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
 
@@ -167,13 +176,14 @@ def main() -> None:
     common += ["--use_cpu", "true"] if arguments.use_cpu else []
     run = Runner(arguments.work_dir / arguments.experiment, common)
     rows = [row for task in tasks for row in compare_task(task, experiment, methods, run)]
-    print("\n" + table(rows))
+    report = "\n".join(filter(None, (table(rows), adapters(rows))))
+    print("\n" + report)
     if arguments.tasks or arguments.methods:
         return
     folder = results_folder()
     result = {"environment": describe(), **{key: experiment[key] for key in ("model", "common", "tasks", "seeds")}}
     (folder / f"{arguments.experiment}.json").write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
-    (folder / f"{arguments.experiment}.md").write_text(table(rows))
+    (folder / f"{arguments.experiment}.md").write_text(report)
     print(f"Written: {folder / arguments.experiment}.json and .md")
 
 
