@@ -10,7 +10,7 @@ from torch import Tensor
 from ..subspace import choose_side
 from ..update_rules import RULES, GradientCheck, require_bitsandbytes
 from . import options
-from .experts import step_matrices
+from .experts import observe_matrices, project_matrices, step_matrices
 from .gradients import check_gradients, refuse_unsupported
 from .loading import match_state
 from .param_step import step_full
@@ -222,12 +222,13 @@ class OSD(torch.optim.Optimizer):
         if not isinstance(plan, ProjectedPlan):
             step_full(p, G, state, group, plan, rules, check)
             return
-        given, observe = self._given_projections.get(p), self.collect_statistics
-        seen = step_matrices(p, G, state, group, plan, rules, check, given, observe)
+        lows = project_matrices(G, state, group, plan, rules, check, self._given_projections.get(p))
         if plan.complete:
             self._given_projections.pop(p, None)  # copied into the state: not kept twice
+        seen = observe_matrices(lows, state, plan, check) if self.collect_statistics else None
         if seen is not None:
             self._observations[p] = seen
+        step_matrices(p, lows, state, group, plan, rules, check)
 
     def statistics(self) -> dict[str, float]:
         """What the last step with `collect_statistics = True` saw, read from the device in one transfer.

@@ -6,7 +6,7 @@ Letters and shapes as in `subspace.operators`.
 import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def start_projection(
             init = "auto"
     if init != "given":
         init = _make_projection(G, state, plan, init)
-    plan.started, plan.idle = True, _idle_steps(state)
+    plan.started, plan.idle = True, _idle_steps(state, check)
     plan.count = int(state["skipped_steps"]) + plan.idle
     return init not in ("given", "orthonormal")
 
@@ -92,12 +92,19 @@ def usable(check: GradientCheck) -> Tensor:
     return ~check.skip & (check.inv_norm2 < 1 / EPS)
 
 
-def _idle_steps(state: Mapping[str, Tensor]) -> int:
-    return int(state["idle_steps"]) if "idle_steps" in state else 0  # experts have it
+def _idle_steps(state: Mapping[str, Tensor], check: GradientCheck) -> int:
+    """Of an expert, with the coming step; others have none."""
+    return int(state["idle_steps"] + check.found_inf - check.broken) if "idle_steps" in state else 0
 
 
-def step_matrix(
-    p: Tensor,
+class LowRankGradient(NamedTuple):
+    """All that a step needs of a gradient, so that G itself can go: it adds up over micro-batches and processes."""
+
+    R: Tensor  # down(G, P)
+    A: Tensor | None  # correlate(G, R), shaped like P; None where P does not move
+
+
+def project_gradient(
     G: Tensor,
     state: dict,
     group: Mapping[str, Any],
@@ -105,50 +112,55 @@ def step_matrix(
     rules: Rules,
     check: GradientCheck,
     given: Tensor | None,
-    observe: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """Start P, or renew it where that is due, and step; nothing at all before the first gradient of any use."""
+    first: bool = True,
+) -> LowRankGradient | None:
+    """Start P, or renew it where that is due, and take the products of a step that read G, (m, n).
+
+    Args:
+        given (`torch.Tensor`, *optional*): P_0 where the user gave one.
+        first (`bool`, *optional*, defaults to `True`):
+            Whether no gradient of this step has been projected yet, so that P may still be replaced.
+
+    Returns:
+        `LowRankGradient`: Without A where P was just made from this gradient and is stationary there; `None` before
+        the first gradient of any use, as long as there is no P.
+    """
     fresh = False
     if not plan.started:
         fresh = start_projection(G, state, group, plan, check, given)
         if not plan.started:
             return None
-    elif rules.subspace.refresh_due(plan.count - plan.idle):
-        plan.idle = _idle_steps(state)
+    elif first and rules.subspace.refresh_due(plan.count - plan.idle):
+        plan.idle = _idle_steps(state, check)
         if rules.subspace.refresh_due(plan.count - plan.idle):
             refresh_projection(G, state, group, plan, check)
-    plan.count += 1
-    return step_projected(p, G, state, group, plan, rules, check, move=not fresh, observe=observe)
+    op = plan.op
+    P_G = _cast(_cast(state["projection"], plan.compute_dtype), G.dtype)
+    R = op.down(G, P_G)
+    A = op.correlate(G, R) if rules.subspace.learns and not fresh else None
+    return LowRankGradient(_cast(R, plan.compute_dtype), None if A is None else _cast(A, plan.compute_dtype))
 
 
 def step_projected(
     p: Tensor,
-    G: Tensor,
+    low: LowRankGradient,
     state: dict,
     group: Mapping[str, Any],
     plan: ProjectedPlan,
     rules: Rules,
     check: GradientCheck,
-    move: bool,
-    observe: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """One step of Algorithm 1. P is used first and moved after.
-
-    Args:
-        move (`bool`): Whether P moves; it does not where it was just made from this gradient and is stationary there.
-        observe (`bool`): Whether to return what `observation` sees.
-    """
-    op, lr = plan.op, group["lr"]
-    stored = state["projection"]
+) -> None:
+    """One step of Algorithm 1 from a projected gradient. P is used first and moved after."""
+    plan.count += 1
+    lr, stored = group["lr"], state["projection"]
     P = _cast(stored, plan.compute_dtype)
-    P_G = _cast(P, G.dtype)
     _count(state, "step", check)
-    # R = down(G, P);  D = weight_rule(R)
-    R = _cast(op.down(G, P_G), plan.compute_dtype)
-    D = _direction(rules.weight, rules.weight_storage, state, "", R, plan.update_shape, "step", check)
+    # D = weight_rule(R)
+    D = _direction(rules.weight, rules.weight_storage, state, "", low.R, plan.update_shape, "step", check)
     # W <- (1 - lr weight_decay) W - lr scale up(D, P)
     _update_projected(p, D, P, group, plan, check)
-    seen = observation(P, R, plan, check) if observe else None
+    if low.A is None:
+        return
 
     def descend(gP: Tensor) -> None:
         # P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)
@@ -169,11 +181,9 @@ def step_projected(
             P.mul_(1 - lr_P * decay * check.keep)
         P.add_(D_P, alpha=-lr_P)
 
-    if move:
-        rules.subspace.advance_(P, G, R, op, check.inv_norm2, descend)
-        if P is not stored:
-            stored.copy_(P)
-    return seen
+    rules.subspace.advance_(P, low.A, check.inv_norm2, descend)
+    if P is not stored:
+        stored.copy_(P)
 
 
 def _update_full(W: Tensor, D: Tensor, alpha: float, decay: Tensor | None, noise: torch.Generator | None) -> None:
@@ -206,8 +216,9 @@ def _decay(group: Mapping[str, Any], check: GradientCheck) -> Tensor | None:
     return 1 - group["lr"] * group["weight_decay"] * check.keep if group["weight_decay"] else None
 
 
-def observation(P: Tensor, R: Tensor, plan: ProjectedPlan, check: GradientCheck) -> tuple[Tensor, Tensor]:
+def observation(state: dict, R: Tensor, plan: ProjectedPlan, check: GradientCheck) -> tuple[Tensor, Tensor]:
     """Share of the gradient's energy outside the subspace, and ||PᵀP - I|| / sqrt(r), as 0-dim tensors."""
+    P = _cast(state["projection"], plan.compute_dtype)
     C = P.mT @ P
     C.diagonal().sub_(1)
     return pca_loss(P, R, plan.op, check.inv_norm2), torch.linalg.matrix_norm(C) / math.sqrt(plan.rank)

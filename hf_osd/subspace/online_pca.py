@@ -45,17 +45,13 @@ def pca_loss(
 
 def pca_gradient(
     P: Tensor,  # (s, r) projection
-    G: Tensor,  # (m, n) gradient, in the precision of the large product
-    R: Tensor,  # low-rank gradient, in the precision of P
-    op: type[LinearOperator],
+    A: Tensor,  # (s, r) correlate(G, R), without the factor s, in the precision of P
     inv_norm2: Tensor,  # () s = 1 / max(||G||², eps)
     lambda_: float,
 ) -> Tensor:
     """Gradient of Eq. 6 at P, (s, r), without autograd and without anything of size (m, n), (m, m) or (n, n)."""
     I = _identity(P.shape[1], P.dtype, P.device)  # noqa: E741 - its name in the paper
     E = P.t() @ P - I  # C - I
-    A = op.correlate(G, R if R.dtype == G.dtype else R.to(G.dtype))  # without s, which goes into the (r, r) factors
-    A = A if A.dtype == P.dtype else A.to(P.dtype)
     K = P.t() @ A  # = R Rᵀ without s, and cheaper: A is (s, r), R is as long as the other side
     # grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
     #      = A 2 s (C - 2 I) + P (2 s K + 4 lambda (C - I))        with A and K without s
@@ -87,14 +83,6 @@ class OnlinePCA:
         """Never: P moves smoothly."""
         return False
 
-    def advance_(
-        self,
-        P: Tensor,
-        G: Tensor,
-        R: Tensor,
-        op: type[LinearOperator],
-        inv_norm2: Tensor,
-        descend: Callable[[Tensor], None],
-    ) -> None:
+    def advance_(self, P: Tensor, A: Tensor, inv_norm2: Tensor, descend: Callable[[Tensor], None]) -> None:
         """One step of P's optimizer on the gradient of Eq. 6."""
-        descend(pca_gradient(P, G, R, op, inv_norm2, self.lambda_))
+        descend(pca_gradient(P, A, inv_norm2, self.lambda_))

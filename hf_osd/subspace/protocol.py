@@ -5,8 +5,6 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from .operators import LinearOperator
-
 
 class SubspaceRule(Protocol):
     """One rule for the projection (paper, section 3: any smooth rule converges, so this is an open family).
@@ -18,6 +16,7 @@ class SubspaceRule(Protocol):
     Attributes:
         learns (`bool`):
             Whether `advance_` calls `descend`, that is, whether P has an update rule of its own and needs its state.
+            Only then is A computed.
     """
 
     learns: ClassVar[bool]
@@ -28,10 +27,8 @@ class SubspaceRule(Protocol):
     def advance_(
         self,
         P: Tensor,  # (s, r) projection, may be modified in place
-        G: Tensor,  # (m, n) gradient, not modified
-        R: Tensor,  # low-rank gradient, not modified
-        op: type[LinearOperator],
+        A: Tensor,  # (s, r) correlate(G, R), all that a rule is told of G
         inv_norm2: Tensor,  # () 1 / max(||G||², eps)
         descend: Callable[[Tensor], None],  # takes the gradient (s, r) of a loss at P and makes one step on P
     ) -> None:
-        """Move P after the step has used it."""
+        """Move P after the step has used it. Called where `learns` only."""

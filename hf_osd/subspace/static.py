@@ -6,8 +6,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .operators import LinearOperator
-
 
 @dataclass(frozen=True)
 class Static:
@@ -19,13 +17,5 @@ class Static:
         """Never."""
         return False
 
-    def advance_(
-        self,
-        P: Tensor,
-        G: Tensor,
-        R: Tensor,
-        op: type[LinearOperator],
-        inv_norm2: Tensor,
-        descend: Callable[[Tensor], None],
-    ) -> None:
+    def advance_(self, P: Tensor, A: Tensor, inv_norm2: Tensor, descend: Callable[[Tensor], None]) -> None:
         """Nothing moves."""

@@ -6,8 +6,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .operators import LinearOperator
-
 
 @dataclass(frozen=True)
 class PeriodicSVD:
@@ -26,13 +24,5 @@ class PeriodicSVD:
         """At every `update_interval`-th step."""
         return count % self.update_interval == 0
 
-    def advance_(
-        self,
-        P: Tensor,
-        G: Tensor,
-        R: Tensor,
-        op: type[LinearOperator],
-        inv_norm2: Tensor,
-        descend: Callable[[Tensor], None],
-    ) -> None:
+    def advance_(self, P: Tensor, A: Tensor, inv_norm2: Tensor, descend: Callable[[Tensor], None]) -> None:
         """P only changes where `refresh_due` says so."""
