@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_osd.optim import DEFAULT_RANK, OPTIM_NAMES, PRESETS
+from hf_osd.optim.modes import LAYERWISE_SUFFIX
 from hf_osd.optim.options import DEFAULTS
 from hf_osd.trainer.optim_args import SETTINGS
 
@@ -42,7 +43,9 @@ def test_the_options_table_is_complete_and_right():
     for key, option in (("alpha", "alpha"), ("lambda", "lambda_"), ("scale", "scale")):
         assert float(rows[key]) == DEFAULTS[option]
     assert rows["subspace"] == DEFAULTS["subspace"] and rows["init"] == DEFAULTS["init"]
-    assert all(f"`{name}`" in README for name in [*OPTIM_NAMES, *PRESETS])
+    assert all(f"`{name}`" in README for name in PRESETS)
+    assert all(f"`{name}`" in README or name.removesuffix(LAYERWISE_SUFFIX) != name for name in OPTIM_NAMES)
+    assert f"`{LAYERWISE_SUFFIX}`" in README
 
 
 @pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))

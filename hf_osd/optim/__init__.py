@@ -1,6 +1,6 @@
 """The optimizer, its options, and how a model becomes parameter groups."""
 
-from .memory import adamw_state_bytes, predicted_state_bytes, state_bytes
+from .memory import adamw_state_bytes, held_gradient_bytes, predicted_state_bytes, state_bytes
 from .osd import OSD
 from .param_groups import DEFAULT_RANK, create_osd_optimizer, osd_kwargs
 from .presets import OPTIM_NAMES, PRESETS, resolve
@@ -16,6 +16,7 @@ __all__ = [
     "Selection",
     "adamw_state_bytes",
     "create_osd_optimizer",
+    "held_gradient_bytes",
     "osd_kwargs",
     "predicted_state_bytes",
     "resolve",

@@ -28,18 +28,36 @@ def check_gradients(grads: Sequence[Tensor], stacked: Sequence[bool] | None = No
     for (device, dtype, are_stacks), members in alike.items():
         matrices = [G for i in members for G in (grads[i].unbind() if are_stacks else grads[i : i + 1])]
         norm2 = _squared_norms(matrices, device, dtype)
-        broken = norm2.isfinite().logical_not_().to(torch.float32)
-        if are_stacks:
-            norm2.masked_fill_(norm2 == 0, float("nan"))  # not a number: nothing is learned or observed there either
-        skip = ~norm2.isfinite()
-        found_inf = skip.to(torch.float32)
-        # s = 1 / max(||G||², eps)
-        fields = (norm2.clamp(min=EPS).reciprocal_(), skip, found_inf, (1 - found_inf).to(dtype), broken)
+        fields = check_of(norm2, are_stacks)
         sizes = [len(grads[i]) for i in members] if are_stacks else []
         rows = zip(*(field.split(sizes) if are_stacks else field.unbind() for field in fields), strict=True)
         for i, row in zip(members, rows, strict=True):
             checks[i] = GradientCheck(*row)
     return [checks[i] for i in range(len(grads))]
+
+
+def check_of(norm2: Tensor, stacked: bool) -> GradientCheck:
+    """The check of gradients with these squared norms, in their shape; `stacked` as in `check_gradients`."""
+    broken = norm2.isfinite().logical_not_().to(torch.float32)
+    if stacked:
+        # not a number: nothing is learned or observed there either
+        norm2 = norm2.masked_fill(norm2 == 0, float("nan"))
+    skip = ~norm2.isfinite()
+    found_inf = skip.to(torch.float32)
+    # s = 1 / max(||G||², eps)
+    return GradientCheck(norm2.clamp(min=EPS).reciprocal_(), skip, found_inf, (1 - found_inf).to(norm2.dtype), broken)
+
+
+def squared_norm(G: Tensor, stacked: bool) -> Tensor:
+    """||G||², 0-dim, in the precision of the computation; of a stack (E, m, n) for each matrix, (E,)."""
+    matrices = list(G.unbind()) if stacked else [G]
+    norm2 = _squared_norms(matrices, G.device, torch.promote_types(G.dtype, torch.float32))
+    return norm2 if stacked else norm2[0]
+
+
+def clip_coefficient(norm2: Tensor, max_norm: float) -> Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients of this squared total norm with, 0-dim."""
+    return (max_norm / (norm2.sqrt() + 1e-6)).clamp_(max=1.0)
 
 
 def _squared_norms(grads: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:

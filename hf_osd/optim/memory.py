@@ -35,3 +35,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def adamw_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes that `torch.optim.AdamW` would hold for the same parameters: two moments in the parameters' dtype."""
     return sum(2 * p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+
+
+def held_gradient_bytes(optimizer: OSD) -> int:
+    """Bytes of gradients that a mode holds until `step()`: whole ones, and what is left of them in the subspace."""
+    return 0 if optimizer._stream is None else optimizer._stream.held_bytes()

@@ -1,22 +1,21 @@
 """`OSD`: Online Subspace Descent as an ordinary `torch.optim.Optimizer`."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..subspace import choose_side
-from ..update_rules import RULES, GradientCheck, require_bitsandbytes
 from . import options
-from .experts import observe_matrices, project_matrices, step_matrices
 from .gradients import check_gradients, refuse_unsupported
+from .groups import settle_group, warn_clipped
+from .layerwise import GradientStream, take_norm
 from .loading import match_state
-from .param_step import step_full
-from .plan import Plan, ProjectedPlan, Rules, given_projections, make_plan, names_of, resume_plan, rules_of
+from .modes import MODE_DEFAULTS, Mode
+from .plan import Plan, ProjectedPlan
 from .rounding import refuse_without_bfloat16
-from .state import create_state
+from .statistics import summarize
+from .steps import ParameterSteps
 
 
 class OSD(torch.optim.Optimizer):
@@ -66,6 +65,23 @@ class OSD(torch.optim.Optimizer):
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
             Whether bfloat16 weights are rounded at random, so that steps too small for them add up, not vanish.
         seed (`int`, *optional*, defaults to 0): Seed of all that is random, the same on all processes.
+        layerwise (`bool`, *optional*, defaults to `False`):
+            Step each parameter as soon as the backward pass has completed its gradient, and free that. `step` then
+            only ends the step; a `closure` is refused, and so is a `GradScaler`, whose scale nothing could undo.
+        layerwise_clipping (`str`, *optional*):
+            How `max_grad_norm` clips where all gradients are never there at once: `parameter`, each parameter by its
+            own norm, or `previous_norm`, all by the norm of the step before (at the first step each by its own).
+            Defaults to `previous_norm`, which a log line then says.
+        max_grad_norm (`float`, *optional*):
+            Clip gradients, with `layerwise` or `ddp_compression`; elsewhere use `clip_grad_norm_`.
+        gradient_accumulation (`bool`, *optional*, defaults to `False`):
+            With `layerwise`, that several backward passes come before a `step`. Projected parameters add up R, and P
+            learns from each micro-batch; the first one of a window is what P_0 and SVDs are made from. Parameters at
+            full size add up their gradients. All are stepped in `step`.
+        ddp_compression (`str`, *optional*):
+            `subspace`: average over data-parallel processes r (m + n) numbers of a projected gradient, not m n; its
+            first one whole. Norms are then estimated ([`~optim.distributed.norm_stand_in`]). The model must not be
+            wrapped in DDP before its projected parameters were excluded ([`create_osd_optimizer`] and Trainer do it).
         partial_load (`bool`, *optional*, defaults to `False`):
             Whether `load_state_dict` starts parameters anew that the saved state does not fit, instead of refusing.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
@@ -114,6 +130,11 @@ class OSD(torch.optim.Optimizer):
         moment_dtype: str | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        layerwise: bool = False,
+        layerwise_clipping: str | None = None,
+        max_grad_norm: float | None = None,
+        gradient_accumulation: bool = False,
+        ddp_compression: str | None = None,
         partial_load: bool = False,
         maximize: bool = False,
     ):
@@ -121,6 +142,8 @@ class OSD(torch.optim.Optimizer):
             raise ValueError("OSD has no `maximize`: P learns from the loss's own gradients. Negate the loss instead.")
         given = locals()
         defaults = {name: given[name] for name in options.DEFAULTS} | {"lr": lr}
+        self.mode = Mode(**{name: given[name] for name in MODE_DEFAULTS})
+        self._stream: GradientStream | None = None
         self._reset_derived()
         self._given_projections: dict[Tensor, Tensor] = {}
         self._clipped: list[str] = []
@@ -132,103 +155,87 @@ class OSD(torch.optim.Optimizer):
             options.refuse_without_rank(defaults)
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
         self._constructed = True
-        self._warn_clipped()
+        warn_clipped(self._clipped)
         # Groups have taken their own by now; tensors are not for `defaults`, which is printed and pickled.
         if not isinstance(init, str):
             self.defaults["init"] = "auto"
+        if self.mode.takes_gradients:
+            self._stream = GradientStream(self)
+            self._stream.attach()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # What `GradScaler.step` asks: it then tells `step` its scale, which is how the stream can refuse it.
+        return self._stream is not None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with the optimizer's options where it has none of its own."""
         extra = set(param_group) - {"params", "param_names", "lr", "initial_lr", "name"}
         options.refuse_unknown(extra, options.DEFAULTS, "a parameter group")
         super().add_param_group(param_group)
-        group, position = self.param_groups[-1], len(self._params()) - len(self.param_groups[-1]["params"])
+        group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
+        position = sum(len(other["params"]) for other in self.param_groups[:-1])
         try:
-            self._settle(group, position)
+            given, clipped = settle_group(group, where, position, self.defaults["init"])
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
+        self._given_projections |= given
+        self._clipped += clipped
         self._reset_derived()
-
-    def _settle(self, group: dict[str, Any], position: int) -> None:
-        """Validate a new group and store in it what is decided once: primitives only."""
-        where = f"parameter group {len(self.param_groups) - 1}"
-        options.check_lr(group["lr"], where)
-        options.validate(group, where)
-        if any(RULES[rule].eight_bit for rule in (group["weight_rule"], options.projection_rule(group)) if rule):
-            require_bitsandbytes()
-        names = names_of(group, position)
-        given, is_default = group["init"], group["init"] is self.defaults["init"]
-        if not isinstance(given, str):
-            group["init"] = "given"
-        if group["rank"] is None:
-            if not isinstance(given, str) and not is_default:
-                raise ValueError(f"`init` of {where} has no effect without a `rank`.")
-            return
-        for name, p in zip(names, group["params"], strict=True):
-            if p.ndim not in (2, 3):
-                raise ValueError(
-                    f"{name} has shape {tuple(p.shape)} and cannot be projected: only matrices can, and stacks of "
-                    "them such as experts' weights. Put it into a group without `rank`."
-                )
-        group["sides"] = [choose_side(p.shape[-2], p.shape[-1], group["side"]) for p in group["params"]]
-        group["alpha"] = options.projection_alpha(group, group["lr"])
-        self._clipped += [
-            name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape[-2:])
-        ]
-        if not isinstance(given, str):
-            self._given_projections |= given_projections(given, group, names, position)
-
-    def _warn_clipped(self) -> None:
-        """Say once, for all matrices, that their rank is not low."""
-        if self._clipped:
-            warnings.warn(
-                f"`rank` is not below min(m, n) for {len(self._clipped)} matrices: they are projected at full rank, "
-                f"which saves no memory. Choose a smaller rank or leave them out: {', '.join(self._clipped[:3])}"
-                f"{' ...' if len(self._clipped) > 3 else ''}.",
-                stacklevel=3,
-            )
+        if self._stream is not None and self._stream.attached:
+            self._stream.attach()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every parameter that has a gradient.
+        """Step every parameter that has a gradient; in a mode that takes them, those that still wait.
 
         Args:
             closure (`Callable`, *optional*): Evaluates the model again and returns the loss.
         """
         loss = None
+        if self._stream is not None:
+            self._stream.finish(closure)
+            return None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        steps = self._steps
         if self.collect_statistics:
-            self._observations.clear()
+            steps.observations.clear()
         work = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, G, _ in work:
             refuse_unsupported(G, self.plan_of(p).name)
         stacked = [self.plan_of(p).stacked for p, _, _ in work]
         checks = check_gradients([G for _, G, _ in work], stacked)
-        rules = {id(group): rules_of(group) for group in self.param_groups}
         for (p, G, group), check in zip(work, checks, strict=True):
-            self._step_param(p, G, group, rules[id(group)], check)
+            projected = isinstance(steps.plan_of(p), ProjectedPlan)
+            steps.apply(p, steps.project(p, G, group, check) if projected else G, group, check)
         return loss
 
-    def _step_param(self, p: Tensor, G: Tensor, group: dict[str, Any], rules: Rules, check: GradientCheck) -> None:
-        plan, state = self.plan_of(p), self.state[p]
-        if not state:
-            state.update(create_state(p, plan, rules))
-        state["skipped_steps"].add_(check.broken)
-        if not isinstance(plan, ProjectedPlan):
-            step_full(p, G, state, group, plan, rules, check)
-            return
-        lows = project_matrices(G, state, group, plan, rules, check, self._given_projections.get(p))
-        if plan.complete:
-            self._given_projections.pop(p, None)  # copied into the state: not kept twice
-        seen = observe_matrices(lows, state, plan, check) if self.collect_statistics else None
-        if seen is not None:
-            self._observations[p] = seen
-        step_matrices(p, lows, state, group, plan, rules, check)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, those that have been taken off the parameters as well."""
+        super().zero_grad(set_to_none)
+        if self._stream is not None:
+            self._stream.discard()
+
+    def attach(self) -> None:
+        """Put the hooks of `layerwise` or `ddp_compression` on the parameters again, after `remove`."""
+        if self._stream is not None:
+            self._stream.attach()
+
+    def remove(self) -> None:
+        """Take the hooks off: gradients stay on the parameters again, as in any model, and `step` is refused."""
+        if self._stream is not None:
+            self._stream.remove()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients of the last step before clipping, in a mode that takes them off the parameters."""
+        norm2 = None if self._stream is None else self._stream.grad_norm2
+        return None if norm2 is None else norm2.sqrt()
 
     def statistics(self) -> dict[str, float]:
         """What the last step with `collect_statistics = True` saw, read from the device in one transfer.
@@ -238,16 +245,12 @@ class OSD(torch.optim.Optimizer):
             `orthogonality`, mean ||PᵀP - I|| / sqrt(r), where a step was observed; `skipped_steps`, the number of
             parameter steps skipped for a gradient that was not finite, since the state began.
         """
-        skipped = [state["skipped_steps"] for state in self.state.values() if "skipped_steps" in state]
-        if not skipped:
-            return {}
-        device, seen = skipped[0].device, list(self._observations.values())
-        values = {"skipped_steps": torch.stack([value.to(device).sum() for value in skipped]).sum()}
-        for i, name in enumerate(("pca_loss", "orthogonality")):
-            if seen:
-                # not a number where the gradient was broken: that step was skipped and shows nothing
-                values[name] = torch.cat([pair[i].to(device, torch.float32).reshape(-1) for pair in seen]).nanmean()
-        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+        return summarize(self.state.values(), list(self._steps.observations.values()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every optimizer; the norm that `previous_norm` clips by is in the groups."""
+        saved = super().state_dict()
+        return saved if self._stream is None else self._stream.with_norm(saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state exactly: dtypes as saved, on the parameters' devices.
@@ -259,13 +262,24 @@ class OSD(torch.optim.Optimizer):
         # torch's loader casts every entry but `step` to the parameter's dtype: P and 8-bit codes would be lost.
         # So it loads the groups alone, and the state is set here.
         state, groups = match_state(self.param_groups, state_dict, self.partial_load)
+        groups, clip_norm2 = take_norm(groups)
         super().load_state_dict({"state": {}, "param_groups": groups})
+        if self._stream is not None:
+            self._stream.set_norm(clip_norm2)
         self.state.update(state)
         self._reset_derived()
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""
-        kept = ("_given_projections", "_clipped", "_constructed", "partial_load", "collect_statistics")
+        kept = (
+            "_given_projections",
+            "_clipped",
+            "_constructed",
+            "partial_load",
+            "collect_statistics",
+            "mode",
+            "_stream",
+        )
         return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -274,24 +288,12 @@ class OSD(torch.optim.Optimizer):
         for group in self.param_groups:
             group.setdefault("stochastic_rounding", False)  # saved before there was the option
         self._reset_derived()
+        if state.get("_stream") is not None:
+            state["_stream"].restore()
 
     def _reset_derived(self) -> None:
-        self._plans: dict[Tensor, Plan] = {}
-        self._observations: dict[Tensor, tuple[Tensor, Tensor]] = {}
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        self._steps = ParameterSteps(self)
 
     def plan_of(self, p: Tensor) -> Plan:
         """How `p` is stepped: its side, rank and shapes. Read it, do not change it."""
-        # Parameters may be exchanged behind the optimizer's back (accelerate's FSDP2 path does), so plans are made
-        # when a parameter is first met, and read the state, which may have been loaded, at that moment only.
-        if p not in self._plans:
-            position = 0
-            for group in self.param_groups:
-                for index, other in enumerate(group["params"]):
-                    if other not in self._plans:
-                        plan = make_plan(group, index, other, position)
-                        self._plans[other] = resume_plan(plan, self.state.get(other))
-                    position += 1
-        return self._plans[p]
+        return self._steps.plan_of(p)

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .distributed import exclude_from_ddp
+from .modes import MODE_DEFAULTS, mode_of
 from .options import DEFAULTS, refuse_unknown
 from .osd import OSD
 from .presets import resolve
@@ -50,14 +52,16 @@ def osd_kwargs(
     target_modules: str | Iterable[str] = ALL_LINEAR,
     exclude_modules: str | Iterable[str] | None = None,
     decay_names: Collection[str] | None = None,
+    ddp_compression: str | None = None,
 ) -> dict[str, Any]:
-    """Everything [`OSD`] is constructed from but the learning rate: `params` and options.
+    """Everything [`OSD`] is constructed from but the learning rate and the mode: `params` and options.
 
     Args:
         model (`nn.Module`): The model.
         settings (`dict`): All options, as `presets.resolve` gives them; `rank` may be `None` for the default.
         target_modules, exclude_modules: See [`~optim.targets.select`].
         decay_names (`Collection[str]`, *optional*): Defaults to what `Trainer` decides.
+        ddp_compression (`str`, *optional*): See [`OSD`]. Where it is set, DDP is told to leave what is projected.
     """
     rank = DEFAULT_RANK if settings["rank"] is None else settings["rank"]
     selection = select(model, target_modules, exclude_modules, rank)
@@ -67,6 +71,8 @@ def osd_kwargs(
             f"{', '.join(selection.ignored[:5])}{' ...' if len(selection.ignored) > 5 else ''}.",
             stacklevel=3,
         )
+    if ddp_compression is not None:
+        exclude_from_ddp(model, selection.projected.values())
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
     if decay_names is None:
         decay_names = decay_parameter_names(model)
@@ -93,7 +99,8 @@ def create_osd_optimizer(
     Args:
         model (`nn.Module`): The model. Frozen parameters are not passed to the optimizer.
         optim (`str`, *optional*, defaults to `"osd_adamw"`):
-            `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor` or `osd_sgd`.
+            `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor` or `osd_sgd`, or one of them
+            with `_layerwise`.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate.
         rank (`int`, *optional*, defaults to 128): r.
         target_modules, exclude_modules: What is projected, see [`~optim.targets.select`].
@@ -122,6 +129,10 @@ def create_osd_optimizer(
     named = {"rank": rank, "init": init}
     if projection_optim is not None:
         named["projection_rule"] = projection_optim
-    refuse_unknown(options, DEFAULTS.keys() - named.keys() - {"weight_rule", "projection_rule"}, where)
+    allowed = DEFAULTS.keys() - named.keys() - {"weight_rule", "projection_rule"}
+    refuse_unknown(options, allowed | MODE_DEFAULTS.keys(), where)
+    mode = {name: options.pop(name) for name in MODE_DEFAULTS if name in options}
     settings = resolve(optim, named | options, preset, where)
-    return OSD(lr=lr, partial_load=partial_load, **osd_kwargs(model, settings, target_modules, exclude_modules))
+    mode = mode_of(optim, mode)
+    kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, ddp_compression=mode["ddp_compression"])
+    return OSD(lr=lr, partial_load=partial_load, **mode, **kwargs)

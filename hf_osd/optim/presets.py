@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..subspace import SUBSPACES
+from .modes import LAYERWISE_SUFFIX
 from .options import DEFAULTS, RULES, refuse_unknown
 
 
 # `optim` name -> rule of the weights. P moves by the same rule unless `projection_optim` names another
 # (paper, Algorithm 1 and Table 6), in the subspace that `subspace` names.
 OPTIM_NAMES: dict[str, str] = {f"osd_{rule}": rule for rule in RULES}
+OPTIM_NAMES |= {name + LAYERWISE_SUFFIX: rule for name, rule in OPTIM_NAMES.items()}
 
 # `preset` -> options that replace the defaults; options given beside it win over it.
 PRESETS: dict[str, dict[str, Any]] = {

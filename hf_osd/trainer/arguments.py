@@ -109,6 +109,26 @@ class OSDTrainingArguments(TrainingArguments):
         metadata={"help": "Start parameters anew that a resumed checkpoint does not fit, instead of refusing it."},
     )
 
+    osd_layerwise: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Step each parameter during the backward pass and free its gradient, as osd_*_layerwise do."
+        },
+    )
+    osd_layerwise_clipping: str | None = field(
+        default=None,
+        metadata={
+            "help": "How max_grad_norm clips when layerwise: previous_norm (the default), by the norm of the step "
+            "before, or parameter, each parameter by its own."
+        },
+    )
+    osd_ddp_compression: str | None = field(
+        default=None,
+        metadata={
+            "help": "subspace: average r (m + n) numbers of a projected gradient over DDP's processes, not m n."
+        },
+    )
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse an order of base classes in which our copy of `TrainingArguments`' defaults hides another class's."""
         super().__init_subclass__(**kwargs)

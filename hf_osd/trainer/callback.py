@@ -54,6 +54,8 @@ class OSDCallback(TrainerCallback):
         if osd is not None and state.is_world_process_zero:
             _ensure_visible()
             logger.info(summary(osd, model))
+        if osd is not None:
+            osd.attach()  # a second training: the first has taken the hooks off at its end
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
@@ -77,6 +79,8 @@ class OSDCallback(TrainerCallback):
         if osd is None or not logs or "loss" not in logs:
             return
         values = {f"osd/{name}": value for name, value in osd.statistics().items()}
+        if osd.grad_norm is not None and "grad_norm" in logs:  # Trainer has seen no gradients, or some
+            values["grad_norm"] = osd.grad_norm.item()
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
@@ -107,9 +111,15 @@ class OSDCallback(TrainerCallback):
             refresh_card(_output_dir(args), osd, args, state, model)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
     ) -> None:
-        """Note whose weights the model has now: what is pushed from here on needs the P of that checkpoint."""
+        """Note whose weights the model has now: what is pushed from here on needs the P of that checkpoint.
+
+        Hooks of a layerwise optimizer are taken off: a backward pass after the training must not train on.
+        """
+        osd = unwrap(optimizer)
+        if osd is not None:
+            osd.remove()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._best = Path(state.best_model_checkpoint)
 

@@ -30,5 +30,12 @@ def constructor_arguments(
         options["init"] = state
         if options["rank"] is None and len(ranks) == 1:
             options["rank"] = ranks.pop()
-    kwargs = osd_kwargs(model, options, settings.target_modules, settings.exclude_modules, decay_names)
-    return {"lr": args.learning_rate, "partial_load": settings.partial_load, **kwargs}
+    kwargs = osd_kwargs(
+        model,
+        options,
+        settings.target_modules,
+        settings.exclude_modules,
+        decay_names,
+        ddp_compression=settings.mode["ddp_compression"],
+    )
+    return {"lr": args.learning_rate, "partial_load": settings.partial_load, **settings.mode, **kwargs}

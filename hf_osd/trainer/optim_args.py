@@ -1,13 +1,16 @@
 """From training arguments to options, strictly: one reading of `optim_args`, `osd_*` fields and Trainer's own."""
 
 import os
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
 
 from ..optim import ALL_LINEAR, OPTIM_NAMES, resolve
+from ..optim.modes import MODE_DEFAULTS, Mode, mode_of
 from ..optim.options import projection_rule, refuse_unknown, validate
 from ..update_rules import rule_options
+from .gradient_norm import CAN_LEAVE_CLIPPING
 
 
 class Setting(NamedTuple):
@@ -37,6 +40,9 @@ SETTINGS: dict[str, Setting] = {
     "seed": Setting("seed", int),
     "preset": Setting("preset", str),
     "partial_load": Setting("partial_load", bool),
+    "layerwise": Setting("layerwise", bool),
+    "layerwise_clipping": Setting("layerwise_clipping", str),
+    "ddp_compression": Setting("ddp_compression", str),
 }
 
 # Options with a field of their own in TrainingArguments: that is the one place to set them.
@@ -65,6 +71,7 @@ class OSDSettings(NamedTuple):
     target_modules: str | list[str]
     exclude_modules: str | list[str] | None
     partial_load: bool
+    mode: dict[str, Any]
 
 
 def optim_name(args: TrainingArguments) -> str:
@@ -107,6 +114,7 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
             raise ValueError(f"{key!r} is given twice: in `optim_args` and as `osd_{key}`.")
         given[key] = value
     preset, partial_load = given.pop("preset", None), given.pop("partial_load", False)
+    mode = _mode(args, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
     given.setdefault("seed", args.seed)
     where = "the training arguments"
     options = {SETTINGS[key].option: value for key, value in given.items()} | {"weight_decay": args.weight_decay}
@@ -116,7 +124,7 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
     validate(resolved | {"rank": rank, "init": init}, where)
     resolved |= _adam_fields(args, resolved)
     validate(resolved | {"rank": rank, "init": init}, where)
-    return OSDSettings(resolved, *_modules(args), partial_load)
+    return OSDSettings(resolved, *_modules(args), partial_load, mode)
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -156,6 +164,27 @@ def _is_repository(init: str) -> bool:
 
 def _fields(args: TrainingArguments) -> dict[str, Any]:
     return {key: value for key in SETTINGS if (value := getattr(args, f"osd_{key}", None)) is not None}
+
+
+def _mode(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:
+    """The mode, with Trainer's own clipping and accumulation where the optimizer has to do them."""
+    mode = Mode(**mode_of(optim_name(args), given | {"layerwise_clipping": None}))
+    if not mode.takes_gradients:
+        return asdict(Mode(**given))
+    if args.fp16:
+        raise ValueError(
+            "fp16 scales the loss, and `layerwise` and `ddp_compression` use gradients before a GradScaler could "
+            "unscale them. Use bf16=True, or leave these options out."
+        )
+    if mode.ddp_compression is not None and args.max_grad_norm and not CAN_LEAVE_CLIPPING:
+        raise ValueError(
+            "This version of transformers clips gradients by itself, and `ddp_compression` leaves it only some of "
+            "them. Set max_grad_norm=0, or install a newer one."
+        )
+    own = {"max_grad_norm": args.max_grad_norm or None}
+    if mode.layerwise:
+        own["gradient_accumulation"] = args.gradient_accumulation_steps > 1
+    return mode_of(optim_name(args), given | own)
 
 
 def _modules(args: TrainingArguments) -> tuple[str | list[str], str | list[str] | None]:

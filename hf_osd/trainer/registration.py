@@ -10,6 +10,7 @@ from ..optim import OPTIM_NAMES, OSD
 from .callback import OSDCallback
 from .checkpoints import register_last_complete_checkpoint
 from .construction import constructor_arguments
+from .gradient_norm import register_clipping
 from .push import register_push
 
 
@@ -27,6 +28,7 @@ def register() -> None:
         _OPTIMIZER_HANDLERS[member] = _OPTIMIZER_HANDLERS[name] = build_optimizer_kwargs
     register_last_complete_checkpoint()
     register_push()
+    register_clipping()
     callbacks: list[Any] = transformers_trainer.DEFAULT_CALLBACKS
     if OSDCallback not in callbacks:
         callbacks.append(OSDCallback)

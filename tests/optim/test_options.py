@@ -164,7 +164,7 @@ def test_options_with_an_effect_pass(given):
 def test_resolve_is_complete_and_valid(name, preset):
     settings = resolve(name, {"rank": 4}, preset, "a test")
     assert settings.keys() == DEFAULTS.keys()
-    assert settings["weight_rule"] == name.removeprefix("osd_") and settings["rank"] == 4
+    assert settings["weight_rule"] == OPTIM_NAMES[name] and settings["rank"] == 4
     validate(settings)
     assert resolve(name, {}, None, "a test") == {**DEFAULTS, "weight_rule": settings["weight_rule"]}
 

@@ -45,6 +45,25 @@ def test_no_synchronisation_in_a_step(rule: str, rounding: bool):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("clipping", ["parameter", "previous_norm"])
+def test_no_synchronisation_in_a_layerwise_step(clipping: str):
+    params = [nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((96, 160), (160, 96), (160,))]
+    groups = [{"params": params[:2], "rank": 48}, {"params": params[2:]}]
+    optimizer = OSD(groups, layerwise=True, layerwise_clipping=clipping, max_grad_norm=1.0)
+    gradients = [torch.randn_like(p) for p in params]
+
+    def train() -> None:
+        sum((p * G).sum() for p, G in zip(params, gradients, strict=True)).backward()
+        optimizer.step()
+
+    train(), train()  # P starts
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("rule", ["adamw", "adamw8bit", "adafactor", "sgd"])
 def test_same_numbers_as_on_the_cpu(rule: str):
     (on_gpu, a), (on_cpu, b) = make(rule, "cuda", torch.float32), make(rule, "cpu", torch.float32)

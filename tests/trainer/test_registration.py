@@ -49,7 +49,7 @@ def test_every_name_builds_its_optimizer_in_a_stock_trainer(name, stock):
     model = tiny_llama()
     optimizer = Trainer(model, stock(optim=name, optim_args="rank=4", learning_rate=2e-3)).create_optimizer()
     assert type(optimizer) is OSD
-    assert {group["weight_rule"] for group in optimizer.param_groups} == {name.removeprefix("osd_")}
+    assert {group["weight_rule"] for group in optimizer.param_groups} == {OPTIM_NAMES[name]}
     assert {group["lr"] for group in optimizer.param_groups} == {2e-3}
     plans = {id(p): optimizer.plan_of(p) for group in optimizer.param_groups for p in group["params"]}
     assert plans.keys() == {id(p) for p in model.parameters()}

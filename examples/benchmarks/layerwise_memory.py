@@ -1,0 +1,245 @@
+"""Memory of layerwise updates: live gradients counted on the CPU, and the peak of a 7B training under a cap on a GPU.
+
+Without a GPU: one backward pass of LLaMA 60M in each mode, in which every parameter's gradient is watched from the
+moment it is complete to the moment its memory is freed. With one: a stock Trainer (random weights, bfloat16, gradient
+checkpointing, sequences of 1024, batch 1) with each optimizer in a process of its own, which may use `--cap_gb` of the
+GPU; the peak of what torch allocated, or that it did not fit. Writes results/<device>/layerwise_memory.json and .md.
+
+Needs: the `examples` extra; for the runs beside ours galore-torch and apollo-torch.
+
+    python examples/benchmarks/layerwise_memory.py                                # CPU: LLaMA 60M, a minute
+    python examples/benchmarks/layerwise_memory.py --device cuda --cap_gb 24      # GPU: LLaMA 7B
+    python examples/benchmarks/layerwise_memory.py --device cuda --runs osd_adamw8bit_layerwise:rank=1024
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+
+import hf_osd
+from environment import describe, results_folder
+from hf_osd.optim import held_gradient_bytes, predicted_state_bytes
+
+
+CONFIGS = Path(__file__).parents[1] / "llama_configs"
+SEQUENCE = 1024
+RUNS = [
+    "osd_adamw8bit_layerwise:rank=256",
+    "osd_adamw8bit_layerwise:rank=1024",
+    "osd_adamw8bit_layerwise:rank=256,projection_dtype=bfloat16",
+    "osd_adamw8bit_layerwise:rank=1024,projection_dtype=bfloat16",
+    "osd_adamw8bit_layerwise:rank=1024,projection_dtype=bfloat16,projection_optim=adafactor",
+    "osd_adamw8bit:rank=1024",
+    "adamw_bnb_8bit",
+    "galore_adamw_8bit_layerwise:rank=256",
+    "galore_adamw_8bit_layerwise:rank=1024",
+    "apollo_adamw_layerwise:rank=256",
+    "apollo_adamw_layerwise:rank=1024",
+]
+
+
+def make_model(name: str, dtype: torch.dtype, device: str = "cpu") -> torch.nn.Module:
+    """A model of `llama_configs/`, or of another such file, with random weights made where they are to lie."""
+    path = CONFIGS / f"{name}.json" if "/" not in name else Path(name)
+    config = AutoConfig.for_model(**json.loads(path.read_text()))
+    config.use_cache = False
+    set_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+class LiveGradients:
+    """Counts the bytes of parameters' gradients that are alive, whenever another one is complete."""
+
+    def __init__(self, model: torch.nn.Module):
+        """Watch before an optimizer does: hooks run in the order in which they were put on."""
+        self.peak = 0
+        self.watched: list[tuple[StorageWeakRef, int]] = []
+        self.handles = [p.register_post_accumulate_grad_hook(self._arrived) for p in model.parameters()]
+
+    def _arrived(self, p: torch.Tensor) -> None:
+        storage = p.grad.untyped_storage()
+        known = {reference.cdata for reference, _ in self.watched}
+        reference = StorageWeakRef(storage)
+        if reference.cdata not in known:  # with accumulation the same one comes again
+            self.watched.append((reference, storage.nbytes()))
+        self.peak = max(self.peak, self.alive())
+
+    def alive(self) -> int:
+        """Bytes that are alive now."""
+        self.watched = [(reference, size) for reference, size in self.watched if not reference.expired()]
+        return sum(size for _, size in self.watched)
+
+
+def gradient_memory(model_name: str, rank: int, sequence: int) -> list[dict[str, Any]]:
+    """One step of every mode on the CPU: peak of live gradients, and of what is held in the subspace."""
+    rows = []
+    for mode, micro in (("ordinary", 1), ("layerwise", 1), ("ordinary", 2), ("layerwise", 2)):
+        model = make_model(model_name, torch.float32)
+        live = LiveGradients(model)
+        options = {"layerwise": True, "gradient_accumulation": micro > 1} if mode == "layerwise" else {}
+        optimizer = hf_osd.create_osd_optimizer(model, rank=rank, init="orthonormal", **options)
+        held = 0
+        for _ in range(2):  # P moves from the second step on
+            for _ in range(micro):
+                ids = torch.randint(model.config.vocab_size, (1, sequence))
+                model(input_ids=ids, labels=ids).loss.backward()
+                held = max(held, held_gradient_bytes(optimizer))
+            optimizer.step()
+            optimizer.zero_grad()
+        sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+        full_size = sum(
+            p.numel() * p.element_size() for g in optimizer.param_groups if g["rank"] is None for p in g["params"]
+        )
+        rows.append(
+            {
+                "mode": mode,
+                "micro_batches": micro,
+                "rank": rank,
+                "peak_live_gradient_bytes": live.peak,
+                "held_bytes": held,
+                "all_gradients_bytes": sum(sizes.values()),
+                "full_size_gradients_bytes": full_size,
+                "largest_gradient_bytes": max(sizes.values()),
+            }
+        )
+        optimizer.remove()
+    return rows
+
+
+class RandomTokens(Dataset):
+    """Random sequences: memory does not depend on what they say."""
+
+    def __init__(self, vocab_size: int, length: int):
+        """Of `length` tokens each."""
+        self.vocab_size, self.length = vocab_size, length
+
+    def __len__(self) -> int:
+        """Enough for any run here."""
+        return 1024
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """The same sequence for the same index."""
+        ids = torch.randint(self.vocab_size, (self.length,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def train(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train a few steps with one optimizer in this process, under the cap."""
+    optim, _, text = run.partition(":")
+    cuda = arguments.device == "cuda"
+    if cuda:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap_gb * 1e9 / total))
+    result: dict[str, Any] = {"run": run, "fits": True}
+    try:
+        model = make_model(arguments.model, torch.bfloat16, arguments.device)
+        with tempfile.TemporaryDirectory() as folder:
+            args = TrainingArguments(
+                folder,
+                optim=optim,
+                optim_args=text or None,
+                optim_target_modules=None if optim == "adamw_bnb_8bit" else ["self_attn", "mlp"],
+                learning_rate=1e-4,
+                max_steps=arguments.steps,
+                per_device_train_batch_size=1,
+                gradient_checkpointing=True,
+                save_strategy="no",
+                logging_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=not cuda,
+            )
+            if optim.startswith("osd_"):
+                args.optim_target_modules = None  # all-linear: the same matrices
+            trainer = Trainer(model, args, train_dataset=RandomTokens(model.config.vocab_size, arguments.sequence))
+            trainer.train()
+        result["losses"] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        own = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        if isinstance(own, hf_osd.OSD):
+            result["predicted_state_bytes"] = predicted_state_bytes(own)
+    except torch.cuda.OutOfMemoryError:
+        result["fits"] = False
+    if cuda:
+        result["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+    return result
+
+
+def train_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every run in a process of its own: nothing of one is left in the memory of the next."""
+    results = []
+    for run in arguments.runs:
+        command = [sys.executable, __file__, "--one_run", run, "--device", arguments.device]
+        command += ["--model", arguments.model, "--steps", str(arguments.steps), "--cap_gb", str(arguments.cap_gb)]
+        done = subprocess.run(
+            [*command, "--sequence", str(arguments.sequence)], capture_output=True, text=True, check=False
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        result = json.loads(lines[-1].removeprefix("RESULT ")) if lines else {"run": run, "error": done.stderr[-2000:]}
+        results.append(result)
+        peak = result.get("peak_allocated_bytes")
+        print(run, "failed" if "error" in result else "fits" if result["fits"] else "does not fit", peak or "")
+    return results
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    if "run" in rows[0]:
+        lines = ["| optimizer | peak memory |", "| --- | --- |"]
+        for row in rows:
+            peak = f"{row['peak_allocated_bytes'] / 1e9:.1f} GB" if row.get("peak_allocated_bytes") else "-"
+            note = "failed" if "error" in row else peak if row["fits"] else "does not fit"
+            lines.append(f"| `{row['run']}` | {note} |")
+        return "\n".join(lines) + "\n"
+    lines = ["| | micro-batches | live gradients, peak | held until the step |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        live, held = (row[key] / 2**20 for key in ("peak_live_gradient_bytes", "held_bytes"))
+        lines.append(f"| {row['mode']} | {row['micro_batches']} | {live:.1f} MiB | {held:.1f} MiB |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", help="file in llama_configs/, or a path (default: llama_60m, on a GPU llama_7b)")
+    parser.add_argument("--rank", type=int, default=128, help="rank of the count on the CPU (default: 128)")
+    parser.add_argument("--runs", nargs="+", help="optim:optim_args, trained in a Trainer (default on a GPU: all)")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--sequence", type=int, help="tokens (default: 1024; on the CPU 64)")
+    parser.add_argument("--cap_gb", type=float, default=24, help="GPU memory that a run may use, in 10^9 bytes")
+    parser.add_argument("--output_dir", type=Path, help="default: results/<device>/")
+    parser.add_argument("--one_run", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    cuda = arguments.device == "cuda"
+    arguments.model = arguments.model or ("llama_7b" if cuda else "llama_60m")
+    arguments.sequence = arguments.sequence or (SEQUENCE if cuda else 64)
+    if arguments.one_run:
+        print("RESULT " + json.dumps(train(arguments.one_run, arguments)))
+        return
+    if cuda or arguments.runs:
+        arguments.runs = arguments.runs or RUNS
+        rows = train_all(arguments)
+    else:
+        rows = gradient_memory(arguments.model, arguments.rank, arguments.sequence)
+    folder = arguments.output_dir or results_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"model": arguments.model, "sequence": arguments.sequence, "cap_gb": arguments.cap_gb if cuda else None}
+    result = {"environment": describe(), **settings, "rows": rows}
+    (folder / "layerwise_memory.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "layerwise_memory.md").write_text(table(rows))
+    print(table(rows), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What is decided once for a parameter group: its options are checked, sides and P's learning rate settled."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..subspace import choose_side
+from ..update_rules import RULES, require_bitsandbytes
+from . import options
+from .plan import given_projections, names_of
+
+
+def settle_group(
+    group: dict[str, Any], where: str, position: int, default_init: Any
+) -> tuple[dict[Tensor, Tensor], list[str]]:
+    """Validate a new group and store in it what is decided once: primitives only.
+
+    Args:
+        group (`dict`): The group, complete. Changed in place.
+        where (`str`): What messages call it.
+        position (`int`): Number of parameters in the groups before it.
+        default_init: The optimizer's own `init`.
+
+    Returns:
+        P_0 by parameter where the user gave one, and the names of parameters whose rank is not low.
+    """
+    options.check_lr(group["lr"], where)
+    options.validate(group, where)
+    if any(RULES[rule].eight_bit for rule in (group["weight_rule"], options.projection_rule(group)) if rule):
+        require_bitsandbytes()
+    names = names_of(group, position)
+    given: str | Sequence[Tensor] | Mapping[str, Tensor] = group["init"]
+    if not isinstance(given, str):
+        group["init"] = "given"
+    if group["rank"] is None:
+        if not isinstance(given, str) and given is not default_init:
+            raise ValueError(f"`init` of {where} has no effect without a `rank`.")
+        return {}, []
+    for name, p in zip(names, group["params"], strict=True):
+        if p.ndim not in (2, 3):
+            raise ValueError(
+                f"{name} has shape {tuple(p.shape)} and cannot be projected: only matrices can, and stacks of "
+                "them such as experts' weights. Put it into a group without `rank`."
+            )
+    group["sides"] = [choose_side(p.shape[-2], p.shape[-1], group["side"]) for p in group["params"]]
+    group["alpha"] = options.projection_alpha(group, group["lr"])
+    clipped = [name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape[-2:])]
+    return {} if isinstance(given, str) else given_projections(given, group, names, position), clipped
+
+
+def warn_clipped(clipped: Sequence[str]) -> None:
+    """Say once, for all matrices, that their rank is not low."""
+    if clipped:
+        warnings.warn(
+            f"`rank` is not below min(m, n) for {len(clipped)} matrices: they are projected at full rank, "
+            f"which saves no memory. Choose a smaller rank or leave them out: {', '.join(clipped[:3])}"
+            f"{' ...' if len(clipped) > 3 else ''}.",
+            stacklevel=4,
+        )

@@ -1,0 +1,107 @@
+"""The step of one parameter in two halves: what reads its gradient, and what moves its weight and P.
+
+Between the two lies what is small enough to be kept, or sent: a `LowRankGradient` for each matrix.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..update_rules import GradientCheck
+from .experts import observe_matrices, project_matrices, step_matrices
+from .param_step import LowRankGradient, step_full
+from .plan import Plan, ProjectedPlan, StackedPlan, make_plan, resume_plan, rules_of
+from .state import create_state
+
+
+if TYPE_CHECKING:
+    from .osd import OSD
+
+
+class ParameterSteps:
+    """Steps of an [`OSD`]'s parameters, and what is derived for them: rebuilt at will and never saved.
+
+    Attributes:
+        observations (`dict`): What `observation` saw in the last step of each projected parameter.
+    """
+
+    def __init__(self, optimizer: "OSD"):
+        self.optimizer = optimizer
+        self.observations: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._plans: dict[Tensor, Plan] = {}
+
+    def plan_of(self, p: Tensor) -> Plan:
+        """How `p` is stepped."""
+        # Parameters may be exchanged behind the optimizer's back (accelerate's FSDP2 path does), so plans are made
+        # when a parameter is first met, and read the state, which may have been loaded, at that moment only.
+        if p not in self._plans:
+            position = 0
+            for group in self.optimizer.param_groups:
+                for index, other in enumerate(group["params"]):
+                    if other not in self._plans:
+                        plan = make_plan(group, index, other, position)
+                        self._plans[other] = resume_plan(plan, self.optimizer.state.get(other))
+                    position += 1
+        return self._plans[p]
+
+    def makes_projection(self, p: Tensor, group: dict[str, Any], first: Sequence[bool] | None) -> bool:
+        """Whether the next gradient of a projected parameter makes a P; `first` as in `project`."""
+        plan = self.plan_of(p)
+        assert isinstance(plan, ProjectedPlan)
+        due = rules_of(group).subspace.refresh_due
+        matrices = plan.experts if isinstance(plan, StackedPlan) else [plan]
+        renewed = [True] * len(matrices) if first is None else first
+        return any(
+            may and (not matrix.started or due(matrix.count - matrix.idle))
+            for matrix, may in zip(matrices, renewed, strict=True)
+        )
+
+    def project(
+        self, p: Tensor, G: Tensor, group: dict[str, Any], check: GradientCheck, first: Sequence[bool] | None = None
+    ) -> list[LowRankGradient | None]:
+        """The half of a projected parameter's step that reads G; a matrix without a P, as yet, has nothing to give.
+
+        Args:
+            first (`list[bool]`, *optional*):
+                For each matrix whether no gradient of this step has been projected yet, so that P may be replaced.
+        """
+        plan, given = self.plan_of(p), self.optimizer._given_projections
+        assert isinstance(plan, ProjectedPlan)
+        lows = project_matrices(G, self._state_of(p, group), group, plan, rules_of(group), check, given.get(p), first)
+        if plan.complete:
+            given.pop(p, None)  # copied into the state: not kept twice
+        return lows
+
+    def apply(
+        self,
+        p: Tensor,
+        gradient: Tensor | Sequence[LowRankGradient | None],
+        group: dict[str, Any],
+        check: GradientCheck,
+        norm_check: GradientCheck | None = None,
+    ) -> None:
+        """The half that moves the weight, and P.
+
+        Args:
+            gradient (`torch.Tensor` or `list`): Whole for a full-size parameter; what `project` gave else.
+            check (`GradientCheck`): Of the gradients that A is made of.
+            norm_check (`GradientCheck`, *optional*): Of the gradient that R is made of, where that is another.
+        """
+        plan, rules, state = self.plan_of(p), rules_of(group), self._state_of(p, group)
+        state["skipped_steps"].add_(check.broken)
+        if isinstance(gradient, Tensor):
+            step_full(p, gradient, state, group, plan, rules, check)
+            return
+        assert isinstance(plan, ProjectedPlan)
+        if self.optimizer.collect_statistics:
+            seen = observe_matrices(gradient, state, plan, norm_check or check)
+            if seen is not None:
+                self.observations[p] = seen
+        step_matrices(p, gradient, state, group, plan, rules, check)
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = self.optimizer.state[p]
+        if not state:
+            state.update(create_state(p, self.plan_of(p), rules_of(group)))
+        return state

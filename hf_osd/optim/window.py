@@ -1,0 +1,73 @@
+"""What is kept of a parameter's gradients between the backward pass and its step.
+
+Letters and shapes as in `subspace.operators`; G_i is the gradient of micro-batch i.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import distributed
+from .param_step import LowRankGradient
+
+
+Lows = list[LowRankGradient | None]  # of a matrix one, of a stack one for each expert; None without a P as yet
+
+
+class Arrived(NamedTuple):
+    """A parameter's gradient, ready to be stepped with."""
+
+    gradient: Tensor | Lows
+    energy: Tensor  # squared norm that A belongs to: () or, of a stack, (E,)
+    norm2: Tensor  # likewise of the gradient; a stand-in where it is a sum or mean that never was whole
+
+
+@dataclass
+class Window:
+    """A parameter's gradients since the last step: their sum, or what is kept of it."""
+
+    G: Tensor | None = None
+    lows: Lows | None = None
+    energy: Tensor | None = None  # sum of ||G_i||²
+    R_energy: Tensor | None = None  # sum of ||R_i||²
+
+    def add_whole(self, G: Tensor) -> None:
+        """Add a gradient as it is, which is then ours."""
+        self.G = G if self.G is None else self.G.add_(G)
+
+    def add(self, lows: Lows, energy: Tensor) -> None:
+        """Add a gradient's image; of one that came before there was a P, it counts only whether it was finite."""
+        R_energy = distributed.squared_norms_of_R(lows, energy)
+        if self.lows is None or self.energy is None or self.R_energy is None:
+            self.lows, self.energy, self.R_energy = lows, energy, R_energy
+            return
+        self.energy, self.R_energy = self.energy + energy, self.R_energy + R_energy
+        self.lows = [_sum(a, b) for a, b in zip(self.lows, lows, strict=True)]
+
+    def may_make_projection(self) -> list[bool] | None:
+        """For each matrix whether it has no image here yet, so that its P may be replaced; `None`: all of them."""
+        return None if self.lows is None else [low is None for low in self.lows]
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        parts = [X for low in self.lows or () if low is not None for X in low]
+        return sum(X.nbytes for X in (self.G, *parts) if X is not None)
+
+    def average_(self) -> None:
+        """Replace what is summed here by its mean over the processes."""
+        if self.lows is not None and self.energy is not None and self.R_energy is not None:
+            distributed.average_window_(self.lows, self.energy, self.R_energy)
+
+    def arrived(self) -> Arrived:
+        """What the window has come to."""
+        assert self.lows is not None and self.energy is not None and self.R_energy is not None
+        norm2 = distributed.norm_stand_in(self.energy, self.lows, self.R_energy)
+        return Arrived(self.lows, self.energy, norm2)
+
+
+def _sum(a: LowRankGradient | None, b: LowRankGradient | None) -> LowRankGradient | None:
+    if a is None or b is None:
+        return a or b
+    # a P that was made in this window is not moved in it: the first has no A
+    return LowRankGradient(a.R.add_(b.R), None if a.A is None or b.A is None else a.A.add_(b.A))
