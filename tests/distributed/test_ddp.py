@@ -52,7 +52,7 @@ def test_all_processes_hold_the_same(ranks: list[dict[str, Any]], name: str):
     for key, state in a["states"].items():
         assert state.keys() == b["states"][key].keys() and state
         assert all(torch.equal(value, b["states"][key][entry]) for entry, value in state.items()), key
-    assert sum("projection" in state for state in a["states"].values()) >= 2
+    assert sum("projection" in state for state in a["states"].values()) >= (1 if name == "stack" else 2)
 
 
 @pytest.mark.parametrize("name", OWN_LOOPS)

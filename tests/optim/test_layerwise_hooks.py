@@ -1,0 +1,128 @@
+"""The hooks of layerwise mode: who owns them, what takes them off, and what cannot work with them."""
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from layerwise_nets import Net, assert_equal, inputs, optimizer_of, train
+from torch import nn
+
+from hf_osd import OSD
+from hf_osd.optim.gradients import clip_coefficient
+from hf_osd.optim.modes import Mode
+
+
+def test_remove_restores_the_model_and_attach_goes_on():
+    model = Net()
+    optimizer = optimizer_of(model, layerwise=True)
+    train(model, optimizer, range(1))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.remove()
+    optimizer.remove()
+    model(inputs(1)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    with pytest.raises(ValueError, match=r"hooks of this optimizer have been removed: call `attach\(\)`"):
+        optimizer.step()
+    model.zero_grad()
+    optimizer.attach()
+    train(model, optimizer, range(1, 2))
+    whole = Net()
+    train(whole, optimizer_of(whole), range(2))
+    assert_equal(model, whole)
+
+
+def test_a_second_optimizer_takes_the_parameters_over():
+    model, ordinary = Net(), Net()
+    first = optimizer_of(model, layerwise=True)
+    second = optimizer_of(model, layerwise=True)
+    train(model, second, range(2))
+    train(ordinary, optimizer_of(ordinary), range(2))
+    assert_equal(model, ordinary)
+    with pytest.raises(ValueError, match="have been removed"):
+        first.step()
+
+
+def test_a_forgotten_optimizer_is_freed_and_steps_no_more():
+    model = Net()
+    optimizer = optimizer_of(model, layerwise=True)
+    alive = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert alive() is None
+    model(inputs(0)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_have_hooks_of_their_own(how: str):
+    model = Net()
+    together = (model, optimizer_of(model, layerwise=True))
+    train(*together, range(2))
+    if how == "deepcopy":
+        copied = copy.deepcopy(together)
+    else:
+        buffer = io.BytesIO()
+        torch.save(together, buffer)
+        buffer.seek(0)
+        copied = torch.load(buffer, weights_only=False)
+    assert copied[1]._stream.optimizer is copied[1]
+    before = [p.detach().clone() for p in model.parameters()]
+    train(*copied, range(2, 4))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    train(*together, range(2, 4))
+    assert_equal(model, copied[0])
+
+
+def test_added_groups_are_stepped_too():
+    p, q = nn.Parameter(torch.randn(12, 30)), nn.Parameter(torch.randn(30))
+    optimizer = OSD([{"params": [p], "rank": 4}], layerwise=True)
+    optimizer.add_param_group({"params": [q]})
+    (p.square().sum() + q.square().sum()).backward()
+    assert p.grad is None and q.grad is None and optimizer.state[q]["step"] == 1
+
+
+def test_a_grad_scaler_is_refused():
+    model = Net()
+    optimizer = optimizer_of(model, layerwise=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(inputs(0))).backward()
+    with pytest.raises(ValueError, match="A `GradScaler`.*scaled gradients"):
+        scaler.step(optimizer)
+
+
+def test_a_closure_is_refused():
+    with pytest.raises(ValueError, match="A `closure` evaluates the model several times"):
+        optimizer_of(Net(), layerwise=True).step(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layerwise_clipping": "global", "layerwise": True}, "one of parameter, previous_norm, got 'global'"),
+        ({"layerwise_clipping": "parameter", "layerwise": True}, "has no effect without a `max_grad_norm`"),
+        ({"max_grad_norm": 1.0}, "clip them with `torch.nn.utils.clip_grad_norm_`"),
+        ({"max_grad_norm": 0.0, "layerwise": True}, "`max_grad_norm` must be a number > 0"),
+        ({"gradient_accumulation": True}, "`gradient_accumulation` has no effect without `layerwise`"),
+        ({"layerwise": 1}, "`layerwise` must be True or False"),
+        ({"ddp_compression": "powersgd"}, "`ddp_compression` must be one of subspace"),
+        ({"layerwise_clipping": "parameter", "ddp_compression": "subspace", "max_grad_norm": 1.0}, "without `layerwi"),
+    ],
+)
+def test_wrong_modes_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        Mode(**options)
+    with pytest.raises(ValueError):
+        optimizer_of(Net(), **options)
+
+
+def test_the_clip_coefficient_is_torchs():
+    G = torch.randn(7)
+    p = nn.Parameter(torch.zeros(7))
+    p.grad = G.clone()
+    nn.utils.clip_grad_norm_([p], 0.3)
+    torch.testing.assert_close(G * clip_coefficient(G.square().sum(), 0.3), p.grad)
