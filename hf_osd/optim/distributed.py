@@ -108,14 +108,25 @@ def exclude_from_ddp(model: nn.Module, params: Iterable[nn.Parameter]) -> None:
             "`ddp_compression` must be known before the model is wrapped: create the optimizer from the bare model, "
             "then wrap it in DistributedDataParallel (or call `accelerator.prepare`)."
         )
-    chosen = set(params)
-    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    include_in_ddp(model)
+    chosen, names = set(params), set()
     for name, p in model.named_parameters(remove_duplicate=False):
         if p in chosen:
-            ignored |= {name, name if "." in name else f".{name}"}  # DDP's two spellings for the root's own
-    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+            names |= {name, name if "." in name else f".{name}"}  # DDP's two spellings for the root's own
     broadcast = _Broadcast([p for p in model.parameters() if p in chosen])
     broadcast.handle = model.register_forward_pre_hook(broadcast)
+    before = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    model._ddp_params_and_buffers_to_ignore = sorted(before | names)  # type: ignore[assignment]
+    model._excluded_by_osd = (names - before, broadcast)  # type: ignore[assignment]
+
+
+def include_in_ddp(model: nn.Module) -> None:
+    """Undo `exclude_from_ddp`: with another optimizer, nobody else would average these gradients."""
+    names, broadcast = vars(model).pop("_excluded_by_osd", (set(), None))
+    if broadcast is not None:
+        broadcast.handle.remove()
+        ignored = set(model._ddp_params_and_buffers_to_ignore)  # type: ignore[arg-type]
+        model._ddp_params_and_buffers_to_ignore = sorted(ignored - names)  # type: ignore[assignment]
 
 
 def exchange_bytes(plans: Iterable[Plan], dtypes: Iterable[torch.dtype]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .distributed import exclude_from_ddp
+from .distributed import exclude_from_ddp, include_in_ddp
 from .modes import MODE_DEFAULTS, mode_of
 from .options import DEFAULTS, refuse_unknown
 from .osd import OSD
@@ -71,6 +71,7 @@ def osd_kwargs(
             f"{', '.join(selection.ignored[:5])}{' ...' if len(selection.ignored) > 5 else ''}.",
             stacklevel=3,
         )
+    include_in_ddp(model)
     if ddp_compression is not None:
         exclude_from_ddp(model, selection.projected.values())
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}

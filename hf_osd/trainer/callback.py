@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from ..hub import ProjectionState
 from ..hub.config import CONFIG_NAME
 from ..optim import OSD
+from ..optim.distributed import include_in_ddp
 from ..optim.plan import ProjectedPlan
 from .optim_args import check_arguments
 from .push import refresh_card
@@ -111,15 +112,24 @@ class OSDCallback(TrainerCallback):
             refresh_card(_output_dir(args), osd, args, state, model)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs: Any,
     ) -> None:
         """Note whose weights the model has now: what is pushed from here on needs the P of that checkpoint.
 
-        Hooks of a layerwise optimizer are taken off: a backward pass after the training must not train on.
+        Hooks of a layerwise optimizer are taken off: a backward pass after the training must not train on. Another
+        training of the model may be without `ddp_compression`.
         """
         osd = unwrap(optimizer)
         if osd is not None:
             osd.remove()
+            if model is not None:
+                include_in_ddp(model)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._best = Path(state.best_model_checkpoint)
 

@@ -120,6 +120,18 @@ def test_on_one_process_nothing_is_exchanged():
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), compressed.parameters(), strict=True))
 
 
+def test_another_optimizer_gives_the_gradients_back_to_ddp():
+    net = ddp_training.Net()
+    net._ddp_params_and_buffers_to_ignore = ["scale"]
+    for _ in range(2):
+        ddp_training.create_osd_optimizer(net, rank=6, ddp_compression="subspace")
+        tied = {"layers.0.weight", "layers.1.weight", "layers.2.weight"}
+        assert set(net._ddp_params_and_buffers_to_ignore) == {"scale"} | tied
+        assert len(net._forward_pre_hooks) == 1
+    ddp_training.create_osd_optimizer(net, rank=6)
+    assert net._ddp_params_and_buffers_to_ignore == ["scale"] and not net._forward_pre_hooks
+
+
 def test_another_clipping_in_the_loop_sees_what_all_processes_share():
     """`clip_grad_norm_` before a step must find no gradient that differs between processes."""
     net = ddp_training.Net()
