@@ -75,13 +75,13 @@ class OSD(torch.optim.Optimizer):
         max_grad_norm (`float`, *optional*):
             Clip gradients, with `layerwise` or `ddp_compression`; elsewhere use `clip_grad_norm_`.
         gradient_accumulation (`bool`, *optional*, defaults to `False`):
-            With `layerwise`, that several backward passes come before a `step`. Projected parameters add up R, and P
-            learns from each micro-batch; the first one of a window is what P_0 and SVDs are made from. Parameters at
-            full size add up their gradients. All are stepped in `step`.
+            With `layerwise`, that several backward passes come before a `step`, which then steps. What is projected
+            adds up R, and P learns from each micro-batch; P_0 and SVDs are made from the first. What is not adds up
+            its gradient. Norms are estimated ([`~optim.distributed.norm_stand_in`]).
         ddp_compression (`str`, *optional*):
-            `subspace`: average over data-parallel processes r (m + n) numbers of a projected gradient, not m n; its
-            first one whole. Norms are then estimated ([`~optim.distributed.norm_stand_in`]). The model must not be
-            wrapped in DDP before its projected parameters were excluded ([`create_osd_optimizer`] and Trainer do it).
+            `subspace`: average over data-parallel processes r (m + n) numbers of a projected gradient, not m n; those
+            that make a P whole. Norms are estimated likewise. All processes must use the same parameters. DDP must
+            leave what is projected: [`create_osd_optimizer`], called before the model is wrapped, and Trainer tell it.
         partial_load (`bool`, *optional*, defaults to `False`):
             Whether `load_state_dict` starts parameters anew that the saved state does not fit, instead of refusing.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainer, OSDTrainingArguments
+from hf_osd.optim.modes import MODE_DEFAULTS
 from hf_osd.optim.options import DEFAULTS
 from hf_osd.optim.presets import OPTIM_NAMES
 from hf_osd.trainer.optim_args import SETTINGS, TRAINER_FIELDS, parse_optim_args, read_settings
@@ -118,7 +119,8 @@ def test_fields_and_settings_agree():
     options = {setting.option for key, setting in SETTINGS.items() if key not in ("preset", "partial_load")}
     # Every option of the optimizer is a key, but for those that `optim` and Trainer's own fields set.
     assert DEFAULTS.keys() - options == {"weight_rule", "weight_decay", "betas", "eps"}
-    assert options <= DEFAULTS.keys()
+    # Trainer's own fields say how gradients are clipped and accumulated.
+    assert options - DEFAULTS.keys() == MODE_DEFAULTS.keys() - {"max_grad_norm", "gradient_accumulation"}
     for key, setting in SETTINGS.items():
         annotation = OSDTrainingArguments.__annotations__[f"osd_{key}"]
         assert annotation == setting.type | None, key

@@ -8,9 +8,10 @@ import torch
 from test_resume import assert_identical, make_trainer, run_twice
 from transformers import Trainer, TrainerCallback
 
-from hf_osd import OSD
+from hf_osd import OSD, OSDTrainingArguments
 from hf_osd.optim import OPTIM_NAMES
 from hf_osd.optim.layerwise import GradientStream
+from hf_osd.optim.modes import Mode
 
 
 PLAIN = [name for name in OPTIM_NAMES if not name.endswith("_layerwise")]
@@ -166,6 +167,17 @@ def test_the_name_and_the_option_are_one(tmp_path: Path):
         make_trainer(tmp_path, "osd_adamw_layerwise", optim_args="layerwise=false")
     with pytest.raises(ValueError, match="`layerwise_clipping` has no effect"):
         make_trainer(tmp_path, "osd_adamw", optim_args="layerwise_clipping=parameter")
+
+
+def test_every_mode_reaches_the_optimizer_from_fields_and_text(tmp_path: Path):
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "optim": "osd_adamw", "gradient_accumulation_steps": 2}
+    mode = {"layerwise": True, "layerwise_clipping": "parameter", "ddp_compression": "subspace"}
+    text = "rank=4," + ",".join(f"{key}={value}" for key, value in mode.items())
+    fields = {f"osd_{key}": value for key, value in mode.items()}
+    for given in ({"optim_args": text}, {"osd_rank": 4, **fields}):
+        args = OSDTrainingArguments(**common, **given, max_grad_norm=0.25)
+        optimizer = Trainer(make_trainer(tmp_path, "osd_adamw").model, args).create_optimizer()
+        assert optimizer.mode == Mode(max_grad_norm=0.25, gradient_accumulation=True, **mode)
 
 
 def test_nothing_trains_after_the_training_and_a_second_one_does(tmp_path: Path):
