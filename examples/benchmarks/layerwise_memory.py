@@ -38,6 +38,7 @@ RUNS = [
     "osd_adamw8bit_layerwise:rank=256,projection_dtype=bfloat16",
     "osd_adamw8bit_layerwise:rank=1024,projection_dtype=bfloat16",
     "osd_adamw8bit_layerwise:rank=1024,projection_dtype=bfloat16,projection_optim=adafactor",
+    "osd_lion8bit_layerwise:rank=1024,projection_dtype=bfloat16",
     "osd_adamw8bit:rank=1024",
     "adamw_bnb_8bit",
     "galore_adamw_8bit_layerwise:rank=256",
