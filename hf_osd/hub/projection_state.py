@@ -125,6 +125,11 @@ class ProjectionState(Mapping[str, Projection]):
                 assert isinstance(plan, ProjectedPlan)
                 if not plan.started:
                     continue
+                if include_moments and plan.sharding is not None:
+                    raise ValueError(
+                        f"`include_moments` needs the state of {name} in one place, but it is sharded over processes. "
+                        "Save it with torch.distributed.checkpoint; P itself is whole on every process."
+                    )
                 if name in projections:
                     raise ValueError(f"Two parameters of this optimizer have the name {name}.")
                 projections[name] = copy_projection(optimizer.state[p], plan, include_moments)

@@ -2,32 +2,43 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..update_rules import GradientCheck
+from .sharding import Sharding
 
 
 EPS = 1e-30  # below this ||G||² counts as zero; float32 holds its inverse
 
 
-def check_gradients(grads: Sequence[Tensor], stacked: Sequence[bool] | None = None) -> list[GradientCheck]:
+def check_gradients(
+    grads: Sequence[Tensor],
+    stacked: Sequence[bool] | None = None,
+    shardings: Sequence[Sharding | None] | None = None,
+) -> list[GradientCheck]:
     """One `GradientCheck` for each gradient. A few launches for each device and precision, nothing read back.
 
     Args:
-        grads (`list[torch.Tensor]`): The gradients.
+        grads (`list[torch.Tensor]`): The gradients; of a sharded parameter, this process's part.
         stacked (`list[bool]`, *optional*):
             Which of them are a stack (E, m, n), of whose E matrices a zero one is skipped. The tensors of their checks
             have the shape (E,).
+        shardings (`list[Sharding]`, *optional*): How each is sharded. One all-reduce then makes all processes agree.
     """
     checks: dict[int, GradientCheck] = {}
-    alike: dict[tuple[torch.device, torch.dtype, bool], list[int]] = defaultdict(list)
-    for i, G in enumerate(grads):
-        alike[G.device, torch.promote_types(G.dtype, torch.float32), bool(stacked and stacked[i])].append(i)
-    for (device, dtype, are_stacks), members in alike.items():
+    shardings = shardings or [None] * len(grads)
+    alike: dict[tuple, list[int]] = defaultdict(list)
+    for i, (G, sharding) in enumerate(zip(grads, shardings, strict=True)):
+        over = None if sharding is None or sharding.dim is None else (sharding.mesh, sharding.copies)
+        alike[G.device, torch.promote_types(G.dtype, torch.float32), bool(stacked and stacked[i]), over].append(i)
+    for (device, dtype, are_stacks, over), members in alike.items():
         matrices = [G for i in members for G in (grads[i].unbind() if are_stacks else grads[i : i + 1])]
         norm2 = _squared_norms(matrices, device, dtype)
+        if over is not None:
+            norm2 = cast(Sharding, shardings[members[0]]).sum(norm2)
         fields = check_of(norm2, are_stacks)
         sizes = [len(grads[i]) for i in members] if are_stacks else []
         rows = zip(*(field.split(sizes) if are_stacks else field.unbind() for field in fields), strict=True)

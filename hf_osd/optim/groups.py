@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..subspace import choose_side
 from ..update_rules import RULES, require_bitsandbytes
 from . import options
-from .plan import given_projections, names_of
+from .plan import given_projections, names_of, settle_sides
+from .sharding import refuse_flat
 
 
 def settle_group(
     group: dict[str, Any], where: str, position: int, default_init: Any
-) -> tuple[dict[Tensor, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], list[str]]:
     """Validate a new group and store in it what is decided once: primitives only.
 
     Args:
@@ -24,13 +24,15 @@ def settle_group(
         default_init: The optimizer's own `init`.
 
     Returns:
-        P_0 by parameter where the user gave one, and the names of parameters whose rank is not low.
+        P_0 by name where the user gave one, and the names of parameters whose rank is not low.
     """
     options.check_lr(group["lr"], where)
     options.validate(group, where)
     if any(RULES[rule].eight_bit for rule in (group["weight_rule"], options.projection_rule(group)) if rule):
         require_bitsandbytes()
     names = names_of(group, position)
+    for name, p in zip(names, group["params"], strict=True):
+        refuse_flat(p, name)
     given: str | Sequence[Tensor] | Mapping[str, Tensor] = group["init"]
     if not isinstance(given, str):
         group["init"] = "given"
@@ -44,7 +46,7 @@ def settle_group(
                 f"{name} has shape {tuple(p.shape)} and cannot be projected: only matrices can, and stacks of "
                 "them such as experts' weights. Put it into a group without `rank`."
             )
-    group["sides"] = [choose_side(p.shape[-2], p.shape[-1], group["side"]) for p in group["params"]]
+    settle_sides(group, names)
     group["alpha"] = options.projection_alpha(group, group["lr"])
     clipped = [name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape[-2:])]
     return {} if isinstance(given, str) else given_projections(given, group, names, position), clipped

@@ -21,6 +21,7 @@ from . import distributed
 from .gradients import check_of, clip_coefficient, refuse_unsupported, squared_norm
 from .modes import Mode
 from .plan import ProjectedPlan
+from .sharding import is_sharded
 from .steps import ParameterSteps
 from .window import Arrived, Window
 
@@ -112,6 +113,11 @@ class GradientStream:
         return group["rank"] is not None or (self.mode.layerwise and distributed.world_size() == 1)
 
     def _check_processes(self) -> None:
+        if any(is_sharded(p) for group in self.optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "`layerwise` and `ddp_compression` are for whole parameters, and these are sharded: FSDP2 has "
+                "averaged each gradient already, and kept no more than a shard of it. Leave both out."
+            )
         if self.mode.ddp_compression is None and distributed.world_size() > 1:
             raise ValueError(
                 "`layerwise` would step a parameter before its gradient is averaged over the processes. Set "

@@ -4,11 +4,12 @@ import torch
 
 from .osd import OSD
 from .plan import rules_of
-from .state import state_spec
+from .sharding import local
+from .state import local_shape, state_spec
 
 
 def predicted_state_bytes(optimizer: OSD) -> int:
-    """Bytes of the state once every parameter has been stepped; the state need not exist yet.
+    """Bytes of the state once every parameter has been stepped, on this process; the state need not exist yet.
 
     For a weight (m, n) projected on its shorter side s to rank r: moments of r x max(m, n), P of s x r and P's
     moments, each in its storage, and three or four counters of 4 bytes.
@@ -17,15 +18,16 @@ def predicted_state_bytes(optimizer: OSD) -> int:
     for group in optimizer.param_groups:
         rules = rules_of(group)
         for p in group["params"]:
-            for entry in state_spec(optimizer.plan_of(p), rules).values():
-                total += torch.Size(entry.shape).numel() * entry.dtype.itemsize
+            plan = optimizer.plan_of(p)
+            for entry in state_spec(plan, rules).values():
+                total += torch.Size(local_shape(entry, plan)).numel() * entry.dtype.itemsize
     return total
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors that an optimizer holds in its state now."""
+    """Bytes of all tensors that an optimizer holds in its state now, on this process."""
     return sum(
-        value.numel() * value.element_size()
+        local(value).numel() * value.element_size()
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
@@ -33,8 +35,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def adamw_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that `torch.optim.AdamW` would hold for the same parameters: two moments in the parameters' dtype."""
-    return sum(2 * p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    """Bytes that `torch.optim.AdamW` would hold on this process for the parameters: two moments in their dtype."""
+    return sum(2 * local(p).numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
 
 
 def held_gradient_bytes(optimizer: OSD) -> int:

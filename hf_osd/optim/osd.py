@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import options
-from .gradients import check_gradients, refuse_unsupported
+from .gradients import check_gradients
 from .groups import settle_group, warn_clipped
 from .layerwise import GradientStream, take_norm
 from .loading import match_state
@@ -56,7 +56,7 @@ class OSD(torch.optim.Optimizer):
             P_0: `svd` or `randomized_svd` of the parameter's first gradient that is not zero, `orthonormal` (seeded),
             or tensors: one for each parameter of the group, or by parameter name. `auto` is `svd` for small matrices
             and `randomized_svd` for large ones ([`~subspace.choose_init`]).
-        side (`str`, *optional*, defaults to `"auto"`): `left`, `right`, or the shorter dimension.
+        side (`str`, *optional*, defaults to `"auto"`): `left`, `right`, or the shorter (if sharded: whole) dimension.
         update_interval (`int`, *optional*): Steps between SVDs with `subspace="svd"`; defaults to 200 (GaLore).
         projection_dtype (`str`, *optional*):
             How P is kept, `float32` or `bfloat16`; defaults to float32 (float64 for float64 parameters). In bfloat16
@@ -145,7 +145,7 @@ class OSD(torch.optim.Optimizer):
         self.mode = Mode(**{name: given[name] for name in MODE_DEFAULTS})
         self._stream: GradientStream | None = None
         self._reset_derived()
-        self._given_projections: dict[Tensor, Tensor] = {}
+        self._given_projections: dict[str, Tensor] = {}
         self._clipped: list[str] = []
         self._constructed = False
         self.partial_load = partial_load
@@ -205,11 +205,10 @@ class OSD(torch.optim.Optimizer):
         steps = self._steps
         if self.collect_statistics:
             steps.observations.clear()
-        work = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for p, G, _ in work:
-            refuse_unsupported(G, self.plan_of(p).name)
-        stacked = [self.plan_of(p).stacked for p, _, _ in work]
-        checks = check_gradients([G for _, G, _ in work], stacked)
+        work = steps.gradients()
+        plans = [self.plan_of(p) for p, _, _ in work]
+        stacked, shardings = [plan.stacked for plan in plans], [plan.sharding for plan in plans]
+        checks = check_gradients([G for _, G, _ in work], stacked, shardings)
         for (p, G, group), check in zip(work, checks, strict=True):
             projected = isinstance(steps.plan_of(p), ProjectedPlan)
             steps.apply(p, steps.project(p, G, group, check) if projected else G, group, check)
@@ -261,6 +260,7 @@ class OSD(torch.optim.Optimizer):
         """
         # torch's loader casts every entry but `step` to the parameter's dtype: P and 8-bit codes would be lost.
         # So it loads the groups alone, and the state is set here.
+        self._steps.make_plans()  # which settles the sides of parameters that were sharded since
         state, groups = match_state(self.param_groups, state_dict, self.partial_load)
         groups, clip_norm2 = take_norm(groups)
         super().load_state_dict({"state": {}, "param_groups": groups})

@@ -17,6 +17,7 @@ from . import options
 from .gradients import EPS
 from .plan import Plan, ProjectedPlan, Rules
 from .rounding import PIECE, add_rounded_, rounding_noise
+from .sharding import Sharding, divided
 
 
 def step_full(
@@ -36,7 +37,9 @@ def step_full(
     for piece in _pieces(p, grad, rule):
         W, G = (p, grad) if piece is None else (p.view(-1)[piece], grad.view(-1)[piece])
         G = _cast(G, plan.compute_dtype)
-        D = _direction(rule, rules.weight_storage, state, "", G, plan.update_shape, "step", check, piece)
+        D = _direction(
+            rule, rules.weight_storage, state, "", G, plan.update_shape, "step", check, piece, plan.sharding
+        )
         _update_full(W, D, -lr, decay, noise)
 
 
@@ -82,8 +85,13 @@ def refresh_projection(
 
 
 def _make_projection(G: Tensor, state: dict, plan: ProjectedPlan, init: str) -> str:
-    init = choose_init(*plan.size, plan.rank, init)
-    state["projection"].copy_(initial_projection(G, plan.side, plan.rank, init, plan.seed, plan.compute_dtype))
+    init, sharding = choose_init(*plan.size, plan.rank, init), plan.sharding
+    if sharding is not None and init != "orthonormal":
+        G = sharding.full(G, plan.shape)
+    P = initial_projection(G, plan.side, plan.rank, init, plan.seed, plan.compute_dtype)
+    if sharding is not None:
+        P = sharding.agree(P)
+    state["projection"].copy_(P)
     return init
 
 
@@ -137,8 +145,12 @@ def project_gradient(
     op = plan.op
     P_G = _cast(_cast(state["projection"], plan.compute_dtype), G.dtype)
     R = op.down(G, P_G)
-    A = op.correlate(G, R) if rules.subspace.learns and not fresh else None
-    return LowRankGradient(_cast(R, plan.compute_dtype), None if A is None else _cast(A, plan.compute_dtype))
+    A = None
+    if rules.subspace.learns and not fresh:
+        A = _cast(op.correlate(G, R), plan.compute_dtype)
+        if plan.sharding is not None:
+            A = plan.sharding.sum(A)
+    return LowRankGradient(_cast(R, plan.compute_dtype), A)
 
 
 def step_projected(
@@ -156,7 +168,9 @@ def step_projected(
     P = _cast(stored, plan.compute_dtype)
     _count(state, "step", check)
     # D = weight_rule(R)
-    D = _direction(rules.weight, rules.weight_storage, state, "", low.R, plan.update_shape, "step", check)
+    D = _direction(
+        rules.weight, rules.weight_storage, state, "", low.R, plan.update_shape, "step", check, sharding=plan.sharding
+    )
     # W <- (1 - lr weight_decay) W - lr scale up(D, P)
     _update_projected(p, D, P, group, plan, check)
     if low.A is None:
@@ -221,7 +235,10 @@ def observation(state: dict, R: Tensor, plan: ProjectedPlan, check: GradientChec
     P = _cast(state["projection"], plan.compute_dtype)
     C = P.mT @ P
     C.diagonal().sub_(1)
-    return pca_loss(P, R, plan.op, check.inv_norm2), torch.linalg.matrix_norm(C) / math.sqrt(plan.rank)
+    K = plan.op.gram(R)
+    if plan.sharding is not None:
+        K = plan.sharding.sum(K)
+    return pca_loss(P, K, check.inv_norm2), torch.linalg.matrix_norm(C) / math.sqrt(plan.rank)
 
 
 def _direction(
@@ -234,10 +251,17 @@ def _direction(
     step: str,
     check: GradientCheck,
     piece: slice | None = None,
+    sharding: Sharding | None = None,
 ) -> Tensor:
     moments = _moments(rule, shape)
+    if sharding is not None and rule.elementwise and not G.numel():
+        return G  # a process with no part of the parameter
     values = {moment.name: storage.load(state, moment, prefix, G.dtype, piece) for moment in moments}
-    D = rule.direction(G, values, state[step], check)
+    if sharding is None or rule.elementwise:
+        D = rule.direction(G, values, state[step], check)
+    else:  # means over the whole parameter
+        whole = {m.name: sharding.wrap(values[m.name], m.shape, divided(m, sharding, len(shape))) for m in moments}
+        D = sharding.unwrap(rule.direction(sharding.wrap(G, shape, sharding.dim), whole, state[step], check))
     for moment in moments:
         storage.store(state, moment, prefix, values[moment.name], piece, check.skip)
     return D

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..subspace import OPERATORS, LinearOperator, SubspaceRule, build_subspace, effective_rank
+from ..subspace import OPERATORS, LinearOperator, SubspaceRule, build_subspace, choose_side, effective_rank
 from ..update_rules import MomentStorage, UpdateRule, build_rule, build_storage
 from . import options
+from .sharding import FLAT, Sharding, sharding_of
 
 
 COUNTERS = ("step", "skipped_steps", "idle_steps")  # of a state: all the steps that the host has counted
@@ -60,11 +61,12 @@ class Plan:
 
     Attributes:
         name (`str`): Its name where the groups have names, else its position.
-        shape (`tuple[int, ...]`): Its shape.
+        shape (`tuple[int, ...]`): Its shape, of all processes together.
         compute_dtype (`torch.dtype`): float32, or float64 for a float64 parameter.
         seed (`int`): Seed of what is random for this parameter, the same on all processes.
         count (`int`): Steps so far, skipped ones included; what the host knows without asking the device.
         stacked (`bool`): Whether it is a [`StackedPlan`].
+        sharding ([`Sharding`], *optional*): How it is divided among processes.
     """
 
     stacked: ClassVar[bool] = False
@@ -74,6 +76,7 @@ class Plan:
     compute_dtype: torch.dtype
     seed: int
     count: int = field(default=0, kw_only=True)
+    sharding: Sharding | None = field(default=None, kw_only=True)
 
     @property
     def update_shape(self) -> tuple[int, ...]:
@@ -168,10 +171,10 @@ def names_of(group: Mapping[str, Any], position: int) -> list[str]:
 def make_plan(group: Mapping[str, Any], index: int, p: Tensor, position: int) -> Plan:
     """The plan of `group["params"][index]`; `position` counts parameters over all groups."""
     name = names_of(group, position - index)[index]
-    compute_dtype = torch.promote_types(p.dtype, torch.float32)
+    compute_dtype, sharding = torch.promote_types(p.dtype, torch.float32), sharding_of(p, name)
     seed = group["seed"] * 1_000_003 + position
     if group["rank"] is None:
-        return Plan(name, tuple(p.shape), compute_dtype, seed)
+        return Plan(name, tuple(p.shape), compute_dtype, seed, sharding=sharding)
     m, n = p.shape[-2:]
     plan = ProjectedPlan(
         name,
@@ -181,6 +184,7 @@ def make_plan(group: Mapping[str, Any], index: int, p: Tensor, position: int) ->
         side=group["sides"][index],
         rank=effective_rank(group["rank"], m, n),
         projection_dtype=getattr(torch, group["projection_dtype"]) if group["projection_dtype"] else compute_dtype,
+        sharding=sharding,
     )
     if p.ndim == 2:
         return plan
@@ -204,10 +208,44 @@ def resume_plan(plan: Plan, state: Mapping[str, Tensor] | None) -> Plan:
     return plan
 
 
+def settle_sides(group: dict[str, Any], names: Sequence[str]) -> None:
+    """Store the side of each matrix of a group. A plain tensor's never changes; a sharded one's comes when it is met.
+
+    Raises:
+        ValueError: For a side that would divide P, and for what has become of a matrix in an engine that flattens.
+    """
+    stored = group.get("sides") or [None] * len(names)
+    sides: list[str] = []
+    for name, p, side in zip(names, group["params"], stored, strict=True):
+        if p.ndim not in (2, 3):
+            raise ValueError(f"{name} was a matrix and has the shape {tuple(p.shape)} now. {FLAT}")
+        sharding = sharding_of(p, name)
+        if sharding is not None and p.ndim == 3:
+            raise ValueError(
+                f"{name} is a stack of experts' matrices and sharded, which OSD does not support as yet: leave it out "
+                "of what is projected (`exclude_modules`), or use DDP."
+            )
+        if sharding is not None or side is None:
+            divided = None if sharding is None else sharding.dim
+            side = choose_side(p.shape[-2], p.shape[-1], group["side"], divided)
+            if divided == ("left", "right").index(side):  # the dimension that the side projects
+                raise ValueError(
+                    f"{name} is sharded in the dimension that side={side!r} projects: P would be divided, and every "
+                    "step would exchange low-rank gradients. Leave `side` out."
+                )
+        if group["init"] == "given" and stored[0] is not None and side != stored[len(sides)]:
+            raise ValueError(
+                f"The P given as `init` for {name} is one of the {stored[len(sides)]} side, but the parameter is "
+                f"sharded and projected on the {side}. Give P of that side, and side={side!r}."
+            )
+        sides.append(side)
+    group["sides"] = sides
+
+
 def given_projections(
     given: Mapping[str, Tensor] | Sequence[Tensor], group: Mapping[str, Any], names: list[str], position: int
-) -> dict[Tensor, Tensor]:
-    """P_0 by parameter from what the user passed as `init`; `ValueError` unless every one is there and fits."""
+) -> dict[str, Tensor]:
+    """P_0 by name from what the user passed as `init`; `ValueError` unless every one is there and fits."""
     params = group["params"]
     if isinstance(given, Mapping):
         missing = [name for name in names if name not in given]
@@ -229,4 +267,4 @@ def given_projections(
                 f"`init` for {names[index]} must be a finite tensor of shape {shape}, got {got}: give the rank "
                 f"and side that it was learned with, here rank {plan.rank} and {plan.side}."
             )
-    return dict(zip(params, tensors, strict=True))
+    return dict(zip(names, tensors, strict=True))

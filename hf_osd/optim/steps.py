@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..update_rules import GradientCheck
 from .experts import observe_matrices, project_matrices, step_matrices
+from .gradients import refuse_unsupported
 from .param_step import LowRankGradient, step_full
-from .plan import Plan, ProjectedPlan, StackedPlan, make_plan, resume_plan, rules_of
+from .plan import Plan, ProjectedPlan, StackedPlan, make_plan, names_of, resume_plan, rules_of, settle_sides
+from .sharding import local
 from .state import create_state
 
 
@@ -36,14 +38,32 @@ class ParameterSteps:
         # Parameters may be exchanged behind the optimizer's back (accelerate's FSDP2 path does), so plans are made
         # when a parameter is first met, and read the state, which may have been loaded, at that moment only.
         if p not in self._plans:
-            position = 0
-            for group in self.optimizer.param_groups:
-                for index, other in enumerate(group["params"]):
-                    if other not in self._plans:
-                        plan = make_plan(group, index, other, position)
-                        self._plans[other] = resume_plan(plan, self.optimizer.state.get(other))
-                    position += 1
+            self.make_plans()
         return self._plans[p]
+
+    def make_plans(self) -> None:
+        """Plans for all parameters as they are now, and for no others."""
+        known, self._plans, position = self._plans, {}, 0
+        for group in self.optimizer.param_groups:
+            if group["rank"] is not None:
+                settle_sides(group, names_of(group, position))
+            for index, p in enumerate(group["params"]):
+                plan = known.get(p)
+                if plan is None:
+                    plan = resume_plan(make_plan(group, index, p, position), self.optimizer.state.get(p))
+                self._plans[p] = plan
+                position += 1
+
+    def gradients(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """Parameters that have a gradient, all that this process has of it, and their groups."""
+        found = []
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    plan = self.plan_of(p)
+                    refuse_unsupported(p.grad, plan.name)
+                    found.append((p, p.grad if plan.sharding is None else plan.sharding.unwrap(p.grad), group))
+        return found
 
     def makes_projection(self, p: Tensor, group: dict[str, Any], first: Sequence[bool] | None) -> bool:
         """Whether the next gradient of a projected parameter makes a P; `first` as in `project`."""
@@ -68,9 +88,11 @@ class ParameterSteps:
         """
         plan, given = self.plan_of(p), self.optimizer._given_projections
         assert isinstance(plan, ProjectedPlan)
-        lows = project_matrices(G, self._state_of(p, group), group, plan, rules_of(group), check, given.get(p), first)
+        lows = project_matrices(
+            G, self._state_of(p, group), group, plan, rules_of(group), check, given.get(plan.name), first
+        )
         if plan.complete:
-            given.pop(p, None)  # copied into the state: not kept twice
+            given.pop(plan.name, None)  # copied into the state: not kept twice
         return lows
 
     def apply(
@@ -91,17 +113,17 @@ class ParameterSteps:
         plan, rules, state = self.plan_of(p), rules_of(group), self._state_of(p, group)
         state["skipped_steps"].add_(check.broken)
         if isinstance(gradient, Tensor):
-            step_full(p, gradient, state, group, plan, rules, check)
+            step_full(local(p), gradient, state, group, plan, rules, check)
             return
         assert isinstance(plan, ProjectedPlan)
         if self.optimizer.collect_statistics:
             seen = observe_matrices(gradient, state, plan, norm_check or check)
             if seen is not None:
                 self.observations[p] = seen
-        step_matrices(p, gradient, state, group, plan, rules, check)
+        step_matrices(local(p), gradient, state, group, plan, rules, check)
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state = self.optimizer.state[p]
+        plan, state = self.plan_of(p), self.optimizer.state[p]
         if not state:
-            state.update(create_state(p, self.plan_of(p), rules_of(group)))
-        return state
+            state.update(create_state(p, plan, rules_of(group)))
+        return state if plan.sharding is None else {name: local(value) for name, value in state.items()}

@@ -22,19 +22,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .operators import LinearOperator
-
 
 def pca_loss(
     P: Tensor,  # (s, r) projection
-    R: Tensor,  # low-rank gradient
-    op: type[LinearOperator],
+    K: Tensor,  # (r, r) gram(R), without the factor s
     inv_norm2: Tensor,  # () s = 1 / max(||G||², eps)
     lambda_: float = 0.0,
 ) -> Tensor:
     """Eq. 6 at P, a 0-dim tensor. With `lambda_=0` it is the share of the gradient's energy outside the subspace."""
     C = P.t() @ P
-    K = op.gram(R) * inv_norm2
+    K = K * inv_norm2
     # loss = 1 - 2 tr K + tr(C K) + lambda || C - I ||²
     loss = 1 - 2 * K.trace() + (C * K).sum()
     if lambda_:

@@ -125,7 +125,7 @@ class Right:
 OPERATORS: dict[str, type[LinearOperator]] = {"left": Left, "right": Right}
 
 
-def choose_side(m: int, n: int, side: str = "auto") -> str:
+def choose_side(m: int, n: int, side: str = "auto", divided: int | None = None) -> str:
     """The side that a weight (m, n) is projected on: the only place that decides it.
 
     Args:
@@ -134,12 +134,17 @@ def choose_side(m: int, n: int, side: str = "auto") -> str:
         side (`str`, *optional*, defaults to `"auto"`):
             `"left"` and `"right"` are taken as they are; `"auto"` projects the shorter dimension, which makes P and
             its moments smallest and is what GaLore and the paper do.
+        divided (`int`, *optional*):
+            The dimension that is divided among processes. `"auto"` projects the other one, so that `down` and `up`
+            need no communication, although P, which every process holds, can be the larger of the two then.
 
     Returns:
         `str`: `"left"` or `"right"`.
     """
     if side != "auto":
         return side
+    if divided is not None:
+        return "left" if divided == 1 else "right"
     return "left" if m <= n else "right"
 
 

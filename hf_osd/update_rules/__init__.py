@@ -5,11 +5,21 @@ of the PCA loss.
 """
 
 from .protocol import GradientCheck, Moment, UpdateRule
-from .storage import BlockWise8bit, Dense, MomentStorage, TensorSpec, require_bitsandbytes
+from .storage import (
+    MIN_8BIT_SIZE,
+    MIN_BLOCK_SIZE,
+    BlockWise8bit,
+    Dense,
+    MomentStorage,
+    TensorSpec,
+    require_bitsandbytes,
+)
 from .table import RULES, build_rule, build_storage, rule_options
 
 
 __all__ = [
+    "MIN_8BIT_SIZE",
+    "MIN_BLOCK_SIZE",
     "RULES",
     "BlockWise8bit",
     "Dense",

@@ -32,9 +32,10 @@ class Adafactor:
         """`exp_avg_sq_row` and `exp_avg_sq_col` for matrices, `exp_avg_sq` for vectors."""
         if len(shape) < 2:
             return (Moment("exp_avg_sq", shape, signed=False),)
+        *dims, rows, columns = range(len(shape))
         return (
-            Moment("exp_avg_sq_row", shape[:-1], signed=False),
-            Moment("exp_avg_sq_col", shape[:-2] + shape[-1:], signed=False),
+            Moment("exp_avg_sq_row", shape[:-1], signed=False, dims=(*dims, rows)),
+            Moment("exp_avg_sq_col", shape[:-2] + shape[-1:], signed=False, dims=(*dims, columns)),
         )
 
     def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
@@ -50,12 +51,12 @@ class Adafactor:
             row = moments["exp_avg_sq_row"].lerp_(self._mean_square(G, -1), new)
             col = moments["exp_avg_sq_col"].lerp_(self._mean_square(G, -2), new)
             # D = G / sqrt(row col / mean(row))
-            D = G * (row / row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+            D = G * (row / row.mean(dim=-1, keepdim=True)).rsqrt().unsqueeze(-1)
             D.mul_(col.rsqrt().unsqueeze(-2))
         # D <- D / max(1, rms(D) / clip_threshold)
         rms = torch.linalg.vector_norm(D) / D.numel() ** 0.5
-        return D.div_((rms / self.clip_threshold).clamp_(min=1.0)).masked_fill_(check.skip, 0.0)
+        return D.div_((rms / self.clip_threshold).clamp(min=1.0)).masked_fill_(check.skip, 0.0)
 
     def _mean_square(self, G: Tensor, dim: int) -> Tensor:
         # A norm reads G once; G² would be a temporary of its size.
-        return torch.linalg.vector_norm(G, dim=dim).square_().div_(G.shape[dim]).add_(self.eps1)
+        return torch.linalg.vector_norm(G, dim=dim).square() / G.shape[dim] + self.eps1

@@ -12,11 +12,13 @@ class Moment(NamedTuple):
         name (`str`): As in `torch.optim` where it means the same (`exp_avg`, `exp_avg_sq`).
         shape (`tuple`): Its shape.
         signed (`bool`): Whether it takes negative values: 8-bit storage has a map for each case.
+        dims (`tuple[int, ...]`, *optional*): The dimensions of the gradient that it has; all of them by default.
     """
 
     name: str
     shape: tuple[int, ...]
     signed: bool
+    dims: tuple[int, ...] | None = None
 
 
 class GradientCheck(NamedTuple):
@@ -39,7 +41,8 @@ class UpdateRule(Protocol):
     Attributes:
         elementwise (`bool`):
             Whether entry i of the direction depends on entry i of gradient and moments only, so that a large
-            parameter can be worked through in slices with small temporaries.
+            parameter can be worked through in slices with small temporaries, and a sharded one in its parts. Other
+            rules are given DTensors where a parameter is sharded, and write nothing in place that is a mean of them.
     """
 
     elementwise: ClassVar[bool]

@@ -4,6 +4,7 @@ A rule always computes in full precision on decoded tensors. `load` and `store` 
 parameter is decoded piece by piece.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol
@@ -15,21 +16,31 @@ from .protocol import Moment
 
 
 BLOCK_SIZE = 256  # elements that share one absmax: bitsandbytes' block for optimizer states
+MIN_BLOCK_SIZE = 64  # the smallest of bitsandbytes' kernels
 MIN_8BIT_SIZE = 4096  # smaller tensors stay in float32, as in bitsandbytes: their states are no memory
 
 
 class TensorSpec(NamedTuple):
-    """Shape and dtype of one entry of the optimizer state."""
+    """One entry of the optimizer state.
+
+    Attributes:
+        shape (`tuple`): Its shape.
+        dtype (`torch.dtype`): Its dtype.
+        divided (`int`, *optional*): The dimension that is divided among processes, where the parameter is sharded.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    divided: int | None = None
 
 
 class MomentStorage(Protocol):
     """A format for moments. `prefix` tells the weight's moments (empty) from the projection's (`"projection_"`)."""
 
-    def spec(self, moment: Moment, prefix: str, compute_dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """The entries of the optimizer state that hold this moment."""
+    def spec(
+        self, moment: Moment, prefix: str, compute_dtype: torch.dtype, divided: int | None = None
+    ) -> dict[str, TensorSpec]:
+        """The entries of the optimizer state that hold this moment, whose dimension `divided` is sharded."""
 
     def load(
         self, state: dict, moment: Moment, prefix: str, compute_dtype: torch.dtype, piece: slice | None
@@ -54,9 +65,11 @@ class Dense:
 
     dtype: torch.dtype | None = None
 
-    def spec(self, moment: Moment, prefix: str, compute_dtype: torch.dtype) -> dict[str, TensorSpec]:
+    def spec(
+        self, moment: Moment, prefix: str, compute_dtype: torch.dtype, divided: int | None = None
+    ) -> dict[str, TensorSpec]:
         """One entry."""
-        return {prefix + moment.name: TensorSpec(moment.shape, self.dtype or compute_dtype)}
+        return {prefix + moment.name: TensorSpec(moment.shape, self.dtype or compute_dtype, divided)}
 
     def load(
         self, state: dict, moment: Moment, prefix: str, compute_dtype: torch.dtype, piece: slice | None
@@ -80,15 +93,28 @@ class BlockWise8bit:
     """One byte per element and one float32 absmax per 256, through bitsandbytes' block-wise kernels.
 
     Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861. Small moments stay dense.
+
+    Where rows are divided among processes no block spans two of them, so that codes and absmax can be divided anew:
+    blocks are the largest that rows divide into, down to 64 elements. Other divided moments stay dense.
     """
 
-    def spec(self, moment: Moment, prefix: str, compute_dtype: torch.dtype) -> dict[str, TensorSpec]:
+    def spec(
+        self, moment: Moment, prefix: str, compute_dtype: torch.dtype, divided: int | None = None
+    ) -> dict[str, TensorSpec]:
         """Codes in the shape of the moment, and their absmax."""
         numel = torch.Size(moment.shape).numel()
-        if numel < MIN_8BIT_SIZE:
-            return Dense().spec(moment, prefix, compute_dtype)
-        name, blocks = prefix + moment.name, -(-numel // BLOCK_SIZE)
-        return {name: TensorSpec(moment.shape, torch.uint8), name + "_absmax": TensorSpec((blocks,), torch.float32)}
+        name = prefix + moment.name
+        absmax: tuple[int, ...] = (-(-numel // BLOCK_SIZE),)
+        if divided is not None:
+            row = torch.Size(moment.shape[1:]).numel()
+            block = math.gcd(row, BLOCK_SIZE)
+            absmax = (moment.shape[0], row // block)
+        if numel < MIN_8BIT_SIZE or divided is not None and (divided > 0 or block < MIN_BLOCK_SIZE):
+            return Dense().spec(moment, prefix, compute_dtype, divided)
+        return {
+            name: TensorSpec(moment.shape, torch.uint8, divided),
+            name + "_absmax": TensorSpec(absmax, torch.float32, divided),
+        }
 
     def load(
         self, state: dict, moment: Moment, prefix: str, compute_dtype: torch.dtype, piece: slice | None
@@ -97,12 +123,12 @@ class BlockWise8bit:
         name = prefix + moment.name
         if state[name].dtype != torch.uint8:
             return Dense().load(state, moment, prefix, compute_dtype, piece)
-        codes, absmax = _piece(state, name, piece)
+        codes, absmax, block = _piece(state, name, piece)
         value = _kernels().dequantize_blockwise(
             A=codes,
             absmax=absmax,
             code=_code_book(moment.signed, codes.device),
-            blocksize=BLOCK_SIZE,
+            blocksize=block,
             dtype=torch.float32,
         )
         return value.to(compute_dtype)
@@ -114,21 +140,24 @@ class BlockWise8bit:
         name = prefix + moment.name
         if state[name].dtype != torch.uint8:
             return Dense().store(state, moment, prefix, value, piece, skip)
-        codes, absmax = _piece(state, name, piece)
+        codes, absmax, block = _piece(state, name, piece)
         new_codes, new_absmax = _kernels().quantize_blockwise(
             A=value.to(torch.float32),
             code=_code_book(moment.signed, codes.device),
-            blocksize=BLOCK_SIZE,
+            blocksize=block,
         )
         torch.where(skip, codes, new_codes.view_as(codes), out=codes)
         torch.where(skip, absmax, new_absmax, out=absmax)
 
 
-def _piece(state: dict, name: str, piece: slice | None) -> tuple[Tensor, Tensor]:
+def _piece(state: dict, name: str, piece: slice | None) -> tuple[Tensor, Tensor, int]:
     codes, absmax = state[name], state[name + "_absmax"]
+    # flat blocks, the last one shorter, or whole blocks in each row
+    block = BLOCK_SIZE if absmax.ndim == 1 else codes.shape[1:].numel() // absmax.shape[1]
+    absmax = absmax.view(-1)
     if piece is None:
-        return codes, absmax
-    return codes.view(-1)[piece], absmax[piece.start // BLOCK_SIZE : -(-piece.stop // BLOCK_SIZE)]
+        return codes, absmax, block
+    return codes.view(-1)[piece], absmax[piece.start // block : -(-piece.stop // block)], block
 
 
 def require_bitsandbytes() -> None:

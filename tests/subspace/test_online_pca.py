@@ -28,7 +28,7 @@ def test_closed_form_equals_autograd(shape: tuple[int, int], side: str, lambda_:
     expected = twin.autograd(twin.pca_loss, P, X, lambda_)
     # the required 1e-10; rounding is about 1e-13 for entries of order 100
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
-    loss = pca_loss(P, R, op, inv_norm2, lambda_)
+    loss = pca_loss(P, op.gram(R), inv_norm2, lambda_)
     torch.testing.assert_close(loss, twin.pca_loss(P, X, lambda_), rtol=1e-12, atol=0)
 
 

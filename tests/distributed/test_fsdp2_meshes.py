@@ -1,0 +1,208 @@
+"""Who shards, when and over which mesh: accelerate's order, HSDP, tensor parallelism, and what is refused."""
+
+import gc
+import weakref
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from sharded_models import (
+    assert_same_state,
+    assert_same_weights,
+    loss_of,
+    make_model,
+    make_optimizer,
+    shard,
+    train,
+)
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from hf_osd import OSD
+
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 1e-9  # float64, see test_fsdp2.py
+
+
+def shard_as_accelerate(model: nn.Module, optimizer: OSD, keep: bool = False) -> None:
+    """`Accelerator._prepare_fsdp2`: empty the optimizer's parameters, shard the model, put the new ones in."""
+    from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
+
+    old = {name: p.data_ptr() for name, p in model.named_parameters()}
+    gone = [weakref.ref(p) for p in model.parameters()]
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            group["params"][i] = torch.empty(1, dtype=p.dtype)
+            group["params"][i].data_ptr = p.data_ptr()
+    shard(model)
+    del p
+    gc.collect()
+    assert keep or not any(reference() is not None for reference in gone)  # no whole weight is kept
+    new = dict(model.named_parameters())
+    fsdp2_switch_optimizer_parameters(optimizer, {pointer: new[name] for name, pointer in old.items()})
+
+
+def accelerate_order(rank: int, world: int, folder: Path):
+    single, sharded = make_model(), make_model()
+    reference, optimizer = make_optimizer(single, side="right"), make_optimizer(sharded)
+    assert "left" in optimizer.param_groups[0]["sides"]  # decided before anything is known of processes
+    state = optimizer.state_dict()
+    shard_as_accelerate(sharded, optimizer)
+    with pytest.raises(ValueError, match=r"wide.*left.*right"):
+        optimizer.load_state_dict(state)  # one without processes
+    assert all(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    train(single, reference, range(5))
+    train(sharded, optimizer, range(5), rank, world)
+    assert set(optimizer.param_groups[0]["sides"]) == {"right"}
+    assert_same_weights(sharded, single, TOLERANCE)
+    assert_same_state(optimizer, reference, 1e-7)
+
+
+def given_p(rank: int, world: int, folder: Path):
+    single = make_model()
+    names = [name for name, p in single.named_parameters() if p.ndim == 2 and "embedding" not in name]
+    given = {name: torch.randn(single.get_parameter(name).shape[1], 6).double() for name in names}
+    given["gate.weight"] = given["gate.weight"][:, :1]
+    sharded = make_model()
+    reference = make_optimizer(single, side="right", init=given)
+    optimizer = make_optimizer(sharded, side="right", init=given)
+    shard_as_accelerate(sharded, optimizer)
+    train(single, reference, range(3))
+    train(sharded, optimizer, range(3), rank, world)
+    assert_same_weights(sharded, single, TOLERANCE)
+
+    left = {name: torch.randn(single.get_parameter(name).shape[0], 6).double() for name in names if "wide" in name}
+    sharded = make_model()
+    matrices = [(name, sharded.get_parameter(name)) for name in left]
+    optimizer = OSD([{"params": matrices, "rank": 6, "init": left}], lr=0.1)
+    del matrices
+    shard_as_accelerate(sharded, optimizer)
+    loss_of(sharded, 0).backward()
+    with pytest.raises(ValueError, match="left side"):
+        optimizer.step()
+
+
+def tensor_parallel(rank: int, world: int, folder: Path):
+    """Colwise layers have divided rows and are projected on the right, rowwise ones have divided columns: left."""
+    mesh = init_device_mesh("cpu", (world,))
+    single, parallel = make_model(inner=34), make_model(inner=34)
+    for block in parallel.blocks:
+        parallelize_module(block, mesh, {"tall": ColwiseParallel(), "wide": RowwiseParallel()})
+    for rule in ("adamw", "adafactor"):
+        # sides that are stated, where `auto` would see that nothing is divided
+        groups = []
+        for side in ("right", "left"):
+            name = "tall" if side == "right" else "wide"
+            groups.append([(n, p) for n, p in single.named_parameters() if f"{name}.weight" in n])
+        reference = OSD(
+            [{"params": groups[0], "rank": 6, "side": "right"}, {"params": groups[1], "rank": 6, "side": "left"}],
+            lr=0.01,
+            weight_rule=rule,
+        )
+        named = dict(parallel.named_parameters())
+        own = [{"params": [(name, named[name]) for name, _ in group], "rank": 6} for group in groups]
+        optimizer = OSD(own, lr=0.01, weight_rule=rule)
+        train(single, reference, range(4))
+        for step in range(4):
+            loss_of(parallel, step).backward()
+            with CommDebugMode() as counts:
+                optimizer.step()
+            parallel.zero_grad()
+            single.zero_grad()
+        assert rule != "adamw" or counts.get_total_counts() == 1 + 4
+        assert_same_weights(parallel, single, TOLERANCE)
+        assert_same_state(optimizer, reference, 1e-7)
+
+
+def refused(rank: int, world: int, folder: Path):
+    model = shard(make_model())
+    make_optimizer(model, side="right")
+    with pytest.raises(ValueError, match=r"(gate|tall|wide).*sharded in the dimension.*'left'"):
+        make_optimizer(model, side="left")
+    for mode in ({"layerwise": True}, {"ddp_compression": "subspace"}):
+        with pytest.raises(ValueError, match="these are sharded"):
+            make_optimizer(model, **mode)
+        whole_model = make_model()
+        optimizer = make_optimizer(whole_model, **{"ddp_compression": "subspace", **mode})
+        shard_as_accelerate(whole_model, optimizer, keep=True)
+        loss_of(whole_model, 0).backward()
+        with pytest.raises(ValueError, match="these are sharded"):
+            optimizer.step()
+    experts = nn.Parameter(distribute_tensor(torch.zeros(4, 6, 8), init_device_mesh("cpu", (world,)), [Shard(0)]))
+    with pytest.raises(ValueError, match="stack of experts.*sharded"):
+        OSD([{"params": [experts], "rank": 2}])
+
+
+def hsdp(rank: int, world: int, folder: Path):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    single, sharded = make_model(), shard(make_model(), mesh)
+    assert len(sharded.gate.weight.placements) == 2
+    reference, optimizer = make_optimizer(single, side="right"), make_optimizer(sharded)
+    train(single, reference, range(5))
+    train(sharded, optimizer, range(5), rank, world)
+    assert_same_weights(sharded, single, TOLERANCE)
+    assert_same_state(optimizer, reference, 1e-7)
+    for state in optimizer.state.values():
+        if "projection" in state:
+            everyone = [torch.empty_like(state["projection"]) for _ in range(world)]
+            dist.all_gather(everyone, state["projection"])
+            assert all(torch.equal(P, everyone[0]) for P in everyone)
+    loss_of(sharded, 5, rank, world).backward()
+    with CommDebugMode() as counts:
+        optimizer.step()
+    assert counts.get_total_counts() == 1 + len(optimizer.param_groups[0]["params"])
+
+
+def part_of_the_world(rank: int, world: int, folder: Path):
+    """Two pairs of processes that know nothing of each other."""
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pair", "replicate", "shard"))["replicate", "shard"]
+    single, sharded = make_model(), shard(make_model(), mesh)
+    reference, optimizer = make_optimizer(single, side="right"), make_optimizer(sharded)
+    train(single, reference, range(3))
+    train(sharded, optimizer, range(3), rank % 2, 2)
+    assert_same_weights(sharded, single, TOLERANCE)
+
+
+def fsdp_over_tensor_parallel(rank: int, world: int, folder: Path):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    single, parallel = make_model(inner=34), make_model(inner=34)
+    for block in parallel.blocks:
+        parallelize_module(block, mesh["tensor"], {"tall": ColwiseParallel(), "wide": RowwiseParallel()})
+    shard(parallel, mesh["data"])
+    tall = [(name, p) for name, p in single.named_parameters() if "tall.weight" in name]
+    wide = [(name, p) for name, p in parallel.named_parameters() if "wide" in name]
+    with pytest.raises(ValueError, match="divided in one dimension"):
+        OSD([{"params": wide, "rank": 6}])
+    named = dict(parallel.named_parameters())
+    reference = OSD([{"params": tall, "rank": 6, "side": "right"}], lr=0.01)
+    optimizer = OSD([{"params": [(name, named[name]) for name, _ in tall], "rank": 6}], lr=0.01)
+    for step in range(4):
+        loss_of(single, step).backward()
+        loss_of(parallel, step, rank // 2, 2).backward()
+        reference.step()
+        optimizer.step()
+        single.zero_grad()
+        parallel.zero_grad()
+    assert_same_weights(parallel, single, TOLERANCE)
+
+
+TWO = [accelerate_order, given_p, tensor_parallel, refused]
+FOUR = [hsdp, part_of_the_world, fsdp_over_tensor_parallel]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("meshes")
+    return processes.run(2, TWO, folder) | processes.run(4, FOUR, folder)
+
+
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in TWO + FOUR])
+def test_scenario(results, scenario: str):
+    assert not results[scenario], results[scenario]
