@@ -10,6 +10,7 @@ from ..optim import ALL_LINEAR, OPTIM_NAMES, resolve
 from ..optim.modes import MODE_DEFAULTS, Mode, mode_of
 from ..optim.options import projection_rule, refuse_unknown, validate
 from ..update_rules import rule_options
+from .engines import refuse_flat_engines
 from .gradient_norm import CAN_LEAVE_CLIPPING
 
 
@@ -130,6 +131,7 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
 def check_arguments(args: TrainingArguments) -> None:
     """Raise `ValueError` as early as possible for arguments that are wrong or would be ignored."""
     if uses_osd(args):
+        refuse_flat_engines(args)
         read_settings(args)
         return
     stray = sorted(f"osd_{key}" for key in _fields(args))

@@ -1,0 +1,108 @@
+"""A stock Trainer under FSDP2: accelerate's own preparation, checkpoints and resume on two processes.
+
+On the CPU accelerate makes DDP of FSDP without a word, so its state is told what it would say on GPUs. What follows is
+its own code: the optimizer is built first, the model sharded, the parameters exchanged.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+
+from hf_osd import OSDTrainingArguments, ProjectionState
+
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 4
+
+
+def pretend_to_be_on_gpus() -> None:
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    ordinary = AcceleratorState.__init__
+
+    def init(self, *args, **kwargs):
+        ordinary(self, *args, **kwargs)
+        if kwargs.get("fsdp_plugin") is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, kwargs["fsdp_plugin"]
+
+    AcceleratorState.__init__ = init
+
+
+def train(output_dir: Path, batch: int, resume: Path | None = None, **options) -> Trainer:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=66, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
+    tokens = torch.randint(0, 64, (32, 16), generator=torch.Generator().manual_seed(1))
+    args = OSDTrainingArguments(
+        output_dir=str(output_dir),
+        optim="osd_adamw",
+        osd_rank=8,
+        learning_rate=1e-2,
+        weight_decay=0.01,
+        max_steps=STEPS,
+        save_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=batch,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+    dataset = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=dataset)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+def sharded_trainer(rank: int, world: int, folder: Path):
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # accelerate asks, and finds the group made
+    pretend_to_be_on_gpus()
+    fsdp = {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False, "reshard_after_forward": True},
+    }
+    fsdp["fsdp_config"]["state_dict_type"] = "SHARDED_STATE_DICT"
+    trainer = train(folder / "sharded", 2, **fsdp)
+    assert isinstance(trainer.model, FSDPModule)
+    assert (folder / "sharded" / "checkpoint-2" / "optimizer_0").is_dir()  # sharded, by torch.distributed.checkpoint
+    groups = trainer.optimizer.optimizer.param_groups
+    assert all(isinstance(p, DTensor) for group in groups for p in group["params"])
+    assert set(groups[0]["sides"]) == {"right"}
+    weights = {name: p.detach().full_tensor() for name, p in trainer.model.named_parameters()}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    again = train(folder / "sharded", 2, resume=folder / "sharded" / "checkpoint-2", **fsdp)
+    for name, p in again.model.named_parameters():
+        assert torch.equal(p.detach().full_tensor(), weights[name]), name
+    if rank == 0:
+        torch.save(weights, folder / "weights.bin")
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    results = processes.run(2, [sharded_trainer], tmp_path)
+    assert not results["sharded_trainer"], results["sharded_trainer"]
+    single = train(tmp_path / "single", 4, osd_side="right")
+    losses = [entry["loss"] for entry in single.state.log_history if "loss" in entry]
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, abs=1e-4)
+    weights = torch.load(tmp_path / "weights.bin", weights_only=True)
+    for name, p in single.model.named_parameters():
+        # float32, and Adam divides by gradients near zero: a tenth of a step
+        torch.testing.assert_close(weights[name], p.detach(), rtol=0, atol=1e-3)
+
+    saved = ProjectionState.from_pretrained(tmp_path / "sharded" / f"checkpoint-{STEPS}")
+    expected = ProjectionState.from_optimizer(single.optimizer)
+    assert set(saved) == set(expected) and {entry.side for entry in saved.values()} == {"right"}
+    for name, entry in saved.items():
+        torch.testing.assert_close(entry.projection, expected[name].projection, rtol=0, atol=1e-2)
