@@ -17,6 +17,18 @@ five minutes on two CPU cores; the real one needs a GPU and streams C4 from the 
         --osd_rank 128 --learning_rate 1e-2 --max_steps 10000 --per_device_train_batch_size 64 \
         --gradient_accumulation_steps 8 --eval_steps 1000 --dtype bfloat16 --output_dir runs/llama_60m
 
+On several GPUs, each with all weights or with a shard of them (see the files for what they say), or on CPUs:
+
+    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/pretrain_llama.py \
+        --model llama_60m --optim osd_adamw8bit --osd_rank 128 --bf16 true --output_dir runs/ddp
+
+    accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml examples/pretrain_llama.py \
+        --model llama_7b --optim osd_adamw8bit --osd_rank 1024 --gradient_checkpointing true --output_dir runs/fsdp2
+
+    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/pretrain_llama.py \
+        --dataset docstrings --model llama_quickstart --optim osd_adamw8bit --osd_rank 48 --max_steps 4 \
+        --per_device_train_batch_size 2 --use_cpu true --output_dir runs/ddp_cpu
+
 Continue an interrupted run with the same command and `--resume_from_checkpoint true`. A run on one data set compares
 optimizers; perplexities of different data sets or tokenizers do not compare.
 """

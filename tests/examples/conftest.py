@@ -48,3 +48,20 @@ def jsonl_folder(tmp_path, documents, write_jsonl):
     write_jsonl(folder / "train.jsonl", documents[:250])
     write_jsonl(folder / "validation.jsonl", documents[250:])
     return folder
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """The path of a model of about 20,000 parameters."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 64,
+        "vocab_size": 32000,
+    }
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(config))
+    return path

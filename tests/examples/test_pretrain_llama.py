@@ -7,23 +7,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 import pretrain_llama
 
 
-@pytest.fixture
-def tiny_config(tmp_path):
-    """The path of a model of about 20,000 parameters."""
-    config = {
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "max_position_embeddings": 64,
-        "vocab_size": 32000,
-    }
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(config))
-    return path
-
-
 def command(folder, config, output_dir, *options):
     return [
         *("--dataset", str(folder), "--model", str(config), "--output_dir", str(output_dir)),
