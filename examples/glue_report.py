@@ -147,7 +147,8 @@ def write_report(runs: list[GlueRun], args: Any, training_args: Any) -> dict[str
     if training_args.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (folder / "results.md").write_text(table(runs), encoding="utf-8")
-        print(f"\n{args.method}, peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB\n\n{table(runs)}")
+        peak = f"{args.method}, peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB"
+        (folder / "results.md").write_text(f"{peak}\n\n{table(runs)}", encoding="utf-8")
+        print(f"\n{peak}\n\n{table(runs)}")
         print(f"all figures  {folder / 'results.json'}", flush=True)
     return results

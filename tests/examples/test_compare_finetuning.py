@@ -1,0 +1,106 @@
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES / "benchmarks"))
+
+import compare_finetuning  # noqa: E402
+
+
+EXPERIMENT = {
+    "seeds": [1, 2, 3],
+    "tasks": {"rte": ["--num_train_epochs", "2"]},
+    "methods": {
+        "a": {"label": "A", "learning_rates": [0.1, 0.2], "arguments": ["--method", "osd"]},
+        "b": {"label": "B", "learning_rates": "a", "arguments": ["--rank", "4"]},
+    },
+}
+
+
+def fake_run(calls):
+    """A runner that scores 10 * rate + seed and notes its calls."""
+
+    def run(name, arguments):
+        calls.append((name, arguments))
+        rate, seed = (float(arguments[arguments.index(key) + 1]) for key in ("--learning_rate", "--seed"))
+        return {
+            "peak_memory_bytes": int(seed) << 30,
+            "runs": [
+                {
+                    "score": 10 * rate + seed,
+                    "metrics": {},
+                    "metrics_from": "scikit-learn",
+                    "steps": 5,
+                    "seconds": seed,
+                    "trained_parameters": 1000,
+                    "optimizer_state_bytes": 2**20,
+                    "extracted": [],
+                }
+            ],
+        }
+
+    return run
+
+
+def test_the_grid_runs_with_one_seed_and_the_best_rate_with_all():
+    calls = []
+    a, b = compare_finetuning.compare_task("rte", EXPERIMENT, ["a", "b"], fake_run(calls))
+    names = [name for name, _ in calls]
+    assert names[:4] == ["rte-a-lr0.1-seed1", "rte-a-lr0.2-seed1", "rte-a-lr0.2-seed2", "rte-a-lr0.2-seed3"]
+    assert names[4:] == [f"rte-b-lr0.2-seed{seed}" for seed in (1, 2, 3)]  # a's best rate
+    assert calls[0][1] == [
+        *("--method", "osd", "--num_train_epochs", "2", "--task", "rte"),
+        *("--learning_rate", "0.1", "--seed", "1"),
+    ]
+    assert (a["best_learning_rate"], a["scores"], a["grid"]) == (0.2, [3, 4, 5], {"0.1": 2, "0.2": 3})
+    assert (b["seconds"], b["peak_memory_bytes"]) == (2, 3 << 30)
+
+
+def test_rates_of_a_method_that_has_not_run_are_refused():
+    with pytest.raises(SystemExit, match="b takes the learning rates of a, which must run before it"):
+        compare_finetuning.compare_task("rte", EXPERIMENT, ["b"], fake_run([]))
+
+
+def test_the_average_is_over_tasks_and_its_spread_over_seeds():
+    rows = [{"scores": [1.0, 2.0, 3.0]}, {"scores": [5.0, 6.0, 10.0]}]
+    mean, spread = compare_finetuning.average(rows)
+    assert mean == statistics.fmean([3.0, 4.0, 6.5]) and spread == statistics.stdev([3.0, 4.0, 6.5])
+
+
+def test_the_table_has_a_row_for_each_method():
+    rows = compare_finetuning.compare_task("rte", EXPERIMENT, ["a", "b"], fake_run([]))
+    head, _, a, b = compare_finetuning.table(rows).splitlines()
+    assert head == "| method | rte | average | trained parameters | optimizer state | peak memory |"
+    assert a == "| A | 4.0 ± 1.0 (0.2) | 4.0 ± 1.0 | 1,000 | 1.0 MiB | 3.00 GiB |" and b.startswith("| B |")
+    assert compare_finetuning.adapters(rows) == ""
+
+
+def test_finished_runs_are_not_repeated(tmp_path):
+    run = compare_finetuning.Runner(tmp_path, ["--bf16", "true"])
+    folder = tmp_path / "name"
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"runs": [{"score": 1.0}]}))
+    argv = ["--bf16", "true", "--seed", "1", "--output_dir", str(folder)]
+    (folder / "command.json").write_text(json.dumps(argv))
+    assert run("name", ["--seed", "1"])["runs"][0]["score"] == 1.0
+    run.pool.submit = lambda *args: (_ for _ in ()).throw(RuntimeError("it runs"))
+    with pytest.raises(RuntimeError, match="it runs"):  # other arguments are another run
+        run("name", ["--seed", "2"])
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "benchmarks" / "experiments").glob("glue_*.json")), ids=str)
+def test_committed_experiments_are_commands_of_the_script(file, tmp_path):
+    from finetune_glue import parse_arguments
+
+    experiment = json.loads(file.read_text())
+    for task, of_task in experiment["tasks"].items():
+        for method in experiment["methods"].values():
+            rates = method["learning_rates"]
+            assert isinstance(rates, list) or isinstance(experiment["methods"][rates]["learning_rates"], list)
+            given = ["--model_name_or_path", "x", "--task", task, "--output_dir", str(tmp_path), "--use_cpu", "true"]
+            parse_arguments([*given, *experiment["common"], *method["arguments"], *of_task])
