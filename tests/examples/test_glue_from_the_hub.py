@@ -47,7 +47,7 @@ def glue(tmp_path, monkeypatch):
             for split in own:
                 label = -1 if split.startswith("test") else 1
                 rows = [
-                    {column: f"{split} {i}" for column in columns[name]} | {"label": label, "idx": i} for i in (0, 1)
+                    dict.fromkeys(columns[name], f"{split} {i}") | {"label": label, "idx": i} for i in (0, 1)
                 ]
                 file = tmp_path / "rows.parquet"
                 Dataset.from_list(rows).to_parquet(file)
