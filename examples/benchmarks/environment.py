@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 
-PACKAGES = ("torch", "transformers", "bitsandbytes", "galore-torch", "apollo-torch", "hf_osd")
+PACKAGES = ("torch", "transformers", "bitsandbytes", "galore-torch", "apollo-torch", "peft", "hf_osd")
 
 
 def describe() -> dict[str, object]:
