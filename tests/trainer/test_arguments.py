@@ -6,27 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainer, OSDTrainingArguments
 from hf_osd.optim.modes import MODE_DEFAULTS
 from hf_osd.optim.options import DEFAULTS
 from hf_osd.optim.presets import OPTIM_NAMES
 from hf_osd.trainer.optim_args import SETTINGS, TRAINER_FIELDS, parse_optim_args, read_settings
-
-
-def tiny_llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-        )
-    )
+from reference.tiny_models import tiny_llama
 
 
 @pytest.fixture

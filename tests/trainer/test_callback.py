@@ -7,28 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_osd import OSD
 from hf_osd.optim import experts
 from hf_osd.trainer.summary import summary
+from reference.tiny_models import tiny_llama
 
 
 KEYS = {"osd/pca_loss", "osd/orthogonality", "osd/skipped_steps"}
-
-
-def tiny_llama() -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-        )
-    )
 
 
 def rows(count: int = 32) -> list[dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers import trainer as transformers_trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
@@ -19,19 +19,7 @@ from transformers.training_args import OptimizerNames
 from hf_osd import OSD, OSDCallback, OSDTrainer, OSDTrainingArguments, register
 from hf_osd.optim import OPTIM_NAMES
 from hf_osd.optim.plan import ProjectedPlan
-
-
-def tiny_llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-        )
-    )
+from reference.tiny_models import tiny_llama
 
 
 @pytest.fixture

@@ -1,0 +1,136 @@
+"""Names and patterns of `target_modules` and `exclude_modules`: they match as in peft, and mistakes are refused."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from peft.tuners.tuners_utils import check_target_module_exists
+from target_models import LLAMA_LAYERS, MODELS, layers
+from torch import nn
+
+from hf_osd import create_osd_optimizer
+from hf_osd.optim.targets import linear_classes, select
+from reference.tiny_models import tiny_llama
+
+
+@pytest.mark.parametrize("spelling", ["all-linear", "all_linear", "ALL-Linear", ["all-linear"], ["all_linear"]])
+def test_all_linear_in_every_spelling(spelling):
+    model = tiny_llama()
+    assert select(model, spelling).projected.keys() == select(model).projected.keys()
+
+
+# Several wildcards, names and suffixes; each matches something in one of the models at least.
+PATTERNS = [
+    ["q_proj", "v_proj"],
+    ["layers.0.self_attn.q_proj"],
+    ["model.layers.1.mlp.down_proj", "o_proj"],
+    ["proj"],
+    ["0"],
+    ["attn", "c_fc"],
+    ["dense"],
+    ["query", "classifier"],
+    ["lm_head"],
+    ["SelfAttention.q", "wo"],
+    ["first", "head"],
+    r".*_proj",
+    r".*\.(q|v)_proj",
+    r"q_proj",
+    r"model\.layers\.0\..*",
+    r".*(query|key|c_attn|q)$",
+    r"lm_head|classifier|head",
+    r"(?!.*mlp).*",
+]
+
+
+def ours(model: nn.Module, wanted, unwanted=None) -> set[str] | None:
+    """Names of the modules that `select` matched, or `None` where it refused."""
+    try:
+        with_weights = select(model, wanted, unwanted)
+    except ValueError:
+        return None
+    chosen = {id(p) for p in with_weights.projected.values()}
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, linear_classes()) and id(module.weight) in chosen
+    }
+    return linear | set(with_weights.ignored)
+
+
+@pytest.mark.parametrize("exclude", [None, ["o_proj", "0.mlp.up_proj"], r".*layers\.1.*"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bert", "t5"])
+def test_names_match_as_in_peft(model, exclude):
+    model = MODELS[model]()
+    names = [name for name, _ in model.named_modules() if name]
+    known = exclude if exclude is None or isinstance(exclude, str) else [e for e in exclude if suffix(e, names)]
+    compared = 0
+    for wanted in PATTERNS:
+        config = SimpleNamespace(
+            target_modules=wanted, exclude_modules=known, modules_to_save=None, target_parameters=None
+        )
+        theirs = {name for name in names if check_target_module_exists(config, name)}
+        if isinstance(wanted, list) and not all(suffix(entry, names) for entry in wanted):
+            assert ours(model, wanted, known) is None  # stricter than peft: every entry must match
+            continue
+        if not any(isinstance(model.get_submodule(name), linear_classes()) for name in theirs):
+            assert ours(model, wanted, known) is None
+            continue
+        matched = ours(model, wanted, known)
+        assert matched is not None, wanted
+        tied = {"lm_head"} if hasattr(model, "lm_head") else set()  # GPT-2's and T5's share the embedding
+        assert matched - tied == theirs - tied, wanted
+        compared += 1
+    assert compared >= 3
+
+
+def suffix(entry: str, names: list[str]) -> bool:
+    return any(name == entry or name.endswith("." + entry) for name in names)
+
+
+def test_exclude_takes_names_away_again():
+    model = tiny_llama()
+    assert layers(select(model, exclude_modules=["q_proj", "mlp.up_proj"]).projected) == LLAMA_LAYERS - {
+        "q_proj",
+        "up_proj",
+    }
+    first = select(model, exclude_modules=r"model\.layers\.1\..*")
+    assert all(name.startswith("model.layers.0.") for name in first.projected) and len(first.projected) == 7
+    assert (
+        select(model, ["q_proj", "k_proj"], ["k_proj"]).projected.keys() == select(model, ["q_proj"]).projected.keys()
+    )
+
+
+def test_modules_that_match_but_are_not_linear_are_reported():
+    model = tiny_llama()
+    selection = select(model, ["q_proj", "embed_tokens", "mlp"])
+    assert layers(selection.projected) == {"q_proj"}
+    assert selection.ignored == ["model.embed_tokens", "model.layers.0.mlp", "model.layers.1.mlp"]
+    with pytest.warns(UserWarning, match="3 modules match but are not projected.*model.embed_tokens"):
+        create_osd_optimizer(model, rank=4, target_modules=["q_proj", "embed_tokens", "mlp"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unwanted", "message"),
+    [
+        (["q_porj"], None, "'q_porj' in `target_modules` matches no module. Did you mean 'q_proj'"),
+        (["zzz"], None, "'zzz' in `target_modules` matches no module. The model has: .*q_proj"),
+        ("all-linear", ["v_porj"], "'v_porj' in `exclude_modules` matches no module. Did you mean 'v_proj'"),
+        (["q_proj"], ["q_proj"], "Nothing to project"),
+        ([], None, "Nothing to project"),
+        ("nothing_like_it", None, "Nothing to project: target_modules='nothing_like_it'"),
+        (["embed_tokens"], None, "model.embed_tokens matched but are no linear layers"),
+        ("(unclosed", None, r"`target_modules` '\(unclosed' is not a regular expression"),
+        ("all-linear", "*_proj", r"`exclude_modules` '\*_proj' is not a regular expression"),
+        (["all-linear", "lm_head"], None, "stands alone"),
+        (["lm_head", "all_linear"], None, "stands alone"),
+    ],
+)
+def test_a_mistake_is_refused_with_a_telling_message(wanted, unwanted, message):
+    with pytest.raises(ValueError, match=message):
+        select(tiny_llama(), wanted, unwanted)
+
+
+def test_names_in_patterns_are_not_regular_expressions():
+    # A list holds names: the dot of a regular expression must not match there.
+    with pytest.raises(ValueError, match=re.escape("'q.proj' in `target_modules` matches no module")):
+        select(tiny_llama(), ["q.proj"])

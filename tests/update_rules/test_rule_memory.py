@@ -1,0 +1,79 @@
+"""How update rules use memory: work in pieces, and moments in 8 bits or bfloat16."""
+
+import sys
+
+import pytest
+import torch
+from rule_runs import osd, train
+from torch import nn
+
+from hf_osd import OSD
+from hf_osd.optim import param_step, state_bytes
+from hf_osd.update_rules import RULES, build_rule, build_storage, require_bitsandbytes
+
+
+ELEMENTWISE = ["adamw", "adamw8bit", "lion", "lion8bit", "sgd"]
+
+
+@pytest.mark.parametrize("rule", ELEMENTWISE)
+def test_pieces_change_nothing(rule, monkeypatch):
+    # 8-bit codes do not show that they were decoded in pieces only where a piece starts at a block.
+    shape, options = (67, 71), {"weight_decay": 0.1}
+    whole, optimizer = train(osd(rule, **options), shape, steps=20)
+    monkeypatch.setattr(param_step, "PIECE", 512)
+    pieces, other = train(osd(rule, **options), shape, steps=20)
+    slices = list(param_step._pieces(pieces, pieces, build_rule(rule)))
+    assert len(slices) == 10 and slices[-1] == slice(4608, 4757)
+    # The kernels are elementwise and pieces start at multiples of the vector length.
+    assert torch.equal(whole, pieces)
+    for name, value in optimizer.state[whole].items():
+        assert torch.equal(value, other.state[pieces][name]), name
+
+
+def test_adafactor_is_never_cut_into_pieces(monkeypatch):
+    monkeypatch.setattr(param_step, "PIECE", 512)
+    p = torch.zeros(67, 71)
+    assert list(param_step._pieces(p, p, build_rule("adafactor"))) == [None]
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd", "adafactor"])
+def test_bfloat16_moments_take_half_the_bytes_and_stay_close(rule):
+    shape = (24, 40)
+    p, optimizer = train(osd(rule), shape)
+    q, half = train(osd(rule, moment_dtype="bfloat16"), shape)
+    counters = 2 * 4  # step and skipped_steps
+    moments = state_bytes(optimizer) - counters
+    assert moments > 0 and (state_bytes(half) - counters) * 2 == moments
+    assert all(value.dtype == torch.bfloat16 for value in half.state[q].values() if value.ndim)
+    start = train(osd(rule), shape, steps=0)[0]
+    relative = ((q - p).norm() / (p - start).norm()).item()
+    # bfloat16 keeps 8 bits: a moment is off by up to 2^-9 after each step, and remembers the last 10 or so, with
+    # random signs: about 2^-9 sqrt(10) < 2^-7. Lion moves by signs: one that flips, which only entries within that
+    # 2^-7 of zero can, costs 2 lr: once in 100 steps for an element is 0.02 of the largest movement, and elements
+    # have moved a few times less.
+    assert 0 < relative < (2**-4 if rule == "lion" else 2**-6)
+
+
+def test_storages_of_the_table():
+    assert {name for name, entry in RULES.items() if entry.eight_bit} == {"adamw8bit", "lion8bit"}
+    for name, entry in RULES.items():
+        assert isinstance(build_rule(name), entry.rule)
+        moment = build_rule(name).moments((64, 80))[0]
+        dtypes = [spec.dtype for spec in build_storage(name).spec(moment, "", torch.float32).values()]
+        assert dtypes == ([torch.uint8, torch.float32] if entry.eight_bit else [torch.float32])
+
+
+@pytest.mark.parametrize(
+    "options", [{"weight_rule": "adamw8bit"}, {"weight_rule": "adamw", "projection_rule": "lion8bit", "rank": 4}]
+)
+def test_without_bitsandbytes_the_message_names_the_way_out(options, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes.*without `8bit`"):
+        require_bitsandbytes()
+    p = nn.Parameter(torch.randn(8, 12))
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        OSD([p], **options)
+    optimizer = OSD([nn.Parameter(torch.randn(8, 12))])  # the rules in float32 do without it
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        optimizer.add_param_group({"params": [p], **options})
+    assert len(optimizer.param_groups) == 1
