@@ -46,9 +46,7 @@ def glue(tmp_path, monkeypatch):
             lines = []
             for split in own:
                 label = -1 if split.startswith("test") else 1
-                rows = [
-                    dict.fromkeys(columns[name], f"{split} {i}") | {"label": label, "idx": i} for i in (0, 1)
-                ]
+                rows = [dict.fromkeys(columns[name], f"{split} {i}") | {"label": label, "idx": i} for i in (0, 1)]
                 file = tmp_path / "rows.parquet"
                 Dataset.from_list(rows).to_parquet(file)
                 path = f"{name}/{split}-00000-of-00001.parquet"
