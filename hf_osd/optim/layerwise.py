@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_osd")
 
-CLIP_NORM2 = "clip_norm2"  # key of saved groups
+CLIP_NORM2 = "clip_norm2"  # key of the groups: None in live ones, see `take_norm`
 
 # Which stream's hook a parameter carries: with two it would be stepped twice.
 _OWNERS = WeakTensorKeyDictionary()
@@ -124,11 +124,6 @@ class GradientStream:
                 "`ddp_compression='subspace'`, which averages in the subspace, or leave `layerwise` out (as FSDP2 "
                 "needs it)."
             )
-        for group in self.optimizer.param_groups:
-            if any(hasattr(p, "placements") for p in group["params"]):
-                raise ValueError(
-                    "`layerwise` and `ddp_compression` cannot step sharded parameters (DTensor): leave them out."
-                )
 
     @torch.no_grad()
     def on_gradient(self, p: Tensor) -> None:
@@ -186,9 +181,14 @@ class GradientStream:
         gradient, stacked = arrived.gradient, self.steps.plan_of(p).stacked
         if self.mode.max_grad_norm is not None:
             own2 = arrived.norm2.sum() if stacked else arrived.norm2
-            # At the first step there is no previous norm: each parameter by its own, which is no less safe.
             norm2 = {"parameter": None, "previous_norm": self.clip_norm2, "norm": total2}[str(self.mode.clipping)]
-            scale = clip_coefficient(own2 if norm2 is None else norm2, self.mode.max_grad_norm).to(p.device)
+            if norm2 is None:
+                norm2 = own2
+            # Where there is none (at the first step no previous one, or another gradient is broken): each parameter by
+            # its own, which is no less safe.
+            norm2 = norm2.to(own2)
+            norm2 = torch.where(norm2.isfinite() & (norm2 > 0), norm2, own2)
+            scale = clip_coefficient(norm2, self.mode.max_grad_norm)
             # of what is projected R alone: A goes with the gradient over its norm
             scaled = [gradient] if isinstance(gradient, Tensor) else [low.R for low in gradient if low is not None]
             for X in scaled:
@@ -280,9 +280,12 @@ class GradientStream:
 
 
 def take_norm(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float | None]:
-    """Saved groups without what `with_norm` put there, which belongs to no group, and that."""
+    """Saved groups without what `with_norm` put there, which belongs to no group, and that.
+
+    The key stays, in every mode: a flattened state of `torch.distributed.checkpoint` is read by the live groups' keys.
+    """
     norm2 = groups[0].get(CLIP_NORM2) if groups else None
-    return [{name: value for name, value in group.items() if name != CLIP_NORM2} for group in groups], norm2
+    return [{**group, CLIP_NORM2: None} for group in groups], norm2
 
 
 def _hook(stream: GradientStream) -> Callable[[Tensor], None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import options
 from .gradients import check_gradients
 from .groups import settle_group, warn_clipped
-from .layerwise import GradientStream, take_norm
+from .layerwise import CLIP_NORM2, GradientStream, take_norm
 from .loading import match_state
 from .modes import MODE_DEFAULTS, Mode
 from .plan import Plan, ProjectedPlan
@@ -182,6 +182,7 @@ class OSD(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        group[CLIP_NORM2] = None
         self._given_projections |= given
         self._clipped += clipped
         self._reset_derived()

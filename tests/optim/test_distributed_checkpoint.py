@@ -25,13 +25,13 @@ class Model(nn.Module):
         return self.tall(self.wide(x).relu())
 
 
-def make(rule: str) -> tuple[Model, OSD]:
+def make(rule: str, **options) -> tuple[Model, OSD]:
     torch.manual_seed(0)
     model = Model()
     named = dict(model.named_parameters())
     matrices = [(name, p) for name, p in named.items() if p.ndim == 2]
     vectors = [(name, p) for name, p in named.items() if p.ndim == 1]
-    return model, OSD([{"params": matrices, "rank": 48}, {"params": vectors}], lr=1e-3, weight_rule=rule)
+    return model, OSD([{"params": matrices, "rank": 48}, {"params": vectors}], lr=1e-3, weight_rule=rule, **options)
 
 
 def train(model: Model, optimizer: OSD, steps: range) -> None:
@@ -58,6 +58,43 @@ def test_get_and_set_continue_bit_for_bit(rule: str, flatten: bool):
     train(resumed, other, range(3, 6))
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
+        assert all(torch.equal(value, other.state[q][name]) for name, value in optimizer.state[p].items())
+
+
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_the_norm_that_previous_norm_clips_by_is_saved(flatten: bool, template: bool):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    mode = {"layerwise": True, "layerwise_clipping": "previous_norm", "max_grad_norm": 1e-3, "momentum": 0.0}
+    model, optimizer = make("sgd", **mode)
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    weights = copy.deepcopy(model.state_dict())
+    norm = float(optimizer.grad_norm)
+    train(model, optimizer, range(3, 5))
+
+    resumed, other = make("sgd", **mode)
+    resumed.load_state_dict(weights)
+    if template:  # as `torch.distributed.checkpoint.load` wants one: made by a step whose norm is zero
+        get_optimizer_state_dict(resumed, other, options=options)
+    set_optimizer_state_dict(resumed, other, saved, options=options)
+    assert float(other._stream.clip_norm2) == pytest.approx(norm**2) and norm > 2e-3
+    train(resumed, other, range(3, 5))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_checkpoint_of_one_mode_continues_in_the_other(flatten: bool, layerwise: bool):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    modes = {False: {}, True: {"layerwise": True, "layerwise_clipping": "previous_norm", "max_grad_norm": 1e-3}}
+    model, optimizer = make("adamw", **modes[layerwise])
+    train(model, optimizer, range(2))
+    other_model, other = make("adamw", **modes[not layerwise])
+    set_optimizer_state_dict(
+        other_model, other, get_optimizer_state_dict(model, optimizer, options=options), options=options
+    )
+    for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
         assert all(torch.equal(value, other.state[q][name]) for name, value in optimizer.state[p].items())
 
 

@@ -101,7 +101,7 @@ def test_the_previous_norm_is_saved_and_a_broken_one_forgotten():
     other_model = copy.deepcopy(model)
     other = optimizer_of(other_model, "osd_sgd_layerwise", **options)
     other.load_state_dict(saved)
-    assert "clip_norm2" in saved["param_groups"][0] and "clip_norm2" not in other.param_groups[0]
+    assert "clip_norm2" in saved["param_groups"][0] and other.param_groups[0]["clip_norm2"] is None
     for which, own in ((model, optimizer), (other_model, other)):
         (which(inputs(2)) * float("inf")).backward()
         own.step()
@@ -109,6 +109,22 @@ def test_the_previous_norm_is_saved_and_a_broken_one_forgotten():
         assert float(own._stream.clip_norm2.sqrt()) == pytest.approx(before)
         train(which, own, range(3, 5))
     assert_equal(model, other_model)
+
+
+@pytest.mark.parametrize("options", [{"layerwise": True}, {"ddp_compression": "subspace"}])
+def test_a_broken_gradient_clips_no_other_parameter_to_nothing(options: dict):
+    """Neither at this step nor, where it was the first, at the next one, which has no norm to be clipped by."""
+    model = Net()
+    optimizer = optimizer_of(model, "osd_sgd", weight_decay=0.0, max_grad_norm=0.02, **options)
+    before = [p.detach().clone() for p in model.parameters()]
+    weight = model.layers[2].weight
+    for step in range(2):
+        loss = model(inputs(step))
+        (loss + weight.sum() * float("nan") if step == 0 else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for p, q in zip(model.parameters(), before, strict=True):
+            assert p.isfinite().all() and torch.equal(p, q) == (p is weight and step == 0)
 
 
 def test_a_broken_gradient_skips_its_parameter_in_a_window_too():
