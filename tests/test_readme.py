@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_osd.optim import DEFAULT_RANK, OPTIM_NAMES, PRESETS
+from hf_osd import create_osd_optimizer
+from hf_osd.optim import DEFAULT_RANK, OPTIM_NAMES, PRESETS, predicted_state_bytes
 from hf_osd.optim.modes import LAYERWISE_SUFFIX
 from hf_osd.optim.options import DEFAULTS
 from hf_osd.trainer.optim_args import SETTINGS
@@ -32,6 +35,41 @@ def test_the_quickstarts_output_is_the_committed_run():
     used, adamw = run["optimizer_state_bytes"] / 2**20, run["adamw_state_bytes"] / 2**20
     assert f"{used:.1f} MiB, AdamW's would be {adamw:.1f} MiB ({used / adamw:.0%})" in README
     assert f"throughput             {run['tokens_per_second']:,.0f} tokens per second" in README
+
+
+def test_the_figures_of_layerwise_mode_and_of_the_exchange_are_the_committed_ones():
+    rows = json.loads((RESULTS / "layerwise_memory.json").read_text())["rows"]
+    ordinary, layerwise = (
+        next(row for row in rows if row["mode"] == mode and row["micro_batches"] == 1)["peak_live_gradient_bytes"]
+        / 2**20
+        for mode in ("ordinary", "layerwise")
+    )
+    assert f"at most {layerwise:.1f} MiB of LLaMA 60M's {ordinary:.1f} MiB" in README
+    ratio = {row["rank"]: row["ratio"] for row in json.loads((RESULTS / "ddp_exchange.json").read_text())["rows"]}
+    assert f"{ratio[128]:.0%} of\nall bytes at rank 128 and {ratio[512]:.0%} at rank 512" in README
+
+
+def test_the_figures_of_llama_7b_are_what_the_shapes_give():
+    config = LlamaConfig.from_json_file(ROOT / "examples" / "llama_configs" / "llama_7b.json")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    fixed = sum(p.nbytes for p in model.parameters()) + max(p.nbytes for p in model.parameters())
+    lean = {"projection_dtype": "bfloat16"}
+    for optim, options, text in (
+        ("osd_adamw8bit", {}, "{} GB with\n`osd_adamw8bit`"),
+        (
+            "osd_adamw8bit",
+            {**lean, "projection_optim": "adafactor"},
+            "{} GB with `projection_dtype=bfloat16,projection_o",
+        ),
+        ("osd_lion8bit", lean, "{} GB with\n`osd_lion8bit`"),
+    ):
+        optimizer = create_osd_optimizer(model, optim, rank=1024, **options)
+        assert text.format(f"{(fixed + predicted_state_bytes(optimizer)) / 1e9:.1f}") in README
+    # P (n, r) on the right side and AdamW's two moments of it, float32
+    sizes = sum(p.shape[1] for name, p in model.named_parameters() if name.endswith("_proj.weight"))
+    small, large = (3 * 4 * rank * sizes / 1e9 for rank in (128, 1024))
+    assert f"{small:.2f} GB of LLaMA 7B at rank 128, {large:.1f} GB at rank 1024" in README
 
 
 def test_the_options_table_is_complete_and_right():

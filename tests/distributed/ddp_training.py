@@ -1,6 +1,7 @@
 """Trainings that run on one process or several, on the same global batches. Also the program that torchrun starts."""
 
 import contextlib
+import copy
 import os
 import sys
 from pathlib import Path
@@ -21,14 +22,14 @@ STEPS, BATCH = 20, 8
 class Net(nn.Module):
     """Projected on either side, tied, and at full size, in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: int = 40) -> None:
         super().__init__()
         torch.manual_seed(0)
-        shapes = ((24, 24), (24, 24), (24, 40))
+        shapes = ((24, 24), (24, 24), (24, inner))
         self.layers = nn.ModuleList(nn.Linear(n, m, dtype=torch.float64) for n, m in shapes)
         self.layers[1].weight = self.layers[0].weight
-        self.head = nn.Linear(40, 12, dtype=torch.float64)
-        self.scale = nn.Parameter(torch.ones(40, dtype=torch.float64))
+        self.head = nn.Linear(inner, 12, dtype=torch.float64)
+        self.scale = nn.Parameter(torch.ones(inner, dtype=torch.float64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -51,16 +52,28 @@ def share() -> slice:
     return slice(dist.get_rank() * part, (dist.get_rank() + 1) * part)
 
 
-def own_loop(steps: int = STEPS, micro: int = 1, clip: float | None = None, **options: Any) -> tuple[Net, OSD]:
-    """A training in DDP, or alone; `micro` backward passes over the same batch before each step."""
-    net = Net()
+def own_model(inner: int = 40, **options: Any) -> tuple[Net, OSD, nn.Module]:
+    """A model, its optimizer, and the model in DDP where there are several processes."""
+    net = Net(inner)
     if dist.is_initialized() and dist.get_rank() > 0:
         with torch.no_grad():  # the first process's weights count
             for p in net.parameters():
                 p.add_(0.1)
-    optimizer = create_osd_optimizer(net, lr=1e-2, **({"rank": 6, "weight_decay": 0.1} | options))
-    model = nn.parallel.DistributedDataParallel(net) if dist.is_initialized() else net
+    optimizer = create_osd_optimizer(net, **({"lr": 1e-2, "rank": 6, "weight_decay": 0.1} | options))
+    return net, optimizer, nn.parallel.DistributedDataParallel(net) if dist.is_initialized() else net
+
+
+def own_loop(
+    steps: int = STEPS, micro: int = 1, clip: float | None = None, resume_at: int | None = None, **options: Any
+) -> tuple[Net, OSD]:
+    """A training in DDP, or alone; `micro` backward passes over the same batch before each step."""
+    net, optimizer, model = own_model(**options)
     for step in range(steps):
+        if step == resume_at:
+            saved = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+            net, optimizer, model = own_model(**options)
+            net.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
         x, y = (X[share()] for X in batch(step))
         for i in range(micro):
             last = i == micro - 1 or not dist.is_initialized()
@@ -201,6 +214,9 @@ def refusals() -> dict[str, str]:
 
 ORTHONORMAL = {"init": "orthonormal"}
 COMPRESSED = {"ddp_compression": "subspace"}
+EIGHT_BIT = {"optim": "osd_adamw8bit", "inner": 256, "rank": 16, "subspace": "static", **ORTHONORMAL}
+# below every norm, so that every step is scaled
+CLIPPED = {"optim": "osd_sgd", "lr": 0.2, "weight_decay": 0.0, "max_grad_norm": 0.02, "subspace": "static"}
 # name -> what torchrun runs; without `COMPRESSED` the control on one process
 OWN_LOOPS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -220,7 +236,16 @@ OWN_LOOPS: dict[str, dict[str, Any]] = {
         **ORTHONORMAL,
         **COMPRESSED,
     },
+    # 256 x 16 moments are large enough for 8 bits; P is given, as gradients of 8 samples do not determine 16 columns
+    "eight_bit": {**EIGHT_BIT, **COMPRESSED},
+    "layerwise_eight_bit": {**EIGHT_BIT, "layerwise": True, **COMPRESSED},
+    "layerwise_clipped_parameter": {**CLIPPED, "layerwise": True, "layerwise_clipping": "parameter", **COMPRESSED},
+    "layerwise_clipped_previous": {**CLIPPED, "layerwise": True, "layerwise_clipping": "previous_norm", **COMPRESSED},
 }
+RESUMED = [
+    *("online_pca", "svd", "accumulated", "eight_bit"),
+    *("layerwise_online_pca", "layerwise_accumulated", "layerwise_eight_bit", "layerwise_clipped_previous"),
+]
 # the tests' clip is far below every norm, so that every step is scaled
 TRAINERS: dict[str, dict[str, Any]] = {
     "trainer_plain": {"max_grad_norm": 0.5},
@@ -248,6 +273,8 @@ def main(folder: Path) -> None:
         results[name] = state_of(model, optimizer) | {"log": log}
     for name, given in OWN_LOOPS.items():
         results[name] = state_of(*own_loop(**given))
+    for name in RESUMED:
+        results[f"{name}_resumed"] = state_of(*own_loop(resume_at=STEPS // 2, **OWN_LOOPS[name]))
     results["accelerate"] = state_of(*accelerate_loop())
     results["accelerate_compressed"] = state_of(*accelerate_loop(**COMPRESSED))
     results["stack"] = state_of(*stack_loop(**COMPRESSED))

@@ -9,7 +9,7 @@ from typing import Any
 import ddp_training
 import pytest
 import torch
-from ddp_training import OWN_LOOPS, TRAINERS, accelerate_loop, own_loop, stack_loop, state_of, trainer
+from ddp_training import OWN_LOOPS, RESUMED, TRAINERS, accelerate_loop, own_loop, stack_loop, state_of, trainer
 
 
 pytestmark = pytest.mark.distributed
@@ -35,8 +35,10 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def uncompressed(given: dict[str, Any]) -> dict[str, Any]:
-    """The same on one process in ordinary mode."""
-    own = {k: v for k, v in given.items() if k not in ("ddp_compression", "layerwise", "gradient_accumulation")}
+    """The same on one process in ordinary mode; layerwise where that decides how gradients are clipped."""
+    modes = {"ddp_compression", "layerwise", "gradient_accumulation"}
+    modes -= {"layerwise"} if "layerwise_clipping" in given else set()
+    own = {k: v for k, v in given.items() if k not in modes}
     if "text" in own:
         own["text"] = own["text"].replace(",ddp_compression=subspace", "")
     if "optim" in own:
@@ -58,16 +60,38 @@ def test_all_processes_hold_the_same(ranks: list[dict[str, Any]], name: str):
 @pytest.mark.parametrize("name", OWN_LOOPS)
 def test_two_processes_train_as_one(ranks: list[dict[str, Any]], name: str):
     control = state_of(*own_loop(**uncompressed(OWN_LOOPS[name])))
-    start = {key: p.detach() for key, p in ddp_training.Net().named_parameters()}
+    start = {key: p.detach() for key, p in ddp_training.Net(OWN_LOOPS[name].get("inner", 40)).named_parameters()}
     moved = difference(control["weights"], start)
     apart = difference(ranks[0][name]["weights"], control["weights"])
     assert moved > 0.05
     if "online_pca" in name:
         # P's steps go by the stand-in for ||G||, so P takes a slightly other way; the weights are trained as well
         assert 1e-9 < apart < 0.05 * moved
+    elif "clipped" in name:
+        # by norms that are estimated, each step by 0.02 along a gradient
+        assert 1e-9 < apart < 0.05 * moved
     else:
         # float64: rounding of 1e-16 in the gradients, which Adam's first steps divide by themselves
         assert apart < 1e-9
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_is_exact(ranks: list[dict[str, Any]], name: str):
+    """Bit for bit the uninterrupted run of two processes: weights, states, and the norm that is reported."""
+    for rank in ranks:
+        whole, resumed = rank[name], rank[f"{name}_resumed"]
+        assert torch.equal(whole["grad_norm"], resumed["grad_norm"])
+        for key, p in whole["weights"].items():
+            assert torch.equal(p, resumed["weights"][key])
+            state, other = whole["states"][key], resumed["states"][key]
+            assert state.keys() == other.keys()
+            assert all(value.dtype == other[entry].dtype for entry, value in state.items())
+            assert all(torch.equal(value, other[entry]) for entry, value in state.items())
+
+
+@pytest.mark.parametrize("name", ["eight_bit", "layerwise_eight_bit"])
+def test_moments_are_in_8_bits(ranks: list[dict[str, Any]], name: str):
+    assert ranks[0][name]["states"]["layers.2.weight"]["exp_avg"].dtype == torch.uint8
 
 
 def test_stacks_of_experts(ranks: list[dict[str, Any]]):

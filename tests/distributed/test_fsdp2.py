@@ -63,6 +63,23 @@ def clipped(rank: int, world: int, folder: Path):
     compare(rank, world, clip=0.1)
 
 
+def accumulated(rank: int, world: int, folder: Path):
+    """Three micro-batches a step, whose gradients are reduced at each of them or, as accelerate does, at the last."""
+    for always in (True, False):
+        single, sharded = make_model(), shard(make_model())
+        reference, optimizer = make_optimizer(single, side="right"), make_optimizer(sharded)
+        for step in range(4):
+            for i in range(3):
+                sharded.set_requires_gradient_sync(always or i == 2)
+                (loss_of(sharded, 3 * step + i, rank, world) / 3).backward()
+                (loss_of(single, 3 * step + i) / 3).backward()
+            for own in (reference, optimizer):
+                own.step()
+                own.zero_grad()
+        assert_same_weights(sharded, single, TOLERANCE)
+        assert_same_state(optimizer, reference, 1e-7)
+
+
 def periodic_svd(rank: int, world: int, folder: Path):
     compare(rank, world, subspace="svd", update_interval=2)
 
@@ -180,8 +197,16 @@ def eight_bit(rank: int, world: int, folder: Path):
         train(divided, make_optimizer(divided, rank=48, weight_rule="adamw8bit"), range(1), rank, world)
 
 
-SCENARIOS = [adamw, lion, sgd, adafactor, clipped, periodic_svd, orthonormal, p_is_the_same_everywhere, collectives]
-SCENARIOS += [one_broken_gradient, mixed_precision, bfloat16_weights, cpu_offload, eight_bit]
+SCENARIOS = [adamw, lion, sgd, adafactor, clipped, accumulated, periodic_svd, orthonormal]
+SCENARIOS += [
+    p_is_the_same_everywhere,
+    collectives,
+    one_broken_gradient,
+    mixed_precision,
+    bfloat16_weights,
+    cpu_offload,
+    eight_bit,
+]
 
 
 @pytest.fixture(scope="module")

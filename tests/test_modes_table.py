@@ -1,0 +1,121 @@
+"""What works with what: the README's table, and which tests show each cell. Run it to print the table."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+
+TESTS = Path(__file__).parent
+README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+
+COLUMNS = ("accumulation", "clipping", "DDP", "FSDP2", "8-bit", "resume")
+DDP, FSDP2, MESHES = "distributed/test_ddp.py", "distributed/test_fsdp2.py", "distributed/test_fsdp2_meshes.py"
+ONE, REFUSED = f"{DDP}::test_two_processes_train_as_one", f"{MESHES}::test_scenario[refused]"
+TRAINER = f"{DDP}::test_trainer_on_two_processes_is_trainer_on_one"
+RESUME, CODES = f"{DDP}::test_resume_is_exact", f"{DDP}::test_moments_are_in_8_bits"
+SAVED = "distributed/test_fsdp2_checkpoints.py"
+LAYERWISE = "trainer/test_layerwise.py"
+
+# row -> for each column the text and the tests that show it
+TABLE: dict[str, list[tuple[str, list[str]]]] = {
+    "ordinary": [
+        ("yes", [f"{LAYERWISE}::test_accumulation_equals_the_ordinary_modes", f"{ONE}[accumulated]"]),
+        ("global", [f"{TRAINER}[trainer_plain]", f"{LAYERWISE}::test_the_true_gradient_norm_is_logged"]),
+        ("yes", [f"{ONE}[plain]", f"{ONE}[plain_random]", f"{DDP}::test_accelerate_is_a_loop_in_ddp"]),
+        ("yes", [f"{FSDP2}::test_two_processes[adamw]"]),
+        ("yes", ["trainer/test_resume.py::test_trainer_resumes_exactly"]),
+        ("exact", ["trainer/test_resume.py::test_trainer_resumes_exactly"]),
+    ],
+    "`layerwise`": [
+        (
+            "in the subspace ¹",
+            [
+                f"{LAYERWISE}::test_accumulation_equals_the_ordinary_modes",
+                "optim/test_layerwise.py::test_accumulation_makes_p_from_the_first_micro_batch_and_moves_it_by_the_mean",
+            ],
+        ),
+        ("per parameter, or by the step before", ["optim/test_layerwise.py::test_clipping_against_torch"]),
+        ("with `ddp_compression`", [f"{DDP}::test_what_cannot_work_is_refused", f"{ONE}[layerwise_static]"]),
+        ("refused", [REFUSED]),
+        ("yes", [f"{LAYERWISE}::test_fifty_steps_are_bit_for_bit_the_ordinary_modes"]),
+        (
+            "exact",
+            [
+                f"{LAYERWISE}::test_resume_is_exact_with_every_clipping",
+                "optim/test_distributed_checkpoint.py::test_the_norm_that_previous_norm_clips_by_is_saved",
+            ],
+        ),
+    ],
+    "`ddp_compression`": [
+        ("yes", [f"{ONE}[accumulated]"]),
+        ("global ²", [f"{TRAINER}[trainer_clipped]"]),
+        ("yes ²", [f"{ONE}[static]", f"{ONE}[svd]", f"{ONE}[online_pca]"]),
+        ("refused", [REFUSED]),
+        ("yes", [f"{ONE}[eight_bit]", f"{CODES}[eight_bit]"]),
+        ("exact", [f"{RESUME}[{name}]" for name in ("online_pca", "svd", "accumulated", "eight_bit")]),
+    ],
+    "both": [
+        ("in the subspace ¹", [f"{ONE}[layerwise_accumulated]", f"{TRAINER}[trainer_accumulated]"]),
+        (
+            "per parameter, or by the step before ²",
+            [f"{ONE}[layerwise_clipped_parameter]", f"{ONE}[layerwise_clipped_previous]"],
+        ),
+        ("yes ²", [f"{ONE}[layerwise_static]", f"{ONE}[layerwise_online_pca]", f"{TRAINER}[trainer_layerwise]"]),
+        ("refused", [REFUSED]),
+        ("yes", [f"{ONE}[layerwise_eight_bit]", f"{CODES}[layerwise_eight_bit]"]),
+        (
+            "exact",
+            [f"{RESUME}[layerwise_{name}]" for name in ("online_pca", "accumulated", "eight_bit", "clipped_previous")],
+        ),
+    ],
+    "FSDP2": [
+        ("yes", [f"{FSDP2}::test_two_processes[accumulated]"]),
+        ("global", [f"{FSDP2}::test_two_processes[clipped]"]),
+        ("as HSDP", [f"{MESHES}::test_scenario[hsdp]"]),
+        (
+            "yes",
+            [
+                f"{FSDP2}::test_two_processes[adamw]",
+                "distributed/test_fsdp2_trainer.py::test_two_processes_train_what_one_trains",
+            ],
+        ),
+        ("rank a multiple of 64 ³", [f"{FSDP2}::test_two_processes[eight_bit]"]),
+        (
+            "exact; resharded",
+            [f"{SAVED}::test_two_processes[load_sharded]", f"{SAVED}::test_other_numbers_of_processes"],
+        ),
+    ],
+}
+CELLS = [(row, column, *cell) for row, cells in TABLE.items() for column, cell in zip(COLUMNS, cells, strict=True)]
+
+
+def table() -> str:
+    """The table in Markdown."""
+    rows = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
+    rows += [[name, *(text for text, _ in cells)] for name, cells in TABLE.items()]
+    return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)
+
+
+def test_the_table_is_in_the_readme():
+    assert table() in README
+
+
+@pytest.mark.parametrize(("row", "column", "text", "ids"), CELLS, ids=[f"{row}-{column}" for row, column, *_ in CELLS])
+def test_every_cell_has_tests_that_exist(row: str, column: str, text: str, ids: list[str]):
+    assert text and ids
+    for test in ids:
+        path, name, case = re.fullmatch(r"([\w/]+\.py)::(\w+)(?:\[(\w+)\])?", test).groups()
+        tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
+        if case is not None:  # a scenario of the file, or a training that torchrun's program makes
+            program = ast.parse((TESTS / "distributed" / "ddp_training.py").read_text(encoding="utf-8"))
+            nodes = [*ast.walk(tree), *ast.walk(program)]
+            names = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+            names |= {node.value for node in nodes if isinstance(node, ast.Constant)}
+            assert case in names, test
+
+
+if __name__ == "__main__":
+    print(table())
