@@ -181,12 +181,10 @@ class GradientStream:
         gradient, stacked = arrived.gradient, self.steps.plan_of(p).stacked
         if self.mode.max_grad_norm is not None:
             own2 = arrived.norm2.sum() if stacked else arrived.norm2
-            norm2 = {"parameter": None, "previous_norm": self.clip_norm2, "norm": total2}[str(self.mode.clipping)]
-            if norm2 is None:
-                norm2 = own2
+            norm2 = {"parameter": own2, "previous_norm": self.clip_norm2, "norm": total2}[str(self.mode.clipping)]
             # Where there is none (at the first step no previous one, or another gradient is broken): each parameter by
             # its own, which is no less safe.
-            norm2 = norm2.to(own2)
+            norm2 = own2 if norm2 is None else norm2.to(own2)
             norm2 = torch.where(norm2.isfinite() & (norm2 > 0), norm2, own2)
             scale = clip_coefficient(norm2, self.mode.max_grad_norm)
             # of what is projected R alone: A goes with the gradient over its norm
