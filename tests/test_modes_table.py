@@ -16,7 +16,7 @@ ONE, REFUSED = f"{DDP}::test_two_processes_train_as_one", f"{MESHES}::test_scena
 TRAINER = f"{DDP}::test_trainer_on_two_processes_is_trainer_on_one"
 RESUME, CODES = f"{DDP}::test_resume_is_exact", f"{DDP}::test_moments_are_in_8_bits"
 SAVED = "distributed/test_fsdp2_checkpoints.py"
-LAYERWISE = "trainer/test_layerwise.py"
+LAYERWISE = "trainer/test_layerwise_trainer.py"
 
 # row -> for each column the text and the tests that show it
 TABLE: dict[str, list[tuple[str, list[str]]]] = {
