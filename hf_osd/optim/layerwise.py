@@ -47,7 +47,7 @@ class GradientStream:
     """
 
     def __init__(self, optimizer: "OSD"):
-        self.optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)
         self.grad_norm2: Tensor | None = None
         self.clip_norm2: Tensor | None = None
         if self.mode.clipping == "previous_norm" and self.mode.layerwise_clipping is None:
@@ -60,6 +60,13 @@ class GradientStream:
         self._groups: dict[Tensor, int] = {}
         self._windows: dict[Tensor, Window] = {}
         self._norms2: dict[Tensor, Tensor] = {}  # of the parameters stepped since the last `step()`
+
+    @property
+    def optimizer(self) -> "OSD":
+        """Whose stream this is; not kept alive, for one that was dropped would step on until it is collected."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
 
     @property
     def mode(self) -> Mode:
@@ -267,12 +274,13 @@ class GradientStream:
 
     def __getstate__(self) -> dict[str, Any]:
         """Hooks are not kept, only that they were there; nor gradients, as parameters do not keep theirs."""
-        kept = {name: self.__dict__[name] for name in ("optimizer", "grad_norm2", "clip_norm2")}
+        kept = {name: self.__dict__[name] for name in ("grad_norm2", "clip_norm2")}
         empty: dict[str, Any] = {"_handles": [], "_groups": {}, "_windows": {}, "_norms2": {}}
         return kept | empty | {"_was_attached": self.attached}
 
-    def restore(self) -> None:
-        """Put the hooks on again if a copy's original had them."""
+    def restore(self, optimizer: "OSD") -> None:
+        """Belong to the copy of the optimizer; put the hooks on again if the original had them."""
+        self._optimizer = weakref.ref(optimizer)
         if self.__dict__.pop("_was_attached", False):
             self.attach()
 

@@ -210,8 +210,8 @@ class OSD(torch.optim.Optimizer):
         plans = [self.plan_of(p) for p, _, _ in work]
         stacked, shardings = [plan.stacked for plan in plans], [plan.sharding for plan in plans]
         checks = check_gradients([G for _, G, _ in work], stacked, shardings)
-        for (p, G, group), check in zip(work, checks, strict=True):
-            projected = isinstance(steps.plan_of(p), ProjectedPlan)
+        for (p, G, group), plan, check in zip(work, plans, checks, strict=True):
+            projected = isinstance(plan, ProjectedPlan)
             steps.apply(p, steps.project(p, G, group, check) if projected else G, group, check)
         return loss
 
@@ -290,7 +290,7 @@ class OSD(torch.optim.Optimizer):
             group.setdefault("stochastic_rounding", False)  # saved before there was the option
         self._reset_derived()
         if state.get("_stream") is not None:
-            state["_stream"].restore()
+            state["_stream"].restore(self)
 
     def _reset_derived(self) -> None:
         self._steps = ParameterSteps(self)

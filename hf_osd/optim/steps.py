@@ -3,6 +3,7 @@
 Between the two lies what is small enough to be kept, or sent: a `LowRankGradient` for each matrix.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from ..update_rules import GradientCheck
 from .experts import observe_matrices, project_matrices, step_matrices
 from .gradients import refuse_unsupported
 from .param_step import LowRankGradient, step_full
-from .plan import Plan, ProjectedPlan, StackedPlan, make_plan, names_of, resume_plan, rules_of, settle_sides
+from .plan import Plan, ProjectedPlan, Rules, StackedPlan, make_plan, names_of, resume_plan, rules_of, settle_sides
 from .sharding import local
 from .state import create_state
 
@@ -29,17 +30,26 @@ class ParameterSteps:
     """
 
     def __init__(self, optimizer: "OSD"):
-        self.optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)  # no cycle: its state is freed with the last reference to it
         self.observations: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._plans: dict[Tensor, Plan] = {}
+
+    @property
+    def optimizer(self) -> "OSD":
+        """Whose steps these are."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
 
     def plan_of(self, p: Tensor) -> Plan:
         """How `p` is stepped."""
         # Parameters may be exchanged behind the optimizer's back (accelerate's FSDP2 path does), so plans are made
         # when a parameter is first met, and read the state, which may have been loaded, at that moment only.
-        if p not in self._plans:
+        plan = self._plans.get(p)
+        if plan is None:
             self.make_plans()
-        return self._plans[p]
+            plan = self._plans[p]
+        return plan
 
     def make_plans(self) -> None:
         """Plans for all parameters as they are now, and for no others."""
@@ -86,11 +96,10 @@ class ParameterSteps:
             first (`list[bool]`, *optional*):
                 For each matrix whether no gradient of this step has been projected yet, so that P may be replaced.
         """
-        plan, given = self.plan_of(p), self.optimizer._given_projections
+        plan, rules, given = self.plan_of(p), rules_of(group), self.optimizer._given_projections
         assert isinstance(plan, ProjectedPlan)
-        lows = project_matrices(
-            G, self._state_of(p, group), group, plan, rules_of(group), check, given.get(plan.name), first
-        )
+        state = self._state_of(p, plan, rules)
+        lows = project_matrices(G, state, group, plan, rules, check, given.get(plan.name), first)
         if plan.complete:
             given.pop(plan.name, None)  # copied into the state: not kept twice
         return lows
@@ -110,7 +119,8 @@ class ParameterSteps:
             check (`GradientCheck`): Of the gradients that A is made of.
             norm_check (`GradientCheck`, *optional*): Of the gradient that R is made of, where that is another.
         """
-        plan, rules, state = self.plan_of(p), rules_of(group), self._state_of(p, group)
+        plan, rules = self.plan_of(p), rules_of(group)
+        state = self._state_of(p, plan, rules)
         state["skipped_steps"].add_(check.broken)
         if isinstance(gradient, Tensor):
             step_full(local(p), gradient, state, group, plan, rules, check)
@@ -122,8 +132,8 @@ class ParameterSteps:
                 self.observations[p] = seen
         step_matrices(local(p), gradient, state, group, plan, rules, check)
 
-    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        plan, state = self.plan_of(p), self.optimizer.state[p]
+    def _state_of(self, p: Tensor, plan: Plan, rules: Rules) -> dict[str, Tensor]:
+        state = self.optimizer.state[p]
         if not state:
-            state.update(create_state(p, plan, rules_of(group)))
+            state.update(create_state(p, plan, rules))
         return state if plan.sharding is None else {name: local(value) for name, value in state.items()}
