@@ -64,9 +64,7 @@ class GradientStream:
     @property
     def optimizer(self) -> "OSD":
         """Whose stream this is; not kept alive, for one that was dropped would step on until it is collected."""
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        return optimizer
+        return self._optimizer()  # type: ignore[return-value]  # it calls
 
     @property
     def mode(self) -> Mode:

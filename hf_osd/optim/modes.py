@@ -50,11 +50,11 @@ class Mode:
                 "`max_grad_norm` has no effect without `layerwise` or `ddp_compression`: the gradients are all there "
                 "before the step, so clip them with `torch.nn.utils.clip_grad_norm_`."
             )
-        if self.layerwise_clipping is not None and self.max_grad_norm is None:
-            raise ValueError("`layerwise_clipping` has no effect without a `max_grad_norm` above 0.")
         for name in ("layerwise_clipping", "gradient_accumulation"):
             if getattr(self, name) and not self.layerwise:
                 raise ValueError(f"`{name}` has no effect without `layerwise`. Leave it out.")
+        if self.layerwise_clipping is not None and self.max_grad_norm is None:
+            raise ValueError("`layerwise_clipping` has no effect without a `max_grad_norm` above 0.")
 
     @property
     def takes_gradients(self) -> bool:

@@ -272,20 +272,12 @@ class OSD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""
-        kept = (
-            "_given_projections",
-            "_clipped",
-            "_constructed",
-            "partial_load",
-            "collect_statistics",
-            "mode",
-            "_stream",
-        )
+        kept = "_given_projections _clipped _constructed partial_load collect_statistics mode _stream".split()
         return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and forget what was derived."""
-        super().__setstate__(state)
+        super().__setstate__({"mode": Mode(), "_stream": None} | state)  # saved before there were modes
         for group in self.param_groups:
             group.setdefault("stochastic_rounding", False)  # saved before there was the option
         self._reset_derived()

@@ -134,3 +134,18 @@ def test_the_clip_coefficient_is_torchs():
     p.grad = G.clone()
     nn.utils.clip_grad_norm_([p], 0.3)
     torch.testing.assert_close(G * clip_coefficient(G.square().sum(), 0.3), p.grad)
+
+
+def test_an_optimizer_pickled_before_there_were_modes_steps():
+    model = Net()
+    old = optimizer_of(model)
+    state = {name: value for name, value in old.__getstate__().items() if name not in ("mode", "_stream")}
+    optimizer = OSD.__new__(OSD)
+    optimizer.__setstate__(state)
+    train(model, optimizer, range(1))
+    assert not optimizer.mode.takes_gradients
+
+
+def test_clipping_without_layerwise_says_what_is_missing():
+    with pytest.raises(ValueError, match="`layerwise_clipping` has no effect without `layerwise`"):
+        Mode(layerwise_clipping="parameter")
