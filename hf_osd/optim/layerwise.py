@@ -148,7 +148,8 @@ class GradientStream:
             raise ValueError(
                 f"The gradient of {name} arrived twice before `step()`, and a layerwise step has been made with the "
                 "first. Set `gradient_accumulation=True` where several backward passes come before a step, and where "
-                "a weight is shared between segments of reentrant gradient checkpointing."
+                "a weight is shared between segments of reentrant gradient checkpointing; call `zero_grad()` to go on "
+                "after a backward pass that failed."
             )
         else:
             if self.optimizer.collect_statistics and not self._norms2:

@@ -277,7 +277,9 @@ class OSD(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and forget what was derived."""
-        super().__setstate__({"mode": Mode(), "_stream": None} | state)  # saved before there were modes
+        super().__setstate__(state)  # torch's `load_state_dict` comes by here too, with state and groups alone
+        for name, default in (("mode", Mode()), ("_stream", None)):
+            self.__dict__.setdefault(name, default)  # saved before there were modes
         for group in self.param_groups:
             group.setdefault("stochastic_rounding", False)  # saved before there was the option
         self._reset_derived()
