@@ -23,7 +23,7 @@ class OSD(torch.optim.Optimizer):
 
     Groups with a `rank` keep their moments in a subspace of that rank for each weight, which learns by one step of
     online PCA at every step (Algorithm 1); the parameters of the other groups get the same weight rule at full size.
-    Every option below may also be given per group. Nothing is read back to the host in a step, except at a
+    Every option up to `seed` may also be given per group. Nothing is read back to the host in a step, except at a
     parameter's first one and where `subspace="svd"` computes an SVD.
 
     A gradient that is not finite never enters the state: that parameter's step is skipped, and counted in
