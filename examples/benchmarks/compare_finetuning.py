@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from environment import describe, results_folder
+from environment import describe, load_experiment, results_folder
 
 
 HERE = Path(__file__).parent
@@ -163,10 +163,7 @@ def main() -> None:
     parser.add_argument("--use_cpu", action="store_true", help="needed for bf16 without a GPU")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
     arguments = parser.parse_args()
-    file = HERE / "experiments" / f"{arguments.experiment}.json"
-    if not file.is_file():
-        raise SystemExit(f"There is no {file}; known: {', '.join(f.stem for f in file.parent.glob('*.json'))}.")
-    experiment = json.loads(file.read_text())
+    experiment = load_experiment(arguments.experiment)
     tasks, methods = arguments.tasks or list(experiment["tasks"]), arguments.methods or list(experiment["methods"])
     for asked, known in ((tasks, experiment["tasks"]), (methods, experiment["methods"])):
         if set(asked) - set(known):

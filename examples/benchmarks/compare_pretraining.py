@@ -24,7 +24,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from environment import describe, results_folder
+from environment import describe, load_experiment, results_folder
 
 
 HERE = Path(__file__).parent
@@ -171,10 +171,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
     arguments = parser.parse_args()
-    file = HERE / "experiments" / f"{arguments.experiment}.json"
-    if not file.is_file():
-        raise SystemExit(f"There is no {file}; known: {', '.join(f.stem for f in file.parent.glob('*.json'))}.")
-    experiment = json.loads(file.read_text())
+    experiment = load_experiment(arguments.experiment)
     extra = ["--max_steps", str(arguments.max_steps)] if arguments.max_steps else []
     name = arguments.experiment
     if arguments.data:

@@ -1,10 +1,12 @@
-"""Where a measurement was made: device, versions and commit, stored beside every result."""
+"""What every benchmark needs: its experiment, where it was made (device, versions, commit), and where results go."""
 
+import json
 import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,3 +66,13 @@ def _commit() -> str | None:
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def load_experiment(name: str) -> dict[str, Any]:
+    """experiments/<name>.json."""
+    file = Path(__file__).parent / "experiments" / f"{name}.json"
+    if not file.is_file():
+        raise SystemExit(
+            f"There is no {file}; known: {', '.join(sorted(f.stem for f in file.parent.glob('*.json')))}."
+        )
+    return json.loads(file.read_text())
