@@ -9,12 +9,13 @@ parameters, optimizer state, peak memory, time) to `--output_dir`. `--method osd
 What it needs: `pip install "hf_osd[examples]"`. Data is `nyu-mll/glue` from the Hub, or `--data_dir` with
 `<task>/train.jsonl` and so on. The first command takes minutes on a laptop, the second one wants a GPU.
 
-    python examples/finetune_glue.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --task rte \
-        --method osd --rank 8 --learning_rate 1e-4 --max_train_samples 1000 --num_train_epochs 1 --output_dir runs/rte
+    python examples/finetune_glue.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --task mrpc \
+        --method osd --rank 8 --osd_scale 4 --learning_rate 3e-4 --max_train_samples 1000 --num_train_epochs 2 \
+        --output_dir runs/mrpc
 
     python examples/finetune_glue.py --model_name_or_path FacebookAI/roberta-base \
-        --task cola sst2 mrpc qqp stsb mnli qnli rte --method osd --rank 8 --learning_rate 3e-5 --num_train_epochs 3 \
-        --seeds 1 2 3 --bf16 --output_dir runs/glue
+        --task cola sst2 mrpc qqp stsb mnli qnli rte --method osd --rank 8 --osd_scale 4 --learning_rate 3e-5 \
+        --num_train_epochs 3 --seeds 1 2 3 --bf16 --output_dir runs/glue
 """
 
 import copy
