@@ -16,7 +16,8 @@ from hf_osd import last_complete_checkpoint
 
 
 KILLS = 20
-STEPS = 400  # more than twenty lives can do
+LONGEST_LIFE = 8  # steps
+STEPS = KILLS * (LONGEST_LIFE + 50)  # out of reach: a kill comes some milliseconds, not 50 steps, after its sign
 
 
 def live(folder: Path, steps: int) -> None:
@@ -34,6 +35,18 @@ def start(folder: Path, steps: int) -> multiprocessing.Process:
     return process
 
 
+def newest_checkpoint(folder: Path) -> int:
+    """Of complete ones and torn ones."""
+    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0)
+
+
+def wait_for(folder: Path, step: int, process: multiprocessing.Process) -> None:
+    """Until the folder of this step's checkpoint is there, which is when its save begins."""
+    while newest_checkpoint(folder) < step:
+        assert process.is_alive(), f"died by itself with {process.exitcode}"
+        time.sleep(0.001)
+
+
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_twenty_kills_lose_nothing(tmp_path: Path):
@@ -42,11 +55,12 @@ def test_twenty_kills_lose_nothing(tmp_path: Path):
     reached, torn = [], 0
     for _ in range(KILLS):
         process = start(killed, STEPS)
-        time.sleep(clock.uniform(0.5, 2.0))
+        wait_for(killed, newest_checkpoint(killed) + clock.randint(2, LONGEST_LIFE), process)
+        time.sleep(clock.choice([0, clock.uniform(0, 0.05)]))  # within a save, or anywhere in a step
         assert process.is_alive(), f"died by itself with {process.exitcode}"
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        newest = max((int(path.name.split("-")[1]) for path in killed.glob("checkpoint-*")), default=0)
+        newest = newest_checkpoint(killed)
         complete = last_complete_checkpoint(killed)
         reached.append(int(complete.rsplit("-", 1)[1]) if complete else 0)
         torn += newest > reached[-1]
