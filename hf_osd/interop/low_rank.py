@@ -42,7 +42,7 @@ def balanced_factors(
     sketch = rank is not None and not exact and k > EXACT_UP_TO and 2 * (rank + OVERSAMPLING) <= k
     if sketch:
         assert rank is not None
-        U = randomized_svd(X.float(), rank, seed=0).double()
+        U = randomized_svd(X.float(), rank, seed=0)[0].double()
     else:
         # X Xᵀ = U S² Uᵀ in float64. B A = U Uᵀ X needs U only: at full rank it is X, however small a singular value.
         U = torch.linalg.eigh(X @ X.mT).eigenvectors.flip(-1)

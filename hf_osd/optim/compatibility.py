@@ -12,7 +12,8 @@ from .plan import ProjectedPlan, make_plan, names_of
 # Options that shape the trajectory but not the state: the saved values are restored, as torch restores `lr`.
 RESTORED = (
     *("alpha", "lambda_", "scale", "weight_decay", "projection_weight_decay", "betas", "eps", "momentum"),
-    "stochastic_rounding",
+    *("update_interval", "projection_interval", "projection_schedule", "distribution", "mixing", "carry_moments"),
+    *("residual_scaling", "residual_scale", "residual_limit", "stochastic_rounding"),
 )
 ROWS_SHOWN = 12
 
@@ -27,6 +28,7 @@ class Traits(NamedTuple):
     subspace: str
     projection_rule: str
     projection_dtype: str
+    residual: str
 
 
 def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) -> dict[str, Traits | None]:
@@ -52,6 +54,7 @@ def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) ->
                 subspace=group["subspace"] if projected else "-",
                 projection_rule=projection_rule(group) or "-",
                 projection_dtype=(group["projection_dtype"] or "float32") if projected else "-",
+                residual=group["residual"] if projected else "-",
             )
     return found
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..update_rules import GradientCheck
-from .param_step import LowRankGradient, observation, project_gradient, step_projected, usable
+from .param_step import LowRankGradient, observation, project_gradient, step_projected
 from .plan import ProjectedPlan, Rules, StackedPlan
+from .projections import usable
 
 
 def project_matrices(
@@ -68,13 +69,19 @@ def step_matrices(
 
 
 def observe_matrices(
-    lows: Sequence[LowRankGradient | None], state: dict[str, Tensor], plan: ProjectedPlan, check: GradientCheck
+    lows: Sequence[LowRankGradient | None],
+    state: dict[str, Tensor],
+    plan: ProjectedPlan,
+    rules: Rules,
+    check: GradientCheck,
 ) -> tuple[Tensor, Tensor] | None:
     """What `observation` sees, of a stack for every expert that has started."""
     if not isinstance(plan, StackedPlan):
-        return None if lows[0] is None else observation(state, lows[0].R, plan, check)
+        return None if lows[0] is None else observation(state, lows[0].R, plan, rules, check)
     parts = zip(lows, _by_expert(state), plan.experts, _checks_by_expert(check), strict=True)
-    seen = [observation(own, low.R, expert, own_check) for low, own, expert, own_check in parts if low is not None]
+    seen = [
+        observation(own, low.R, expert, rules, own_check) for low, own, expert, own_check in parts if low is not None
+    ]
     return (torch.stack([loss for loss, _ in seen]), torch.stack([error for _, error in seen])) if seen else None
 
 

@@ -6,14 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ..subspace import SubspaceRule, name_rule
 from ..update_rules import RULES, require_bitsandbytes
 from . import options
+from .modes import Mode, refuse_in_mode
 from .plan import given_projections, names_of, settle_sides
 from .sharding import refuse_flat
 
 
 def settle_group(
-    group: dict[str, Any], where: str, position: int, default_init: Any
+    group: dict[str, Any], where: str, position: int, default_init: Any, mode: Mode
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Validate a new group and store in it what is decided once: primitives only.
 
@@ -22,12 +24,16 @@ def settle_group(
         where (`str`): What messages call it.
         position (`int`): Number of parameters in the groups before it.
         default_init: The optimizer's own `init`.
+        mode ([`Mode`]): The optimizer's.
 
     Returns:
         P_0 by name where the user gave one, and the names of parameters whose rank is not low.
     """
     options.check_lr(group["lr"], where)
+    if isinstance(group["subspace"], SubspaceRule):
+        group["subspace"] = name_rule(group["subspace"])
     options.validate(group, where)
+    refuse_in_mode(group, mode, where)
     if any(RULES[rule].eight_bit for rule in (group["weight_rule"], options.projection_rule(group)) if rule):
         require_bitsandbytes()
     names = names_of(group, position)
@@ -48,6 +54,8 @@ def settle_group(
             )
     settle_sides(group, names)
     group["alpha"] = options.projection_alpha(group, group["lr"])
+    if group["projection_schedule"] == "constant":
+        group["projection_lr"] = group["alpha"] * group["lr"]
     clipped = [name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape[-2:])]
     return {} if isinstance(given, str) else given_projections(given, group, names, position), clipped
 

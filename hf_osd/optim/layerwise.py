@@ -193,10 +193,11 @@ class GradientStream:
             norm2 = own2 if norm2 is None else norm2.to(own2)
             norm2 = torch.where(norm2.isfinite() & (norm2 > 0), norm2, own2)
             scale = clip_coefficient(norm2, self.mode.max_grad_norm)
-            # of what is projected R alone: A goes with the gradient over its norm
-            scaled = [gradient] if isinstance(gradient, Tensor) else [low.R for low in gradient if low is not None]
-            for X in scaled:
-                X.mul_(scale)
+            # of what is projected R and G alone: A goes with the gradient over its norm
+            lows = [] if isinstance(gradient, Tensor) else [low for low in gradient if low is not None]
+            for X in [gradient] if isinstance(gradient, Tensor) else [X for low in lows for X in (low.R, low.G)]:
+                if X is not None:
+                    X.mul_(scale)
         same = arrived.norm2 is arrived.energy
         norm_check = None if same else check_of(arrived.norm2, stacked)
         self.steps.apply(p, gradient, group, check_of(arrived.energy, stacked), norm_check)

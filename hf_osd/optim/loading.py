@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .compatibility import differences, restored_options, table, traits
+from .options import DEFAULTS
 from .plan import names_of
 from .state import check_state_dict
 
@@ -30,7 +31,8 @@ def match_state(
     Raises:
         ValueError: With a table of what differs, or if an entry is missing or has another shape or dtype.
     """
-    saved_groups = state_dict["param_groups"]
+    # one that was saved before there was an option had its default
+    saved_groups = [{**DEFAULTS, **group} for group in state_dict["param_groups"]]
     params: dict[str, Tensor] = {}
     for group in live_groups:
         params.update(zip(names_of(group, len(params)), group["params"], strict=True))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..subspace import build_subspace
 from .options import CHECKS, refuse_unknown
 
 
@@ -67,6 +68,26 @@ class Mode:
         if self.max_grad_norm is None:
             return None
         return (self.layerwise_clipping or "previous_norm") if self.layerwise else "norm"
+
+
+def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
+    """Raise `ValueError` for options of a parameter group that would not be exact in this mode."""
+    if group["rank"] is None or not mode.takes_gradients:
+        return
+    sums = mode.gradient_accumulation or mode.ddp_compression is not None
+    name = "ddp_compression" if mode.ddp_compression is not None else "layerwise` with `gradient_accumulation"
+    reason = None
+    if sums and group["residual"] != "none":
+        reason = (
+            f"residual={group['residual']!r} needs the whole gradient, of which this keeps what is in the subspace"
+        )
+    elif sums and group["side"] == "two_sided":
+        reason = "side='two_sided' needs the norm of the whole gradient, which is only estimated"
+    elif build_subspace(group["subspace"], group).mixes and (sums or mode.clipping):
+        reason = f"subspace={group['subspace']!r} mixes the momentum into gradients that are clipped or added up later"
+        name = name if sums else "layerwise` with `max_grad_norm"
+    if reason:
+        raise ValueError(f"`{name}` is not for {where}: {reason}. Leave one of them out.")
 
 
 MODE_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Mode)}

@@ -9,12 +9,27 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..subspace import LEARNING_OPTIONS, RULE_OPTIONS, SUBSPACES, subspace_options
+from ..subspace import (
+    LEARNING_OPTIONS,
+    RULE_OPTIONS,
+    SIDES,
+    SUBSPACES,
+    SubspaceRule,
+    build_subspace,
+    is_rule,
+    rule_class,
+    subspace_options,
+)
 from ..subspace.initialization import INITS
-from ..update_rules import RULES, rule_options
+from ..subspace.random import DISTRIBUTIONS
+from ..update_rules import RULES, build_rule, has_carry, rule_options
 
 
 FLOAT_DTYPES = ("float32", "bfloat16")
+SCHEDULES = ("lr", "constant")
+RESIDUALS = ("none", "scaled", "sign")
+RESIDUAL_SCALINGS = ("column", "matrix")
+RESIDUAL_OPTIONS = {"residual_scaling": "scaled", "residual_limit": "scaled", "residual_scale": "scaled or sign"}
 
 
 @dataclass(frozen=True)
@@ -24,9 +39,10 @@ class Options:
     rank: int | None = None
     weight_rule: str = "adamw"
     projection_rule: str | None = None
-    subspace: str = "online_pca"
+    subspace: Any = "online_pca"
     alpha: float = 5.0
     projection_lr: float | None = None
+    projection_schedule: str | None = None
     lambda_: float = 0.1
     scale: float = 1.0
     weight_decay: float = 0.0
@@ -37,6 +53,14 @@ class Options:
     init: Any = "auto"
     side: str = "auto"
     update_interval: int | None = None
+    projection_interval: int | None = None
+    distribution: str | None = None
+    mixing: float | None = None
+    carry_moments: bool = False
+    residual: str = "none"
+    residual_scaling: str | None = None
+    residual_limit: float | None = None
+    residual_scale: float = 1.0
     projection_dtype: str | None = None
     moment_dtype: str | None = None
     stochastic_rounding: bool = False
@@ -77,7 +101,8 @@ def validate(options: Mapping[str, Any], where: str = "OSD") -> None:
 
 def refuse_without_rank(options: Mapping[str, Any]) -> None:
     """Raise `ValueError` for options that only projected groups use, where no group has a `rank`."""
-    for name in sorted(LEARNING_OPTIONS | RULE_OPTIONS | {"subspace", "scale", "side", "projection_dtype"}):
+    own = {"subspace", "scale", "side", "projection_dtype", "carry_moments", "residual", *RESIDUAL_OPTIONS}
+    for name in sorted(LEARNING_OPTIONS | RULE_OPTIONS | own):
         if options[name] != DEFAULTS[name]:
             raise ValueError(
                 f"`{name}` of OSD has no effect: no parameter group has a `rank`, so nothing is projected."
@@ -92,9 +117,44 @@ def _refuse_without_effect(options: Mapping[str, Any], where: str) -> None:
                 f"`{name}` of {where} has no effect with subspace={options['subspace']!r}. Leave it out, or use "
                 f"subspace={others}."
             )
+    for name, values in RESIDUAL_OPTIONS.items():
+        if options[name] != DEFAULTS[name] and options["residual"] not in values.split(" or "):
+            raise ValueError(f"`{name}` of {where} has no effect without residual={values}. Leave it out.")
+    _refuse_impossible_rule(options, where)
     if options["projection_lr"] is not None and options["alpha"] != DEFAULTS["alpha"]:
         raise ValueError(
             f"`alpha` and `projection_lr` of {where} set the same thing, P's learning rate: give one of them."
+        )
+
+
+def _refuse_impossible_rule(options: Mapping[str, Any], where: str) -> None:
+    """What a subspace rule cannot do with the other options."""
+    name, weight = options["subspace"], options["weight_rule"]
+    rule = rule_class(name)
+    if rule.code is not None and options["projection_dtype"] is not None:
+        raise ValueError(f"`projection_dtype` of {where} has no effect with subspace={name!r}, which keeps no P.")
+    if not rule.uses_init and options["init"] != "auto":
+        raise ValueError(f"`init` of {where} has no effect with subspace={name!r}, which makes its own P.")
+    if options["side"] == "two_sided":
+        if not rule.two_sided:
+            raise ValueError(f"subspace={name!r} of {where} is not for side='two_sided'.")
+        if options["residual_scaling"] == "column":
+            raise ValueError(
+                f"`residual_scaling` of {where} must be 'matrix' with side='two_sided', whose R has no columns of G."
+            )
+    if build_subspace(name, options).mixes and "exp_avg" not in {m.name for m in build_rule(weight).moments((2, 2))}:
+        raise ValueError(
+            f"subspace={name!r} of {where} mixes in the momentum, which weight_rule={weight!r} does not keep as an "
+            "average: set `mixing` to 0."
+        )
+    if not options["carry_moments"]:
+        return
+    if name == "static":
+        raise ValueError(f"`carry_moments` of {where} has no effect with subspace='static', whose P never moves.")
+    if not has_carry(weight):
+        raise ValueError(
+            f"`carry_moments` of {where} is not for weight_rule={weight!r}, whose moments are means over rows and "
+            "columns. Leave it out."
         )
 
 
@@ -114,7 +174,7 @@ def _refuse_unused_rule_options(options: Mapping[str, Any], where: str) -> None:
 
 def projection_rule(options: Mapping[str, Any]) -> str | None:
     """The rule that P moves by: the one given, or the weights' own (Algorithm 1); `None` where P is not learned."""
-    if options["rank"] is None or not SUBSPACES[options["subspace"]].learns:
+    if options["rank"] is None or not rule_class(options["subspace"]).learns:
         return None
     return options["projection_rule"] or options["weight_rule"]
 
@@ -123,6 +183,11 @@ def projection_weight_decay(options: Mapping[str, Any]) -> float:
     """P's decoupled decay: the one asked for, or the weights' own (the remark of Algorithm 1)."""
     decay = options["projection_weight_decay"]
     return options["weight_decay"] if decay is None else decay
+
+
+def projection_step_size(group: Mapping[str, Any]) -> float:
+    """P's learning rate at this step: alpha lr, or a constant one."""
+    return group["projection_lr"] if group["projection_schedule"] == "constant" else group["alpha"] * group["lr"]
 
 
 def projection_alpha(options: Mapping[str, Any], lr: float) -> float:
@@ -164,6 +229,13 @@ def _one_of(names: Iterable[str]) -> Callable[[Any], str | None]:
     return check
 
 
+def _subspace(value: Any) -> str | None:
+    if isinstance(value, SubspaceRule) or is_rule(value):
+        return None
+    complaint = _one_of(SUBSPACES)(value)
+    return f"{complaint}, or an instance of a SubspaceRule" if complaint else None
+
+
 def _boolean(value: Any) -> str | None:
     return None if isinstance(value, bool) else "True or False"
 
@@ -191,9 +263,10 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
     "rank": _integer(1),
     "weight_rule": _one_of(RULES),
     "projection_rule": _one_of(RULES),
-    "subspace": _one_of(SUBSPACES),
+    "subspace": _subspace,
     "alpha": _number(0),
     "projection_lr": _number(0),
+    "projection_schedule": _one_of(SCHEDULES),
     "lambda_": _number(0),
     "scale": _number(0, open_below=True),
     "weight_decay": _number(0),
@@ -202,8 +275,16 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
     "eps": _number(0),
     "momentum": _number(0, below=1),
     "init": _init,
-    "side": _one_of(("auto", "left", "right")),
+    "side": _one_of(("auto", *SIDES)),
     "update_interval": _integer(1),
+    "projection_interval": _integer(1),
+    "distribution": _one_of(DISTRIBUTIONS),
+    "mixing": _number(0, below=1),
+    "carry_moments": _boolean,
+    "residual": _one_of(RESIDUALS),
+    "residual_scaling": _one_of(RESIDUAL_SCALINGS),
+    "residual_limit": _number(0),
+    "residual_scale": _number(0, open_below=True),
     "projection_dtype": _one_of(FLOAT_DTYPES),
     "moment_dtype": _one_of(FLOAT_DTYPES),
     "stochastic_rounding": _boolean,

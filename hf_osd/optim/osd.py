@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..subspace import SubspaceRule
 from . import options
 from .gradients import check_gradients
 from .groups import settle_group, warn_clipped
@@ -40,13 +41,15 @@ class OSD(torch.optim.Optimizer):
             One of `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd`.
         projection_rule (`str`, *optional*): Likewise for P; defaults to `weight_rule` (Algorithm 1).
         subspace (`str`, *optional*, defaults to `"online_pca"`):
-            `online_pca` (the paper), `svd` (periodic, GaLore) or `static`.
+            How P moves: `online_pca` (the paper), `svd` (periodic, GaLore), `random`, `cosine`, `importance`, `power`,
+            `static`, or a [`SubspaceRule`] of your own.
         alpha (`float`, *optional*, defaults to 5.0): P's learning rate is `alpha * lr`. The paper's default.
         lambda_ (`float`, *optional*, defaults to 0.1): Weight of the orthogonality term in Eq. 6. The paper's default.
         scale (`float`, *optional*, defaults to 1.0): Factor on the projected update. The paper's text has none.
         weight_decay (`float`, *optional*, defaults to 0.0): Decoupled weight decay.
         projection_lr (`float`, *optional*):
             P's learning rate at the initial `lr`, instead of `alpha`; it follows `lr`'s schedule.
+        projection_schedule (`str`, *optional*): `lr`, the default, or `constant`: P's learning rate stays what it is.
         projection_weight_decay (`float`, *optional*): P's decay; defaults to `weight_decay` (remark of Algorithm 1).
         betas (`tuple[float, float]`, *optional*):
             For AdamW and Lion, in both roles; defaults to (0.9, 0.999) and (0.9, 0.99).
@@ -56,8 +59,22 @@ class OSD(torch.optim.Optimizer):
             P_0: `svd` or `randomized_svd` of the parameter's first gradient that is not zero, `orthonormal` (seeded),
             or tensors: one for each parameter of the group, or by parameter name. `auto` is `svd` for small matrices
             and `randomized_svd` for large ones ([`~subspace.choose_init`]).
-        side (`str`, *optional*, defaults to `"auto"`): `left`, `right`, or the shorter (if sharded: whole) dimension.
-        update_interval (`int`, *optional*): Steps between SVDs with `subspace="svd"`; defaults to 200 (GaLore).
+        side (`str`, *optional*, defaults to `"auto"`):
+            `left`, `right`, the shorter (if sharded: whole) dimension, or `two_sided` (paper 4.3: moments are r x r).
+        update_interval (`int`, *optional*):
+            Steps between new P with `svd`, `random`, `cosine` and `importance`; defaults to 200 (GaLore).
+        projection_interval (`int`, *optional*): Steps between moves of P with `online_pca` and `power`; defaults to 1.
+        distribution (`str`, *optional*): For `random`: `orthonormal`, the default, or `gaussian`.
+        mixing (`float`, *optional*): For `power`: share of the momentum; defaults to 0.9.
+        carry_moments (`bool`, *optional*, defaults to `False`):
+            Whether moments are turned into the new basis when P moves (LDAdam, arXiv 2410.16103).
+        residual (`str`, *optional*, defaults to `"none"`):
+            What becomes of the gradient outside the subspace: `none` (the paper), `scaled` (Fira, arXiv 2410.01673)
+            or `sign` (FRUGAL, arXiv 2411.07837). See [`~optim.residual`].
+        residual_scaling (`str`, *optional*): For `scaled`: by `column` (the default), or by `matrix`.
+        residual_limit (`float`, *optional*):
+            For `scaled`: largest growth of the residual's norm in a step, 0 for no limit; defaults to 1.01 (Fira).
+        residual_scale (`float`, *optional*, defaults to 1.0): Factor on the residual.
         projection_dtype (`str`, *optional*):
             How P is kept, `float32` or `bfloat16`; defaults to float32 (float64 for float64 parameters). In bfloat16
             steps of P below about 1/256 of an entry are lost.
@@ -113,12 +130,13 @@ class OSD(torch.optim.Optimizer):
         rank: int | None = None,
         weight_rule: str = "adamw",
         projection_rule: str | None = None,
-        subspace: str = "online_pca",
+        subspace: str | SubspaceRule = "online_pca",
         alpha: float = 5.0,
         lambda_: float = 0.1,
         scale: float = 1.0,
         weight_decay: float = 0.0,
         projection_lr: float | None = None,
+        projection_schedule: str | None = None,
         projection_weight_decay: float | None = None,
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
@@ -126,6 +144,14 @@ class OSD(torch.optim.Optimizer):
         init: str | Sequence[Tensor] | Mapping[str, Tensor] = "auto",
         side: str = "auto",
         update_interval: int | None = None,
+        projection_interval: int | None = None,
+        distribution: str | None = None,
+        mixing: float | None = None,
+        carry_moments: bool = False,
+        residual: str = "none",
+        residual_scaling: str | None = None,
+        residual_limit: float | None = None,
+        residual_scale: float = 1.0,
         projection_dtype: str | None = None,
         moment_dtype: str | None = None,
         stochastic_rounding: bool = False,
@@ -159,6 +185,7 @@ class OSD(torch.optim.Optimizer):
         # Groups have taken their own by now; tensors are not for `defaults`, which is printed and pickled.
         if not isinstance(init, str):
             self.defaults["init"] = "auto"
+        self.defaults["subspace"] = str(self.defaults["subspace"])
         if self.mode.takes_gradients:
             self._stream = GradientStream(self)
             self._stream.attach()
@@ -176,7 +203,7 @@ class OSD(torch.optim.Optimizer):
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
         position = sum(len(other["params"]) for other in self.param_groups[:-1])
         try:
-            given, clipped = settle_group(group, where, position, self.defaults["init"])
+            given, clipped = settle_group(group, where, position, self.defaults["init"], self.mode)
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)
         except Exception:
@@ -281,7 +308,8 @@ class OSD(torch.optim.Optimizer):
         for name, default in (("mode", Mode()), ("_stream", None)):
             self.__dict__.setdefault(name, default)  # saved before there were modes
         for group in self.param_groups:
-            group.setdefault("stochastic_rounding", False)  # saved before there was the option
+            for name, default in options.DEFAULTS.items():
+                group.setdefault(name, default)  # saved before there was the option
         self._reset_derived()
         if state.get("_stream") is not None:
             state["_stream"].restore(self)

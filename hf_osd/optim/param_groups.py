@@ -11,6 +11,7 @@ from .modes import MODE_DEFAULTS, mode_of
 from .options import DEFAULTS, refuse_unknown
 from .osd import OSD
 from .presets import resolve
+from .rank_pattern import parse_rank_pattern, ranks_of
 from .targets import ALL_LINEAR, Selection, select
 
 
@@ -18,19 +19,26 @@ DEFAULT_RANK = 128  # GaLore's and APOLLO's in transformers
 
 
 def build_param_groups(
-    selection: Selection, decay_names: Collection[str], rank: int, init: Any, weight_decay: float
+    selection: Selection, decay_names: Collection[str], ranks: Mapping[str, int], init: Any, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Up to four groups of (name, parameter) pairs: projected or not, with weight decay or not.
+    """Groups of (name, parameter) pairs: of each rank and at full size, with weight decay and without.
 
     Args:
         selection ([`Selection`]): What is projected.
         decay_names (`Collection[str]`): Parameters that weight decay applies to.
-        rank (`int`): Rank of the projected groups.
+        ranks (`Mapping[str, int]`): Rank of every projected parameter, by name.
         init (`str` or tensors by name): P_0 of the projected groups.
         weight_decay (`float`): Weight decay of the groups that have it.
     """
     groups = []
-    for parameters, own in ((selection.projected, {"rank": rank, "init": init}), (selection.full_size, {})):
+    kinds: list[tuple[Mapping[str, Tensor], dict[str, Any]]] = [
+        (
+            {name: p for name, p in selection.projected.items() if ranks[name] == rank},
+            {"rank": rank, "init": init},
+        )
+        for rank in dict.fromkeys(ranks.values())
+    ]
+    for parameters, own in (*kinds, (selection.full_size, {})):
         for decays in (True, False):
             params = [(name, p) for name, p in parameters.items() if (name in decay_names) == decays]
             if params:
@@ -53,6 +61,7 @@ def osd_kwargs(
     exclude_modules: str | Iterable[str] | None = None,
     decay_names: Collection[str] | None = None,
     ddp_compression: str | None = None,
+    rank_pattern: str | Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Everything [`OSD`] is constructed from but the learning rate and the mode: `params` and options.
 
@@ -62,7 +71,9 @@ def osd_kwargs(
         target_modules, exclude_modules: See [`~optim.targets.select`].
         decay_names (`Collection[str]`, *optional*): Defaults to what `Trainer` decides.
         ddp_compression (`str`, *optional*): See [`OSD`]. Where it is set, DDP is told to leave what is projected.
+        rank_pattern (`str` or `Mapping[str, int]`, *optional*): See [`create_osd_optimizer`].
     """
+    pattern = parse_rank_pattern(rank_pattern)
     rank = DEFAULT_RANK if settings["rank"] is None else settings["rank"]
     selection = select(model, target_modules, exclude_modules, rank)
     if selection.ignored:
@@ -77,7 +88,8 @@ def osd_kwargs(
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
     if decay_names is None:
         decay_names = decay_parameter_names(model)
-    groups = build_param_groups(selection, decay_names, rank, settings["init"], settings["weight_decay"])
+    ranks = ranks_of(selection.projected, rank, pattern)
+    groups = build_param_groups(selection, decay_names, ranks, settings["init"], settings["weight_decay"])
     return {"params": groups, **own}
 
 
@@ -87,6 +99,7 @@ def create_osd_optimizer(
     lr: float = 1e-3,
     *,
     rank: int = DEFAULT_RANK,
+    rank_pattern: str | Mapping[str, int] | None = None,
     target_modules: str | Iterable[str] = ALL_LINEAR,
     exclude_modules: str | Iterable[str] | None = None,
     projection_optim: str | None = None,
@@ -104,6 +117,9 @@ def create_osd_optimizer(
             with `_layerwise`.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate.
         rank (`int`, *optional*, defaults to 128): r.
+        rank_pattern (`Mapping[str, int]` or `str`, *optional*):
+            Other ranks for some modules: regular expressions for the end of a module's name, of which the first that
+            matches counts. `{"q_proj": 64, "layers.0.mlp.*": 32}`, or `"q_proj:64;layers.0.mlp.*:32"`.
         target_modules, exclude_modules: What is projected, see [`~optim.targets.select`].
         projection_optim (`str`, *optional*): The rule that P moves by; defaults to the weights' own.
         preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.
@@ -135,5 +151,12 @@ def create_osd_optimizer(
     mode = {name: options.pop(name) for name in MODE_DEFAULTS if name in options}
     settings = resolve(optim, named | options, preset, where)
     mode = mode_of(optim, mode)
-    kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, ddp_compression=mode["ddp_compression"])
+    kwargs = osd_kwargs(
+        model,
+        settings,
+        target_modules,
+        exclude_modules,
+        ddp_compression=mode["ddp_compression"],
+        rank_pattern=rank_pattern,
+    )
     return OSD(lr=lr, partial_load=partial_load, **mode, **kwargs)

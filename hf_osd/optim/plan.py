@@ -8,12 +8,21 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..subspace import OPERATORS, LinearOperator, SubspaceRule, build_subspace, choose_side, effective_rank
+from ..subspace import (
+    RULE_OPTIONS,
+    LinearOperator,
+    SubspaceRule,
+    build_subspace,
+    choose_side,
+    effective_rank,
+    operator_of,
+)
 from ..update_rules import MomentStorage, UpdateRule, build_rule, build_storage
 from . import options
 from .sharding import FLAT, Sharding, sharding_of
 
 
+_RULE_OPTIONS = tuple(sorted(RULE_OPTIONS))
 COUNTERS = ("step", "skipped_steps", "idle_steps")  # of a state: all the steps that the host has counted
 
 
@@ -25,6 +34,7 @@ class Rules(NamedTuple):
     subspace: SubspaceRule
     projection: UpdateRule | None  # None where P is not learned
     projection_storage: MomentStorage
+    residual: str
 
 
 def rules_of(group: Mapping[str, Any]) -> Rules:
@@ -34,24 +44,25 @@ def rules_of(group: Mapping[str, Any]) -> Rules:
         group["weight_rule"],
         options.projection_rule(group),
         group["subspace"],
-        group["lambda_"],
-        group["update_interval"],
+        tuple(group[name] for name in _RULE_OPTIONS),
         betas,
         group["eps"],
         group["momentum"],
         group["moment_dtype"],
+        group["residual"],
     )
 
 
 @lru_cache(maxsize=256)
-def _rules(weight, projection, subspace, lambda_, update_interval, betas, eps, momentum, moment_dtype) -> Rules:
+def _rules(weight, projection, subspace, settings, betas, eps, momentum, moment_dtype, residual) -> Rules:
     dtype = getattr(torch, moment_dtype) if moment_dtype else None
     return Rules(
         weight=build_rule(weight, betas, eps, momentum),
         weight_storage=build_storage(weight, dtype),
-        subspace=build_subspace(subspace, lambda_, update_interval),
+        subspace=build_subspace(subspace, dict(zip(_RULE_OPTIONS, settings, strict=True))),
         projection=build_rule(projection, betas, eps, momentum) if projection else None,
         projection_storage=build_storage(projection or weight),
+        residual=residual,
     )
 
 
@@ -89,13 +100,14 @@ class ProjectedPlan(Plan):
     """How one projected weight (m, n) is stepped.
 
     Attributes:
-        side (`str`): `"left"` or `"right"`.
+        side (`str`): `"left"`, `"right"` or `"two_sided"`.
         rank (`int`): r.
         projection_dtype (`torch.dtype`): How P is kept between steps.
         started (`bool`): Whether P has been initialised.
         idle (`int`):
             Of an expert, how many of the `count` steps were without tokens, as far as the host knows: it asks where
             the number decides.
+        expanded (`torch.Tensor`, *optional*): P, where the state keeps what it is made from instead.
     """
 
     side: str
@@ -103,11 +115,22 @@ class ProjectedPlan(Plan):
     projection_dtype: torch.dtype
     started: bool = False
     idle: int = 0
+    expanded: Tensor | None = None
 
     @property
-    def op(self) -> type[LinearOperator]:
+    def op(self) -> LinearOperator:
         """The operator of the side."""
-        return OPERATORS[self.side]
+        return operator_of(self.side, self.size[0])
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether both dimensions are projected, by two factors that lie below each other in P."""
+        return self.side == "two_sided"
+
+    @property
+    def factor_rows(self) -> tuple[int, ...]:
+        """Rows of each factor of P."""
+        return self.size if self.two_sided else (self.op.projected_size(*self.size),)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -228,7 +251,11 @@ def settle_sides(group: dict[str, Any], names: Sequence[str]) -> None:
         if sharding is not None or side is None:
             divided = None if sharding is None else sharding.dim
             side = choose_side(p.shape[-2], p.shape[-1], group["side"], divided)
-            if divided == ("left", "right").index(side):  # the dimension that the side projects
+            if side == "two_sided" and sharding is not None:
+                raise ValueError(
+                    f"{name} is sharded, which side='two_sided' does not support: leave `side` out, or use DDP."
+                )
+            if (divided, side) in ((0, "left"), (1, "right")):  # the dimension that the side projects
                 raise ValueError(
                     f"{name} is sharded in the dimension that side={side!r} projects: P would be divided, and every "
                     "step would exchange low-rank gradients. Leave `side` out."

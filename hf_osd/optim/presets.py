@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ..subspace import SUBSPACES
+from ..subspace import is_rule, rule_class
 from .modes import LAYERWISE_SUFFIX
 from .options import DEFAULTS, RULES, refuse_unknown
 
@@ -47,7 +47,7 @@ def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str)
     refuse_unknown(given, DEFAULTS.keys() - {"weight_rule"}, where)
     settings = dict(PRESETS[_known_preset(preset)]) if preset else {}
     subspace = given.get("subspace", DEFAULTS["subspace"])
-    if settings and subspace in SUBSPACES and not SUBSPACES[subspace].learns:
+    if settings and is_rule(subspace) and not rule_class(subspace).learns:
         raise ValueError(
             f"preset={preset!r} is about how P is learned: it cannot be combined with subspace={subspace!r}."
         )

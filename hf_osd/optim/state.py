@@ -25,7 +25,13 @@ def state_spec(plan: Plan, rules: Rules) -> dict[str, TensorSpec]:
         )
     if not isinstance(plan, ProjectedPlan):
         return spec
-    spec["projection"] = TensorSpec(plan.projection_shape, plan.projection_dtype)
+    if rules.subspace.code is None:
+        spec["projection"] = TensorSpec(plan.projection_shape, plan.projection_dtype)
+    else:
+        shape, dtype = rules.subspace.code_spec(plan.rank)
+        spec[rules.subspace.code] = TensorSpec((2, *shape) if plan.two_sided else shape, dtype)
+    if rules.residual == "scaled":
+        spec["residual_norm"] = TensorSpec((), torch.float32)
     if rules.projection is not None:
         spec["projection_step"] = TensorSpec((), torch.float32)
         for moment in rules.projection.moments(plan.projection_shape):

@@ -127,7 +127,7 @@ class ParameterSteps:
             return
         assert isinstance(plan, ProjectedPlan)
         if self.optimizer.collect_statistics:
-            seen = observe_matrices(gradient, state, plan, norm_check or check)
+            seen = observe_matrices(gradient, state, plan, rules, norm_check or check)
             if seen is not None:
                 self.observations[p] = seen
         step_matrices(local(p), gradient, state, group, plan, rules, check)

@@ -51,27 +51,41 @@ def initial_projection(
         U, _, Vh = torch.linalg.svd(G.to(dtype), full_matrices=False)
         return (U[:, :rank] if side == "left" else Vh[:rank].mT).contiguous()
     if init == "randomized_svd":
-        return randomized_svd(X.to(dtype), rank, seed)
-    return torch.linalg.qr(_gaussian(X.shape[0], rank, seed, X.device, dtype)).Q.contiguous()
+        return randomized_svd(X.to(dtype), rank, seed)[0]
+    return torch.linalg.qr(gaussian(X.shape[0], rank, seed, X.device, dtype)).Q.contiguous()
 
 
-def randomized_svd(X: Tensor, rank: int, seed: int) -> Tensor:
-    """Approximate top-r left singular vectors of X (s, l), (s, r), by subspace iteration (Halko et al., alg. 4.4).
+def singular_vectors(X: Tensor, sketched: int, init: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Left singular vectors of X (s, l) and their singular values, descending.
+
+    All of them, min(s, l), from the exact SVD; the top `sketched` with `init="randomized_svd"`.
+    """
+    if init == "randomized_svd":
+        return randomized_svd(X, sketched, seed)
+    U, S, _ = torch.linalg.svd(X, full_matrices=False)
+    return U, S
+
+
+def randomized_svd(X: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Approximate top-r left singular vectors (s, r) and values (r,) of X (s, l), by subspace iteration.
+
+    Halko et al. 2011 (arXiv 0909.4061), algorithm 4.4.
 
     Equal to `torch.svd_lowrank` in method; drawn from a generator of its own, so that it neither depends on nor
     disturbs the global random state (which differs between data-parallel processes), and without the SVD of an
     (r, l) matrix.
     """
     q = min(rank + OVERSAMPLING, *X.shape)
-    Q = torch.linalg.qr(X @ _gaussian(X.shape[1], q, seed, X.device, X.dtype)).Q
+    Q = torch.linalg.qr(X @ gaussian(X.shape[1], q, seed, X.device, X.dtype)).Q
     for _ in range(POWER_ITERATIONS):
         Q = torch.linalg.qr(X @ torch.linalg.qr(X.mT @ Q).Q).Q
     B = Q.mT @ X
-    eigenvectors = torch.linalg.eigh(B @ B.mT).eigenvectors  # ascending eigenvalues
-    return (Q @ eigenvectors[:, -rank:].flip(-1)).contiguous()
+    eigenvalues, eigenvectors = torch.linalg.eigh(B @ B.mT)  # ascending
+    return (Q @ eigenvectors[:, -rank:].flip(-1)).contiguous(), eigenvalues[-rank:].flip(-1).clamp(min=0).sqrt()
 
 
-def _gaussian(rows: int, columns: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def gaussian(rows: int, columns: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Standard normal numbers, the same on every device."""
     # Drawn on the CPU: generators of different devices give different numbers for one seed.
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator, dtype=dtype).to(device)

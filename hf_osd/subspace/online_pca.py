@@ -1,85 +1,36 @@
-"""Online PCA, the paper's rule for P (Eq. 6), in closed form.
+"""Online PCA, the paper's rule for P (section 3.2, Eq. 6 and Algorithm 1)."""
 
-    loss(P) = || P Pᵀ Ĝ - Ĝ ||² + lambda || PᵀP - I ||²,    Ĝ = G / ||G||
-
-With R = Pᵀ G at hand (left side; the right side is the same for Gᵀ) and
-
-    s = 1 / max(||G||², eps)     C = Pᵀ P     K = s R Rᵀ     A = s G Rᵀ
-
-the gradient needs one more product with G (A); everything else is r wide:
-
-    grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
-    loss = 1 - 2 tr K + tr(C K) + lambda || C - I ||²
-
-Letters and shapes as in `operators`.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-
-def pca_loss(
-    P: Tensor,  # (s, r) projection
-    K: Tensor,  # (r, r) gram(R), without the factor s
-    inv_norm2: Tensor,  # () s = 1 / max(||G||², eps)
-    lambda_: float = 0.0,
-) -> Tensor:
-    """Eq. 6 at P, a 0-dim tensor. With `lambda_=0` it is the share of the gradient's energy outside the subspace."""
-    C = P.t() @ P
-    K = K * inv_norm2
-    # loss = 1 - 2 tr K + tr(C K) + lambda || C - I ||²
-    loss = 1 - 2 * K.trace() + (C * K).sum()
-    if lambda_:
-        C.diagonal().sub_(1)
-        loss = loss + lambda_ * C.square().sum()
-    return loss
-
-
-def pca_gradient(
-    P: Tensor,  # (s, r) projection
-    A: Tensor,  # (s, r) correlate(G, R), without the factor s, in the precision of P
-    inv_norm2: Tensor,  # () s = 1 / max(||G||², eps)
-    lambda_: float,
-) -> Tensor:
-    """Gradient of Eq. 6 at P, (s, r), without autograd and without anything of size (m, n), (m, m) or (n, n)."""
-    I = _identity(P.shape[1], P.dtype, P.device)  # noqa: E741 - its name in the paper
-    E = P.t() @ P - I  # C - I
-    K = P.t() @ A  # = R Rᵀ without s, and cheaper: A is (s, r), R is as long as the other side
-    # grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
-    #      = A 2 s (C - 2 I) + P (2 s K + 4 lambda (C - I))        with A and K without s
-    two_s = 2 * inv_norm2
-    on_A = (E - I).mul_(two_s)
-    on_P = K.mul_(two_s).add_(E, alpha=4 * lambda_)
-    return torch.addmm(P @ on_P, A, on_A)
-
-
-@lru_cache(maxsize=64)
-def _identity(r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.eye(r, dtype=dtype, device=device)
+from .protocol import Movement, SubspaceRule
 
 
 @dataclass(frozen=True)
-class OnlinePCA:
-    """The paper's rule: P takes one step of its own optimizer on Eq. 6 at every training step.
+class OnlinePCA(SubspaceRule):
+    """P takes one step of its own optimizer on Eq. 6, at every training step or every k-th.
+
+    A step costs one product of the gradient with an r-wide matrix, A, and r-wide ones beside it. The state is P,
+    s x r, and the moments of its optimizer.
 
     Args:
         lambda_ (`float`, *optional*, defaults to 0.1):
             Weight of the orthogonality term, the paper's default.
+        projection_interval (`int`, *optional*, defaults to 1):
+            k: P moves after the steps 0, k, 2k, ... only, and A is not computed at the others. The paper's is 1.
     """
 
     learns: ClassVar[bool] = True
 
     lambda_: float = 0.1
+    projection_interval: int = 1
 
-    def refresh_due(self, count: int) -> bool:
-        """Never: P moves smoothly."""
-        return False
+    def moves_at(self, count: int) -> bool:
+        """At every `projection_interval`-th step."""
+        return count % self.projection_interval == 0
 
-    def advance_(self, P: Tensor, A: Tensor, inv_norm2: Tensor, descend: Callable[[Tensor], None]) -> None:
+    def advance_(self, P: Tensor, move: Movement) -> None:
         """One step of P's optimizer on the gradient of Eq. 6."""
-        descend(pca_gradient(P, A, inv_norm2, self.lambda_))
+        move.descend(move.op.pca_gradient(P, move.A, move.inv_norm2, self.lambda_))

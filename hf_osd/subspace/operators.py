@@ -13,45 +13,64 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .pca import pca_gradient, pca_loss
+
 
 class LinearOperator(Protocol):
-    """What a side must offer. All methods are static: an operator has no state."""
+    """What a side must offer. `Left` and `Right` have no state; `TwoSided` knows where in P its second factor starts.
 
-    @staticmethod
-    def projected_size(m: int, n: int) -> int:
+    Attributes:
+        long_dim (`int`, *optional*): The dimension of R that is not projected; `None` where both are.
+    """
+
+    @property
+    def long_dim(self) -> int | None:
+        """As above."""
+
+    def projected_size(self, m: int, n: int) -> int:
         """Number of rows of P: the dimension of W that is projected."""
 
-    @staticmethod
-    def low_rank_shape(m: int, n: int, r: int) -> tuple[int, int]:
+    def low_rank_shape(self, m: int, n: int, r: int) -> tuple[int, int]:
         """Shape of R and D."""
 
-    @staticmethod
-    def down(G: Tensor, P: Tensor) -> Tensor:
+    def split(self, P: Tensor) -> tuple[Tensor, ...]:
+        """The factors that P holds, each with orthonormal columns where P is well: views."""
+
+    def down(self, G: Tensor, P: Tensor) -> Tensor:
         """R, the low-rank image of a gradient G (m, n)."""
 
-    @staticmethod
-    def up(D: Tensor, P: Tensor) -> Tensor:
+    def up(self, D: Tensor, P: Tensor) -> Tensor:
         """The adjoint of `down`: D lifted to (m, n). Allocates it; a step uses `add_up_`."""
 
-    @staticmethod
-    def add_up_(W: Tensor, D: Tensor, P: Tensor, alpha: float) -> None:
+    def add_up_(self, W: Tensor, D: Tensor, P: Tensor, alpha: float) -> None:
         """W <- W + alpha * up(D, P), accumulated by the product itself: nothing of size (m, n) is allocated."""
 
-    @staticmethod
-    def factors(D: Tensor, P: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Views of D and P such that `up` of them is those rows of up(D, P)."""
+    def factors(self, D: Tensor, P: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """D and P such that `up` of them is those rows of up(D, P); views where that is possible."""
 
-    @staticmethod
-    def gram(R: Tensor) -> Tensor:
-        """Pᵀ G Gᵀ P (left) or Pᵀ Gᵀ G P (right) from R alone, (r, r)."""
+    def gram(self, R: Tensor) -> Tensor:
+        """What `pca_loss` needs of R, (r, r): Pᵀ G Gᵀ P (left) or Pᵀ Gᵀ G P (right). A sum over the long dimension."""
 
-    @staticmethod
-    def correlate(G: Tensor, R: Tensor) -> Tensor:
-        """G Gᵀ P (left) or Gᵀ G P (right) from G and R, shaped like P."""
+    def correlate(self, G: Tensor, Z: Tensor, P: Tensor | None = None) -> Tensor:
+        """G Zᵀ (left) or Gᵀ Z (right), shaped like P. With Z = R it is all that a rule learns of G."""
+
+    def correlate_up(self, D: Tensor, Z: Tensor, P: Tensor) -> Tensor:
+        """correlate(up(D, P), Z, P) without up."""
+
+    def carry(self, X: Tensor, P: Tensor, old: Tensor, square: bool = False) -> Tensor:
+        """down(up(X, old), P): a moment in the coordinates of P; with `square` through the squared overlaps."""
+
+    def pca_loss(self, P: Tensor, K: Tensor, inv_norm2: Tensor) -> Tensor:
+        """|| up(down(Ĝ)) - Ĝ ||², 0-dim, from K = gram(R): the share of the gradient's energy outside the subspace."""
+
+    def pca_gradient(self, P: Tensor, A: Tensor, inv_norm2: Tensor, lambda_: float) -> Tensor:
+        """Gradient of Eq. 6 at P, from A = correlate(G, R, P)."""
 
 
 class Left:
     """R = Pᵀ G (r, n) with P (m, r)."""
+
+    long_dim = 1
 
     @staticmethod
     def projected_size(m: int, n: int) -> int:  # noqa: D102 - see LinearOperator
@@ -60,6 +79,10 @@ class Left:
     @staticmethod
     def low_rank_shape(m: int, n: int, r: int) -> tuple[int, int]:  # noqa: D102
         return (r, n)
+
+    @staticmethod
+    def split(P: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        return (P,)
 
     @staticmethod
     def down(G: Tensor, P: Tensor) -> Tensor:  # noqa: D102
@@ -82,12 +105,26 @@ class Left:
         return R @ R.t()
 
     @staticmethod
-    def correlate(G: Tensor, R: Tensor) -> Tensor:  # noqa: D102
-        return G @ R.t()
+    def correlate(G: Tensor, Z: Tensor, P: Tensor | None = None) -> Tensor:  # noqa: D102
+        return G @ Z.t()
+
+    @staticmethod
+    def correlate_up(D: Tensor, Z: Tensor, P: Tensor) -> Tensor:  # noqa: D102
+        return P @ (D @ Z.t())
+
+    @staticmethod
+    def carry(X: Tensor, P: Tensor, old: Tensor, square: bool = False) -> Tensor:  # noqa: D102
+        overlap = P.t() @ old
+        return (overlap.square_() if square else overlap) @ X
+
+    pca_loss = staticmethod(pca_loss)
+    pca_gradient = staticmethod(pca_gradient)
 
 
 class Right:
     """R = G P (m, r) with P (n, r)."""
+
+    long_dim = 0
 
     @staticmethod
     def projected_size(m: int, n: int) -> int:  # noqa: D102
@@ -96,6 +133,10 @@ class Right:
     @staticmethod
     def low_rank_shape(m: int, n: int, r: int) -> tuple[int, int]:  # noqa: D102
         return (m, r)
+
+    @staticmethod
+    def split(P: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        return (P,)
 
     @staticmethod
     def down(G: Tensor, P: Tensor) -> Tensor:  # noqa: D102
@@ -118,11 +159,20 @@ class Right:
         return R.t() @ R
 
     @staticmethod
-    def correlate(G: Tensor, R: Tensor) -> Tensor:  # noqa: D102
-        return G.t() @ R
+    def correlate(G: Tensor, Z: Tensor, P: Tensor | None = None) -> Tensor:  # noqa: D102
+        return G.t() @ Z
 
+    @staticmethod
+    def correlate_up(D: Tensor, Z: Tensor, P: Tensor) -> Tensor:  # noqa: D102
+        return P @ (D.t() @ Z)
 
-OPERATORS: dict[str, type[LinearOperator]] = {"left": Left, "right": Right}
+    @staticmethod
+    def carry(X: Tensor, P: Tensor, old: Tensor, square: bool = False) -> Tensor:  # noqa: D102
+        overlap = old.t() @ P
+        return X @ (overlap.square_() if square else overlap)
+
+    pca_loss = staticmethod(pca_loss)
+    pca_gradient = staticmethod(pca_gradient)
 
 
 def choose_side(m: int, n: int, side: str = "auto", divided: int | None = None) -> str:
@@ -132,14 +182,14 @@ def choose_side(m: int, n: int, side: str = "auto", divided: int | None = None) 
         m (`int`): Rows of the weight.
         n (`int`): Columns of the weight.
         side (`str`, *optional*, defaults to `"auto"`):
-            `"left"` and `"right"` are taken as they are; `"auto"` projects the shorter dimension, which makes P and
-            its moments smallest and is what GaLore and the paper do.
+            `"left"`, `"right"` and `"two_sided"` are taken as they are; `"auto"` projects the shorter dimension, which
+            makes P and its moments smallest and is what GaLore and the paper do.
         divided (`int`, *optional*):
             The dimension that is divided among processes. `"auto"` projects the other one, so that `down` and `up`
             need no communication, although P, which every process holds, can be the larger of the two then.
 
     Returns:
-        `str`: `"left"` or `"right"`.
+        `str`: `"left"`, `"right"` or `"two_sided"`.
     """
     if side != "auto":
         return side

@@ -1,34 +1,114 @@
-"""What a subspace rule must offer: how P_t becomes P_{t+1}."""
+"""What a subspace rule is: how P_t becomes P_{t+1} (paper, section 3: any smooth rule converges).
+
+Letters and shapes as in `operators`; s is the number of rows of P.
+"""
 
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
+from .initialization import initial_projection
+from .operators import LinearOperator
 
-class SubspaceRule(Protocol):
-    """One rule for the projection (paper, section 3: any smooth rule converges, so this is an open family).
 
-    A rule is a frozen dataclass of its settings. It may replace P before a step uses it (`refresh_due`; the optimizer
-    then computes a new P from the gradient as it did the first one), or move it after (`advance_`), or both, or
-    neither.
+class Start(NamedTuple):
+    """How a P is asked for, at the first step and where it is renewed.
+
+    Attributes:
+        side (`str`): `"left"` or `"right"`. A two-sided weight asks for each of its two factors.
+        rank (`int`): r.
+        init (`str`): `"svd"`, `"randomized_svd"` or `"orthonormal"`: the user's choice, settled for this shape.
+        seed (`int`): The parameter's, the same on all processes.
+        steps (`int`): Steps so far; with `seed`, what random numbers may depend on.
+        dtype (`torch.dtype`): Precision of the computation.
+    """
+
+    side: str
+    rank: int
+    init: str
+    seed: int
+    steps: int
+    dtype: torch.dtype
+
+
+class Movement(NamedTuple):
+    """What a rule is told of the step after which it moves P.
+
+    Attributes:
+        A (`torch.Tensor`): op.correlate(G, Z, P), shaped like P, where Z is R unless the rule `mixes` in momentum.
+        inv_norm2 (`torch.Tensor`): 1 / max(||G||², eps), 0-dim.
+        usable (`torch.Tensor`): bool, 0-dim: G was neither zero nor broken. A is nothing to go by otherwise.
+        op ([`LinearOperator`]): The operator of the weight's side.
+        descend (`Callable`): Takes the gradient of a loss at P, shaped like P, and makes one step of P's optimizer.
+    """
+
+    A: Tensor
+    inv_norm2: Tensor
+    usable: Tensor
+    op: LinearOperator
+    descend: Callable[[Tensor], None]
+
+
+class SubspaceRule:
+    """One rule for the projection. A rule is a frozen dataclass of its settings that overrides what it needs.
+
+    It may replace P before a step uses it (`refresh_due` and `make`), or move it after (`moves_at` and `advance_`), or
+    both, or neither. An instance can be passed as `subspace`.
 
     Attributes:
         learns (`bool`):
             Whether `advance_` calls `descend`, that is, whether P has an update rule of its own and needs its state.
-            Only then is A computed.
+        reads_gradient (`bool`): Whether `make` looks at the gradient's values.
+        uses_init (`bool`): Whether `make` does as `init` says.
+        two_sided (`bool`): Whether it can be used with `side="two_sided"`.
+        code (`str`, *optional*):
+            Name of the state entry that is kept instead of P, where `make` returns that and `expand` makes P of it.
+        keeps_expanded (`bool`): Whether P is then kept beside the state while the code stays the same.
     """
 
-    learns: ClassVar[bool]
+    learns: ClassVar[bool] = False
+    reads_gradient: ClassVar[bool] = True
+    uses_init: ClassVar[bool] = True
+    two_sided: ClassVar[bool] = True
+    code: ClassVar[str | None] = None
+    keeps_expanded: ClassVar[bool] = False
+
+    @property
+    def mixes(self) -> float:
+        """Share of the momentum in what A is made of; above 0 `advance_` sees the gradient through it."""
+        return 0.0
 
     def refresh_due(self, count: int) -> bool:
-        """Whether P is computed anew from the gradient of step `count` (counted from 0 on the host)."""
+        """Whether P is made anew from the gradient of step `count` (counted from 0 on the host)."""
+        return False
+
+    def make(
+        self,
+        G: Tensor,  # (m, n) gradient, finite and not zero, not modified
+        start: Start,
+        old: Tensor | None,  # what `make` returned before, None at the first step
+    ) -> Tensor:
+        """A new P, (s, r); where the rule has a `code`, that."""
+        return initial_projection(G, start.side, start.rank, start.init, start.seed, start.dtype)
+
+    def code_spec(self, rank: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the code of one P."""
+        raise NotImplementedError
+
+    def expand(self, code: Tensor, rows: int, rank: int, dtype: torch.dtype) -> Tensor:
+        """P, (rows, rank), from its code, on the code's device."""
+        raise NotImplementedError
+
+    def moves_at(self, count: int) -> bool:
+        """Whether `advance_` is called after step `count`. A is only computed then."""
+        return False
 
     def advance_(
         self,
-        P: Tensor,  # (s, r) projection, may be modified in place
-        A: Tensor,  # (s, r) correlate(G, R), all that a rule is told of G
-        inv_norm2: Tensor,  # () 1 / max(||G||², eps)
-        descend: Callable[[Tensor], None],  # takes the gradient (s, r) of a loss at P and makes one step on P
+        P: Tensor,  # (s, r) projection, modified in place
+        move: Movement,
     ) -> None:
-        """Move P after the step has used it. Called where `learns` only."""
+        """Move P after a step has used it."""
+        raise NotImplementedError

@@ -40,6 +40,13 @@ class OSDTrainingArguments(TrainingArguments):
     """
 
     osd_rank: int | None = field(default=None, metadata={"help": "Rank of the projections. Defaults to 128."})
+    osd_rank_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "Other ranks for some modules, by regular expressions for the end of their names: "
+            "q_proj:64;v_proj:32."
+        },
+    )
     osd_alpha: float | None = field(
         default=None, metadata={"help": "P's learning rate is this times the learning rate. Defaults to 5."}
     )
@@ -65,7 +72,11 @@ class OSDTrainingArguments(TrainingArguments):
         },
     )
     osd_subspace: str | None = field(
-        default=None, metadata={"help": "online_pca (the default), svd (periodic, as GaLore) or static."}
+        default=None,
+        metadata={
+            "help": "How P moves: online_pca (the default), svd (periodic, as GaLore), random, cosine, importance, "
+            "power or static."
+        },
     )
     osd_init: str | None = field(
         default=None,
@@ -74,9 +85,13 @@ class OSDTrainingArguments(TrainingArguments):
             "repository on the Hub with the P of another run."
         },
     )
-    osd_side: str | None = field(default=None, metadata={"help": "auto (the default), left or right."})
+    osd_side: str | None = field(default=None, metadata={"help": "auto (the default), left, right or two_sided."})
     osd_projection_lr: float | None = field(
         default=None, metadata={"help": "P's learning rate at the initial learning rate, instead of osd_alpha."}
+    )
+    osd_projection_schedule: str | None = field(
+        default=None,
+        metadata={"help": "lr (the default): P's learning rate follows the schedule; constant: it does not."},
     )
     osd_projection_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay of P. Defaults to weight_decay."}
@@ -88,8 +103,37 @@ class OSDTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "How moments are kept: float32 (the default) or bfloat16."}
     )
     osd_update_interval: int | None = field(
-        default=None, metadata={"help": "Steps between SVDs with osd_subspace=svd. Defaults to 200."}
+        default=None,
+        metadata={"help": "Steps between new P with osd_subspace svd, random, cosine or importance. Defaults to 200."},
     )
+    osd_projection_interval: int | None = field(
+        default=None,
+        metadata={"help": "Steps between moves of P with osd_subspace online_pca or power. Defaults to 1."},
+    )
+    osd_distribution: str | None = field(
+        default=None, metadata={"help": "With osd_subspace=random: orthonormal (the default) or gaussian."}
+    )
+    osd_mixing: float | None = field(
+        default=None, metadata={"help": "With osd_subspace=power: share of the momentum. Defaults to 0.9."}
+    )
+    osd_carry_moments: bool | None = field(
+        default=None, metadata={"help": "Turn moments into the new basis when P moves."}
+    )
+    osd_residual: str | None = field(
+        default=None,
+        metadata={
+            "help": "The gradient outside the subspace: none (the default) drops it, scaled adds it in the scale of "
+            "the inside, sign adds its sign."
+        },
+    )
+    osd_residual_scaling: str | None = field(
+        default=None, metadata={"help": "With osd_residual=scaled: by column (the default) or matrix."}
+    )
+    osd_residual_limit: float | None = field(
+        default=None,
+        metadata={"help": "With osd_residual=scaled: largest growth of its norm a step; 0: none. Defaults to 1.01."},
+    )
+    osd_residual_scale: float | None = field(default=None, metadata={"help": "Factor on the residual. Defaults to 1."})
     osd_momentum: float | None = field(default=None, metadata={"help": "Momentum of SGD. Defaults to 0.9."})
     osd_stochastic_rounding: bool | None = field(
         default=None,

@@ -37,5 +37,6 @@ def constructor_arguments(
         settings.exclude_modules,
         decay_names,
         ddp_compression=settings.mode["ddp_compression"],
+        rank_pattern=settings.rank_pattern,
     )
     return {"lr": args.learning_rate, "partial_load": settings.partial_load, **settings.mode, **kwargs}

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from ..optim import ALL_LINEAR, OPTIM_NAMES, resolve
 from ..optim.modes import MODE_DEFAULTS, Mode, mode_of
 from ..optim.options import projection_rule, refuse_unknown, validate
+from ..optim.rank_pattern import parse_rank_pattern
 from ..update_rules import rule_options
 from .engines import refuse_flat_engines
 from .gradient_norm import CAN_LEAVE_CLIPPING
@@ -24,6 +25,7 @@ class Setting(NamedTuple):
 # Keys of `optim_args`. With the prefix `osd_` they are the fields of `OSDTrainingArguments`.
 SETTINGS: dict[str, Setting] = {
     "rank": Setting("rank", int),
+    "rank_pattern": Setting("rank_pattern", str),
     "alpha": Setting("alpha", float),
     "lambda": Setting("lambda_", float),
     "scale": Setting("scale", float),
@@ -32,10 +34,19 @@ SETTINGS: dict[str, Setting] = {
     "init": Setting("init", str),
     "side": Setting("side", str),
     "projection_lr": Setting("projection_lr", float),
+    "projection_schedule": Setting("projection_schedule", str),
     "projection_weight_decay": Setting("projection_weight_decay", float),
     "projection_dtype": Setting("projection_dtype", str),
     "moment_dtype": Setting("moment_dtype", str),
     "update_interval": Setting("update_interval", int),
+    "projection_interval": Setting("projection_interval", int),
+    "distribution": Setting("distribution", str),
+    "mixing": Setting("mixing", float),
+    "carry_moments": Setting("carry_moments", bool),
+    "residual": Setting("residual", str),
+    "residual_scaling": Setting("residual_scaling", str),
+    "residual_limit": Setting("residual_limit", float),
+    "residual_scale": Setting("residual_scale", float),
     "momentum": Setting("momentum", float),
     "stochastic_rounding": Setting("stochastic_rounding", bool),
     "seed": Setting("seed", int),
@@ -72,6 +83,7 @@ class OSDSettings(NamedTuple):
     target_modules: str | list[str]
     exclude_modules: str | list[str] | None
     partial_load: bool
+    rank_pattern: dict[str, int]
     mode: dict[str, Any]
 
 
@@ -115,6 +127,7 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
             raise ValueError(f"{key!r} is given twice: in `optim_args` and as `osd_{key}`.")
         given[key] = value
     preset, partial_load = given.pop("preset", None), given.pop("partial_load", False)
+    rank_pattern = parse_rank_pattern(given.pop("rank_pattern", None))
     mode = _mode(args, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
     given.setdefault("seed", args.seed)
     where = "the training arguments"
@@ -125,7 +138,7 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
     validate(resolved | {"rank": rank, "init": init}, where)
     resolved |= _adam_fields(args, resolved)
     validate(resolved | {"rank": rank, "init": init}, where)
-    return OSDSettings(resolved, *_modules(args), partial_load, mode)
+    return OSDSettings(resolved, *_modules(args), partial_load, rank_pattern, mode)
 
 
 def check_arguments(args: TrainingArguments) -> None:

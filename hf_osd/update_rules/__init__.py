@@ -14,7 +14,7 @@ from .storage import (
     TensorSpec,
     require_bitsandbytes,
 )
-from .table import RULES, build_rule, build_storage, rule_options
+from .table import RULES, build_rule, build_storage, has_carry, rule_options
 
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "UpdateRule",
     "build_rule",
     "build_storage",
+    "has_carry",
     "require_bitsandbytes",
     "rule_options",
 ]

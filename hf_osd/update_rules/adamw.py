@@ -1,5 +1,6 @@
 """Adam's direction (Kingma and Ba 2015, arXiv 1412.6980). AdamW's decoupled decay is the optimizer's part."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,21 @@ class AdamW:
     def moments(self, shape: tuple[int, ...]) -> tuple[Moment, ...]:
         """`exp_avg` and `exp_avg_sq`, both in the shape of the gradient."""
         return (Moment("exp_avg", shape, signed=True), Moment("exp_avg_sq", shape, signed=False))
+
+    def carry(self, moments: dict[str, Tensor], turn: Callable[..., Tensor], step: Tensor) -> None:
+        """Both moments into another basis: LDAdam's projection-aware update (arXiv 2410.16103, Algorithm 2).
+
+        The second moment is a variance plus the square of the mean. Variances go through squared overlaps, as if the
+        entries of the gradient were independent.
+        """
+        m, v = moments["exp_avg"], moments["exp_avg_sq"]
+        t = step.clamp(min=1).to(m.dtype)
+        b1, b2 = 1 - self.betas[0] ** t, 1 - self.betas[1] ** t
+        # m <- Q m
+        # v <- (1 - beta2^t) | Q² (v / (1 - beta2^t) - m̂²) + (Q m̂)² |,    m̂ = m / (1 - beta1^t)
+        mean, variance = turn(m / b1), v / b2 - (m / b1).square()
+        m.copy_(mean).mul_(b1)
+        v.copy_(turn(variance, square=True).add_(mean.square_()).abs_()).mul_(b2)
 
     def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
         """One pass of torch's fused kernel over a zero tensor, which `found_inf` stops on the device."""

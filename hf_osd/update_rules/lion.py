@@ -1,5 +1,6 @@
 """Lion's direction (Chen et al. 2023, arXiv 2302.06675)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,10 @@ class Lion:
     def moments(self, shape: tuple[int, ...]) -> tuple[Moment, ...]:
         """`exp_avg`, in the shape of the gradient."""
         return (Moment("exp_avg", shape, signed=True),)
+
+    def carry(self, moments: dict[str, Tensor], turn: Callable[..., Tensor], step: Tensor) -> None:
+        """The momentum into another basis."""
+        moments["exp_avg"].copy_(turn(moments["exp_avg"]))
 
     def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
         """Entries are -1, 0 and 1."""

@@ -38,6 +38,8 @@ class GradientCheck(NamedTuple):
 class UpdateRule(Protocol):
     """A rule is a frozen dataclass of its settings; its state lives in the optimizer.
 
+    A rule whose moments can be turned into another basis also has `carry(moments, turn, step)`.
+
     Attributes:
         elementwise (`bool`):
             Whether entry i of the direction depends on entry i of gradient and moments only, so that a large

@@ -1,5 +1,6 @@
 """Gradient descent with momentum, as `torch.optim.SGD` without dampening."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +24,11 @@ class SGD:
     def moments(self, shape: tuple[int, ...]) -> tuple[Moment, ...]:
         """`momentum_buffer`, in the shape of the gradient; nothing without momentum."""
         return (Moment("momentum_buffer", shape, signed=True),) if self.momentum else ()
+
+    def carry(self, moments: dict[str, Tensor], turn: Callable[..., Tensor], step: Tensor) -> None:
+        """The momentum into another basis."""
+        for b in moments.values():
+            b.copy_(turn(b))
 
     def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
         """The momentum, or the gradient itself."""

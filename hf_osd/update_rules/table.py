@@ -36,6 +36,11 @@ def rule_options(name: str) -> set[str]:
     return {field.name for field in fields(RULES[name].rule)} & {"betas", "eps", "momentum"}
 
 
+def has_carry(name: str) -> bool:
+    """Whether the rule's moments can be carried into another basis."""
+    return hasattr(RULES[name].rule, "carry")
+
+
 @lru_cache(maxsize=256)
 def build_rule(
     name: str, betas: tuple[float, float] | None = None, eps: float | None = None, momentum: float | None = None

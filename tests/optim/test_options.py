@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd import OSD
-from hf_osd.optim.options import CHECKS, DEFAULTS, Options, validate
+from hf_osd.optim.options import CHECKS, DEFAULTS, RESIDUAL_OPTIONS, Options, validate
 from hf_osd.optim.presets import OPTIM_NAMES, PRESETS, resolve
 from hf_osd.subspace import SUBSPACES
 from hf_osd.update_rules import RULES
@@ -39,6 +39,10 @@ GOOD: dict[str, list[Any]] = {
     "side": ["auto", "left", "right"],
     "projection_dtype": ["float32", "bfloat16", None],
     "moment_dtype": ["float32", "bfloat16", None],
+    "projection_interval": [1, 4, None],
+    "projection_schedule": ["lr", "constant", None],
+    "carry_moments": [False, True],
+    "residual": ["none", "scaled", "sign"],
     "stochastic_rounding": [False, True],
     "seed": [0, 7],
 }
@@ -61,6 +65,15 @@ BAD: dict[str, list[Any]] = {
     "init": ["pca", "", "SVD"],
     "side": ["both", None, 0, "Left"],
     "update_interval": [0, -5, 2.5, "200", True],
+    "projection_interval": [0, -5, 2.5, "1", True],
+    "projection_schedule": ["cosine", 1, ""],
+    "distribution": ["normal", "", 3],
+    "mixing": [-0.1, 1, 1.5, "0.9", True, float("nan")],
+    "carry_moments": [0, "true", None],
+    "residual": ["fira", None, "", True],
+    "residual_scaling": ["row", "", 1],
+    "residual_limit": [value for value in NOT_A_NUMBER if value is not None],
+    "residual_scale": [*NOT_A_NUMBER, 0, 0.0],
     "projection_dtype": ["float16", "int8", torch.bfloat16, 32],
     "moment_dtype": ["float16", "uint8", torch.float32],
     "stochastic_rounding": [0, 1, "true", None],
@@ -71,11 +84,18 @@ BAD: dict[str, list[Any]] = {
 def test_every_option_has_a_check_and_is_tested():
     names = {field.name for field in fields(Options)}
     assert CHECKS.keys() == names == BAD.keys()
-    assert names - GOOD.keys() == {"momentum", "update_interval"}  # which need other options: below
+    needing_others = {"momentum": {"weight_rule": "sgd"}, "update_interval": {"subspace": "svd"}}
+    needing_others |= {"distribution": {"subspace": "random"}, "mixing": {"subspace": "power"}}
+    needing_others |= {name: {"residual": "scaled"} for name in RESIDUAL_OPTIONS}
+    values = {"momentum": 0.5, "update_interval": 7, "distribution": "gaussian", "mixing": 0.5}
+    values |= {"residual_scaling": "matrix", "residual_limit": 0, "residual_scale": 0.5}
+    assert names - GOOD.keys() == needing_others.keys() == values.keys()
+    for name, others in needing_others.items():
+        validate(complete(**{name: values[name]}, **others))
+        with pytest.raises(ValueError, match=f"`{name}` of .* has no effect"):
+            validate(complete(**{name: values[name]}))
     validate(DEFAULTS)
     validate(complete())
-    validate(complete(weight_rule="sgd", momentum=0.5))
-    validate(complete(subspace="svd", update_interval=7))
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])

@@ -103,7 +103,9 @@ def test_fields_and_settings_agree():
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
     assert own == {f"osd_{key}" for key in SETTINGS} | {"osd_target_modules", "osd_exclude_modules"}
     assert all(OSDTrainingArguments.__dataclass_fields__[name].default is None for name in own)
-    options = {setting.option for key, setting in SETTINGS.items() if key not in ("preset", "partial_load")}
+    options = {
+        setting.option for key, setting in SETTINGS.items() if key not in ("preset", "partial_load", "rank_pattern")
+    }
     # Every option of the optimizer is a key, but for those that `optim` and Trainer's own fields set.
     assert DEFAULTS.keys() - options == {"weight_rule", "weight_decay", "betas", "eps"}
     # Trainer's own fields say how gradients are clipped and accumulated.
@@ -122,6 +124,12 @@ EVERY: dict[str, Any] = {
     "subspace": "online_pca",
     "init": "orthonormal",
     "side": "right",
+    "projection_interval": 3,
+    "carry_moments": True,
+    "residual": "scaled",
+    "residual_scaling": "matrix",
+    "residual_limit": 1.5,
+    "residual_scale": 0.25,
     "projection_weight_decay": 0.05,
     "projection_dtype": "bfloat16",
     "moment_dtype": "bfloat16",

@@ -1,0 +1,135 @@
+"""P between steps: how it starts, is made anew, and is read from the state.
+
+Letters and shapes as in `subspace.operators`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..subspace import OPERATORS, Start, choose_init
+from ..update_rules import GradientCheck
+from .directions import Role, carry_moments, cast
+from .gradients import EPS
+from .plan import ProjectedPlan, Rules
+
+
+def projection_of(state: Mapping[str, Tensor], plan: ProjectedPlan, rules: Rules) -> Tensor:
+    """P in the precision of the computation: the tensor in the state itself where that has it."""
+    rule = rules.subspace
+    if rule.code is None:
+        return cast(state["projection"], plan.compute_dtype)
+    if plan.expanded is not None:
+        return plan.expanded
+    codes = state[rule.code].unbind() if plan.two_sided else (state[rule.code],)
+    parts = [
+        rule.expand(code, rows, plan.rank, plan.compute_dtype)
+        for code, rows in zip(codes, plan.factor_rows, strict=True)
+    ]
+    P = torch.cat(parts) if plan.two_sided else parts[0]
+    if rule.keeps_expanded:
+        plan.expanded = P
+    return P
+
+
+def usable(check: GradientCheck) -> Tensor:
+    """bool: whether P can be made from the gradient, which is neither zero nor broken."""
+    return ~check.skip & (check.inv_norm2 < 1 / EPS)
+
+
+def start_projection(
+    G: Tensor,
+    state: dict,
+    group: Mapping[str, Any],
+    plan: ProjectedPlan,
+    rules: Rules,
+    check: GradientCheck,
+    given: Tensor | None,
+) -> bool:
+    """Set P_0, unless the gradient is zero or not finite. Reads the device: this happens once.
+
+    Args:
+        given (`torch.Tensor`, *optional*):
+            P_0 where the user gave one. Zero is what a saved state has for an expert that had no tokens yet: then P
+            starts from the gradient.
+
+    Returns:
+        `bool`: Whether P_0 was made from this gradient, which then has nothing to teach it.
+    """
+    if not usable(check):
+        return False
+    init = group["init"]
+    if init == "given":
+        if given is None:
+            raise ValueError(
+                f"The tensor given as `init` for {plan.name} is gone: this state was loaded before it was used. Give "
+                "`init` again."
+            )
+        if given.any():
+            state["projection"].copy_(given)
+        else:
+            init = "auto"
+    if init != "given":
+        init = _make_projection(G, state, plan, rules, init, first=True)
+    plan.started, plan.idle = True, idle_steps(state, check)
+    plan.count = int(state["skipped_steps"]) + plan.idle
+    return init not in ("given", "orthonormal")
+
+
+def refresh_projection(
+    G: Tensor, state: dict, group: Mapping[str, Any], plan: ProjectedPlan, rules: Rules, check: GradientCheck
+) -> None:
+    """Compute P anew from this gradient, if it is neither zero nor broken. Reads the device, as an SVD does anyway."""
+    if not usable(check):
+        return
+    old = projection_of(state, plan, rules).clone() if group["carry_moments"] else None
+    init = group["init"] if group["init"] in ("svd", "randomized_svd") else "auto"
+    _make_projection(G, state, plan, rules, init, first=False)
+    if old is not None:
+        carry(state, plan, rules, projection_of(state, plan, rules), old, check.skip)
+
+
+def _make_projection(G: Tensor, state: dict, plan: ProjectedPlan, rules: Rules, init: str, first: bool) -> str:
+    rule, sharding = rules.subspace, plan.sharding
+    init = choose_init(*plan.size, plan.rank, init) if rule.uses_init else init
+    if sharding is not None and init != "orthonormal" and rule.reads_gradient:
+        G = sharding.full(G, plan.shape)
+    stored = state[rule.code or "projection"]
+    olds = None if first or rule.code is None else (stored.unbind() if plan.two_sided else (stored,))
+    sides = tuple(OPERATORS) if plan.two_sided else (plan.side,)
+    made = [
+        rule.make(
+            G,
+            Start(side, plan.rank, init, plan.seed, plan.count, plan.compute_dtype),
+            None if olds is None else olds[i],
+        )
+        for i, side in enumerate(sides)
+    ]
+    if plan.two_sided:
+        new = torch.cat(made) if rule.code is None else torch.stack(made)
+    else:
+        new = made[0]
+    stored.copy_(new if sharding is None else sharding.agree(new))
+    plan.expanded = None
+    return init
+
+
+def carry(state: dict, plan: ProjectedPlan, rules: Rules, P: Tensor, old: Tensor, skip: Tensor) -> None:
+    """Move the weight's moments from the coordinates of the old P into those of P."""
+
+    def turn(X: Tensor, square: bool = False) -> Tensor:
+        return plan.op.carry(X, P, old, square)
+
+    carry_moments(weight_role(plan, rules), state, plan.compute_dtype, turn, skip)
+
+
+def weight_role(plan: ProjectedPlan, rules: Rules) -> Role:
+    """Whose moments live in the subspace."""
+    return Role(rules.weight, rules.weight_storage, plan.update_shape, sharding=plan.sharding)
+
+
+def idle_steps(state: Mapping[str, Tensor], check: GradientCheck) -> int:
+    """Of an expert, with the coming step; others have none."""
+    return int(state["idle_steps"] + check.found_inf - check.broken) if "idle_steps" in state else 0

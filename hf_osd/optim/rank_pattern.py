@@ -1,0 +1,52 @@
+"""Another rank for some modules, by pattern, as peft's `rank_pattern`."""
+
+import re
+from collections.abc import Mapping
+
+
+def parse_rank_pattern(pattern: str | Mapping[str, int] | None) -> dict[str, int]:
+    """`{"q_proj": 64}`, or the same in one string: `"q_proj:64;layers.0.mlp.*:32"`.
+
+    Raises:
+        ValueError: For another form, a rank that is no integer >= 1, or a key that is no regular expression.
+    """
+    if pattern is None:
+        return {}
+    if isinstance(pattern, str):
+        entries = [entry.rpartition(":") for entry in pattern.split(";")]
+        items = [(key.strip(), int(rank) if rank.strip().isdecimal() else rank) for key, _, rank in entries]
+    else:
+        items = list(pattern.items())
+    for key, rank in items:
+        if not key or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(
+                f"`rank_pattern` must name modules and their ranks, as in 'q_proj:64;v_proj:32', got {pattern!r}."
+            )
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{key!r} in `rank_pattern` is no regular expression: {error}.") from None
+    return {key: int(rank) for key, rank in items}
+
+
+def ranks_of(names: Mapping[str, object], rank: int, pattern: Mapping[str, int]) -> dict[str, int]:
+    """The rank of every parameter: of the first pattern that matches the end of its module's name, or `rank`.
+
+    Raises:
+        ValueError: For a pattern that matches no projected parameter, or none that another has not taken before.
+    """
+    ranks, used = dict.fromkeys(names, rank), set()
+    for name in names:
+        module = name.removesuffix(".weight")
+        for key, own in pattern.items():
+            if re.fullmatch(rf"(?:.*\.)?(?:{key})", module):
+                ranks[name] = own
+                used.add(key)
+                break
+    unused = [key for key in pattern if key not in used]
+    if unused:
+        raise ValueError(
+            f"{', '.join(map(repr, unused))} in `rank_pattern` matches no projected module that an earlier pattern "
+            f"has not taken. They are {', '.join(list(names)[:3])}{' ...' if len(names) > 3 else ''}."
+        )
+    return ranks

@@ -1,0 +1,60 @@
+"""Random subspaces, drawn anew every k steps: stochastic subspace descent (Kozak et al. 2019, arXiv 1904.01145).
+
+Also GoLore's P (He et al. 2024, arXiv 2410.11289), which converges where top singular vectors follow the noise, and
+Flora's (Hao et al. 2024, arXiv 2402.03293).
+"""
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .initialization import gaussian
+from .protocol import Start, SubspaceRule
+
+
+DISTRIBUTIONS = ("orthonormal", "gaussian")
+
+
+@dataclass(frozen=True)
+class Random(SubspaceRule):
+    """P is drawn anew at steps 0, k, 2k, ..., without a look at the gradient.
+
+    Its state is a seed of 8 bytes. P itself, s x r, is kept beside the state until the next one is drawn, so that a
+    step costs nothing, and is drawn again from the seed after a resume: on the CPU, the same on every device.
+
+    Args:
+        distribution (`str`, *optional*, defaults to `"orthonormal"`):
+            `orthonormal` columns, uniform over all subspaces (GoLore), or `gaussian` entries N(0, 1/s), whose columns
+            have length 1 in the mean square, and which need no QR (Flora).
+        update_interval (`int`, *optional*, defaults to 200):
+            k.
+    """
+
+    reads_gradient: ClassVar[bool] = False
+    uses_init: ClassVar[bool] = False
+    code: ClassVar[str | None] = "projection_seed"
+    keeps_expanded: ClassVar[bool] = True
+
+    distribution: str = "orthonormal"
+    update_interval: int = 200
+
+    def refresh_due(self, count: int) -> bool:
+        """At every `update_interval`-th step."""
+        return count % self.update_interval == 0
+
+    def make(self, G: Tensor, start: Start, old: Tensor | None) -> Tensor:
+        """The seed of the next P, int64, 0-dim."""
+        digest = blake2b(f"{start.seed} {start.steps} {start.side}".encode(), digest_size=8).digest()
+        return torch.tensor(int.from_bytes(digest, "little") >> 1, dtype=torch.int64, device=G.device)
+
+    def code_spec(self, rank: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """One integer."""
+        return (), torch.int64
+
+    def expand(self, code: Tensor, rows: int, rank: int, dtype: torch.dtype) -> Tensor:
+        """P, drawn on the CPU. Reads the device."""
+        P = gaussian(rows, rank, int(code), code.device, dtype)
+        return torch.linalg.qr(P).Q.contiguous() if self.distribution == "orthonormal" else P.mul_(rows**-0.5)
