@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..subspace import Movement
+from ..subspace.precision import reduced_precision
 from ..update_rules import GradientCheck, UpdateRule
 from . import options
 from .directions import Role, cast, direction, load_moments
@@ -95,12 +96,13 @@ def project_gradient(
 def _correlate(G: Tensor, R: Tensor, P: Tensor, state: dict, plan: ProjectedPlan, rules: Rules) -> Tensor:
     """A = correlate(rho M + (1 - rho) G, Z), with M = up(m) and Z = rho m + (1 - rho) R; rho is 0 for most rules."""
     rho, op = rules.subspace.mixes, plan.op
-    if rho:
-        m = cast(load_moments(weight_role(plan, rules), state, plan.compute_dtype)["exp_avg"], R.dtype)
-        Z = torch.lerp(R, m, rho)
-        A = op.correlate(G, Z, P).mul_(1 - rho).add_(op.correlate_up(m, Z, P), alpha=rho)
-    else:
-        A = op.correlate(G, R, P)
+    with reduced_precision(G):
+        if rho:
+            m = cast(load_moments(weight_role(plan, rules), state, plan.compute_dtype)["exp_avg"], R.dtype)
+            Z = torch.lerp(R, m, rho)
+            A = op.correlate(G, Z, P).mul_(1 - rho).add_(op.correlate_up(m, Z, P), alpha=rho)
+        else:
+            A = op.correlate(G, R, P)
     A = cast(A, plan.compute_dtype)
     return A if plan.sharding is None else plan.sharding.sum(A)
 

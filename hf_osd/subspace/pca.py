@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .precision import reduced_precision
+
 
 def pca_loss(
     P: Tensor,  # (s, r) projection
@@ -46,13 +48,14 @@ def pca_gradient(
     """Gradient of Eq. 6 at P, (s, r), without autograd and without anything of size (m, n), (m, m) or (n, n)."""
     I = _identity(P.shape[1], P.dtype, P.device)  # noqa: E741 - its name in the paper
     E = P.t() @ P - I  # C - I
-    K = P.t() @ A  # = R Rᵀ without s, and cheaper: A is (s, r), R is as long as the other side
-    # grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
-    #      = A 2 s (C - 2 I) + P (2 s K + 4 lambda (C - I))        with A and K without s
-    two_s = 2 * inv_norm2
-    on_A = (E - I).mul_(two_s)
-    on_P = K.mul_(two_s).add_(E, alpha=4 * lambda_)
-    return torch.addmm(P @ on_P, A, on_A)
+    with reduced_precision(A):
+        K = P.t() @ A  # = R Rᵀ without s, and cheaper: A is (s, r), R is as long as the other side
+        # grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
+        #      = A 2 s (C - 2 I) + P (2 s K + 4 lambda (C - I))        with A and K without s
+        two_s = 2 * inv_norm2
+        on_A = (E - I).mul_(two_s)
+        on_P = K.mul_(two_s).add_(E, alpha=4 * lambda_)
+        return torch.addmm(P @ on_P, A, on_A)
 
 
 @lru_cache(maxsize=64)
