@@ -5,6 +5,7 @@ Letters and shapes as in `subspace.operators`.
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +151,7 @@ def _move_projection(
         P.add_(D_P, alpha=-lr_P)
 
     old = P.clone() if group["carry_moments"] else None
-    rules.subspace.advance_(P, Movement(A, check.inv_norm2, usable(check), plan.op, descend))
+    rules.subspace.advance_(P, Movement(A, check.inv_norm2, partial(usable, check), plan.op, descend))
     if P is not state["projection"]:
         state["projection"].copy_(P)
     if old is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -117,7 +117,7 @@ class ProjectedPlan(Plan):
     idle: int = 0
     expanded: Tensor | None = None
 
-    @property
+    @cached_property
     def op(self) -> LinearOperator:
         """The operator of the side."""
         return operator_of(self.side, self.size[0])

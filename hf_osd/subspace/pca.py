@@ -47,7 +47,7 @@ def pca_gradient(
 ) -> Tensor:
     """Gradient of Eq. 6 at P, (s, r), without autograd and without anything of size (m, n), (m, m) or (n, n)."""
     I = _identity(P.shape[1], P.dtype, P.device)  # noqa: E741 - its name in the paper
-    E = P.t() @ P - I  # C - I
+    E = torch.addmm(I, P.t(), P, beta=-1)  # C - I
     with reduced_precision(A):
         K = P.t() @ A  # = R Rᵀ without s, and cheaper: A is (s, r), R is as long as the other side
         # grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)

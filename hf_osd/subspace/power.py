@@ -50,4 +50,4 @@ class PowerIteration(SubspaceRule):
         Q, T = torch.linalg.qr(move.A)
         # Q's columns have no sign of their own: those of T's diagonal make the decomposition unique
         Q.mul_(torch.where(T.diagonal() < 0, -1.0, 1.0).to(Q.dtype))
-        P.copy_(torch.where(move.usable, Q, P))
+        P.copy_(torch.where(move.usable(), Q, P))

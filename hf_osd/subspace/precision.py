@@ -4,31 +4,34 @@ P is one of many that serve (paper, section 4: any smooth rule converges), and i
 relative error of 2e-3 in it is far below its noise. The products that the weights see stay in full precision.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@contextmanager
-def reduced_precision(X: Tensor) -> Iterator[None]:
+def reduced_precision(X: Tensor) -> AbstractContextManager[Any]:
     """Inside, matrix products of float32 tensors on the CPU may round their factors to bfloat16; sums stay float32.
 
     oneDNN does so within the product, without a temporary of X's size. On other devices, in other precisions and on
     processors without bfloat16 units nothing changes.
     """
-    if X.dtype != torch.float32 or X.device.type != "cpu" or not _has_bfloat16_units():
-        yield
-        return
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    return _IN_BFLOAT16 if X.dtype == torch.float32 and X.is_cpu and _has_bfloat16_units() else _AS_IT_IS
+
+
+class _InBfloat16:
+    # No `contextmanager`: its generator costs as much as a small product.
+    def __enter__(self) -> None:
+        self.before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+
+    def __exit__(self, *error: object) -> None:
+        torch.backends.mkldnn.matmul.fp32_precision = self.before  # type: ignore[attr-defined]
+
+
+_IN_BFLOAT16, _AS_IT_IS = _InBfloat16(), nullcontext()
 
 
 @cache

@@ -39,14 +39,14 @@ class Movement(NamedTuple):
     Attributes:
         A (`torch.Tensor`): op.correlate(G, Z, P), shaped like P, where Z is R unless the rule `mixes` in momentum.
         inv_norm2 (`torch.Tensor`): 1 / max(||G||², eps), 0-dim.
-        usable (`torch.Tensor`): bool, 0-dim: G was neither zero nor broken. A is nothing to go by otherwise.
+        usable (`Callable`): Gives bool, 0-dim: G was neither zero nor broken. A is nothing to go by otherwise.
         op ([`LinearOperator`]): The operator of the weight's side.
         descend (`Callable`): Takes the gradient of a loss at P, shaped like P, and makes one step of P's optimizer.
     """
 
     A: Tensor
     inv_norm2: Tensor
-    usable: Tensor
+    usable: Callable[[], Tensor]
     op: LinearOperator
     descend: Callable[[Tensor], None]
 
