@@ -52,6 +52,29 @@ def direction(role: Role, state: dict, G: Tensor, check: GradientCheck, piece: s
     return D
 
 
+def update_(
+    role: Role,
+    state: dict,
+    W: Tensor,
+    G: Tensor,
+    check: GradientCheck,
+    lr: float,
+    weight_decay: float,
+    piece: slice | None = None,
+) -> None:
+    """W <- (1 - lr weight_decay) W - lr direction(G), or nothing where `check.skip`."""
+    fused = getattr(role.rule, "update_", None)
+    if fused is not None and W.dtype == G.dtype and W.is_contiguous() and W.numel():
+        values = load_moments(role, state, G.dtype, piece)
+        fused(W, G, values, state[role.step], check, lr, weight_decay)
+        store_moments(role, state, values, check.skip, piece)
+        return
+    D = direction(role, state, G, check, piece)
+    if weight_decay:
+        W.mul_(1 - lr * weight_decay * check.keep)
+    W.add_(D, alpha=-lr)
+
+
 def carry_moments(role: Role, state: dict, dtype: torch.dtype, turn: Callable[..., Tensor], skip: Tensor) -> None:
     """Move the moments into another basis.
 

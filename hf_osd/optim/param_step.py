@@ -15,7 +15,7 @@ from ..subspace import Movement
 from ..subspace.precision import reduced_precision
 from ..update_rules import GradientCheck, UpdateRule
 from . import options
-from .directions import Role, cast, direction, load_moments
+from .directions import Role, cast, direction, load_moments, update_
 from .plan import Plan, ProjectedPlan, Rules
 from .projections import (
     carry,
@@ -43,11 +43,15 @@ def step_full(
     role = Role(rules.weight, rules.weight_storage, plan.update_shape, sharding=plan.sharding)
     _count(state, "step", check)
     plan.count += 1
-    decay, noise = _decay(group, check), rounding_noise(p, group, plan)
+    lr, noise = group["lr"], rounding_noise(p, group, plan)
     for piece in _pieces(p, grad, role.rule):
         W, G = (p, grad) if piece is None else (p.view(-1)[piece], grad.view(-1)[piece])
-        D = direction(role, state, cast(G, plan.compute_dtype), check, piece)
-        _update_full(W, D, -group["lr"], decay, noise)
+        G = cast(G, plan.compute_dtype)
+        if noise is None:
+            update_(role, state, W, G, check, lr, group["weight_decay"], piece)
+        else:
+            D = torch.atleast_1d(direction(role, state, G, check, piece))
+            add_rounded_(W, partial(_add_rows, D, -lr), _decay(group, check), noise)
 
 
 class LowRankGradient(NamedTuple):
@@ -144,11 +148,8 @@ def _move_projection(
         assert rules.projection is not None
         _count(state, "projection_step", check)
         role = Role(rules.projection, rules.projection_storage, plan.projection_shape, "projection_")
-        D_P = direction(role, state, gP, check)
         lr_P, decay = options.projection_step_size(group), options.projection_weight_decay(group)
-        if decay:
-            P.mul_(1 - lr_P * decay * check.keep)
-        P.add_(D_P, alpha=-lr_P)
+        update_(role, state, P, gP, check, lr_P, decay)
 
     old = P.clone() if group["carry_moments"] else None
     rules.subspace.advance_(P, Movement(A, check.inv_norm2, partial(usable, check), plan.op, descend))
@@ -158,15 +159,8 @@ def _move_projection(
         carry(state, plan, rules, P, old, ~usable(check))
 
 
-def _update_full(W: Tensor, D: Tensor, alpha: float, decay: Tensor | None, noise: torch.Generator | None) -> None:
-    """W <- decay W + alpha D."""
-    if noise is not None:
-        D = torch.atleast_1d(D)
-        add_rounded_(W, lambda X, rows: X.add_(D[rows], alpha=alpha), decay, noise)
-        return
-    if decay is not None:
-        W.mul_(decay)
-    W.add_(D, alpha=alpha)
+def _add_rows(D: Tensor, alpha: float, X: Tensor, rows: slice) -> None:
+    X.add_(D[rows], alpha=alpha)
 
 
 def _update_projected(

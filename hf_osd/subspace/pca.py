@@ -55,7 +55,7 @@ def pca_gradient(
         two_s = 2 * inv_norm2
         on_A = (E - I).mul_(two_s)
         on_P = K.mul_(two_s).add_(E, alpha=4 * lambda_)
-        return torch.addmm(P @ on_P, A, on_A)
+        return (P @ on_P).addmm_(A, on_A)
 
 
 @lru_cache(maxsize=64)

@@ -45,25 +45,37 @@ class AdamW:
 
     def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
         """One pass of torch's fused kernel over a zero tensor, which `found_inf` stops on the device."""
-        G = G.contiguous()  # the kernel walks memory, and the moments are contiguous
-        D = torch.zeros_like(G)
+        D = torch.zeros_like(G, memory_format=torch.contiguous_format)
+        self.update_(D, G, moments, step, check, lr=-1.0, weight_decay=0.0)
+        return D
+
+    def update_(
+        self,
+        W: Tensor,
+        G: Tensor,
+        moments: dict[str, Tensor],
+        step: Tensor,
+        check: GradientCheck,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """W <- (1 - lr weight_decay) W - lr D, in the same pass; nothing where check.skip."""
         # m <- beta1 m + (1 - beta1) G
         # v <- beta2 v + (1 - beta2) G²
-        # D  = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)        the kernel computes 0 - lr D; lr = -1
+        # D  = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
         torch._fused_adamw_(
-            [D],
-            [G],
+            [W],
+            [G.contiguous()],  # the kernel walks memory, and the moments are contiguous
             [moments["exp_avg"]],
             [moments["exp_avg_sq"]],
             [],
             [step],
-            lr=-1.0,
+            lr=lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
-            weight_decay=0.0,
+            weight_decay=weight_decay,
             eps=self.eps,
             amsgrad=False,
             maximize=False,
             found_inf=check.found_inf,
         )
-        return D

@@ -38,7 +38,8 @@ class GradientCheck(NamedTuple):
 class UpdateRule(Protocol):
     """A rule is a frozen dataclass of its settings; its state lives in the optimizer.
 
-    A rule whose moments can be turned into another basis also has `carry(moments, turn, step)`.
+    A rule whose moments can be turned into another basis also has `carry(moments, turn, step)`, and one that can move
+    a weight in the pass that computes its direction `update_(W, G, moments, step, check, lr, weight_decay)`.
 
     Attributes:
         elementwise (`bool`):
