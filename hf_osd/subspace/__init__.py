@@ -1,5 +1,6 @@
 """The paper's subspaces: linear operators, rules that choose P, and ways to start it. Pure functions, torch only."""
 
+from .additive import Additive
 from .cosine import Cosine
 from .importance import Importance
 from .initialization import choose_init, initial_projection, randomized_svd
@@ -30,6 +31,7 @@ __all__ = [
     "RULE_OPTIONS",
     "SIDES",
     "SUBSPACES",
+    "Additive",
     "Cosine",
     "Importance",
     "Left",
