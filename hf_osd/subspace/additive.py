@@ -17,7 +17,6 @@ class Additive:
     state is of full size, so no preset could gain from it.
 
     Example:
-
     ```python
     >>> import torch
     >>> from hf_osd.subspace import Additive
