@@ -16,7 +16,7 @@ does an online PCA that turns more slowly than the weights move: its saddle, Páµ
 Needs: the `examples` extra (matplotlib, scipy). Writes lyapunov.json and .png.
 
     python examples/lyapunov.py --t_end 5 --output_dir runs/lyapunov      # a look, seconds
-    python examples/lyapunov.py                                           # the committed picture, less than a minute
+    python examples/lyapunov.py                                           # the committed picture, half a minute
 """
 
 import argparse

@@ -98,6 +98,9 @@ def adversary(t: float, P: Tensor, G: Tensor, alpha: float = 10.0) -> Tensor:
     return -alpha * (T @ (P.mT @ P) - P @ (P.mT @ T))
 
 
+PATHS: dict[str, Path] = {"online PCA": online_pca, "random path": random_path, "adversary": adversary}
+
+
 def at_rest(t: float, P: Tensor, G: Tensor) -> Tensor:
     """P never moves."""
     return torch.zeros_like(P)
@@ -158,7 +161,7 @@ def integrate(
     def until_converged(t: float, y: Any) -> float:
         return float(loss.gradient(unpack(y)[0]).norm()) - CONVERGED
 
-    until_converged.terminal = True  # type: ignore[attr-defined] - how solve_ivp learns that the event ends it
+    until_converged.terminal = True  # how solve_ivp learns that the event ends it
     y = torch.cat([x.flatten() for x in start]).numpy()
     done = solve_ivp(velocity, (0, t_end), y, "DOP853", rtol=rtol, atol=1e-3 * rtol, events=until_converged)
     assert done.success, done.message

@@ -28,10 +28,10 @@ def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class WavyBowl:
-    """L(W) = sum of u²/2 + c (1 - cos k u) over U = A (W - target) B, A and B orthogonal: Rastrigin's function, turned.
+    """L(W) = sum u²/2 + c (1 - cos k u) over U = A (W - target) B, A and B orthogonal: Rastrigin's function, turned.
 
-    With c k² = 3 its curvature lies between -2 and 4, and since c k² < 4.6 = -1 / min(sin x / x) the target is the only
-    stationary point: inf L = 0, and H - inf H can be read as the distance to convergence. It is coercive, so that
+    With c k² = 3 its curvature lies between -2 and 4, and as c k² < 4.6 = -1 / min(sin x / x), the target is its only
+    stationary point: inf L = 0, and what is left of H is a distance to convergence. L grows without bound, so that
     solutions are bounded, as Theorem 4.5 asks.
     """
 
@@ -133,7 +133,7 @@ class LionK:
         return (torch.zeros_like(R),)
 
     def K(self, X: Tensor) -> Tensor:  # noqa: N802 - its name in the paper
-        """K(X), a 0-dim tensor, written without the difference of large numbers."""
+        """The convex function at X, a 0-dim tensor, written without the difference of large numbers."""
         return (X.square() / ((X.square() + self.delta**2).sqrt() + self.delta)).sum()
 
     def grad_K(self, X: Tensor) -> Tensor:  # noqa: N802
