@@ -1,7 +1,8 @@
 """Operators, paths of P, and the integration of a system of `lyapunov_systems` along them. Letters as there.
 
 Each of the matrices that define an operator is called P here: it moves by dP/dt = path(t, P, G), where the one that
-acts on the columns of W (Q in the paper's section 4.3) is given the transposed gradient.
+acts on the columns of W (Q in the paper's section 4.3) is given the transposed gradient. So by online PCA each follows
+an Eq. 6 of its own.
 """
 
 import math
@@ -14,7 +15,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from hf_osd.subspace import Additive, Left, Right, pca_gradient
+from hf_osd.subspace import Additive, Left, Right, TwoSided, pca_gradient
 from lyapunov_systems import Adam, LionK, Momentum, State, WavyBowl, gaussian, orthonormal
 
 
@@ -44,24 +45,18 @@ class Operator:
         return tuple(G if dimension == "rows" else G.mT for dimension in self.acts_on)
 
 
-class TwoSided:
-    """Section 4.3: R = PᵀG Q (r, r), with P (m, r) and Q (n, r)."""
+def _two_sided_down(G: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+    return TwoSided(len(P)).down(G, torch.cat([P, Q]))  # PᵀG Q, (r, r)
 
-    @staticmethod
-    def down(G: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-        """R, (r, r)."""
-        return P.mT @ G @ Q
 
-    @staticmethod
-    def up(D: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-        """The adjoint of `down`: (m, n)."""
-        return P @ D @ Q.mT
+def _two_sided_up(D: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+    return TwoSided(len(P)).up(D, torch.cat([P, Q]))  # P D Qᵀ
 
 
 OPERATORS = {
     "left": Operator(Left.down, Left.up, ("rows",)),
     "right": Operator(Right.down, Right.up, ("columns",)),
-    "two-sided": Operator(TwoSided.down, TwoSided.up, ("rows", "columns")),
+    "two-sided": Operator(_two_sided_down, _two_sided_up, ("rows", "columns")),
     "additive": Operator(Additive.down, Additive.up, ("rows", "columns"), square=True),
 }
 

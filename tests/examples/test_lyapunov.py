@@ -119,7 +119,7 @@ def test_paths_do_what_they_say(loss, W):
 )
 def test_the_gradient_vanishes_with_online_pca(loss, W, system, operator):
     """Theorem 4.5; the target is the loss's only stationary point."""
-    found = integrate(loss, SYSTEMS[system], OPERATORS[operator], online_pca, W, start(operator), 60.0, rtol=1e-6)
+    found = integrate(loss, SYSTEMS[system], OPERATORS[operator], online_pca, W, start(operator), 60.0, rtol=1e-5)
     assert found.gradient_norm[-1] < 1.01 * CONVERGED < 1e-3 * found.gradient_norm[0]
     assert (found.W[-1] - loss.target).norm() < CONVERGED  # the curvature at the target is 4
 
@@ -134,9 +134,9 @@ def test_the_weights_stop_where_p_is_orthogonal_to_the_gradient(loss, W, system)
         # PᵀG is rounding, 1e-14; the negative curvature (-2 at most) may multiply it by exp(2 * 5)
         assert (found.W - W).abs().max() < 1e-9 and found.gradient_norm.min() > 10
     # from anywhere, the adversary gets there
-    found = integrate(loss, rule, left, adversary, W, start("left"), 20.0)
-    late = found.W[found.t > 15]
-    assert (late - late[-1]).abs().max() < 1e-6 and found.gradient_norm[-1] > 10
+    found = integrate(loss, rule, left, adversary, W, start("left"), 40.0, rtol=1e-6)
+    late = found.W[found.t > 30]  # PᵀG decays at the rate of the smallest singular value of Ĝ: slowly
+    assert (late - late[-1]).abs().max() < 1e-4 and found.gradient_norm[-1] > 10
     assert (found.W[-1] - W).norm() > 0.1
 
 
@@ -147,7 +147,7 @@ def test_online_pca_leaves_its_saddle(loss, W, system):
     P = orthogonal_to(G)
     assert online_pca(0.0, P, G).abs().max() < 1e-12
     beside = torch.linalg.qr(P + 1e-6 * gaussian(M, RANK, generator(5))).Q
-    found = integrate(loss, SYSTEMS[system], OPERATORS["left"], online_pca, W, (beside,), 80.0, rtol=1e-6)
+    found = integrate(loss, SYSTEMS[system], OPERATORS["left"], online_pca, W, (beside,), 80.0, rtol=1e-5)
     assert found.gradient_norm[-1] < 1.01 * CONVERGED
 
 
@@ -178,7 +178,7 @@ def test_control_up_must_be_the_adjoint_of_down(loss, W, rule):
     other = start("left", seed=9)[0]
     left = OPERATORS["left"]
     broken = Operator(left.down, lambda D, P: other @ D, left.acts_on)
-    found = integrate(loss, rule, broken, online_pca, W, start("left"), 5.0)
+    found = integrate(loss, rule, broken, online_pca, W, start("left"), 3.0, rtol=1e-6)
     assert found.increase > 1 and found.error > 1
 
 
