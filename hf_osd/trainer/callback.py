@@ -13,8 +13,10 @@ from ..hub.config import CONFIG_NAME
 from ..optim import OSD
 from ..optim.distributed import include_in_ddp
 from ..optim.plan import ProjectedPlan
+from ..optim.statistics import summarize_each
 from .optim_args import check_arguments
 from .push import refresh_card
+from .statistics_file import StatisticsFile
 from .summary import summary
 
 
@@ -26,12 +28,14 @@ class OSDCallback(TrainerCallback):
 
     Logs, at each logging step, `osd/pca_loss` (mean share of the gradients' energy outside their subspaces),
     `osd/orthogonality` (mean ||PᵀP - I|| / sqrt(r)) and `osd/skipped_steps` (parameter steps skipped for gradients
-    that were not finite). They are computed in steps that are logged only, and read in one transfer.
+    that were not finite). They are computed in steps that are logged only, and read in one transfer. The first two of
+    each layer go into `_osd_statistics.jsonl` in `output_dir`, which is not uploaded; `hf-osd report` draws them.
     """
 
     def __init__(self) -> None:
         self._saved: dict[Path, int] = {}  # step of the P that was last written into a folder
         self._best: Path | None = None  # the checkpoint whose weights the model was given at the end
+        self._statistics: StatisticsFile | None = None  # of the main process
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -48,10 +52,12 @@ class OSDCallback(TrainerCallback):
         optimizer=None,
         **kwargs: Any,
     ) -> None:
-        """Print the one summary line."""
+        """Print the one summary line, and open the file with the layers' statistics."""
         self._saved.clear()  # a second training counts its steps anew
-        self._best = None
+        self._best = self._statistics = None
         osd = unwrap(optimizer)
+        if osd is not None and args.should_save:
+            self._statistics = StatisticsFile(_output_dir(args), state.global_step)
         if osd is not None and state.is_world_process_zero:
             _ensure_visible()
             logger.info(summary(osd, model))
@@ -79,12 +85,15 @@ class OSDCallback(TrainerCallback):
         osd = unwrap(optimizer)
         if osd is None or not logs or "loss" not in logs:
             return
-        values = {f"osd/{name}": value for name, value in osd.statistics().items()}
+        means, layers = summarize_each(osd)
+        values = {f"osd/{name}": value for name, value in means.items()}
         if osd.grad_norm is not None and "grad_norm" in logs:  # Trainer has seen no gradients, or some
             values["grad_norm"] = osd.grad_norm.item()
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
+        if self._statistics is not None and osd.collect_statistics:  # else they are of an earlier step
+            self._statistics.append(state.global_step, layers)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
