@@ -21,9 +21,20 @@ ALLOWED: dict[str, set[str] | None] = {
     "trainer": {"trainer", "hub", "optim", "update_rules", "subspace"},
     "hub": {"hub", "optim", "update_rules", "subspace", "version"},
     "interop": {"interop", "hub", "optim", "update_rules", "subspace", "version"},
+    "report": {"report", "trainer", "hub", "optim", "update_rules", "subspace", "version"},
     "cli": None,
 }
-OPTIONAL = {"bitsandbytes", "peft", "huggingface_hub", "accelerate", "datasets", "matplotlib", "galore_torch", "trl"}
+OPTIONAL = {
+    "bitsandbytes",
+    "peft",
+    "huggingface_hub",
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "jinja2",
+    "galore_torch",
+    "trl",
+}
 
 
 def imports(tree: ast.AST, file: Path) -> Iterator[str]:

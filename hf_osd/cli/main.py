@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import extract_lora, run, show
+from . import extract_lora, report, run, show
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.add_parser(commands)
     show.add_parser(commands)
     extract_lora.add_parser(commands)
+    report.add_parser(commands)
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["run"]:  # all that follows belongs to the script: argparse would take its `--` and `-m`
         run.run(argv[1:])

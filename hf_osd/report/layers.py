@@ -1,0 +1,95 @@
+"""PCA loss and orthogonality of every projected weight over the steps of a run."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..optim.statistics import OBSERVED
+from ..trainer.statistics_file import read_lines
+
+
+@dataclass
+class Layers:
+    """Values by weight and logged step.
+
+    Attributes:
+        names (`list[str]`): The weights, by kind and, within a kind, by layer.
+        steps (`list[float]`): Ascending.
+        times (`list[float]`): Seconds since 1970 at which each step was logged; not a number where it is not known.
+        values (`dict[str, list[list[float]]]`):
+            `pca_loss` and `orthogonality`: for each of the names a value for each of the steps, not a number where
+            there is none.
+    """
+
+    names: list[str]
+    steps: list[float]
+    times: list[float]
+    values: dict[str, list[list[float]]]
+
+    def spread(self, key: str) -> tuple[list[float], list[float], list[float]]:
+        """Steps, and the least and the largest of the weights' values at each."""
+        lows, highs, steps = [], [], []
+        for i, step in enumerate(self.steps):
+            seen = [row[i] for row in self.values[key] if math.isfinite(row[i])]
+            if seen:
+                steps.append(step)
+                lows.append(min(seen))
+                highs.append(max(seen))
+        return steps, lows, highs
+
+    def kinds(self) -> list[tuple[str, int]]:
+        """Each kind of weight and the number of its rows, in the order of `names`."""
+        counts: dict[str, int] = {}
+        for name in self.names:
+            kind = layer_and_kind(name)[1]
+            counts[kind] = counts.get(kind, 0) + 1
+        return list(counts.items())
+
+
+def layer_and_kind(name: str) -> tuple[int, str]:
+    """`(3, "self_attn.q_proj")` for `model.layers.3.self_attn.q_proj.weight`; layer 0 where the name has none."""
+    match = re.search(r"\.(\d+)\.", name)
+    kind = re.sub(r"\d+", "*", name[match.end() :]) if match else name
+    return int(match.group(1)) if match else 0, kind.removesuffix(".weight")
+
+
+def read_layers(path: Path, until: int | None = None) -> Layers | None:
+    """Read `_osd_statistics.jsonl`.
+
+    Args:
+        path (`Path`): The file.
+        until (`int`, *optional*): Leave out later steps.
+
+    Returns:
+        `Layers` or `None`: `None` where there is no row.
+
+    Raises:
+        OSError, ValueError: If it cannot be read.
+    """
+    header: list[str] = []
+    rows: dict[float, tuple[float, dict[str, dict[str, float]]]] = {}  # by step: the last line of a step counts
+    order: dict[str, None] = {}  # as an ordered set
+    for line in read_lines(path):
+        if "names" in line:
+            header = line["names"]
+            order |= dict.fromkeys(header)
+        elif until is None or line["step"] <= until:
+            values = {key: dict(zip(header, line[key], strict=True)) for key in OBSERVED}
+            time = line.get("time")
+            rows[line["step"]] = (float(time) if isinstance(time, (int, float)) else math.nan, values)
+    if not rows:
+        return None
+    names, steps = _sorted(list(order)), sorted(rows)
+    values = {key: [[_value(rows[step][1][key].get(name)) for step in steps] for name in names] for key in OBSERVED}
+    return Layers(names, steps, [rows[step][0] for step in steps], values)
+
+
+def _sorted(names: Sequence[str]) -> list[str]:
+    kinds = list(dict.fromkeys(layer_and_kind(name)[1] for name in names))
+    return sorted(names, key=lambda name: (kinds.index(layer_and_kind(name)[1]), layer_and_kind(name)[0]))
+
+
+def _value(value: float | None) -> float:
+    return math.nan if value is None else float(value)

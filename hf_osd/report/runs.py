@@ -1,0 +1,209 @@
+"""What a run left in its `output_dir`, read with distrust: whatever is missing or broken becomes a sentence."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..trainer.checkpoints import last_complete_checkpoint
+from ..trainer.statistics_file import STATISTICS_NAME
+from .layers import Layers, read_layers
+from .memory import Memory, read_memory
+from .settings import read_settings
+
+
+RESULTS_NAME = "results.json"  # of examples/pretrain_llama.py
+MAX_BYTES = 500_000_000
+
+
+class RunError(ValueError):
+    """A folder from which nothing of a run can be read. The message is one sentence that says why."""
+
+
+@dataclass
+class Run:
+    """What is known of a run.
+
+    Attributes:
+        name (`str`): What it is called in the report: the end of its path, as much as tells it from the others.
+        path (`Path`): The folder that was given.
+        log (`list[dict[str, float]]`): Trainer's log history, finite numbers only; every row has a `step`.
+        settings (`dict[str, dict[str, Any]]`): Values by section and name.
+        memory (`Memory`): Bytes by part.
+        layers (`Layers`, *optional*): PCA loss and orthogonality of each projected weight.
+        results (`dict[str, float]`): The numbers of `results.json`.
+        notes (`list[str]`): What is missing or broken.
+    """
+
+    name: str
+    path: Path
+    log: list[dict[str, float]]
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
+    layers: Layers | None = None
+    results: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of all rows with `key`."""
+        rows = [row for row in self.log if key in row]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+    def last(self, key: str) -> float | None:
+        """The last value of `key`."""
+        return next((row[key] for row in reversed(self.log) if key in row), None)
+
+    @property
+    def steps(self) -> int:
+        """The last step that is known."""
+        of_layers = self.layers.steps if self.layers is not None else []
+        return int(max([*(row["step"] for row in self.log), *of_layers], default=0))
+
+    def throughput(self) -> dict[str, float | None]:
+        """Steps, samples and tokens per second of the training, and its seconds, as far as they were recorded."""
+        values = {name: self.last(f"train_{name}") for name in ("steps_per_second", "samples_per_second")}
+        values["tokens_per_second"] = self.results.get("tokens_per_second", self.last("train_tokens_per_second"))
+        values["seconds"] = self.results.get("training_seconds", self.last("train_runtime"))
+        if values["steps_per_second"] is None and self.layers is not None:
+            values["steps_per_second"] = _rate(self.layers.steps, self.layers.times)
+        return values
+
+
+def read_runs(folders: Sequence[str | os.PathLike]) -> tuple[list[Run], dict[str, str]]:
+    """Read every run that can be read.
+
+    Returns:
+        `tuple[list[Run], dict[str, str]]`: The runs, and by folder why it could not be read.
+    """
+    paths = list(dict.fromkeys(Path(folder).absolute() for folder in folders))
+    names, runs, errors = _names(paths), [], {}
+    for path in paths:
+        try:
+            runs.append(read_run(path, names[path]))
+        except RunError as error:
+            errors[names[path]] = str(error)
+    return runs, errors
+
+
+def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
+    """Read a run.
+
+    Args:
+        folder (`str`): Its `output_dir`, or one of its checkpoints.
+        name (`str`, *optional*): What to call it; defaults to the folder's name.
+
+    Raises:
+        RunError: If there is no such folder, or nothing of a run in it.
+    """
+    path = Path(folder)
+    name = name or path.absolute().name
+    if not path.is_dir():
+        raise RunError(f"{path} is not a folder." if path.exists() else f"there is no folder {path}.")
+    notes: list[str] = []
+    latest = last_complete_checkpoint(path)
+    folders = [path, *([Path(latest)] if latest else [])]  # where the files of a run may be
+    results = _read_object(path / RESULTS_NAME, notes) or {}
+    logs = [_log(results)]
+    for place in folders:
+        state = _read_object(place / TRAINER_STATE_NAME, notes)
+        logs.append(_log(state) if state else [])
+    log = max(logs, key=lambda rows: (max((row["step"] for row in rows), default=-1), len(rows)))
+    settings = read_settings(folders, results, notes)
+    layers = None
+    optim = settings.get("Training", {}).get("optim")
+    if optim is None or str(optim).startswith("osd_"):  # else it is of another run in this folder
+        layers = _layers(path, notes)
+    if not log and layers is None:
+        raise RunError("; ".join(note.rstrip(".") for note in notes) + "." if notes else _nothing(path))
+    if not log:
+        notes.append(f"No {TRAINER_STATE_NAME} yet: Trainer writes it with the first checkpoint.")
+    if layers is None:
+        notes.append(f"No OSD statistics: {_why_no_layers(optim)}")
+    memory = read_memory(folders, results, notes)
+    numbers = {key: value for key in results if (value := number(results[key])) is not None}
+    return Run(name, path, log, settings, memory, layers, numbers, notes)
+
+
+def number(value: Any) -> float | None:
+    """A finite JSON number as a float, `None` for everything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """As much of the end of each path as tells it from the others."""
+    names = {}
+    for path in paths:
+        length = 2 if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else 1
+        while sum(other.parts[-length:] == path.parts[-length:] for other in paths) > 1:
+            length += 1
+        names[path] = os.sep.join(path.parts[-length:]) or str(path)
+    return names
+
+
+def _read_object(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    """The object in a JSON file with Trainer's NaN and infinities, or `None` and a note if it is there but broken."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES // 10**6} MB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"{path.name} in {path.parent} cannot be read: {error}.")
+        return None
+    if not isinstance(value, dict):
+        notes.append(f"{path.name} in {path.parent} is not an object.")
+        return None
+    return value
+
+
+def _log(state: Mapping[str, Any]) -> list[dict[str, float]]:
+    history = state.get("log_history")
+    rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+    finite = [{key: kept for key in row if (kept := number(row[key])) is not None} for row in rows]
+    return [row for row in finite if "step" in row]
+
+
+def _layers(path: Path, notes: list[str]) -> Layers | None:
+    of_checkpoint = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    until = int(of_checkpoint) if of_checkpoint != path.name and of_checkpoint.isdecimal() else None
+    folder = path if until is None else path.absolute().parent
+    try:
+        return read_layers(folder / STATISTICS_NAME, until)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        notes.append(f"{STATISTICS_NAME} cannot be read: {error}")
+        return None
+
+
+def _why_no_layers(optim: Any) -> str:
+    if optim is not None and not str(optim).startswith("osd_"):
+        return f"the optimizer was {optim}."
+    return f"{STATISTICS_NAME} is not there; it is written at logged steps of an osd_ optimizer."
+
+
+def _nothing(path: Path) -> str:
+    return (
+        f"{path} has neither {TRAINER_STATE_NAME} nor a complete checkpoint: give the output_dir of a Trainer that has "
+        "saved at least one."
+    )
+
+
+def _rate(steps: Sequence[float], times: Sequence[float]) -> float | None:
+    """Median steps per second between logged steps: evaluations and saves are in few of them."""
+    points = list(zip(steps, times, strict=True))
+    rates = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in zip(points, points[1:], strict=False) if b > a and b[1] > a[1]]
+    return median(rates) if rates else None
