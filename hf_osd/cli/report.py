@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 
-DESCRIPTION = """Write one HTML page about training runs: losses, learning rates, PCA loss and orthogonality of every layer,
-memory by part, throughput, and the settings in which the runs differ. The page needs neither a network nor a server.
+DESCRIPTION = """Write one HTML page about training runs: losses, learning rates, PCA loss and orthogonality of every
+layer, memory by part, throughput, and the settings in which the runs differ. It needs neither network nor server.
 
   hf-osd report out
   hf-osd report runs/osd runs/adamw --output comparison.html

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .layers import Layers
 from .runs import Run
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 INK, MUTED, GRID, RUN_COLOR = "#fd0001", "#fd0002", "#fd0003", "#fe00{:02x}"
 COLORS = 8  # of runs; later ones have them again, with dashes
 SIZE = (5.6, 3.0)  # inches at 72 points: text is about as large as the page's own on a screen and on a phone
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 9.5,
+    "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": MUTED,
     "axes.edgecolor": GRID,
@@ -47,7 +47,13 @@ MAX_COLUMNS = 800  # steps of a heat map; more would not be seen
 
 
 def line_chart(
-    runs: Sequence[Run], key: str, label: str, *, markers: bool = False, band: str | None = None, name: str
+    runs: Sequence[Run],
+    key: str,
+    label: str,
+    *,
+    markers: bool = False,
+    band: str | None = None,
+    name: str,
 ) -> str | None:
     """A line for each run that has values under `key`, `None` if there is none.
 
@@ -57,7 +63,7 @@ def line_chart(
         label (`str`): What is drawn.
         markers (`bool`): Whether each value is marked; few are in any case.
         band (`str`, *optional*): Name of the statistics of layers, from the least to the largest of which a band is
-            shaded; its mean is drawn for a run whose log has no values under `key`.
+            shaded.
         name (`str`): Unique in the page.
     """
     drawn = [(i, run, run.series(key)) for i, run in enumerate(runs)]
@@ -68,15 +74,24 @@ def line_chart(
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         for i, run, (steps, values) in drawn:
-            color, dashes = RUN_COLOR.format(i), "-" if i < COLORS else "--"
+            color = RUN_COLOR.format(i)
+            before = [points for j, _, points in drawn if j < i]
+            # dashes let the same line of an earlier run be seen, and tell runs with the same colour apart
+            dashes = "--" if i >= COLORS else (0, (6, 6)) if (steps, values) in before else "-"
             if band is not None and run.layers is not None:
                 axes.fill_between(*run.layers.spread(band), color=color, alpha=0.13, linewidth=0, gid=f"run-{i}-band")
             marker = "o" if markers or len(steps) < 3 else ""
             axes.plot(
-                steps, values, dashes, color=color, marker=marker, markersize=4, linewidth=1.6, gid=f"run-{i}-line"
+                steps,
+                values,
+                linestyle=dashes,
+                color=color,
+                marker=marker,
+                markersize=4,
+                linewidth=1.6,
+                gid=f"run-{i}-line",
             )
-        _steps_axis(axes)
-        axes.margins(x=0.015)
+        _steps_axis(axes, max(run.steps for run in runs))
 
     return _svg(draw, SIZE, name, label)
 
@@ -94,12 +109,18 @@ def heat_map(layers: Layers, key: str, label: str, limits: tuple[float, float], 
     every = math.ceil(len(layers.steps) / MAX_COLUMNS)
     steps, values = layers.steps[::every], [row[::every] for row in layers.values[key]]
     kinds = layers.kinds()
-    height = min(max(1.0 + 0.14 * len(values), 0.9 + 0.22 * len(kinds), 2.6), 6.0)
+    height = min(max(1.0 + 0.09 * len(values), 0.9 + 0.22 * len(kinds), 2.6), 5.0)
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         # "none": the picture keeps one pixel for a value, and the browser enlarges it
-        image = {"cmap": "viridis", "vmin": limits[0], "vmax": limits[1], "aspect": "auto", "interpolation": "none"}
+        image: dict[str, Any] = {
+            "cmap": "viridis",
+            "vmin": limits[0],
+            "vmax": limits[1],
+            "aspect": "auto",
+            "interpolation": "none",
+        }
         axes.imshow(values, extent=(0, len(steps), len(values), 0), **image)
         axes.grid(False)
         axes.spines[:].set_visible(False)
@@ -139,10 +160,12 @@ def limits_of(runs: Sequence[Run], key: str) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + max(abs(low), 1.0) * 1e-3)
 
 
-def _steps_axis(axes: "Axes") -> None:
+def _steps_axis(axes: "Axes", last: int) -> None:
+    """The same for all pictures, so that they can be compared."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("step")
+    axes.set_xlim(-0.01 * last, 1.02 * max(last, 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.grid(visible=False, axis="x")

@@ -76,9 +76,9 @@ def read_layers(path: Path, until: int | None = None) -> Layers | None:
             header = line["names"]
             order |= dict.fromkeys(header)
         elif until is None or line["step"] <= until:
-            values = {key: dict(zip(header, line[key], strict=True)) for key in OBSERVED}
             time = line.get("time")
-            rows[line["step"]] = (float(time) if isinstance(time, (int, float)) else math.nan, values)
+            seen = {key: dict(zip(header, line[key], strict=True)) for key in OBSERVED}
+            rows[line["step"]] = (float(time) if isinstance(time, (int, float)) else math.nan, seen)
     if not rows:
         return None
     names, steps = _sorted(list(order)), sorted(rows)

@@ -188,9 +188,10 @@ def _differences(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[st
     found = []
     for section in sections:
         names = list(dict.fromkeys(name for run in runs for name in run.settings.get(section, {})))
-        texts = [_texts(run.settings).get(section, {}) for run in runs]
-        rows = [(name, [text.get(name, NO_VALUE) for text in texts]) for name in names]
-        differing = [(name, values) for name, values in rows if len(set(values)) > 1]
+        texts = [_texts(run.settings).get(section) for run in runs]  # None: nothing of this kind was saved
+        rows = [(name, [NO_VALUE if text is None else text.get(name, NO_VALUE) for text in texts]) for name in names]
+        known = [i for i, text in enumerate(texts) if text is not None]
+        differing = [(name, values) for name, values in rows if len({values[i] for i in known}) > 1]
         if differing:
             found.append((section, differing))
     return found
@@ -215,7 +216,7 @@ def _number(value: float | None) -> str:
     """With four digits, or all that stand before the point."""
     if value is None:
         return NO_VALUE
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:#.4g}".rstrip(".")
 
 
 def _bytes(size: float | None) -> str:
@@ -233,5 +234,5 @@ def _seconds(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (
-        f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.3g} s"
+        f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
     )

@@ -197,8 +197,8 @@ def _why_no_layers(optim: Any) -> str:
 
 def _nothing(path: Path) -> str:
     return (
-        f"{path} has neither {TRAINER_STATE_NAME} nor a complete checkpoint: give the output_dir of a Trainer that has "
-        "saved at least one."
+        f"{path} has neither {TRAINER_STATE_NAME} nor a complete checkpoint: give the output_dir of a Trainer "
+        "that has saved at least one."
     )
 
 

@@ -17,7 +17,7 @@ from ..hub.config import CONFIG_NAME
 MAX_BYTES = 10_000_000
 # Names of places, and what differs between runs without a meaning.
 LEFT_OUT = re.compile(r"_.*|.*token|.*(password|secret|api_key).*|output_dir|logging_dir|run_name|local_rank|hub_.*")
-OPTIMIZER_LEFT_OUT = {"format_version", "parameters", "files", "hf_osd_version", "torch_version"}
+OPTIMIZER_LEFT_OUT = {"format_version", "parameters", "files", "hf_osd_version", "torch_version", "step"}
 MODEL_LEFT_OUT = {"_name_or_path", "transformers_version", "id2label", "label2id"}
 RUN = ("model", "dataset", "sequence_length", "parameters", "tokens_seen")
 
@@ -81,13 +81,16 @@ def _environment(results: Mapping[str, Any]) -> dict[str, Any]:
 class _Inert:
     """Stands for every class and function that a pickle names: keeps what it was given, and does nothing."""
 
-    def __init__(self, *arguments: Any, **_: Any) -> None:
-        self.arguments, self.state = arguments, {}
+    state: Mapping[str, Any]
+    arguments: tuple[Any, ...]
 
     def __new__(cls, *arguments: Any, **_: Any) -> "_Inert":
         inert = super().__new__(cls)
         inert.arguments, inert.state = arguments, {}
         return inert
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
