@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ..hub import ProjectionFileError, ProjectionState, projection_bytes
 from ..hub.analysis import ModelWeights, orthogonality, share_of_change
 from ..hub.locate import Source
+from ..report.layers import layer_and_kind
 from ..subspace import OPERATORS
 
 
@@ -227,9 +227,8 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
 def _by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
     kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for row in rows:
-        match = re.search(r"\.(\d+)\.", row["name"])
-        kind = re.sub(r"\d+", "*", row["name"][match.end() :]) if match else row["name"]
-        kinds.setdefault(kind.removesuffix(".weight"), []).append((int(match.group(1)) if match else 0, row))
+        layer, kind = layer_and_kind(row["name"])
+        kinds.setdefault(kind, []).append((layer, row))
     return kinds
 
 

@@ -5,15 +5,11 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .layers import Layers
 from .runs import Run
 
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Colours that no picture has otherwise: `_finish` replaces them by the page's variables.
 INK, MUTED, GRID, RUN_COLOR = "#fd0001", "#fd0002", "#fd0003", "#fe00{:02x}"
@@ -71,7 +67,7 @@ def line_chart(
     if not drawn:
         return None
 
-    def draw(figure: "Figure") -> None:
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
         for i, run, (steps, values) in drawn:
             color = RUN_COLOR.format(i)
@@ -111,7 +107,7 @@ def heat_map(layers: Layers, key: str, label: str, limits: tuple[float, float], 
     kinds = layers.kinds()
     height = min(max(1.0 + 0.09 * len(values), 0.9 + 0.22 * len(kinds), 2.6), 5.0)
 
-    def draw(figure: "Figure") -> None:
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
         # "none": the picture keeps one pixel for a value, and the browser enlarges it
         image: dict[str, Any] = {
@@ -160,7 +156,7 @@ def limits_of(runs: Sequence[Run], key: str) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + max(abs(low), 1.0) * 1e-3)
 
 
-def _steps_axis(axes: "Axes", last: int) -> None:
+def _steps_axis(axes: Any, last: int) -> None:
     """The same for all pictures, so that they can be compared."""
     from matplotlib.ticker import MaxNLocator
 
@@ -171,7 +167,7 @@ def _steps_axis(axes: "Axes", last: int) -> None:
     axes.grid(visible=False, axis="x")
 
 
-def _svg(draw: Callable[["Figure"], None], size: tuple[float, float], name: str, label: str) -> str:
+def _svg(draw: Callable[[Any], None], size: tuple[float, float], name: str, label: str) -> str:
     try:
         import matplotlib
         from matplotlib.figure import Figure

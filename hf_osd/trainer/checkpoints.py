@@ -30,7 +30,7 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether Trainer has written this checkpoint to its end."""
     try:
         return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 

@@ -1,0 +1,211 @@
+"""`hf-osd report`: what it reads of a run, what it says where something is missing, and nothing that could be run."""
+
+import json
+import pickle
+import re
+import shutil
+import zipfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from report_runs import SECRET
+
+from hf_osd.cli.main import main
+from hf_osd.report import read_run, read_runs
+from hf_osd.report.settings import read_arguments
+from hf_osd.trainer.statistics_file import STATISTICS_NAME
+
+
+EVIL = '<script>alert("1")</script>&amp;<img src=x onerror=alert(1)>\'"$x_$'
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+
+def report(tmp_path: Path, *folders: Path) -> Page:
+    page = tmp_path / "page.html"
+    main(["report", *map(str, folders), "--output", str(page)])
+    return Page(page.read_text(encoding="utf-8"))
+
+
+def refused(*words: object) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["report", *map(str, words)])
+    assert str(caught.value).startswith("hf-osd report: ")
+    return str(caught.value)
+
+
+def copy(run: Path, target: Path) -> Path:
+    return Path(shutil.copytree(run, target))
+
+
+def test_the_log_the_layers_and_the_settings_of_a_run(finished_runs):
+    run = read_run(finished_runs["osd"])
+    state = json.loads((finished_runs["osd"] / "checkpoint-12" / "trainer_state.json").read_text())
+    assert run.name == "osd" and run.steps == 12 and run.notes == []
+    for key in ("loss", "eval_loss", "learning_rate", "osd/pca_loss"):
+        rows = [row for row in state["log_history"] if key in row]
+        assert run.series(key) == ([row["step"] for row in rows], [row[key] for row in rows]) and len(rows) >= 3
+    assert run.layers.steps == [2, 4, 6, 8, 10, 12] and len(run.layers.names) == 14
+    assert run.layers.names[:3] == [
+        f"model.layers.{i}.self_attn.{kind}_proj.weight" for i, kind in ((0, "q"), (1, "q"), (0, "k"))
+    ]
+    for key in ("pca_loss", "orthogonality"):
+        for i, mean in enumerate(run.series(f"osd/{key}")[1]):
+            assert sum(row[i] for row in run.layers.values[key]) / 14 == pytest.approx(mean, rel=1e-3)  # four digits
+    assert run.settings["Training"]["optim_args"] == "rank=4" and run.settings["Training"]["max_steps"] == 12
+    assert run.settings["Training"]["lr_scheduler_type"] == "linear"  # an enum member
+    assert run.settings["Optimizer"]["rank"] == 4 and run.settings["Model"]["hidden_size"] == 32
+    assert run.throughput()["steps_per_second"] == run.last("train_steps_per_second") > 0
+
+
+def test_memory_is_that_of_the_saved_tensors(finished_runs):
+    for name, parts in (
+        ("osd", {"weights", "moments", "projections P", "moments of P"}),
+        ("adamw", {"weights", "moments"}),
+    ):
+        memory = read_run(finished_runs[name]).memory
+        saved = torch.load(finished_runs[name] / "checkpoint-12" / "optimizer.pt", weights_only=True)
+        tensors = [value for state in saved["state"].values() for value in state.values()]
+        assert set(memory.parts) == parts
+        assert memory.state == sum(value.nbytes for value in tensors)
+        assert memory.parts["weights"] == (finished_runs[name] / "checkpoint-12" / "model.safetensors").stat().st_size
+    saved = torch.load(finished_runs["osd"] / "checkpoint-12" / "optimizer.pt", weights_only=True)
+    projections = sum(state["projection"].nbytes for state in saved["state"].values() if "projection" in state)
+    assert read_run(finished_runs["osd"]).memory.parts["projections P"] == projections
+
+
+def test_a_checkpoint_can_be_given_and_ends_where_it_was_saved(finished_runs, tmp_path):
+    runs, errors = read_runs([finished_runs["osd"] / "checkpoint-6", finished_runs["osd"]])
+    assert [run.name for run in runs] == ["osd/checkpoint-6", "osd"] and not errors
+    assert runs[0].steps == 6 and runs[0].layers.steps == [2, 4, 6]
+
+
+def test_runs_with_one_name_are_told_apart(finished_runs, tmp_path):
+    other = copy(finished_runs["osd"], tmp_path / "second" / "osd")
+    runs, _ = read_runs([finished_runs["osd"], other, other])
+    assert [run.name for run in runs] == [f"{finished_runs['osd'].parent.name}/osd", "second/osd"]
+
+
+def test_the_page_of_two_runs(finished_runs, tmp_path):
+    page = report(tmp_path, *finished_runs.values())
+    for word in (
+        "Training loss",
+        "Evaluation loss",
+        "Learning rate",
+        "PCA loss",
+        "Orthogonality",
+        "Memory",
+        "Throughput",
+    ):
+        assert word in page.text
+    assert page.tags.count("svg") == 8  # six of both runs, two of the layers of one
+    assert "No OSD statistics: the optimizer was adamw_torch." in page.text
+    table = page.text.split("what differs")[1].split("All settings")[0]
+    assert "learning_rate 0.01 0.001" in table and "optim osd_adamw adamw_torch" in table
+    assert "max_steps" not in table and "hidden_size" not in table and "weight_rule" not in table
+
+
+def test_the_page_needs_nothing_else_and_tells_no_secret(finished_runs, tmp_path):
+    page = report(tmp_path, *finished_runs.values())
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert SECRET not in html
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    for name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "action", "data"):
+            assert value.startswith(("#", "data:image/png;base64,")), value[:80]
+        assert not name.startswith("on")
+    assert not re.search(r"url\((?!#)|@import", html)
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = {value[1:] for name, value in page.attributes if name.endswith("href") and value.startswith("#")}
+    assert used | set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
+    assert "#fe00" not in html and "#fd00" not in html  # every stand-in was replaced by a colour of the page
+
+
+def test_names_and_values_from_files_are_text(finished_runs, tmp_path):
+    run = copy(finished_runs["osd"], tmp_path / EVIL.replace("/", "_"))
+    statistics = (run / STATISTICS_NAME).read_text()
+    evil = json.dumps(EVIL)[1:-1]
+    (run / STATISTICS_NAME).write_text(statistics.replace("model.layers.0.self_attn.q_proj.weight", evil))
+    for folder in (run, run / "checkpoint-12"):
+        (folder / "config.json").write_text(json.dumps({EVIL: EVIL, "hidden_size": 32}))
+    page = report(tmp_path, run, finished_runs["adamw"])
+    assert not {"script", "img"} & set(page.tags)
+    assert page.text.count(re.sub(r"\s+", " ", EVIL)) >= 3  # as a weight, a setting and its value
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+
+
+def test_a_damaged_run_is_named_and_the_others_are_shown(finished_runs, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    page = report(tmp_path, finished_runs["osd"], tmp_path / "empty", tmp_path / "missing")
+    assert "Not read" in page.text and "there is no folder" in page.text
+    said = capsys.readouterr()
+    assert "1 run\n" in said.out and said.err.count("\n") == 2
+    message = refused(tmp_path / "empty", tmp_path / "missing")
+    assert "neither trainer_state.json nor a complete checkpoint" in message and "there is no folder" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"log_history": 3}'])
+def test_broken_files_become_notes(content, finished_runs, tmp_path):
+    run = copy(finished_runs["osd"], tmp_path / "run")
+    broken = ("config.json", "osd_config.json", "training_args.bin", "optimizer.pt", "results.json")
+    for folder in (run, run / "checkpoint-6", run / "checkpoint-12"):
+        for name in broken:
+            (folder / name).write_bytes(content)
+    (run / "trainer_state.json").write_bytes(content)
+    page = report(tmp_path, run)
+    assert "training_args.bin in" in page.text and "cannot be read" in page.text
+    for name in ("checkpoint-12", "checkpoint-6"):
+        shutil.rmtree(run / name)
+    (run / STATISTICS_NAME).write_bytes(content)
+    assert "run" in refused(run)
+
+
+def test_strange_rows_of_a_log_are_left_out(finished_runs, tmp_path):
+    run = copy(finished_runs["adamw"], tmp_path / "run")
+    shutil.rmtree(run / "checkpoint-12")
+    shutil.rmtree(run / "checkpoint-6")
+    rows = [3, {"loss": 1}, {"step": 1, "loss": "1"}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 10**400}]
+    state = {"log_history": [*rows, {"step": 4, "loss": 1.5, "eval_loss": float("inf")}]}
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    assert read_run(run).series("loss") == ([4], [1.5])
+    page = report(tmp_path, run)
+    assert "No checkpoint" not in page.text and "1.500" in page.text
+
+
+def test_nothing_in_training_arguments_is_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "touched",))
+
+    path = tmp_path / "training_args.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"attack": Attack()}))
+    with pytest.raises(ValueError, match=r"training_args\.bin"):
+        read_arguments(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Attack()))
+    assert read_arguments(path) == {}
+    assert not (tmp_path / "touched").exists()
