@@ -48,6 +48,7 @@ def line_chart(
     label: str,
     *,
     markers: bool = False,
+    from_zero: bool = False,
     band: str | None = None,
     name: str,
 ) -> str | None:
@@ -58,6 +59,7 @@ def line_chart(
         key (`str`): In the log history.
         label (`str`): What is drawn.
         markers (`bool`): Whether each value is marked; few are in any case.
+        from_zero (`bool`): Whether the values' axis begins at 0.
         band (`str`, *optional*): Name of the statistics of layers, from the least to the largest of which a band is
             shaded.
         name (`str`): Unique in the page.
@@ -88,6 +90,8 @@ def line_chart(
                 gid=f"run-{i}-line",
             )
         _steps_axis(axes, max(run.steps for run in runs))
+        if from_zero:
+            axes.set_ylim(bottom=0)
 
     return _svg(draw, SIZE, name, label)
 

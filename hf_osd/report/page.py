@@ -90,7 +90,7 @@ def _charts(runs: Sequence[Run]) -> dict[str, list[tuple[str, str, str | None]]]
             ("Evaluation loss", "on the evaluation data", "eval_loss", {"markers": True}),
         ],
         "schedule": [
-            ("Learning rate", "of the weights", "learning_rate", {}),
+            ("Learning rate", "of the weights", "learning_rate", {"from_zero": True}),
             ("Gradient norm", "before clipping", "grad_norm", {}),
         ],
         "subspaces": [
@@ -99,13 +99,13 @@ def _charts(runs: Sequence[Run]) -> dict[str, list[tuple[str, str, str | None]]]
                 "share of the gradients’ energy outside the subspaces: mean of all layers, and from the least to the "
                 "largest of them",
                 "osd/pca_loss",
-                {"band": "pca_loss"},
+                {"band": "pca_loss", "from_zero": True},
             ),
             (
                 "Orthogonality",
                 "‖PᵀP − I‖ / √r, 0 for orthonormal columns: mean of all layers, and from the least to the largest",
                 "osd/orthogonality",
-                {"band": "orthogonality"},
+                {"band": "orthogonality", "from_zero": True},
             ),
         ],
     }
