@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..subspace.table import SUBSPACES
+
 
 WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 OPTIMIZER_NAME = "optimizer.pt"
+PROJECTION_ENTRIES = {"projection"} | {rule.code for rule in SUBSPACES.values() if rule.code}  # a code stands for P
 PARTS = ("weights", "moments", "projections P", "moments of P", "optimizer state")  # in the order of the bars
 
 
@@ -77,6 +80,6 @@ def _state_parts(path: Path) -> dict[str, int]:
 
 
 def _part(name: str) -> str:
-    if name == "projection":
+    if name in PROJECTION_ENTRIES:
         return "projections P"
     return "moments of P" if str(name).startswith("projection_") else "moments"

@@ -14,6 +14,7 @@ from report_runs import SECRET
 
 from hf_osd.cli.main import main
 from hf_osd.report import read_run, read_runs
+from hf_osd.report.memory import read_memory
 from hf_osd.report.settings import read_arguments
 from hf_osd.trainer.statistics_file import STATISTICS_NAME
 
@@ -94,6 +95,16 @@ def test_memory_is_that_of_the_saved_tensors(finished_runs):
     saved = torch.load(finished_runs["osd"] / "checkpoint-12" / "optimizer.pt", weights_only=True)
     projections = sum(state["projection"].nbytes for state in saved["state"].values() if "projection" in state)
     assert read_run(finished_runs["osd"]).memory.parts["projections P"] == projections
+
+
+def test_what_stands_for_p_counts_as_p_and_unreadable_states_as_files(tmp_path):
+    P, moments = torch.zeros(5, dtype=torch.int64), torch.zeros(7)
+    states = [{"projection_seed": P, "exp_avg": moments}, {"projection_columns": P, "projection_exp_avg": moments}]
+    path = tmp_path / "optimizer.pt"
+    torch.save({"state": dict(enumerate(states)), "param_groups": []}, path)
+    assert read_memory([tmp_path], {}, []).parts == {"moments": 28, "projections P": 80, "moments of P": 28}
+    torch.save({"state": {0: {"projector": Path("as GaLore's, an object")}}}, path)
+    assert read_memory([tmp_path], {}, []).parts == {"optimizer state": path.stat().st_size}
 
 
 def test_a_checkpoint_can_be_given_and_ends_where_it_was_saved(finished_runs, tmp_path):
