@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import extract_lora, report, run, show
+from . import estimate, extract_lora, report, run, show
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run.add_parser(commands)
     show.add_parser(commands)
+    estimate.add_parser(commands)
     extract_lora.add_parser(commands)
     report.add_parser(commands)
     argv = list(sys.argv[1:] if argv is None else argv)

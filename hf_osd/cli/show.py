@@ -1,25 +1,23 @@
-"""`hf-osd show`: what a P that was saved or shared looks like, and how large one would be."""
+"""`hf-osd show`: what a P that was saved or shared looks like."""
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ..hub import ProjectionFileError, ProjectionState, projection_bytes
+from ..hub import ProjectionFileError, ProjectionState
 from ..hub.analysis import ModelWeights, orthogonality, share_of_change
 from ..hub.locate import Source
 from ..report.layers import layer_and_kind
 from ..subspace import OPERATORS
 
 
-DESCRIPTION = """Show the projections P in a folder or in a repository on the Hub, or estimate their size.
+DESCRIPTION = """Show the projections P in a folder or in a repository on the Hub.
 
   hf-osd show out/checkpoint-1000
   hf-osd show user/name --revision v1 --json
   hf-osd show out --base user/base-model --plot shares.png
-  hf-osd show --estimate config.json --rank 128 512 1024
 
 orthogonality: ||P'P - I|| / sqrt(r), 0 for orthonormal columns. share: how much of the weight's change since --base
 lies in P's subspace, ||QQ' dW||^2 / ||dW||^2 with Q a basis of it; random: what a random subspace would hold, r / s.
@@ -32,14 +30,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "show", help=DESCRIPTION.split("\n")[0], description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("source", nargs="?", metavar="PATH_OR_ID", help="folder or repository with osd_config.json")
+    parser.add_argument("source", metavar="PATH_OR_ID", help="folder or repository with osd_config.json")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument("--base", metavar="MODEL", help="folder or repository of the model before training")
     parser.add_argument("--model", metavar="MODEL", help="the model after training; default: PATH_OR_ID itself")
-    parser.add_argument("--estimate", metavar="CONFIG", help="config.json or repository of a model")
-    parser.add_argument(
-        "--rank", nargs="+", type=int, metavar="R", help="ranks for --estimate (default: 128 512 1024)"
-    )
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.add_argument("--plot", metavar="FILE", help="draw the values per layer into a picture")
     parser.set_defaults(function=show)
@@ -48,8 +42,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def show(arguments: argparse.Namespace) -> None:
     """Print what was asked for; exit with one sentence where that cannot be."""
     try:
-        _refuse_combinations(arguments)
-        report = estimate(arguments) if arguments.estimate else inspect(arguments)
+        if arguments.model and not arguments.base:
+            raise ValueError("--model needs --base, the model before training.")
+        report = inspect(arguments)
         if arguments.plot:
             plot(report["parameters"], arguments.plot)
     except (ValueError, OSError, ImportError) as error:
@@ -57,20 +52,7 @@ def show(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
-        print(estimate_text(report) if arguments.estimate else inspect_text(report))
-
-
-def _refuse_combinations(arguments: argparse.Namespace) -> None:
-    if (arguments.source is None) == (arguments.estimate is None):
-        raise ValueError("give either PATH_OR_ID or --estimate CONFIG.")
-    if arguments.estimate:
-        stray = [f"--{name}" for name in ("base", "model", "plot") if getattr(arguments, name)]
-        if stray:
-            raise ValueError(f"{', '.join(stray)} cannot be used with --estimate.")
-    elif arguments.rank:
-        raise ValueError("--rank is for --estimate: a saved P has its own rank.")
-    elif arguments.model and not arguments.base:
-        raise ValueError("--model needs --base, the model before training.")
+        print(inspect_text(report))
 
 
 def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -132,7 +114,7 @@ def inspect_text(report: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in report["config"].items() if value is not None)
     dtypes = ", ".join(sorted({row["dtype"] for row in rows}))
     text = [
-        f"{report['source']}: {len(rows)} projections, {_size(report['bytes'])} in {dtypes}"
+        f"{report['source']}: {len(rows)} projections, {size_text(report['bytes'])} in {dtypes}"
         + (", with moments" if report["moments"] else ""),
         *([settings] if settings else []),
         "",
@@ -146,59 +128,6 @@ def inspect_text(report: dict[str, Any]) -> str:
         mean = _percent(statistics.fmean(shares)) if shares else "-"
         without = f"; {len(rows) - len(shares)} without (unchanged, or not found)" if len(shares) < len(rows) else ""
         text.append(f"share of the change in P's subspace: mean {mean} of {len(shares)} weights{without}")
-    return "\n".join(text)
-
-
-def estimate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Bytes of P for each rank, from a model's config alone; nothing of the model is allocated."""
-    shapes = model_shapes(arguments.estimate, arguments.revision)
-    rows = []
-    for rank in arguments.rank or [128, 512, 1024]:
-        sizes = {dtype: projection_bytes(shapes, rank, projection_dtype=dtype) for dtype in ("float32", "bfloat16")}
-        rows.append(
-            {
-                "rank": rank,
-                **{f"{dtype}_bytes": size for dtype, size in sizes.items()},
-                "with_moments_bytes": projection_bytes(shapes, rank, include_moments=True),
-                "with_8bit_moments_bytes": projection_bytes(
-                    shapes, rank, include_moments=True, weight_rule="adamw8bit"
-                ),
-                "clipped": sum(math.prod(shape[:-2]) for shape in shapes if rank > min(shape[-2:])),
-            }
-        )
-    numel, matrices = sum(map(math.prod, shapes)), sum(math.prod(shape[:-2]) for shape in shapes)
-    return {"config": arguments.estimate, "matrices": matrices, "numel": numel, "ranks": rows}
-
-
-def model_shapes(config: str, revision: str | None = None) -> list[tuple[int, ...]]:
-    """(m, n) or (E, m, n) of each weight that `all-linear` projects in the model of a config file or repository."""
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    from ..optim.targets import select
-
-    loaded = AutoConfig.from_pretrained(config, **({"revision": revision} if revision else {}))
-    with torch.device("meta"):
-        causal = type(loaded) in AutoModelForCausalLM._model_mapping
-        model = (AutoModelForCausalLM if causal else AutoModel).from_config(loaded)
-    return [tuple(p.shape) for p in select(model).projected.values()]
-
-
-def estimate_text(report: dict[str, Any]) -> str:
-    """The estimate as a table."""
-    header = ["rank", "P float32", "P bfloat16", "P + osd_adamw", "P + osd_adamw8bit"]
-    keys = ("float32_bytes", "bfloat16_bytes", "with_moments_bytes", "with_8bit_moments_bytes")
-    lines = [[str(row["rank"]), *(_size(row[key]) for key in keys)] for row in report["ranks"]]
-    text = [
-        f"{report['config']}: {report['matrices']} matrices to project, {report['numel'] / 1e6:,.1f}M parameters",
-        "",
-        table(header, lines),
-        "",
-        "P + optim: with all moments of the projected matrices (include_moments=True), P in float32",
-    ]
-    for row in report["ranks"]:
-        if row["clipped"]:
-            text.append(f"rank {row['rank']} is larger than {row['clipped']} of the matrices, and clipped there")
     return "\n".join(text)
 
 
@@ -249,5 +178,6 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def _size(size: int) -> str:
+def size_text(size: int) -> str:
+    """Bytes in GB or MB."""
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"

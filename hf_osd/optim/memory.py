@@ -1,5 +1,7 @@
 """Bytes of optimizer state: predicted from shapes, measured on tensors, and what AdamW would hold."""
 
+from collections import Counter
+
 import torch
 
 from .osd import OSD
@@ -8,20 +10,25 @@ from .sharding import local
 from .state import local_shape, state_spec
 
 
+def predicted_entry_bytes(optimizer: OSD) -> Counter[str]:
+    """Bytes of each entry of the state, such as `exp_avg`, over all parameters; see `predicted_state_bytes`."""
+    sizes: Counter[str] = Counter()
+    for group in optimizer.param_groups:
+        rules = rules_of(group)
+        for p in group["params"]:
+            plan = optimizer.plan_of(p)
+            for name, entry in state_spec(plan, rules).items():
+                sizes[name] += torch.Size(local_shape(entry, plan)).numel() * entry.dtype.itemsize
+    return sizes
+
+
 def predicted_state_bytes(optimizer: OSD) -> int:
     """Bytes of the state once every parameter has been stepped, on this process; the state need not exist yet.
 
     For a weight (m, n) projected on its shorter side s to rank r: moments of r x max(m, n), P of s x r and P's
     moments, each in its storage, and three or four counters of 4 bytes.
     """
-    total = 0
-    for group in optimizer.param_groups:
-        rules = rules_of(group)
-        for p in group["params"]:
-            plan = optimizer.plan_of(p)
-            for entry in state_spec(plan, rules).values():
-                total += torch.Size(local_shape(entry, plan)).numel() * entry.dtype.itemsize
-    return total
+    return predicted_entry_bytes(optimizer).total()
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -1,0 +1,237 @@
+"""`hf-osd estimate`: whether a model can be trained on a GPU, with which optimizer, rank and batch."""
+
+import argparse
+import json
+from dataclasses import asdict
+from functools import cache
+from math import prod
+from typing import Any
+
+from ..estimate import DTYPES, Method, Workload, adamw, adamw8bit, galore, largest, load_config, lora, osd
+from ..hub import projection_bytes
+from ..optim import ALL_LINEAR, DEFAULT_RANK, resolve, select
+from ..optim.modes import LAYERWISE_SUFFIX
+from ..trainer.optim_args import SETTINGS, parse_optim_args
+from .show import size_text, table
+
+
+DESCRIPTION = """Estimate the memory of training a model, from its config alone: does it fit, and what would?
+
+  hf-osd estimate meta-llama/Llama-2-7b-hf --rank 512 --layerwise --seq 2048 --batch 4 --gpu 24GB
+  hf-osd estimate examples/llama_configs/llama_7b.json --rank 1024 --optim_args projection_dtype=bfloat16
+  hf-osd estimate out/config.json --gpu 80GiB --json
+
+A step is run on the meta device, where tensors have shapes and no memory, and what is alive is counted: with fused
+attention, weights in --dtype, one batch for each step. GaLore and LoRA have the rank of ours; P is with its moments.
+The columns are each part's most, "step" the temporaries of a parameter's step; the peak is what is there at once.
+--reserve is kept free for the driver's context, libraries and fragmentation.
+"""
+RESERVE = "1GB"
+# Of `optim_args`, what has an option of its own here, or nothing to do with memory.
+NOT_HERE = {
+    "rank": "use --rank",
+    "layerwise": "use --layerwise",
+    "ddp_compression": "one device is estimated",
+    **dict.fromkeys(("init", "partial_load", "layerwise_clipping", "seed"), "it takes no memory"),
+}
+LABELS = {
+    "adamw_torch_fused": "AdamW",
+    "adamw_bnb_8bit": "AdamW 8-bit",
+    "galore_adamw": "GaLore",
+    "lora": "LoRA, AdamW",
+}
+COLUMNS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "state": "state",
+    "projection": "P",
+    "activations": "activations",
+    "logits": "logits, loss",
+    "temporaries": "step",
+    "peak": "peak",
+}
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser(
+        "estimate",
+        help=DESCRIPTION.split("\n")[0],
+        description=DESCRIPTION,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="repository on the Hub, folder, or config.json")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument("--preset", default="osd_adamw8bit", help="our optimizer (default: osd_adamw8bit)")
+    parser.add_argument("--rank", type=int, default=DEFAULT_RANK, metavar="R", help=f"default: {DEFAULT_RANK}")
+    parser.add_argument("--layerwise", action="store_true", help="step in the backward pass, as osd_*_layerwise")
+    parser.add_argument("--optim_args", metavar="K=V,...", help="other options of our optimizer, as for a Trainer")
+    parser.add_argument("--target_modules", nargs="+", metavar="NAME", help="what is projected (default: all-linear)")
+    parser.add_argument("--seq", type=int, default=1024, metavar="S", help="tokens of a sequence (default: 1024)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences on the device (default: 1)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the weights (default: bf16)")
+    parser.add_argument("--gpu", metavar="SIZE", help="memory of the device, such as 24GB or 80GiB")
+    parser.add_argument("--reserve", metavar="SIZE", help=f"of it, not for tensors (default: {RESERVE})")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.set_defaults(function=estimate)
+
+
+def estimate(arguments: argparse.Namespace) -> None:
+    """Print what was asked for; exit with one sentence where that cannot be."""
+    try:
+        report = make_report(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"hf-osd estimate: {error}") from error
+    print(json.dumps(report, indent=2) if arguments.json else report_text(report))
+
+
+def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is told, as JSON values."""
+    for name in ("rank", "seq", "batch"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
+    optim, layerwise, options = _optimizer(arguments)
+    memory = _memory(arguments)
+    config = load_config(arguments.model, arguments.revision)
+    work = Workload(config, DTYPES[arguments.dtype], arguments.seq, arguments.rank)
+    model, modules = work.model(), options["target_modules"]
+    shapes = [tuple(p.shape) for p in select(model, modules).projected.values()]
+    highest = max(min(shape[-2:]) for shape in shapes)
+    if arguments.rank > highest:
+        raise ValueError(f"--rank {arguments.rank} is more than any of the matrices has: give at most {highest}.")
+
+    @cache
+    def ours(rank: int) -> Method:
+        return osd(model, optim, rank, options, layerwise=layerwise)
+
+    methods, missing = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules)], []
+    try:
+        methods.append(lora(work.model("lora")))
+    except ImportError:
+        missing.append("LoRA: it needs peft, `pip install peft`")
+    methods.append(ours(arguments.rank))
+    rows: list[dict[str, Any]] = []
+    for checkpointing in (False, True):
+        for method in methods:
+            parts = work.parts(method, checkpointing, arguments.batch)
+            rows.append({"method": method.name, "gradient_checkpointing": checkpointing, "bytes": asdict(parts)})
+            if memory is not None:
+                rows[-1]["fits"] = parts.peak <= memory
+                rows[-1]["largest_batch"] = work.largest_batch(method, checkpointing, memory)
+                if method.model == "full" and method.name.startswith("osd_"):
+                    unit = max(1, highest // 256)  # ranks in between are asked for by nobody
+                    rows[-1]["largest_rank"] = unit * largest(
+                        lambda k: work.parts(ours(k * unit), checkpointing, arguments.batch).peak <= memory,  # noqa: B023
+                        highest // unit,
+                    )
+    report: dict[str, Any] = {
+        **{key: getattr(arguments, key) for key in ("model", "rank", "batch", "seq", "dtype", "optim_args")},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "matrices": sum(prod(shape[:-2]) for shape in shapes),
+        "clipped": sum(prod(shape[:-2]) for shape in shapes if arguments.rank > min(shape[-2:])),
+        "projection_file_bytes": projection_bytes(shapes, arguments.rank, **_kept(options)),
+        "missing": missing,
+        "rows": rows,
+    }
+    if memory is not None:
+        report |= {"gpu": arguments.gpu, "usable_bytes": memory, "suggestion": suggestion(report, modules)}
+    return report
+
+
+def _optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]]:
+    """Our optimizer's name without `_layerwise`, whether it is, and options of `create_osd_optimizer`."""
+    resolve(arguments.preset, {}, None, "--preset")  # which knows the names
+    given = parse_optim_args(arguments.optim_args)
+    for key in given:
+        if key in NOT_HERE:
+            raise ValueError(f"{key!r} has no effect in --optim_args of an estimate: {NOT_HERE[key]}.")
+    options = {SETTINGS[key].option: value for key, value in given.items()}
+    if "projection_rule" in options:
+        options["projection_optim"] = options.pop("projection_rule")
+    options["target_modules"] = arguments.target_modules or ALL_LINEAR
+    layerwise = arguments.layerwise or arguments.preset.endswith(LAYERWISE_SUFFIX)
+    return arguments.preset.removesuffix(LAYERWISE_SUFFIX), layerwise, options
+
+
+def _memory(arguments: argparse.Namespace) -> int | None:
+    """Bytes that tensors may take."""
+    if arguments.gpu is None:
+        if arguments.reserve is not None:
+            raise ValueError("--reserve is for --gpu.")
+        return None
+    gpu, reserve = _size("gpu", arguments.gpu), _size("reserve", arguments.reserve or RESERVE)
+    if reserve >= gpu:
+        raise ValueError(f"--gpu {arguments.gpu} leaves nothing beside --reserve {arguments.reserve or RESERVE}.")
+    return gpu - reserve
+
+
+def _size(option: str, text: str) -> int:
+    from accelerate.utils import convert_file_size_to_int
+
+    try:
+        return convert_file_size_to_int(text.upper())  # in lower case its b are bits
+    except ValueError:
+        raise ValueError(f"--{option} must be a number with KB, MB, GB, KiB, MiB or GiB, got {text!r}.") from None
+
+
+def _kept(options: dict[str, Any]) -> dict[str, Any]:
+    """What decides the size of a saved P."""
+    return {key: options[key] for key in ("side", "projection_dtype", "subspace") if key in options}
+
+
+def suggestion(report: dict[str, Any], modules: Any) -> dict[str, Any] | None:
+    """What to run of ours: as asked, else with checkpointing, a smaller batch or, last, a smaller rank."""
+    ours = [row for row in report["rows"] if row["method"].startswith("osd_")]
+    rank, batch = report["rank"], report["batch"]
+    found = next((row for row in ours if row["fits"]), ours[-1])
+    if not found["fits"]:
+        if found["largest_batch"]:
+            batch = found["largest_batch"]
+        elif found["largest_rank"]:
+            rank = found["largest_rank"]
+        else:
+            return None
+    checkpointing = found["gradient_checkpointing"]
+    optim_args = ",".join(filter(None, [f"rank={rank}", report["optim_args"]]))
+    named = [modules] if isinstance(modules, str) else modules
+    words = ["hf-osd run train.py", f"--model_name_or_path {report['model']}"]
+    words += [f"--dtype {str(DTYPES[report['dtype']]).removeprefix('torch.')}", f"--optim {found['method']}"]
+    words += [f"--optim_args {optim_args}", f"--optim_target_modules {' '.join(named)}"]
+    words += [f"--per_device_train_batch_size {batch}", *(["--gradient_checkpointing"] if checkpointing else [])]
+    return {"rank": rank, "batch": batch, "gradient_checkpointing": checkpointing, "command": " ".join(words)}
+
+
+def report_text(report: dict[str, Any]) -> str:
+    """Two tables, without and with checkpointing, what fits, and the command."""
+    kind = str(DTYPES[report["dtype"]]).removeprefix("torch.")
+    text = [
+        f"{report['model']}: {report['parameters'] / 1e6:,.1f}M parameters in {kind}; rank {report['rank']} of "
+        f"{report['matrices']} matrices; {report['batch']} x {report['seq']} tokens"
+    ]
+    if report["clipped"]:
+        text.append(f"rank {report['rank']} is larger than {report['clipped']} of the matrices, and clipped there")
+    limit = "gpu" in report
+    header = ["", *COLUMNS.values(), *([f"fits {report['gpu']}", "largest batch"] if limit else [])]
+    for checkpointing in (False, True):
+        rows = [row for row in report["rows"] if row["gradient_checkpointing"] == checkpointing]
+        lines = [
+            [
+                LABELS.get(row["method"], row["method"]),
+                *(size_text(row["bytes"][key]) if row["bytes"][key] else "-" for key in COLUMNS),
+                *(["yes" if row["fits"] else "no", str(row["largest_batch"])] if limit else []),
+            ]
+            for row in rows
+        ]
+        text += [
+            "",
+            f"{'with' if checkpointing else 'without'} gradient checkpointing",
+            table(header, lines, left=("",)),
+        ]
+        if limit:
+            text.append(f"largest rank of {rows[-1]['method']} at this batch: {rows[-1]['largest_rank'] or 'none'}")
+    text += ["", f"P in checkpoints and on the Hub: {size_text(report['projection_file_bytes'])}"]
+    text += [f"not estimated: {name}" for name in report["missing"]]
+    if limit:
+        found = report["suggestion"]
+        text += ["", "suggested:", f"  {found['command']}"] if found else ["", f"nothing fits {report['gpu']}"]
+    return "\n".join(text)

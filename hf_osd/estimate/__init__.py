@@ -1,0 +1,20 @@
+"""What training will take, from a model's config alone."""
+
+from .methods import Method, adamw, adamw8bit, galore, lora, osd
+from .models import DTYPES, load_config
+from .peak import Parts, Workload, largest
+
+
+__all__ = [
+    "DTYPES",
+    "Method",
+    "Parts",
+    "Workload",
+    "adamw",
+    "adamw8bit",
+    "galore",
+    "largest",
+    "load_config",
+    "lora",
+    "osd",
+]

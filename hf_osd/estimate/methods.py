@@ -1,0 +1,144 @@
+"""What each way to train keeps for its optimizer, and what a step of it needs for a moment.
+
+Ours is asked itself: its state is what `state_spec` declares, and a step of one parameter of each shape is run on the
+meta device. The others are described here, as Trainer runs their current releases.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from ..optim import OSD, create_osd_optimizer, select
+from ..optim.memory import predicted_entry_bytes
+from .trace import LiveBytes
+
+
+BNB_BLOCK, BNB_MIN_SIZE = 256, 4096  # bitsandbytes: elements for each absmax, and the smallest tensor in 8 bits
+
+
+@dataclass
+class Method:
+    """The optimizer's part of the memory.
+
+    Attributes:
+        name (`str`): As `TrainingArguments.optim` has it, or `lora`.
+        state (`int`): Bytes of its state, P and what belongs to P aside.
+        projection (`int`): Bytes of P and of its own moments.
+        temporaries (`dict[str, int]`): For each trained parameter what its step allocates, beside the state.
+        layerwise (`bool`): Whether parameters are stepped in the backward pass and gradients freed at once.
+        model (`str`): Which model is trained: `full`, or `lora`.
+    """
+
+    name: str
+    state: int = 0
+    projection: int = 0
+    temporaries: dict[str, int] = field(default_factory=dict)
+    layerwise: bool = False
+    model: str = "full"
+
+
+def adamw(model: nn.Module) -> Method:
+    """The fused AdamW of torch, Trainer's default: two moments in the parameter's dtype, a counter, no temporaries."""
+    return Method("adamw_torch_fused", sum(2 * p.nbytes + 4 for _, p in trained(model)))
+
+
+def lora(model: nn.Module) -> Method:
+    """The same on the factors of `lora_model`."""
+    return replace(adamw(model), name="lora", model="lora")
+
+
+def adamw8bit(model: nn.Module) -> Method:
+    """bitsandbytes: two codes of a byte and two absmax for 256 of them; small ones in float32, as are embeddings.
+
+    Trainer asks for the latter. Its kernels on GPUs have no temporaries; on CPUs they decode a parameter's state.
+    """
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    state = 0
+    for _, p in trained(model):
+        dense = p in embeddings or p.numel() < BNB_MIN_SIZE
+        state += 8 * p.numel() if dense else 2 * (p.numel() + 4 * math.ceil(p.numel() / BNB_BLOCK))
+    return Method("adamw_bnb_8bit", state)
+
+
+def galore(model: nn.Module, rank: int, target_modules: Any) -> Method:
+    """galore-torch's AdamW on the matrices that ours projects; experts' stacks, which it cannot take, stay whole.
+
+    In float32 its P is a view of the SVD's factor, which it keeps alive: (s, s), not (s, r).
+    """
+    projected = {name for name, p in select(model, target_modules).projected.items() if p.ndim == 2}
+    method = Method("galore_adamw")
+    for name, p in trained(model):
+        size = p.element_size()
+        if name not in projected:
+            method.state += 2 * p.nbytes
+            method.temporaries[name] = 2 * p.nbytes  # sqrt of the second moment, and the direction
+            continue
+        s, length = sorted(p.shape)
+        r = min(rank, s)
+        method.state += 2 * r * length * size
+        method.projection += s * (r * size if size < 4 else s * 4)
+        low, cast = r * length * size, p.numel() * 4 if size < 4 else 0
+        svd = cast + 4 * s * (s + length)  # the gradient in float32, U or Vh, and the other
+        method.temporaries[name] = max(svd, 3 * low + 2 * p.nbytes)  # lifted to (m, n), and once more times its scale
+    return method
+
+
+def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, layerwise: bool) -> Method:
+    """One of ours; `options` are those of `create_osd_optimizer`, without the rank."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*clipped.*")
+        optimizer = create_osd_optimizer(model, optim, rank=rank, **options)
+    sizes = predicted_entry_bytes(optimizer)
+    projection = sum(size for name, size in sizes.items() if name.startswith("projection"))
+    return Method(
+        optim + "_layerwise" * layerwise,
+        sizes.total() - projection,
+        projection,
+        step_temporaries(optimizer),
+        layerwise,
+    )
+
+
+def step_temporaries(optimizer: OSD) -> dict[str, int]:
+    """Bytes that the first two steps of each parameter allocate beside its state; the first one makes its P."""
+    known: dict[tuple, int] = {}
+    found = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            key = (index, p.shape, p.dtype)
+            if key not in known:
+                known[key] = _temporaries(optimizer, p)
+            found[name] = known[key]
+    return found
+
+
+def _temporaries(optimizer: OSD, p: Tensor) -> int:
+    p.grad = torch.empty_like(p)
+    counter, peaks = LiveBytes([p, p.grad]), []
+    generator = torch.Generator()  # the meta device has none
+    with mock.patch.object(torch, "Generator", lambda device=None: generator), counter:
+        for _ in range(2):
+            start = len(counter.series)
+            optimizer.step()
+            peaks.append(max(counter.series[start:]))
+    p.grad = None
+    del optimizer.state[p]
+    state = counter.series[-1] - counter.live
+    return max(peaks) - state
+
+
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that require gradients."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def lora_model(model: nn.Module, rank: int) -> nn.Module:
+    """The model with peft's adapters on all linear layers, which keeps them in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"), low_cpu_mem_usage=True)  # type: ignore

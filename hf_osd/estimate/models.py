@@ -1,0 +1,82 @@
+"""A model from its config alone, on the meta device, and inputs of the size that is asked for."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load_config(source: str, revision: str | None = None) -> Any:
+    """The config of a folder, a `config.json` or a repository on the Hub; nothing else is downloaded.
+
+    Raises:
+        ValueError: In one sentence, where there is none, or where it cannot be had without a token.
+    """
+    from huggingface_hub.errors import GatedRepoError
+    from transformers import AutoConfig
+
+    if source.endswith(".json") and not Path(source).is_file():
+        raise ValueError(f"there is no file {source!r}.")
+    try:
+        return AutoConfig.from_pretrained(source, **({"revision": revision} if revision else {}))
+    except (OSError, ValueError, KeyError) as error:
+        causes = [error, error.__cause__, error.__context__]
+        if any(isinstance(cause, GatedRepoError) for cause in causes):
+            raise ValueError(
+                f"{source!r} is gated: accept its terms on its page on the Hub, then log in with `hf auth login` or "
+                "set HF_TOKEN."
+            ) from error
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(f"{source!r} has no config that could be read: {reason}") from error
+
+
+def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model that is trained with this config: its `architectures` where they name one, a causal one else."""
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    with torch.device("meta"):
+        if named is not None and getattr(named, "config_class", None) is type(config):
+            model = named._from_config(config, dtype=dtype)
+        else:
+            model = auto.from_config(config, dtype=dtype)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # as Trainer does
+    model.train()
+    return model
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """As `gradient_checkpointing=True` of a Trainer does; there is no random state on the meta device to keep."""
+    # its name from transformers 5.23 on
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+
+
+def inputs_of(model: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:
+    """A batch on the meta device: `sequence` tokens each with labels, or pictures of the model's own size.
+
+    Raises:
+        ValueError: For a sequence that is longer than the model's positions, and for models of neither.
+    """
+    config: Any = model.config
+    kind = getattr(model, "main_input_name", "input_ids")
+    if kind == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
+        return {kind: torch.empty(batch, config.num_channels, *size, device="meta", dtype=model.dtype)}  # type: ignore
+    if kind != "input_ids":
+        raise ValueError(f"{type(model).__name__} takes `{kind}`: only models of text and pictures can be estimated.")
+    positions = getattr(config, "max_position_embeddings", None) or sequence
+    if sequence > positions:
+        raise ValueError(f"--seq {sequence} is more than the {positions} positions of the model.")
+    ids = torch.empty(batch, sequence, dtype=torch.long, device="meta")
+    rows = ids[:, 0] if "Classification" in type(model).__name__ and "Token" not in type(model).__name__ else ids
+    names = inspect.signature(model.forward).parameters
+    return {"input_ids": ids, **({"labels": torch.empty_like(rows)} if "labels" in names else {})}

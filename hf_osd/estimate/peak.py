@@ -1,0 +1,137 @@
+"""The peak of a training step, put together from the run of the model and the optimizer's part.
+
+    peak = weights + state + P + the larger of
+        ordinary:   the most that is alive in the forward and backward pass, the gradients that are complete included;
+                    all gradients, and the largest temporaries of a parameter's step
+        layerwise:  the most that is alive in the forward and backward pass, no complete gradient included;
+                    for each parameter what is alive when its gradient is complete, and the temporaries of its step
+
+The state is there from the end of the first step on, so the peak is that of the second one, and a P that is made from
+a gradient, with its SVD, counts as if the whole state were there. What a device's allocator loses in its blocks, the
+context of the driver and the workspaces of its libraries come on top.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .methods import Method, lora_model
+from .models import enable_checkpointing, inputs_of, meta_model
+from .trace import StepTrace, trace_step
+
+
+LARGEST_BATCH = 2**16  # more is not looked for
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of the parts of a training step, each at its own largest; they are not all there at its peak.
+
+    Attributes:
+        weights (`int`): Parameters and buffers.
+        gradients (`int`): All of them, or layerwise the largest one.
+        state (`int`): The optimizer's moments and counters, without P's.
+        projection (`int`): P and its moments.
+        activations (`int`): What the forward pass keeps for the backward pass, up to the output head.
+        logits (`int`): What head and loss add to them.
+        temporaries (`int`): What the optimizer's step of one parameter allocates.
+        peak (`int`): The most that is there at once.
+    """
+
+    weights: int
+    gradients: int
+    state: int
+    projection: int
+    activations: int
+    logits: int
+    temporaries: int
+    peak: int
+
+
+def parts(weights: int, trace: StepTrace, method: Method) -> Parts:
+    """The parts and the peak; `weights` in bytes."""
+    largest = max(method.temporaries.values(), default=0)
+    if method.layerwise:
+        passes = int(trace.live.max())
+        step = max(alive + method.temporaries.get(name, 0) for name, (alive, _) in trace.arrivals.items())
+    else:
+        passes = int((trace.live + trace.done).max())
+        step = trace.gradients + largest
+    return Parts(
+        weights,
+        trace.largest_gradient if method.layerwise else trace.gradients,
+        method.state,
+        method.projection,
+        trace.activations,
+        trace.logits,
+        largest,
+        weights + method.state + method.projection + max(passes, step),
+    )
+
+
+class Workload:
+    """A model and its batches, from the config alone; runs are made when they are first asked for.
+
+    Args:
+        config (`PretrainedConfig`): Of the model.
+        dtype (`torch.dtype`): Of its weights.
+        sequence (`int`): Tokens of a sequence.
+        lora_rank (`int`): Rank of the adapters of the model `lora`.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype, sequence: int, lora_rank: int):
+        self.config, self.dtype, self.sequence, self.lora_rank = config, dtype, sequence, lora_rank
+        self._models: dict[tuple[str, bool], nn.Module] = {}
+        self._runs: dict[tuple[str, bool, int], StepTrace] = {}
+
+    def model(self, kind: str = "full", checkpointing: bool = False) -> nn.Module:
+        """The model on the meta device: all of it trained, or its adapters."""
+        key = (kind, checkpointing)
+        if key not in self._models:
+            model = meta_model(self.config, self.dtype)
+            if kind == "lora":
+                model = lora_model(model, self.lora_rank)
+            if checkpointing:
+                enable_checkpointing(model)
+            self._models[key] = model
+        return self._models[key]
+
+    def run(self, kind: str, checkpointing: bool, batch: int) -> StepTrace:
+        """Forward and backward pass of a batch."""
+        key = (kind, checkpointing, batch)
+        if key not in self._runs:
+            inputs = inputs_of(self.model(), batch, self.sequence)
+            self._runs[key] = trace_step(self.model(kind, checkpointing), inputs)
+        return self._runs[key]
+
+    def parts(self, method: Method, checkpointing: bool, batch: int) -> Parts:
+        """What a step with this method takes."""
+        return parts(self._weights(method), self.run(method.model, checkpointing, batch), method)
+
+    def largest_batch(self, method: Method, checkpointing: bool, memory: int) -> int:
+        """The largest batch whose peak is at most `memory`; 0 where there is none."""
+        # A batch of one is its own case: a tensor expanded over the batch is a view then, and a copy else.
+        two, three = (self.run(method.model, checkpointing, batch) for batch in (2, 3))
+        weights = self._weights(method)
+
+        def fits(batch: int) -> bool:
+            run = two.towards(three, batch - 2) if batch > 1 else self.run(method.model, checkpointing, 1)
+            return parts(weights, run, method).peak <= memory
+
+        return largest(fits, LARGEST_BATCH)
+
+    def _weights(self, method: Method) -> int:
+        model = self.model(method.model)
+        return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number from 1 to `limit` that fits, where all smaller ones do; 0 if none."""
+    low, high = 0, limit + 1  # fits, does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,181 @@
+"""Runs on the meta device with every allocation counted: what a training step holds, and when.
+
+Nothing is computed and nothing of the model's size is allocated. A tensor counts from the operation that makes it to
+the moment its storage is freed, so that what autograd saves, what checkpointing drops and what overlaps come out of
+the model's own code, whatever its architecture.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+GROUPED_PRODUCT = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)  # torch 2.8
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made within it that are alive, after every operation.
+
+    Where the code asks for a value, which a meta tensor does not have, the answer is one: an optimizer's first step
+    finds its gradients finite, and an expert its tokens.
+
+    Attributes:
+        live (`int`): Bytes alive now.
+        series (`list[int]`): Bytes alive after each operation; between two of them they can only have become fewer.
+    """
+
+    def __init__(self, known: Any = ()):
+        """Storages of the tensors in `known` do not count."""
+        super().__init__()
+        self.live = 0
+        self.series: list[int] = []
+        self._alive: dict[int, weakref.ref | None] = {t.untyped_storage()._cdata: None for t in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run it, and count what it made."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and str(kwargs.get("device")) == "cpu":
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        result = _grouped_product(func, *args, **kwargs) if func is GROUPED_PRODUCT else func(*args, **kwargs)
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.is_meta:
+                self._see(value.untyped_storage())
+        self.series.append(self.live)
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def freed(_: Any) -> None:
+            self.live -= size
+            del self._alive[key]
+
+        self.live += size
+        self._alive[key] = weakref.ref(storage, freed)
+
+
+def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Attention by a fused kernel, as on devices: the meta device knows the plain formula only, with its (S, S)."""
+    # What the kernels of all devices save: query, key, value, the output, and one float32 number for each of its rows.
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _grouped_product(func, A: Tensor, B: Tensor, *args, **kwargs) -> Tensor:
+    """The meta device has it in bfloat16 only, CPUs and GPUs in float32 as well."""
+    return func(A.bfloat16(), B.bfloat16(), *args, **kwargs).to(A.dtype)
+
+
+@dataclass
+class StepTrace:
+    """Forward and backward pass of one batch: bytes beside the weights and the optimizer's state.
+
+    Every gradient is taken as freed once it is complete; `done` has what the ordinary mode keeps.
+
+    Attributes:
+        live (`torch.Tensor`): (T,) alive after each operation, complete gradients aside.
+        done (`torch.Tensor`): (T,) bytes of the gradients that are complete by then.
+        arrivals (`dict[str, tuple[int, int]]`):
+            For each trained parameter, in order: what is alive when its gradient is complete, itself included, and
+            the bytes of the gradient.
+        activations (`int`): What the forward pass holds where the output head begins.
+        logits (`int`): What the head and the loss add to it at most.
+    """
+
+    live: Tensor
+    done: Tensor
+    arrivals: dict[str, tuple[int, int]]
+    activations: int
+    logits: int
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of all gradients."""
+        return sum(size for _, size in self.arrivals.values())
+
+    @property
+    def largest_gradient(self) -> int:
+        """Bytes of the largest one."""
+        return max(size for _, size in self.arrivals.values())
+
+    def towards(self, other: "StepTrace", steps: int) -> "StepTrace":
+        """The trace of a batch `steps` times as far from this one's as the other's: every tensor is affine in it.
+
+        Raises:
+            ValueError: If the two ran different operations, so that this does not hold.
+        """
+        if len(self.live) != len(other.live):
+            raise ValueError("The model runs other operations for another batch size: no largest batch can be told.")
+
+        def at(a, b):
+            return a + steps * (b - a)
+
+        return StepTrace(
+            at(self.live, other.live),
+            self.done,
+            {name: (at(alive, other.arrivals[name][0]), size) for name, (alive, size) in self.arrivals.items()},
+            at(self.activations, other.activations),
+            at(self.logits, other.logits),
+        )
+
+
+def trace_step(model: nn.Module, inputs: Mapping[str, Tensor]) -> StepTrace:
+    """Run a forward and a backward pass of a model on the meta device, in its mode of checkpointing."""
+    counter = LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()])
+    marks: dict[str, int] = {}
+    arrivals: dict[str, tuple[int, int]] = {}
+    ends: list[int] = []  # of `series`, where each gradient is complete
+
+    def arrived(name: str) -> Callable[[Tensor], None]:
+        def hook(p: Tensor) -> None:
+            assert p.grad is not None
+            arrivals[name] = (counter.live, p.grad.nbytes)
+            ends.append(len(counter.series))
+            p.grad = None
+
+        return hook
+
+    handles = [
+        p.register_post_accumulate_grad_hook(arrived(name)) for name, p in model.named_parameters() if p.requires_grad
+    ]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        handles.append(head.register_forward_pre_hook(lambda *_: marks.update(head=len(counter.series))))
+        handles.append(head.register_forward_hook(lambda *call: _mark(call[-1], marks, counter)))
+    try:
+        with mock.patch.object(nn.functional, "scaled_dot_product_attention", _fused_attention), counter:
+            loss = _loss(model(**inputs))
+            forward = len(counter.series)
+            loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    start = marks.get("head", forward)
+    activations = counter.series[start - 1]
+    logits = max(counter.series[start : marks.get("logits", start)], default=activations) - activations
+    live = torch.tensor(counter.series)
+    done = torch.zeros_like(live)
+    for end, (_, size) in zip(ends, arrivals.values(), strict=True):
+        done[end:] += size
+    return StepTrace(live, done, arrivals, activations, logits)
+
+
+def _mark(logits: Any, marks: dict[str, int], counter: LiveBytes) -> None:
+    """Note when the gradient of the logits is there: the loss is done with."""
+    if isinstance(logits, Tensor) and logits.requires_grad:
+        logits.register_hook(lambda _: marks.update(logits=len(counter.series)))
+
+
+def _loss(outputs: Any) -> Tensor:
+    return outputs.loss if outputs.get("loss") is not None else outputs[0].float().sum()
