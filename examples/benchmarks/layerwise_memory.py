@@ -65,7 +65,9 @@ class LiveGradients:
         """Watch before an optimizer does: hooks run in the order in which they were put on."""
         self.peak = 0
         self.watched: list[tuple[StorageWeakRef, int]] = []
-        self.handles = [p.register_post_accumulate_grad_hook(self._arrived) for p in model.parameters()]
+        self.handles = [
+            p.register_post_accumulate_grad_hook(self._arrived) for p in model.parameters() if p.requires_grad
+        ]
 
     def _arrived(self, p: torch.Tensor) -> None:
         storage = p.grad.untyped_storage()

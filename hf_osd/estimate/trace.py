@@ -89,6 +89,7 @@ class StepTrace:
         arrivals (`dict[str, tuple[int, int]]`):
             For each trained parameter, in order: what is alive when its gradient is complete, itself included, and
             the bytes of the gradient.
+        forward (`int`): What is alive after the forward pass, for the backward pass.
         activations (`int`): What the forward pass holds where the output head begins.
         logits (`int`): What the head and the loss add to it at most.
     """
@@ -96,6 +97,7 @@ class StepTrace:
     live: Tensor
     done: Tensor
     arrivals: dict[str, tuple[int, int]]
+    forward: int
     activations: int
     logits: int
 
@@ -125,6 +127,7 @@ class StepTrace:
             at(self.live, other.live),
             self.done,
             {name: (at(alive, other.arrivals[name][0]), size) for name, (alive, size) in self.arrivals.items()},
+            at(self.forward, other.forward),
             at(self.activations, other.activations),
             at(self.logits, other.logits),
         )
@@ -156,7 +159,7 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor]) -> StepTrace:
     try:
         with mock.patch.object(nn.functional, "scaled_dot_product_attention", _fused_attention), counter:
             loss = _loss(model(**inputs))
-            forward = len(counter.series)
+            forward, kept = len(counter.series), counter.live
             loss.backward()
     finally:
         for handle in handles:
@@ -168,7 +171,7 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor]) -> StepTrace:
     done = torch.zeros_like(live)
     for end, (_, size) in zip(ends, arrivals.values(), strict=True):
         done[end:] += size
-    return StepTrace(live, done, arrivals, activations, logits)
+    return StepTrace(live, done, arrivals, kept, activations, logits)
 
 
 def _mark(logits: Any, marks: dict[str, int], counter: LiveBytes) -> None:

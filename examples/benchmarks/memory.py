@@ -1,0 +1,254 @@
+"""Memory of a training step by part, what `hf-osd estimate` predicts beside what the allocator was asked for.
+
+Three steps of a LLaMA with random weights for each optimizer of ours and its peers, ordinary and layerwise, without
+and with gradient checkpointing. On the CPU allocations are counted by torch.profiler, on a GPU by the caching
+allocator. bitsandbytes' kernels decode into temporaries on CPUs and only there: its peak is told without them.
+Writes results/<device>/memory.json, .md and .png.
+
+Needs: the `examples` extra.
+
+    python examples/benchmarks/memory.py                          # CPU: two blocks of LLaMA 60M, float32, two minutes
+    python examples/benchmarks/memory.py --device cuda --model llama_1b --layers 24 --dtype bf16 --batch 8 --seq 1024
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set_seed
+
+import hf_osd
+from allocations import counted
+from environment import describe, results_folder
+from hf_osd.estimate import DTYPES, Method, Workload, adamw, adamw8bit, galore, lora, osd
+from hf_osd.optim import OPTIM_NAMES, select
+from layerwise_memory import LiveGradients
+
+
+CONFIGS = Path(__file__).parents[1] / "llama_configs"
+PEERS = ("adamw_torch_fused", "adamw_bnb_8bit", "galore_adamw", "lora")
+CHECKPOINTED = ("adamw_torch_fused", "osd_adamw8bit", "osd_adamw8bit_layerwise")
+STEPS = 3
+RUNS = [*PEERS, *OPTIM_NAMES]
+PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "state": "state",
+    "projection": "P",
+    "activations": "activations",
+    "temporaries": "step",
+    "peak": "peak",
+}
+COLORS = {
+    "weights": ("weights", "#4c72b0"),
+    "state": ("state", "#dd8452"),
+    "projection": ("P and its moments", "#f2c79b"),
+    "rest": ("gradients, activations, temporaries", "#b0b0b0"),
+}
+
+
+def predict(work: Workload, name: str, rank: int) -> Method:
+    """The method that `--runs` names."""
+    model = work.model()
+    if name.startswith("osd_"):
+        layerwise = name.endswith("_layerwise")
+        return osd(model, name.removesuffix("_layerwise"), rank, {}, layerwise=layerwise)
+    if name == "lora":
+        return lora(work.model("lora"))
+    if name == "galore_adamw":
+        return galore(model, rank, "all-linear")
+    return {"adamw_torch_fused": adamw, "adamw_bnb_8bit": adamw8bit}[name](model)
+
+
+def make_model(config: PretrainedConfig, name: str, rank: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """The model that is trained, with random weights."""
+    set_seed(0)
+    config.use_cache = False
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        if name == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+    return model
+
+
+@contextmanager
+def make_optimizer(model: torch.nn.Module, name: str, rank: int) -> Iterator[torch.optim.Optimizer]:
+    """The optimizer, as Trainer makes it."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if name.startswith("osd_"):
+        optimizer = hf_osd.create_osd_optimizer(model, name, rank=rank)
+        yield optimizer
+        optimizer.remove()
+    elif name == "adamw_bnb_8bit":
+        import bitsandbytes
+
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+        yield bitsandbytes.optim.AdamW8bit(params)
+        manager.initialize()  # it knows parameters by their ids, which come again
+    elif name == "galore_adamw":
+        from galore_torch import GaLoreAdamW
+
+        projected = {p for p in select(model).projected.values() if p.ndim == 2}
+        low = {"params": list(projected), "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+        others = {"params": [p for p in params if p not in projected]}
+        yield GaLoreAdamW([low, others], no_deprecation_warning=True)
+    else:
+        yield torch.optim.AdamW(params, fused=True)
+
+
+def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Namespace) -> dict[str, int]:
+    """Bytes of each part over `STEPS` steps, and their peak; `settings` has rank, dtype, device, batch and seq."""
+    device, tokens = settings.device, (settings.batch, settings.seq)
+    if device == "cuda":  # the workspaces of its libraries stay
+        (torch.ones(64, 64, device=device, requires_grad=True) @ torch.ones(64, 64, device=device)).sum().backward()
+    ids = torch.randint(config.vocab_size, tokens, device=device)
+    with counted(device) as (phase, seen):
+        with phase("model"):
+            model = make_model(config, name, settings.rank, DTYPES[settings.dtype], device)
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+        gradients = LiveGradients(model)
+        with make_optimizer(model, name, settings.rank) as optimizer:
+            for step in range(STEPS):
+                with phase(f"forward {step}"):
+                    loss = model(input_ids=ids, labels=ids).loss
+                with phase(f"backward {step}"):
+                    loss.backward()
+                with phase(f"optimizer {step}"):
+                    optimizer.step()
+                with phase(f"end {step}"):
+                    optimizer.zero_grad()
+                    del loss
+        states = optimizer.state.values()
+        projection = sum(v.nbytes for s in states for k, v in s.items() if k.startswith("projection"))
+        projection += sum(s["projector"].ortho_matrix.untyped_storage().nbytes() for s in states if "projector" in s)
+    last = STEPS - 1
+    steps = [seen[f"optimizer {step}"] for step in range(STEPS)]
+    decodes = name == "adamw_bnb_8bit" and device == "cpu"
+    return {
+        "weights": seen["model"].end - seen["model"].start,
+        "gradients": gradients.peak,
+        "state": seen[f"end {last}"].end - seen["model"].end - projection,
+        "projection": projection,
+        "activations": seen[f"forward {last}"].end - seen[f"forward {last}"].start,
+        "temporaries": max(part.peak - part.end for part in steps),
+        "peak": max(part.peak for part in seen.values() if not (decodes and part in steps)) - seen["model"].start,
+    }
+
+
+def predicted(work: Workload, name: str, checkpointing: bool, settings: argparse.Namespace) -> dict[str, int]:
+    """The same parts from the config alone."""
+    method = predict(work, name, settings.rank)
+    parts = asdict(work.parts(method, checkpointing, settings.batch))
+    parts["activations"] = work.run(method.model, checkpointing, settings.batch).forward  # with what the loss keeps
+    return {part: parts[part] for part in PARTS}
+
+
+def run_all(settings: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each optimizer and mode."""
+    path = Path(settings.model) if "/" in settings.model else CONFIGS / f"{settings.model}.json"
+    config = AutoConfig.from_pretrained(path)
+    config.num_hidden_layers = settings.layers or config.num_hidden_layers
+    work = Workload(config, DTYPES[settings.dtype], settings.seq, settings.rank)
+    rows = []
+    for name in settings.runs:
+        for checkpointing in (False, True) if name in CHECKPOINTED else (False,):
+            row = {"optim": name, "gradient_checkpointing": checkpointing}
+            row["predicted"] = predicted(work, name, checkpointing, settings)
+            row["measured"] = measure(config, name, checkpointing, settings)
+            if name.endswith("_layerwise"):
+                row["measured"]["temporaries"] = None  # they come and go within the backward pass
+            rows.append(row)
+            print(name, "checkpointing" if checkpointing else "", row["predicted"]["peak"], row["measured"]["peak"])
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: predicted / measured in MiB."""
+    lines = [
+        f"| MiB, predicted / measured | {' | '.join(PARTS.values())} | off by |",
+        "| --- " * (len(PARTS) + 2) + "|",
+    ]
+    for row in rows:
+        told, seen = row["predicted"], row["measured"]
+        cells = [
+            " / ".join("-" if value is None else f"{value / 2**20:.1f}" for value in (told[part], seen[part]))
+            for part in PARTS
+        ]
+        lines.append(f"| {label(row)} | {' | '.join(cells)} | {told['peak'] / seen['peak'] - 1:+.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def label(row: dict[str, Any]) -> str:
+    """The optimizer, and whether activations are computed again."""
+    return row["optim"] + (", checkpointing" if row["gradient_checkpointing"] else "")
+
+
+def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Bars of the predicted peak by part, with the measured peak as a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes, rows = figure.subplots(), rows[::-1]
+    left = [0.0] * len(rows)
+    for part, (name, color) in COLORS.items():
+        told = [row["predicted"] for row in rows]
+        fixed = [sum(parts[key] for key in list(COLORS)[:-1]) for parts in told]
+        sizes = [
+            parts["peak"] - rest if part == "rest" else parts[part] for parts, rest in zip(told, fixed, strict=True)
+        ]
+        axes.barh(range(len(rows)), [size / 2**20 for size in sizes], left=left, color=color, label=name)
+        left = [a + size / 2**20 for a, size in zip(left, sizes, strict=True)]
+    for y, row in enumerate(rows):
+        axes.vlines(
+            row["measured"]["peak"] / 2**20, y - 0.45, y + 0.45, color="black", label="measured" if y == 0 else None
+        )
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows])
+    axes.set_xlabel("peak of a training step, MiB")
+    axes.set_title(title, fontsize="medium")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", default="llama_60m", help="file in llama_configs/, or a path")
+    parser.add_argument("--layers", type=int, default=2, help="blocks; 0 for all (default: 2)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--runs", nargs="+", default=RUNS, help="optimizers (default: all)")
+    parser.add_argument("--output_dir", type=Path, help="default: results/<device>/")
+    settings = parser.parse_args()
+    rows = run_all(settings)
+    folder = settings.output_dir or results_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = {key: getattr(settings, key) for key in ("device", "model", "layers", "dtype", "rank", "batch", "seq")}
+    result = {"environment": describe(), **chosen, "rows": rows}
+    (folder / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "memory.md").write_text(table(rows))
+    blocks = f", {settings.layers} blocks" if settings.layers else ""
+    title = (
+        f"{settings.model}{blocks}, {settings.dtype}, rank {settings.rank}, {settings.batch} x {settings.seq} tokens"
+    )
+    plot(rows, title, folder / "memory.png")
+    print(table(rows), end="")
+
+
+if __name__ == "__main__":
+    main()
