@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "subspace": {"subspace"},
     "update_rules": {"update_rules"},
     "optim": {"optim", "update_rules", "subspace"},
+    "estimate": {"estimate", "optim", "update_rules", "subspace"},
     "trainer": {"trainer", "hub", "optim", "update_rules", "subspace"},
     "hub": {"hub", "optim", "update_rules", "subspace", "version"},
     "interop": {"interop", "hub", "optim", "update_rules", "subspace", "version"},

@@ -26,6 +26,7 @@ import hf_osd
 from allocations import counted
 from environment import describe, results_folder
 from hf_osd.estimate import DTYPES, Method, Workload, adamw, adamw8bit, galore, lora, osd
+from hf_osd.estimate.models import enable_checkpointing
 from hf_osd.optim import OPTIM_NAMES, select
 from layerwise_memory import LiveGradients
 
@@ -116,7 +117,7 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
         with phase("model"):
             model = make_model(config, name, settings.rank, DTYPES[settings.dtype], device)
             if checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                enable_checkpointing(model)
         gradients = LiveGradients(model)
         with make_optimizer(model, name, settings.rank) as optimizer:
             for step in range(STEPS):

@@ -8,14 +8,13 @@ import math
 import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from ..optim import OSD, create_osd_optimizer, select
 from ..optim.memory import predicted_entry_bytes
-from .trace import LiveBytes
+from .trace import LiveBytes, meta_device
 
 
 BNB_BLOCK, BNB_MIN_SIZE = 256, 4096  # bitsandbytes: elements for each absmax, and the smallest tensor in 8 bits
@@ -91,7 +90,7 @@ def galore(model: nn.Module, rank: int, target_modules: Any) -> Method:
 def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, layerwise: bool) -> Method:
     """One of ours; `options` are those of `create_osd_optimizer`, without the rank."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*clipped.*")
+        warnings.filterwarnings("ignore", message="`rank` is")
         optimizer = create_osd_optimizer(model, optim, rank=rank, **options)
     sizes = predicted_entry_bytes(optimizer)
     projection = sum(size for name, size in sizes.items() if name.startswith("projection"))
@@ -120,8 +119,7 @@ def step_temporaries(optimizer: OSD) -> dict[str, int]:
 def _temporaries(optimizer: OSD, p: Tensor) -> int:
     p.grad = torch.empty_like(p)
     counter, peaks = LiveBytes([p, p.grad]), []
-    generator = torch.Generator()  # the meta device has none
-    with mock.patch.object(torch, "Generator", lambda device=None: generator), counter:
+    with meta_device(), counter:
         for _ in range(2):
             start = len(counter.series)
             optimizer.step()
@@ -141,4 +139,6 @@ def lora_model(model: nn.Module, rank: int) -> nn.Module:
     """The model with peft's adapters on all linear layers, which keeps them in float32."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"), low_cpu_mem_usage=True)  # type: ignore
+    with warnings.catch_warnings(), meta_device():
+        warnings.simplefilter("ignore")  # of GPT-2's layers, and of transformers' names
+        return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"), low_cpu_mem_usage=True)  # type: ignore

@@ -6,7 +6,8 @@ the model's own code, whatever its architecture.
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -63,6 +64,18 @@ class LiveBytes(TorchDispatchMode):
 
         self.live += size
         self._alive[key] = weakref.ref(storage, freed)
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Stand-ins for what code that runs on every device uses, and the meta device has not."""
+    generator = torch.Generator()
+    with (
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", _fused_attention),
+        mock.patch.object(torch, "Generator", lambda device=None: generator),
+        mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),  # only ever to switch it off
+    ):
+        yield
 
 
 def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -157,7 +170,7 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor]) -> StepTrace:
         handles.append(head.register_forward_pre_hook(lambda *_: marks.update(head=len(counter.series))))
         handles.append(head.register_forward_hook(lambda *call: _mark(call[-1], marks, counter)))
     try:
-        with mock.patch.object(nn.functional, "scaled_dot_product_attention", _fused_attention), counter:
+        with meta_device(), counter:
             loss = _loss(model(**inputs))
             forward, kept = len(counter.series), counter.live
             loss.backward()

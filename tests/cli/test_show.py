@@ -116,26 +116,9 @@ def test_long_names_keep_the_columns_apart():
     ]
 
 
-def test_the_estimate(capsys, tmp_path):
-    LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32).save_pretrained(tmp_path)
-    report = json.loads(show(capsys, "--estimate", str(tmp_path), "--rank", "128", "8192", "--json"))
-    small, large = report["ranks"]
-    assert report["matrices"] == 32 * 7 and small["float32_bytes"] == 32 * 7 * 4096 * 128 * 4
-    assert small["bfloat16_bytes"] * 2 == small["float32_bytes"]
-    assert (small["clipped"], large["clipped"]) == (0, 224)
-    assert large["float32_bytes"] == 32 * 7 * 4096 * 4096 * 4
-    text = show(capsys, "--estimate", str(tmp_path / "config.json"), "--rank", "128", "8192")
-    assert "224 matrices to project, 6,476.0M parameters" in text
-    assert " 128  469.76 MB" in text and "rank 8192 is larger than 224 of the matrices" in text
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "give either PATH_OR_ID or --estimate CONFIG"),
-        (("x", "--estimate", "y"), "give either PATH_OR_ID or --estimate CONFIG"),
-        (("--estimate", "y", "--base", "z", "--plot", "p.png"), "--base, --plot cannot be used with --estimate"),
-        (("x", "--rank", "4"), "--rank is for --estimate"),
         (("x", "--model", "y"), "--model needs --base"),
         (("no/such/folder",), "'no/such/folder' is neither a folder nor the id of a repository"),
         (("{base}",), "osd_config.json is missing in {base}"),

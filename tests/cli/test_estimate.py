@@ -1,0 +1,193 @@
+"""`hf-osd estimate`: the report, its JSON, what fits, and what is refused in one sentence."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, MixtralConfig, ViTConfig
+
+from hf_osd import create_osd_optimizer
+from hf_osd.cli.main import main
+from hf_osd.estimate.models import load_config, meta_model
+from hf_osd.hub import projection_bytes
+from hf_osd.optim import predicted_state_bytes, select
+
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "llama_configs"
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"vocab_size": 200, "max_position_embeddings": 128}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    LlamaConfig(**SMALL).save_pretrained(path)
+    return str(path)
+
+
+def estimate(capsys, *words: str) -> str:
+    main(["estimate", *words])
+    return capsys.readouterr().out
+
+
+def report_of(capsys, *words: str) -> dict:
+    return json.loads(estimate(capsys, *words, "--json"))
+
+
+def row_of(report: dict, method: str, checkpointing: bool = False) -> dict:
+    (row,) = (r for r in report["rows"] if r["method"] == method and r["gradient_checkpointing"] == checkpointing)
+    return row
+
+
+def refused(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(["estimate", *words])
+    assert not capsys.readouterr().out
+    message = str(caught.value)
+    assert message.startswith("hf-osd estimate: ") and "\n" not in message
+    return message
+
+
+def test_the_report(folder, capsys):
+    words = (folder, "--rank", "8", "--layerwise", "--seq", "32", "--batch", "4")
+    report = report_of(capsys, *words, "--gpu", "2MB", "--reserve", "0KB")
+    assert [row["method"] for row in report["rows"]] == 2 * [
+        "adamw_torch_fused",
+        "adamw_bnb_8bit",
+        "galore_adamw",
+        "lora",
+        "osd_adamw8bit_layerwise",
+    ]
+    model = meta_model(load_config(folder), torch.bfloat16)
+    sizes = [p.nbytes for p in model.parameters()]
+    ours, plain = row_of(report, "osd_adamw8bit_layerwise"), row_of(report, "adamw_torch_fused")
+    assert plain["bytes"]["gradients"] == sum(sizes) and ours["bytes"]["gradients"] == max(sizes)
+    assert plain["bytes"]["state"] == 2 * sum(sizes) + 4 * len(sizes) and plain["bytes"]["projection"] == 0
+    exact = predicted_state_bytes(create_osd_optimizer(model, "osd_adamw8bit", rank=8))
+    assert ours["bytes"]["state"] + ours["bytes"]["projection"] == exact
+    assert report["parameters"] == sum(p.numel() for p in model.parameters()) and report["matrices"] == 14
+    shapes = [tuple(p.shape) for p in select(model).projected.values()]
+    assert report["projection_file_bytes"] == projection_bytes(shapes, 8)
+    text = estimate(capsys, *words, "--gpu", "2MB", "--reserve", "0KB")
+    assert report["suggestion"]["command"] in text and f"{report['parameters'] / 1e6:.1f}M parameters" in text
+    lines = [line for line in text.splitlines() if line.startswith("osd_adamw8bit_layerwise")]
+    assert [line.split()[-2] for line in lines] == [
+        "yes" if row_of(report, "osd_adamw8bit_layerwise", on)["fits"] else "no" for on in (False, True)
+    ]
+
+
+def test_what_fits_is_the_largest_that_does(folder, capsys):
+    """Estimated anew, the largest rank and batch fit, and the next ones do not."""
+
+    def peak(rank: int, batch: int, row: dict) -> int:
+        report = report_of(capsys, folder, "--rank", str(rank), "--batch", str(batch), "--seq", "64")
+        return row_of(report, row["method"], row["gradient_checkpointing"])["bytes"]["peak"]
+
+    words = (folder, "--rank", "8", "--seq", "64", "--batch", "2", "--gpu", "1.9MB", "--reserve", "100KB")
+    report = report_of(capsys, *words)
+    ours = row_of(report, "osd_adamw8bit", True)
+    assert report["usable_bytes"] == 1_800_000
+    batch, rank = ours["largest_batch"], ours["largest_rank"]
+    assert batch > 2 and 8 < rank < 64
+    assert peak(8, batch, ours) <= 1_800_000 < peak(8, batch + 1, ours)
+    assert peak(rank, 2, ours) <= 1_800_000 < peak(rank + 1, 2, ours)
+    lora = row_of(report, "lora", True)
+    assert peak(8, lora["largest_batch"], lora) <= 1_800_000 < peak(8, lora["largest_batch"] + 1, lora)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "expected"),
+    [
+        ("100MB", {"rank": 8, "batch": 4, "gradient_checkpointing": False}),
+        ("1.8MB", {"rank": 8, "batch": 4, "gradient_checkpointing": True}),
+        ("1.2MB", {"rank": 8, "batch": 1, "gradient_checkpointing": True}),
+        ("0.1MB", None),
+    ],
+)
+def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, capsys):
+    words = (folder, "--rank", "8", "--seq", "64", "--batch", "4", "--gpu", gpu, "--reserve", "0KB")
+    found = report_of(capsys, *words)["suggestion"]
+    if expected is None:
+        assert found is None and f"nothing fits {gpu}" in estimate(capsys, *words)
+        return
+    if expected["batch"] == 1:
+        expected["batch"] = found["batch"]
+        assert 1 <= found["batch"] < 4
+    assert {key: found[key] for key in expected} == expected
+    assert f"--per_device_train_batch_size {found['batch']}" in found["command"]
+    assert ("--gradient_checkpointing" in found["command"]) == found["gradient_checkpointing"]
+    assert "--optim osd_adamw8bit --optim_args rank=8 --optim_target_modules all-linear" in found["command"]
+
+
+def test_options_of_the_optimizer_count(folder, capsys):
+    words = (folder, "--rank", "16", "--seq", "8", "--preset", "osd_adamw")
+
+    def size(*more: str) -> dict:
+        return report_of(capsys, *words, *more)["rows"][-1]["bytes"]
+
+    base = size()
+    halved = size("--optim_args", "projection_dtype=bfloat16,projection_optim=sgd")
+    static = size("--optim_args", "subspace=static")
+    assert static["state"] < base["state"] + 60 and static["projection"] * 3 == pytest.approx(
+        base["projection"], rel=0.01
+    )
+    assert halved["projection"] == pytest.approx(
+        base["projection"] / 2, rel=0.01
+    )  # P 2 bytes and one moment of 4 of 12
+    assert size("--optim_args", "stochastic_rounding=true")["state"] == base["state"]
+    assert size("--target_modules", "q_proj")["projection"] < 0.2 * base["projection"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100, architectures=["GPT2LMHeadModel"]),
+        MixtralConfig(**SMALL, num_local_experts=3, num_key_value_heads=2),
+        ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_architectures(config, capsys, tmp_path):
+    config.save_pretrained(tmp_path)
+    report = report_of(capsys, str(tmp_path / "config.json"), "--rank", "8", "--seq", "16")
+    assert report["matrices"] == {"gpt2": 8, "mixtral": 2 * (4 + 2 * 3), "vit": 12}[config.model_type]
+    for row in report["rows"]:
+        assert row["bytes"]["peak"] > row["bytes"]["weights"] + row["bytes"]["state"] + row["bytes"]["projection"]
+        assert row["bytes"]["activations"] > 0
+
+
+def test_our_config_files_and_a_large_rank(capsys):
+    text = estimate(capsys, str(CONFIGS / "llama_quickstart.json"), "--rank", "192", "--seq", "64")
+    assert re.search(r"P in checkpoints and on the Hub: [\d.]+ MB", text) and "fits" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("no/such/model",), "'no/such/model' has no config that could be read"),
+        (("missing.json",), "there is no file 'missing.json'"),
+        (("{}", "--rank", "65"), "--rank 65 is more than any of the matrices has: give at most 64"),
+        (("{}", "--rank", "0"), "--rank must be at least 1, got 0"),
+        (("{}", "--preset", "osd_adam8bit"), "Unknown optimizer 'osd_adam8bit'. Did you mean 'osd_adamw8bit'?"),
+        (("{}", "--optim_args", "projection_dtyp=bfloat16"), "Did you mean `projection_dtype`?"),
+        (("{}", "--optim_args", "rank=4"), "'rank' has no effect in --optim_args of an estimate: use --rank"),
+        (
+            ("{}", "--rank", "8", "--target_modules", "q_prj"),
+            "'q_prj' in `target_modules` matches no module. Did you mean",
+        ),
+        (("{}", "--gpu", "24"), "--gpu must be a number with KB, MB, GB, KiB, MiB or GiB, got '24'"),
+        (("{}", "--gpu", "1GB", "--reserve", "2GB"), "--gpu 1GB leaves nothing beside --reserve 2GB"),
+        (("{}", "--reserve", "2GB"), "--reserve is for --gpu"),
+        (("{}", "--rank", "8", "--seq", "129"), "--seq 129 is more than the 128 positions of the model"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_sentence(words, message, folder, capsys):
+    assert message in refused(capsys, *(word.format(folder) for word in words))
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("24gb", 24e9), ("80GiB", 80 * 2**30), ("0.5GiB", 2**29)])
+def test_sizes(text, size, folder, capsys):
+    words = (folder, "--rank", "8", "--seq", "8", "--gpu", text, "--reserve", "1KB")
+    assert report_of(capsys, *words)["usable_bytes"] == size - 1000

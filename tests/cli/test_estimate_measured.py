@@ -1,0 +1,87 @@
+"""What `hf-osd estimate` tells is what training takes: predictions against counted allocations."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, Qwen3MoeConfig
+
+from hf_osd.estimate import Workload
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+
+import memory  # noqa: E402
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "vocab_size": 300}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES),
+    # attention with dropout is not fused on CPUs
+    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16),
+}
+RUNS = (*memory.PEERS, "osd_adamw", "osd_adamw8bit", "osd_adamw8bit_layerwise")
+
+
+def both(config, run: str, checkpointing: bool, **changes) -> tuple[dict[str, int], dict[str, int]]:
+    settings = Namespace(**{"rank": 8, "dtype": "fp32", "device": "cpu", "batch": 2, "seq": 64} | changes)
+    work = Workload(config, memory.DTYPES[settings.dtype], settings.seq, settings.rank)
+    told = memory.predicted(work, run, checkpointing, settings)
+    return told, memory.measure(config, run, checkpointing, settings)
+
+
+def check(told: dict[str, int], seen: dict[str, int]) -> None:
+    """The bars of the estimate: 5% for the optimizer's parts, 15% for the peak."""
+    assert told["weights"] == pytest.approx(seen["weights"], rel=0.01)
+    assert told["gradients"] == seen["gradients"]
+    assert told["state"] == pytest.approx(seen["state"], rel=0.05)
+    assert told["projection"] == pytest.approx(seen["projection"], rel=0.05)
+    assert told["activations"] == pytest.approx(seen["activations"], rel=0.05)
+    assert told["peak"] == pytest.approx(seen["peak"], rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prediction_is_what_is_allocated(family: str, run: str, checkpointing: bool):
+    told, seen = both(FAMILIES[family], run, checkpointing)
+    check(told, seen)
+    if run == "osd_adamw":
+        assert told["temporaries"] == pytest.approx(seen["temporaries"], rel=0.05)
+
+
+@pytest.mark.parametrize("run", ["adamw_torch_fused", "osd_adamw_layerwise"])
+def test_in_bfloat16(run: str):
+    check(*both(FAMILIES["llama"], run, False, dtype="bf16"))
+
+
+@pytest.mark.parametrize("run", ["osd_adafactor", "osd_adamw8bit"])
+def test_where_the_step_is_the_peak(run: str):
+    """One token, many weights: what decides is the optimizer's step with all gradients, not the backward pass."""
+    config = LlamaConfig(**SIZES | {"hidden_size": 128, "vocab_size": 2000})
+    told, seen = both(config, run, False, batch=1, seq=2)
+    check(told, seen)
+    parts = told["weights"] + told["state"] + told["projection"] + told["gradients"] + told["temporaries"]
+    assert told["peak"] == parts and told["temporaries"] > 0.05 * parts
+
+
+def test_a_batch_is_affine_in_its_size():
+    """What largest batches are found by: any batch from those of two and three."""
+    work = Workload(FAMILIES["llama"], torch.bfloat16, 32, 8)
+    two, three, seven = (work.run("full", False, batch) for batch in (2, 3, 7))
+    guess = two.towards(three, 5)
+    assert torch.equal(guess.live, seven.live) and guess.arrivals == seven.arrivals
+    assert (guess.forward, guess.activations, guess.logits) == (seven.forward, seven.activations, seven.logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("run", [run for run in RUNS if run != "lora"])
+def test_on_a_gpu(run: str, checkpointing: bool):
+    config = LlamaConfig(**SIZES | {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8})
+    check(*both(config, run, checkpointing, device="cuda", dtype="bf16", rank=64, batch=8, seq=512))
