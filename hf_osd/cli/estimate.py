@@ -91,7 +91,7 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
     optim, layerwise, options = _optimizer(arguments)
-    memory = _memory(arguments)
+    memory = usable_memory(arguments)
     config = load_config(arguments.model, arguments.revision)
     work = Workload(config, DTYPES[arguments.dtype], arguments.seq, arguments.rank)
     model, modules = work.model(), options["target_modules"]
@@ -153,7 +153,7 @@ def _optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]
     return arguments.preset.removesuffix(LAYERWISE_SUFFIX), layerwise, options
 
 
-def _memory(arguments: argparse.Namespace) -> int | None:
+def usable_memory(arguments: argparse.Namespace) -> int | None:
     """Bytes that tensors may take."""
     if arguments.gpu is None:
         if arguments.reserve is not None:

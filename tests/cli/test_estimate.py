@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, ViTConfig
 
 from hf_osd import create_osd_optimizer
+from hf_osd.cli.estimate import usable_memory
 from hf_osd.cli.main import main
 from hf_osd.estimate.models import load_config, meta_model
 from hf_osd.hub import projection_bytes
@@ -82,12 +84,12 @@ def test_what_fits_is_the_largest_that_does(folder, capsys):
     """Estimated anew, the largest rank and batch fit, and the next ones do not."""
 
     def peak(rank: int, batch: int, row: dict) -> int:
-        report = report_of(capsys, folder, "--rank", str(rank), "--batch", str(batch), "--seq", "64")
+        report = report_of(capsys, *words[:3], "--rank", str(rank), "--batch", str(batch), "--seq", "64")
         return row_of(report, row["method"], row["gradient_checkpointing"])["bytes"]["peak"]
 
-    words = (folder, "--rank", "8", "--seq", "64", "--batch", "2", "--gpu", "1.9MB", "--reserve", "100KB")
-    report = report_of(capsys, *words)
-    ours = row_of(report, "osd_adamw8bit", True)
+    words = (folder, "--preset", "osd_adamw", "--seq", "64", "--batch", "2", "--gpu", "1.9MB", "--reserve", "100KB")
+    report = report_of(capsys, *words, "--rank", "8")
+    ours = row_of(report, "osd_adamw", True)
     assert report["usable_bytes"] == 1_800_000
     batch, rank = ours["largest_batch"], ours["largest_rank"]
     assert batch > 2 and 8 < rank < 64
@@ -188,6 +190,6 @@ def test_what_cannot_be_is_said_in_one_sentence(words, message, folder, capsys):
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("24gb", 24e9), ("80GiB", 80 * 2**30), ("0.5GiB", 2**29)])
-def test_sizes(text, size, folder, capsys):
-    words = (folder, "--rank", "8", "--seq", "8", "--gpu", text, "--reserve", "1KB")
-    assert report_of(capsys, *words)["usable_bytes"] == size - 1000
+def test_sizes(text, size):
+    assert usable_memory(Namespace(gpu=text, reserve="1KB")) == size - 1000
+    assert usable_memory(Namespace(gpu="24GB", reserve=None)) == 23e9

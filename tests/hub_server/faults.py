@@ -10,6 +10,7 @@ class Fault:
     match: re.Pattern[str]  # searched in "METHOD /path?query"
     left: int  # how many requests it still hits
     status: int | None = None  # answer this, or
+    code: str | None = None  # with this error code
     after_bytes: int = 0  # cut the connection after so many bytes of the body
 
 

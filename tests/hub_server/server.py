@@ -70,9 +70,12 @@ class HubServer:
 
     # Failures that tests switch on
 
-    def fail_next(self, n: int = 1, status: int = 503, match: str = "") -> None:
-        """The next `n` requests in whose "METHOD /path?query" the regex `match` is found are answered `status`."""
-        self.faults.add(Fault(re.compile(match), n, status=status))
+    def fail_next(self, n: int = 1, status: int = 503, match: str = "", code: str | None = None) -> None:
+        """
+        The next `n` requests in whose "METHOD /path?query" the regex `match` is found are answered `status`, and
+        with the error code `code`.
+        """
+        self.faults.add(Fault(re.compile(match), n, status=status, code=code))
 
     def cut_connection(self, match: str = "", after_bytes: int = 0, n: int = 1) -> None:
         """
@@ -184,7 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
         if cut_at is not None and body:
             return
         if fault is not None and fault.status is not None:
-            answer = Answer.of({"error": "failure switched on by the test"}, status=fault.status)
+            error = HubError(fault.status, "failure switched on by the test", fault.code)
+            answer = Answer.of({"error": str(error)}, error.status, error.headers)
         else:
             answer = self.ask(Request(self.command, self.path, self.headers, bytes(body)))
         self.send(answer, answer.body[:cut_at])
