@@ -8,7 +8,6 @@ from math import prod
 from typing import Any
 
 from ..estimate import DTYPES, Method, Workload, adamw, adamw8bit, galore, largest, load_config, lora, osd
-from ..hub import projection_bytes
 from ..optim import ALL_LINEAR, DEFAULT_RANK, resolve, select
 from ..optim.modes import LAYERWISE_SUFFIX
 from ..trainer.optim_args import SETTINGS, parse_optim_args
@@ -129,7 +128,7 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "matrices": sum(prod(shape[:-2]) for shape in shapes),
         "clipped": sum(prod(shape[:-2]) for shape in shapes if arguments.rank > min(shape[-2:])),
-        "projection_file_bytes": projection_bytes(shapes, arguments.rank, **_kept(options)),
+        "projection_file_bytes": ours(arguments.rank).saved,
         "missing": missing,
         "rows": rows,
     }
@@ -172,11 +171,6 @@ def _size(option: str, text: str) -> int:
         return convert_file_size_to_int(text.upper())  # in lower case its b are bits
     except ValueError:
         raise ValueError(f"--{option} must be a number with KB, MB, GB, KiB, MiB or GiB, got {text!r}.") from None
-
-
-def _kept(options: dict[str, Any]) -> dict[str, Any]:
-    """What decides the size of a saved P."""
-    return {key: options[key] for key in ("side", "projection_dtype", "subspace") if key in options}
 
 
 def suggestion(report: dict[str, Any], modules: Any) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..optim import OSD, create_osd_optimizer, select
 from ..optim.memory import predicted_entry_bytes
+from ..optim.plan import rules_of
 from .trace import LiveBytes, meta_device
 
 
@@ -28,6 +29,7 @@ class Method:
         name (`str`): As `TrainingArguments.optim` has it, or `lora`.
         state (`int`): Bytes of its state, P and what belongs to P aside.
         projection (`int`): Bytes of P and of its own moments.
+        saved (`int`): Bytes of P alone, or of what stands for it, as checkpoints and the Hub hold it.
         temporaries (`dict[str, int]`): For each trained parameter what its step allocates, beside the state.
         layerwise (`bool`): Whether parameters are stepped in the backward pass and gradients freed at once.
         model (`str`): Which model is trained: `full`, or `lora`.
@@ -36,6 +38,7 @@ class Method:
     name: str
     state: int = 0
     projection: int = 0
+    saved: int = field(default=0, kw_only=True)
     temporaries: dict[str, int] = field(default_factory=dict)
     layerwise: bool = False
     model: str = "full"
@@ -94,12 +97,14 @@ def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, lay
         optimizer = create_osd_optimizer(model, optim, rank=rank, **options)
     sizes = predicted_entry_bytes(optimizer)
     projection = sum(size for name, size in sizes.items() if name.startswith("projection"))
+    names = {rules_of(group).subspace.code or "projection" for group in optimizer.param_groups if group["rank"]}
     return Method(
         optim + "_layerwise" * layerwise,
         sizes.total() - projection,
         projection,
         step_temporaries(optimizer),
         layerwise,
+        saved=sum(sizes[name] for name in names),
     )
 
 
