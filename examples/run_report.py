@@ -1,6 +1,7 @@
 """What a training run reports: perplexity, throughput, memory, `results.json` and `loss.png`.
 
-Nothing here depends on the optimizer, so runs with different optimizers are measured alike.
+Nothing here depends on the optimizer, so runs with different optimizers are measured alike. What RSO adds to the model
+(P and B) counts as optimizer state, and not as the model's parameters.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_osd.rso import subspace_bytes, subspace_parameters, trained_parameters
+
 
 REPORTED_PACKAGES = (
     "hf_osd",
@@ -28,6 +31,7 @@ REPORTED_PACKAGES = (
     "datasets",
     "bitsandbytes",
     "galore-torch",
+    "peft",
     "trl",
 )
 REPORTED_ARGUMENTS = (
@@ -130,8 +134,8 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def adamw_state_bytes(model: torch.nn.Module) -> int:
-    """Returns the bytes of AdamW's two moments, which have the shape and dtype of the trainable parameters."""
-    return 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    """Returns the bytes of AdamW's two moments, which have the shape and dtype of the trained parameters."""
+    return 2 * sum(p.numel() * p.element_size() for _, p in trained_parameters(model))
 
 
 def peak_memory_bytes() -> int:
@@ -165,8 +169,8 @@ def tokens_seen(state: TrainerState, args: TrainingArguments, sequence_length: i
 
 
 def optimizer_settings(args: TrainingArguments) -> dict[str, Any]:
-    """Returns the arguments that determine the updates: Trainer's, and those named `osd_*` that were given."""
-    given = [field.name for field in dataclasses.fields(args) if field.name.startswith("osd_")]
+    """Returns the arguments that determine the updates: Trainer's, and those named `osd_*` and `rso_*` that were given."""
+    given = [field.name for field in dataclasses.fields(args) if field.name.startswith(("osd_", "rso_"))]
     settings = {key: getattr(args, key) for key in ("optim", *REPORTED_ARGUMENTS, *given)}
     return {key: getattr(value, "value", value) for key, value in settings.items() if value is not None}
 
@@ -227,7 +231,8 @@ def build_results(
     eval_loss = next(entry["eval_loss"] for entry in reversed(state.log_history) if "eval_loss" in entry)
     return {
         "model": model_name,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": sum(p.numel() for p in trainer.model.parameters())
+        - sum(p.numel() for p in subspace_parameters(trainer.model)),
         "dataset": dataset_name,
         "sequence_length": sequence_length,
         "steps": state.global_step,
@@ -237,7 +242,7 @@ def build_results(
         "tokens_per_second": (seen - seen_before) / clock.seconds if clock.seconds else None,
         "training_seconds": clock.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
-        "optimizer_state_bytes": optimizer_state_bytes(trainer.optimizer),
+        "optimizer_state_bytes": optimizer_state_bytes(trainer.optimizer) + subspace_bytes(trainer.model),
         "adamw_state_bytes": adamw_state_bytes(trainer.model),
         "settings": optimizer_settings(args),
         "parameter_groups": parameter_groups(trainer.optimizer),

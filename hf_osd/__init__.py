@@ -1,7 +1,7 @@
 """Online Subspace Descent for the Hugging Face ecosystem.
 
 Importing this package makes `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor` and `osd_sgd`
-known to transformers as values of `TrainingArguments(optim=...)`.
+known to transformers as values of `TrainingArguments(optim=...)`, and `rso_adamw` and `rso_adamw8bit` (`hf_osd.rso`).
 """
 
 from .hub import ProjectionState

@@ -7,11 +7,15 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .optim_args import check_arguments
+from .rso import check_rso_arguments
 
 
 @dataclass
 class OSDTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the options of [`OSD`] as fields; use them with an `osd_` name as `optim`.
+
+    `rso_*` are options of `optim="rso_adamw"` and `"rso_adamw8bit"` (see [`~rso.create_rso_model`]), which also take
+    `osd_rank`, `osd_scale`, `osd_seed`, `osd_target_modules` and `osd_exclude_modules`.
 
     A field left at `None` takes the optimizer's default, or the preset's. `learning_rate`, `weight_decay`,
     `adam_beta1`, `adam_beta2` and `adam_epsilon` keep their meaning.
@@ -173,6 +177,17 @@ class OSDTrainingArguments(TrainingArguments):
         },
     )
 
+    rso_interval: int | None = field(
+        default=None, metadata={"help": "Steps with one random subspace with optim=rso_*. Defaults to 200."}
+    )
+    rso_eta: float | None = field(
+        default=None,
+        metadata={"help": "Adds ||B||² / (2 eta) to the objective with optim=rso_*. Default: no such term."},
+    )
+    rso_sampling: str | None = field(
+        default=None, metadata={"help": "P with optim=rso_*: gaussian (the default) or orthonormal."}
+    )
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse an order of base classes in which our copy of `TrainingArguments`' defaults hides another class's."""
         super().__init_subclass__(**kwargs)
@@ -190,6 +205,7 @@ class OSDTrainingArguments(TrainingArguments):
         for name in ("osd_target_modules", "osd_exclude_modules"):
             setattr(self, name, _unwrap(getattr(self, name)))
         check_arguments(self)
+        check_rso_arguments(self)
 
 
 def _unwrap(modules: list[str] | str | None) -> list[str] | str | None:

@@ -16,6 +16,7 @@ from ..optim.plan import ProjectedPlan
 from ..optim.statistics import summarize_each
 from .optim_args import check_arguments
 from .push import refresh_card
+from .rso import check_rso_arguments
 from .statistics_file import StatisticsFile
 from .summary import summary
 
@@ -42,6 +43,7 @@ class OSDCallback(TrainerCallback):
     ) -> None:
         """Refuse wrong arguments before any data is read."""
         check_arguments(args)
+        check_rso_arguments(args)
 
     def on_train_begin(
         self,

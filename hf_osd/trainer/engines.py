@@ -10,6 +10,13 @@ from ..optim.sharding import FLAT
 
 def refuse_flat_engines(args: TrainingArguments) -> None:
     """Raise `ValueError` where a run is to use DeepSpeed, FSDP1 or XLA's FSDP, all of which flatten parameters."""
+    engine = engine_of(args)
+    if engine is not None:
+        raise ValueError(f"{args.optim} cannot be used with {engine}. {FLAT}")
+
+
+def engine_of(args: TrainingArguments) -> str | None:
+    """DeepSpeed, FSDP1 or XLA's FSDP, if a run is to use one of them."""
     engine = None
     if (
         args.deepspeed
@@ -26,8 +33,7 @@ def refuse_flat_engines(args: TrainingArguments) -> None:
             engine = "FSDP1"
     elif _environment("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
         engine = "FSDP1"
-    if engine is not None:
-        raise ValueError(f"{args.optim} cannot be used with {engine}. {FLAT}")
+    return engine
 
 
 def _environment(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
@@ -57,6 +58,8 @@ SETTINGS: dict[str, Setting] = {
     "ddp_compression": Setting("ddp_compression", str),
 }
 
+RSO_NAMES = ("rso_adamw", "rso_adamw8bit")  # of `rso.py`, which shares some settings
+
 # Options with a field of their own in TrainingArguments: that is the one place to set them.
 TRAINER_FIELDS = {
     "lr": "learning_rate",
@@ -97,8 +100,8 @@ def uses_osd(args: TrainingArguments) -> bool:
     return optim_name(args) in OPTIM_NAMES
 
 
-def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else."""
+def parse_optim_args(text: str | None, settings: Mapping[str, Setting] = SETTINGS) -> dict[str, Any]:
+    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else than these `settings`."""
     values: dict[str, Any] = {}
     for entry in text.split(",") if text else ():
         key, equals, value = (part.strip() for part in entry.partition("="))
@@ -108,10 +111,10 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
             raise ValueError(
                 f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in `optim_args`."
             )
-        refuse_unknown([key], SETTINGS, "`optim_args`")
+        refuse_unknown([key], settings, "`optim_args`")
         if key in values:
             raise ValueError(f"{key!r} is given twice in `optim_args`: {text!r}.")
-        values[key] = _convert(key, value)
+        values[key] = _convert(key, value, settings[key].type)
     return values
 
 
@@ -138,7 +141,7 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
     validate(resolved | {"rank": rank, "init": init}, where)
     resolved |= _adam_fields(args, resolved)
     validate(resolved | {"rank": rank, "init": init}, where)
-    return OSDSettings(resolved, *_modules(args), partial_load, rank_pattern, mode)
+    return OSDSettings(resolved, *target_modules_of(args), partial_load, rank_pattern, mode)
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -146,6 +149,8 @@ def check_arguments(args: TrainingArguments) -> None:
     if uses_osd(args):
         refuse_flat_engines(args)
         read_settings(args)
+        return
+    if optim_name(args) in RSO_NAMES:  # `check_rso_arguments` reads these
         return
     stray = sorted(f"osd_{key}" for key in _fields(args))
     stray += [name for name in ("osd_target_modules", "osd_exclude_modules") if getattr(args, name, None) is not None]
@@ -162,12 +167,12 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def _convert(key: str, value: str) -> Any:
-    kind = {int: "an integer", float: "a number", bool: "true or false"}.get(SETTINGS[key].type, "")
+def _convert(key: str, value: str, wanted: type) -> Any:
+    kind = {int: "an integer", float: "a number", bool: "true or false"}.get(wanted, "")
     try:
-        if SETTINGS[key].type is bool:
+        if wanted is bool:
             return {"true": True, "false": False}[value.lower()]
-        return SETTINGS[key].type(value)
+        return wanted(value)
     except (ValueError, KeyError):
         raise ValueError(f"{key!r} in `optim_args` must be {kind}, got {value!r}.") from None
 
@@ -202,7 +207,8 @@ def _mode(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:
     return mode_of(optim_name(args), given | own)
 
 
-def _modules(args: TrainingArguments) -> tuple[str | list[str], str | list[str] | None]:
+def target_modules_of(args: TrainingArguments) -> tuple[str | list[str], str | list[str] | None]:
+    """`target_modules` and `exclude_modules`, from Trainer's own field or ours."""
     stock, own = args.optim_target_modules, getattr(args, "osd_target_modules", None)
     if stock is not None and own is not None:
         raise ValueError("Target modules are given twice: as `optim_target_modules` and as `osd_target_modules`.")

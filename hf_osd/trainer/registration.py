@@ -7,31 +7,34 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames
 
 from ..optim import OPTIM_NAMES, OSD
+from ..rso import RSOCallback
 from .callback import OSDCallback
 from .checkpoints import register_last_complete_checkpoint
 from .construction import constructor_arguments
 from .gradient_norm import register_clipping
 from .push import register_push
+from .rso import RSO_NAMES, build_rso_optimizer_kwargs
 
 
 def register() -> None:
-    """Add the names to `OptimizerNames`, their handler to Trainer's table and the callback to every Trainer.
+    """Add the names to `OptimizerNames`, their handlers to Trainer's table and the callbacks to every Trainer.
 
     Trainers also pass over torn checkpoints from then on (`checkpoints.py`) and push a model card that tells about the
     optimizer (`push.py`).
 
     `import hf_osd` calls it; calling it again changes nothing.
     """
-    for name in OPTIM_NAMES:
+    handlers: dict[str, Any] = dict.fromkeys(OPTIM_NAMES, build_optimizer_kwargs)
+    handlers |= dict.fromkeys(RSO_NAMES, build_rso_optimizer_kwargs)
+    for name, handler in handlers.items():
         member = _add_member(name)
         # By member as Trainer looks it up, and by string, which is what arguments hold after unpickling.
-        _OPTIMIZER_HANDLERS[member] = _OPTIMIZER_HANDLERS[name] = build_optimizer_kwargs
+        _OPTIMIZER_HANDLERS[member] = _OPTIMIZER_HANDLERS[name] = handler
     register_last_complete_checkpoint()
     register_push()
     register_clipping()
     callbacks: list[Any] = transformers_trainer.DEFAULT_CALLBACKS
-    if OSDCallback not in callbacks:
-        callbacks.append(OSDCallback)
+    callbacks += [callback for callback in (OSDCallback, RSOCallback) if callback not in callbacks]
 
 
 def build_optimizer_kwargs(context: OptimizerContext) -> tuple[type[OSD], dict[str, Any]]:

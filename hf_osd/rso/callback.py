@@ -1,0 +1,70 @@
+"""RSO's outer loop in a Trainer."""
+
+import logging
+from typing import Any
+
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .memory import subspace_bytes, trained_parameters
+from .outer_loop import OuterLoop, outer_loop
+
+
+logger = logging.getLogger("hf_osd")
+
+
+class RSOCallback(TrainerCallback):
+    """Added to every Trainer by `import hf_osd`; silent unless the model comes from [`create_rso_model`].
+
+    Every `interval` optimizer steps, before the next one: W <- W + P B, B <- 0, a new P, and the optimizer's moments
+    of B start anew. A training that goes on from a checkpoint gets W, B, P and moments back as they were.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs: Any,
+    ) -> None:
+        """Start at P_0, or where the checkpoint was."""
+        loop = None if model is None else outer_loop(model)
+        if loop is None:
+            return
+        loop.begin(_unwrap(optimizer), state.global_step)
+        if state.is_world_process_zero:
+            logger.info(_summary(loop, model))
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model=None,
+        optimizer=None,
+        **kwargs: Any,
+    ) -> None:
+        """End the interval where the coming step begins another."""
+        loop = None if model is None else outer_loop(model)
+        if loop is not None:
+            loop.before_step(_unwrap(optimizer), state.global_step)
+
+
+def _unwrap(optimizer: Any) -> Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _summary(loop: OuterLoop, model: Any) -> str:
+    parameters = dict(trained_parameters(model))
+    weights = {id(layer.base_layer.weight) for layer in loop.layers.values()}  # type: ignore[union-attr]
+    inside = sum(p.numel() for p in parameters.values() if id(p) in weights)
+    outside = sum(p.numel() for p in parameters.values()) - inside
+    options = loop.options
+    return (
+        f"RSO: {len(loop.layers)} matrices ({inside / 1e6:.1f}M parameters) trained in {options.sampling} subspaces of "
+        f"rank {options.rank}, new every {options.interval} steps, {outside / 1e6:.1f}M parameters at full size; "
+        f"P and B {subspace_bytes(model) / 1e6:.1f} MB"
+    )
