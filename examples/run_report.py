@@ -169,7 +169,7 @@ def tokens_seen(state: TrainerState, args: TrainingArguments, sequence_length: i
 
 
 def optimizer_settings(args: TrainingArguments) -> dict[str, Any]:
-    """Returns the arguments that determine the updates: Trainer's, and those named `osd_*` and `rso_*` that were given."""
+    """Returns the arguments that determine the updates: Trainer's, and what was given of `osd_*` and `rso_*`."""
     given = [field.name for field in dataclasses.fields(args) if field.name.startswith(("osd_", "rso_"))]
     settings = {key: getattr(args, key) for key in ("optim", *REPORTED_ARGUMENTS, *given)}
     return {key: getattr(value, "value", value) for key, value in settings.items() if value is not None}

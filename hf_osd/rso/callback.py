@@ -64,7 +64,7 @@ def _summary(loop: OuterLoop, model: Any) -> str:
     outside = sum(p.numel() for p in parameters.values()) - inside
     options = loop.options
     return (
-        f"RSO: {len(loop.layers)} matrices ({inside / 1e6:.1f}M parameters) trained in {options.sampling} subspaces of "
-        f"rank {options.rank}, new every {options.interval} steps, {outside / 1e6:.1f}M parameters at full size; "
+        f"RSO: {len(loop.layers)} matrices ({inside / 1e6:.1f}M parameters) trained in {options.sampling} subspaces "
+        f"of rank {options.rank}, new every {options.interval} steps, {outside / 1e6:.1f}M parameters at full size; "
         f"P and B {subspace_bytes(model) / 1e6:.1f} MB"
     )

@@ -33,8 +33,8 @@ def create_rso_model(
     Not for you if the learning rate cannot be tuned anew, if adapters are what you want (the weights change here), or
     if a checkpoint may not be larger than the model: to continue exactly, it holds W and B beside W + P B.
 
-    Every targeted linear layer becomes a LoRA layer of peft's with frozen A = Pᵀ and scaling 1, whose B starts at 0 and
-    is all that is trained of it; P acts on the inputs. All other parameters (embeddings, norms, biases, head) are
+    Every targeted linear layer becomes a LoRA layer of peft's with frozen A = Pᵀ and scaling 1, whose B starts at 0
+    and is all that is trained of it; P acts on the inputs. All other parameters (embeddings, norms, biases, head) are
     trained at full size as before. `state_dict()` is that of the plain model with W + P B in it, and plain state dicts
     can be loaded: checkpoints need neither this package nor peft.
 
@@ -44,9 +44,9 @@ def create_rso_model(
         interval (`int`, *optional*, defaults to 200):
             Steps of the inner optimizer with one P. Steps are counted by [`RSOCallback`], or by your loop.
         eta (`float`, *optional*):
-            Adds ||B||² / (2 eta) to the objective of each interval: B / eta is added to B's gradient after clipping, so
-            that an adaptive inner optimizer sees the gradient of the whole subproblem (4a). `None`, no such term, is
-            the limit of a large eta; the theory asks for 1 / (2 L), with a smoothness constant L that nobody knows.
+            Adds ||B||² / (2 eta) to the objective of each interval: B / eta is added to B's gradient after clipping,
+            so that an adaptive inner optimizer sees the gradient of the whole subproblem (4a). `None`, no such term,
+            is the limit of a large eta; the theory asks for 1 / (2 L), with a smoothness constant that nobody knows.
             Decoupled from the moments, the same term is AdamW's `weight_decay` on B, with eta = 1 / weight_decay.
         sampling (`str`, *optional*, defaults to `"gaussian"`):
             `"gaussian"`: entries of P are N(0, 1/r). `"orthonormal"`: columns are orthogonal, with norm sqrt(n/r).

@@ -1,9 +1,9 @@
 """The outer loop of RSO: what happens to a model and its optimizer between the inner optimizer's steps.
 
-Letters: W (m, n) a weight as torch stores it (out, in); k the number of the interval; P (n, r) = P_k, which peft keeps
-as lora_A.weight = Pᵀ; B (r, m), which peft keeps as lora_B.weight = Bᵀ (m, r). The paper writes x W for a layer, so
-its W is ours transposed and its P acts on the inputs: the layer computes x Wᵀ + (x P) B, and what its backward needs of
-the inputs is x P (tokens, r) alone.
+Letters: W (m, n) a weight as torch stores it (out, in); k the number of the interval; P (n, r) = P_k, which peft
+keeps as lora_A.weight = Pᵀ (r, n); B (r, m), which peft keeps as lora_B.weight = Bᵀ (m, r). The paper writes x W for a
+layer, so its W is ours transposed and its P acts on the inputs: the layer computes x Wᵀ + (x P) B, and what its
+backward needs of the inputs is x P (tokens, r) alone. On the side of the outputs it would need all of x.
 """
 
 from collections.abc import Iterator
@@ -105,7 +105,7 @@ class OuterLoop:
         _attached[optimizer] = self
 
     def begin(self, optimizer: Optimizer, step: int) -> None:
-        """To be called before the first step of a training, after `load_state_dict` where it goes on from a checkpoint.
+        """To be called before the first step of a training, after any `load_state_dict`.
 
         Args:
             optimizer (`torch.optim.Optimizer`): The inner optimizer.
@@ -158,7 +158,7 @@ class OuterLoop:
 
     @torch.no_grad()
     def _add_proximal_gradient(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """gB <- gB + B / eta, the gradient of ||B||² / (2 eta), after any clipping of the loss's own gradient."""
+        """GB <- gB + B / eta, the gradient of ||B||² / (2 eta), after any clipping of the loss's own gradient."""
         if self.options.eta is None:
             return
         pairs = [(B.grad, B) for _, B in self.factors() if B.grad is not None]

@@ -1,8 +1,8 @@
 """From training arguments to options, strictly: one reading of `optim_args`, `osd_*` fields and Trainer's own."""
 
 import os
-from dataclasses import asdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from transformers import TrainingArguments

@@ -1,4 +1,4 @@
-"""RSO from a stock Trainer: `optim="rso_adamw"` or `"rso_adamw8bit"`, as strict about arguments as the `osd_` names."""
+"""RSO from a stock Trainer: `optim="rso_adamw"` or `"rso_adamw8bit"`, as strict as the `osd_` names."""
 
 import os
 from dataclasses import asdict
@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_optimizer import OptimizerContext
 
-from ..optim import ALL_LINEAR, DEFAULT_RANK
+from ..optim import DEFAULT_RANK
 from ..rso.model import create_rso_model, rso_param_groups
 from ..rso.options import DEFAULT_INTERVAL, RSOOptions, check_scale
 from ..update_rules import require_bitsandbytes
