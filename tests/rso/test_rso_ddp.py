@@ -1,0 +1,25 @@
+"""Two processes train as one, exchange r m numbers for a weight, and draw the same P."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rso_processes
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+from processes import run
+
+
+@pytest.mark.distributed
+def test_two_processes_train_as_one(tmp_path: Path):
+    assert run(2, [rso_processes.two_processes], tmp_path) == {"two_processes": ""}
+    (a, exchanged, predicted), (b, *_) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    expected, *_ = rso_processes.train()
+    for name, value in expected.items():
+        assert torch.equal(a[name], b[name]), name
+        # float64: rounding of 1e-16 in the gradients, which Adam's first steps divide by themselves
+        torch.testing.assert_close(a[name], value, rtol=1e-9, atol=1e-9)
+    assert exchanged == predicted == 8 * (6 * (40 + 16) + 40 + 16)  # B of two layers, and the biases
