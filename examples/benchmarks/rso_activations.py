@@ -3,7 +3,7 @@
 Three counts: the activations that autograd keeps from the forward pass for the backward pass (unique storages,
 parameters excluded) by sequence length, on tensors without contents, so that any model fits anywhere; the bytes of
 gradients that a data-parallel process exchanges; and, with --real_run, the growth of the resident memory of a process
-that trains three steps. AdamW, GaLore and OSD need the gradient of W, for which autograd keeps the inputs of every
+that trains two steps. AdamW, GaLore and OSD need the gradient of W, for which autograd keeps the inputs of every
 layer: their activations are the same. Writes results/<device>/rso_activations.json, .md and .png.
 
 Needs: `pip install "hf_osd[examples]"`. The first command takes a minute; the second trains LLaMA 60M and needs 4 GB.
@@ -106,7 +106,7 @@ def activations(name: str, rank: int, sequences: list[int]) -> list[dict[str, An
 
 
 def real_run(optim: str, model_name: str, sequence: int) -> dict[str, Any]:
-    """Train three steps in this process and tell how its resident memory has grown."""
+    """Train two steps in this process and tell how its resident memory has grown."""
     model = make_model(model_name, torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
@@ -114,7 +114,7 @@ def real_run(optim: str, model_name: str, sequence: int) -> dict[str, Any]:
             optim=optim,
             optim_args=REAL_RUNS[optim],
             optim_target_modules=".*(self_attn|mlp).*" if optim == "galore_adamw" else None,
-            max_steps=3,
+            max_steps=2,  # moments are there from the first on
             per_device_train_batch_size=1,
             save_strategy="no",
             report_to="none",
@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real_run", action="store_true", help="train too; else the committed runs are kept")
     parser.add_argument("--model", default="llama_60m", help="of the real run (default: llama_60m)")
-    parser.add_argument("--sequence", type=int, default=1024, help="tokens, of the real run (default: 1024)")
+    parser.add_argument("--sequence", type=int, default=512, help="tokens, of the real run (default: 512)")
     parser.add_argument("--one_run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one_run:

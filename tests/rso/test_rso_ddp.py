@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
 import rso_processes
+import torch
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
