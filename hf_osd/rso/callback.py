@@ -1,16 +1,13 @@
 """RSO's outer loop in a Trainer."""
 
-import logging
 from typing import Any
 
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..optim.announce import announce
 from .memory import subspace_bytes, trained_parameters
 from .outer_loop import OuterLoop, outer_loop
-
-
-logger = logging.getLogger("hf_osd")
 
 
 class RSOCallback(TrainerCallback):
@@ -19,6 +16,9 @@ class RSOCallback(TrainerCallback):
     Every `interval` optimizer steps, before the next one: W <- W + P B, B <- 0, a new P, and the optimizer's moments
     of B start anew. A training that goes on from a checkpoint gets W, B, P and moments back as they were.
     """
+
+    def __init__(self) -> None:
+        self._loop: OuterLoop | None = None
 
     def on_train_begin(
         self,
@@ -30,26 +30,24 @@ class RSOCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Start at P_0, or where the checkpoint was."""
-        loop = None if model is None else outer_loop(model)
+        self._loop = loop = None if model is None else outer_loop(model)
         if loop is None:
             return
         loop.begin(_unwrap(optimizer), state.global_step)
         if state.is_world_process_zero:
-            logger.info(_summary(loop, model))
+            announce(_summary(loop, model))
 
     def on_step_begin(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model=None,
         optimizer=None,
         **kwargs: Any,
     ) -> None:
         """End the interval where the coming step begins another."""
-        loop = None if model is None else outer_loop(model)
-        if loop is not None:
-            loop.before_step(_unwrap(optimizer), state.global_step)
+        if self._loop is not None:
+            self._loop.before_step(_unwrap(optimizer), state.global_step)
 
 
 def _unwrap(optimizer: Any) -> Optimizer:

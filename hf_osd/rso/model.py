@@ -92,7 +92,6 @@ def unload_rso_model(model: nn.Module) -> nn.Module:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, base)
     vars(model).pop("_rso_loop")
-    vars(model).pop("peft_config", None)
     return model
 
 
@@ -194,3 +193,4 @@ def _inject(model: nn.Module, names: list[str], rank: int) -> None:
         fan_in_fan_out=any(not isinstance(model.get_submodule(name), nn.Linear) for name in names),
     )
     inject_adapter_in_model(config, model, ADAPTER)
+    vars(model).pop("peft_config", None)  # to everybody else this is no model with adapters

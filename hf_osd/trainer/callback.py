@@ -1,6 +1,5 @@
 """What every Trainer does for our optimizer: check its arguments, say what is projected, log how P fares."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from ..hub import ProjectionState
 from ..hub.config import CONFIG_NAME
 from ..optim import OSD
+from ..optim.announce import announce
 from ..optim.distributed import include_in_ddp
 from ..optim.plan import ProjectedPlan
 from ..optim.statistics import summarize_each
@@ -19,9 +19,6 @@ from .push import refresh_card
 from .rso import check_rso_arguments
 from .statistics_file import StatisticsFile
 from .summary import summary
-
-
-logger = logging.getLogger("hf_osd")
 
 
 class OSDCallback(TrainerCallback):
@@ -61,8 +58,7 @@ class OSDCallback(TrainerCallback):
         if osd is not None and args.should_save:
             self._statistics = StatisticsFile(_output_dir(args), state.global_step)
         if osd is not None and state.is_world_process_zero:
-            _ensure_visible()
-            logger.info(summary(osd, model))
+            announce(summary(osd, model))
         if osd is not None:
             osd.attach()  # a second training: the first has taken the hooks off at its end
 
@@ -181,9 +177,3 @@ def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
     if args.logging_strategy == IntervalStrategy.EPOCH:  # which step ends the epoch is not known beforehand
         return True
     return args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
-
-
-def _ensure_visible() -> None:
-    if not logger.handlers and not logging.getLogger().handlers:
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
