@@ -13,6 +13,7 @@ from hf_osd.optim.modes import MODE_DEFAULTS
 from hf_osd.optim.options import DEFAULTS
 from hf_osd.optim.presets import OPTIM_NAMES
 from hf_osd.trainer.optim_args import SETTINGS, TRAINER_FIELDS, parse_optim_args, read_settings
+from hf_osd.trainer.rso import FIELDS
 from reference.tiny_models import tiny_llama
 
 
@@ -101,7 +102,8 @@ def test_an_empty_entry_in_optim_args_is_refused_or_works(text, stock):
 
 def test_fields_and_settings_agree():
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
-    assert own == {f"osd_{key}" for key in SETTINGS} | {"osd_target_modules", "osd_exclude_modules"}
+    expected = {f"osd_{key}" for key in SETTINGS} | {"osd_target_modules", "osd_exclude_modules"}
+    assert own == expected | set(FIELDS.values())  # RSO's own and those that it shares
     assert all(OSDTrainingArguments.__dataclass_fields__[name].default is None for name in own)
     options = {
         setting.option for key, setting in SETTINGS.items() if key not in ("preset", "partial_load", "rank_pattern")
