@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .sampling import SAMPLINGS
 
 
-# GaLore's and the periodic SVD's. The paper gives no number of inner steps that would fit every run.
+# GaLore's, and the periodic SVD's of this package; not tuned for RSO.
 DEFAULT_INTERVAL = 200
 
 

@@ -23,7 +23,7 @@ def sample(
 ) -> Tensor:
     """P_k (n, r) with E[P Pᵀ] = I.
 
-    `gaussian`: entries N(0, 1/r), arXiv 2502.07222 section 4. `orthonormal`: sqrt(n / r) Q with Q from the QR
+    `gaussian`: entries N(0, 1/r), as in arXiv 2502.07222. `orthonormal`: sqrt(n / r) Q with Q from the QR
     decomposition of a Gaussian matrix, so that Q Qᵀ projects onto a subspace of uniform distribution and PᵀP = (n/r) I
     in every draw; the QR costs n r² per matrix. Entries have variance 1/r in both, so a step of size lr in every entry
     of B moves the entries of W by lr in root mean square, as Adam at full size would.
