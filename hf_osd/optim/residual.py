@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..subspace import LinearOperator
 from ..update_rules import GradientCheck
+from .gradients import EPS
 from .plan import ProjectedPlan
 from .rounding import PIECE
 
@@ -53,14 +53,18 @@ def residual_update(
     check: GradientCheck,
 ) -> Residual:
     """The residual's part of a step; `state["residual_norm"]` moves on with `residual="scaled"`."""
+    scaling = scaling_of(group, plan)
+    outside = _outside(G, R, P, plan, scaling)
     if group["residual"] == "sign":
-        return Residual(D, _sign_step(G, R, P, plan.op, check, group["residual_scale"]))
-    phi = _scaling(D, R, plan, scaling_of(group, plan)) * group["residual_scale"]
-    phi = phi * _limit(_squared_norm(G, R, P, phi, plan), state, group, check)
-    phi = phi.masked_fill(check.skip, 0.0)
+        return Residual(D, _sign_step(G, R, P, outside > 0, plan, check, group["residual_scale"]))
+    phi = _scaling(D, R, plan, scaling).masked_fill(outside == 0, 0.0) * group["residual_scale"]
+    norm2 = (phi.square() * outside).sum()
+    if plan.sharding is not None and scaling == "column":
+        norm2 = plan.sharding.sum(norm2)
+    phi = (phi * _limit(norm2, state, group, check)).masked_fill(check.skip, 0.0)
 
     def add_(X: Tensor, rows: slice, alpha: float) -> None:
-        part = G[rows] * (phi[rows] if plan.op.long_dim == 0 and phi.numel() > 1 else phi)
+        part = G[rows] * _rows_of(phi, rows, plan)
         X.add_(part.masked_fill_(check.skip, 0.0), alpha=alpha)  # 0 times NaN is no 0
 
     return Residual(D - torch.where(check.skip, 0.0, phi * R), add_)
@@ -81,7 +85,7 @@ def pieces(G: Tensor) -> Iterator[slice]:
 def _scaling(D: Tensor, R: Tensor, plan: ProjectedPlan, scaling: str) -> Tensor:
     """phi, in a shape that broadcasts with G and R; 0 where nothing lies in the subspace."""
     if scaling == "column":
-        short = 1 - plan.op.long_dim  # type: ignore[operator]  # refused at construction where it is None
+        short = 1 - plan.op.long_dim  # type: ignore[operator]
         inside = torch.linalg.vector_norm(R, dim=short, keepdim=True)
         outside = torch.linalg.vector_norm(D, dim=short, keepdim=True)
     else:
@@ -92,22 +96,27 @@ def _scaling(D: Tensor, R: Tensor, plan: ProjectedPlan, scaling: str) -> Tensor:
     return torch.where(inside > 0, outside / inside, 0.0)
 
 
-def _squared_norm(G: Tensor, R: Tensor, P: Tensor, phi: Tensor, plan: ProjectedPlan) -> Tensor:
-    """||S||² before the limiter, 0-dim."""
-    if phi.ndim == 0:  # phi² ||G||² loss, for the loss of PCA is || G - up(R) ||² / ||G||²
+def _outside(G: Tensor, R: Tensor, P: Tensor, plan: ProjectedPlan, scaling: str) -> Tensor:
+    """||G_j - P R_j||² of each column j in the shape of `_scaling`'s phi, or ||G - up(R)||² of the whole matrix.
+
+    0 where that is no more than rounding, as of a gradient that P has just been made from and whose rank is no larger:
+    the sign of such a rest is arbitrary, and its norm would hold down all that follow through the limiter.
+    """
+    rounding = max(4 * torch.finfo(G.dtype).eps, 64 * torch.finfo(R.dtype).eps)
+    if scaling == "matrix":  # ||G||² loss, for the loss of PCA is ||G - up(R)||² / ||G||²
         # not the norm of `check`, which is that of the gradient before clipping
         K, energy = plan.op.gram(R), torch.linalg.vector_norm(G, dtype=R.dtype).square()
         if plan.sharding is not None:
             K, energy = plan.sharding.sum(K), plan.sharding.sum(energy)
-        return phi.square() * energy * plan.op.pca_loss(P, K, 1 / energy).clamp(min=0)
-    short = 1 - plan.op.long_dim  # type: ignore[operator]
-    # ||G_j||² - 2 ||R_j||² + R_jᵀ C R_j
-    C = P.t() @ P
-    CR = C @ R if short == 0 else R @ C
-    outside = torch.linalg.vector_norm(G, dim=short, keepdim=True, dtype=R.dtype).square_()
-    outside.add_(((CR - 2 * R) * R).sum(dim=short, keepdim=True)).clamp_(min=0)
-    norm2 = (phi.square() * outside).sum()
-    return norm2 if plan.sharding is None else plan.sharding.sum(norm2)
+        outside = energy * plan.op.pca_loss(P, K, 1 / energy.clamp(min=EPS))
+    else:
+        short = 1 - plan.op.long_dim  # type: ignore[operator]  # refused at construction where it is None
+        # ||G_j||² - 2 ||R_j||² + R_jᵀ C R_j
+        C = P.t() @ P
+        CR = C @ R if short == 0 else R @ C
+        energy = torch.linalg.vector_norm(G, dim=short, keepdim=True, dtype=R.dtype).square_()
+        outside = energy + ((CR - 2 * R) * R).sum(dim=short, keepdim=True)
+    return torch.where(outside > rounding * energy, outside, 0.0)
 
 
 def _limit(norm2: Tensor, state: dict, group: Mapping[str, Any], check: GradientCheck) -> Tensor:
@@ -120,12 +129,19 @@ def _limit(norm2: Tensor, state: dict, group: Mapping[str, Any], check: Gradient
 
 
 def _sign_step(
-    G: Tensor, R: Tensor, P: Tensor, op: LinearOperator, check: GradientCheck, scale: float
+    G: Tensor, R: Tensor, P: Tensor, some: Tensor, plan: ProjectedPlan, check: GradientCheck, scale: float
 ) -> Callable[[Tensor, slice, float], object]:
+    some = some & ~check.skip
+
     def add_(X: Tensor, rows: slice, alpha: float) -> None:
-        # sign(G - P R)
+        # sign(G - P R), 0 where nothing lies outside
         S = G[rows].to(R.dtype, copy=True)
-        op.add_up_(S, *op.factors(R, P, rows), alpha=-1.0)
-        X.add_(S.sign_().masked_fill_(check.skip, 0.0), alpha=alpha * scale)
+        plan.op.add_up_(S, *plan.op.factors(R, P, rows), alpha=-1.0)
+        X.add_(S.sign_().masked_fill_(~_rows_of(some, rows, plan), 0.0), alpha=alpha * scale)
 
     return add_
+
+
+def _rows_of(X: Tensor, rows: slice, plan: ProjectedPlan) -> Tensor:
+    """What belongs to these rows of what broadcasts with G."""
+    return X[rows] if plan.op.long_dim == 0 and X.ndim else X
