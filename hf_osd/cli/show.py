@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..hub import ProjectionFileError, ProjectionState
-from ..hub.analysis import ModelWeights, orthogonality, share_of_change
+from ..hub.analysis import ModelWeights, orthogonality, random_share, share_of_change
+from ..hub.config import FURTHER_OPTIONS
 from ..hub.locate import Source
 from ..report.layers import layer_and_kind
-from ..subspace import OPERATORS
 
 
 DESCRIPTION = """Show the projections P in a folder or in a repository on the Hub.
@@ -21,8 +21,10 @@ DESCRIPTION = """Show the projections P in a folder or in a repository on the Hu
 
 orthogonality: ||P'P - I|| / sqrt(r), 0 for orthonormal columns. share: how much of the weight's change since --base
 lies in P's subspace, ||QQ' dW||^2 / ||dW||^2 with Q a basis of it; random: what a random subspace would hold, r / s.
+Of a two-sided P both are of its two factors: the mean, and the product.
 """
 SETTINGS = ("optim", "weight_rule", "projection_rule", "subspace", "alpha", "lambda", "scale", "weight_decay", "step")
+OTHER_SETTINGS = ("update_interval", *FURTHER_OPTIONS)  # shown where there are any
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -67,19 +69,20 @@ def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
             "rank": entry.rank,
             "side": entry.side,
             "dtype": str(entry.projection.dtype).removeprefix("torch."),
-            "orthogonality": orthogonality(entry.projection),
+            "orthogonality": statistics.fmean(map(orthogonality, entry.factors)),
         }
         if models:
             before, after = (model.get(name, entry.shape) for model in models)
             row["share"] = None
             if before is not None and after is not None:
                 row["share"] = share_of_change(entry, after.float() - before.float())
-            row["random_share"] = entry.rank / OPERATORS[entry.side].projected_size(*entry.shape[-2:])
+            row["random_share"] = random_share(entry)
         rows.append(row)
     config = state.config
     return {
         "source": arguments.source,
-        "config": {key: config.get(key) for key in SETTINGS},
+        "config": {key: config.get(key) for key in SETTINGS}
+        | {key: config[key] for key in OTHER_SETTINGS if config.get(key) is not None},
         "bytes": sum(entry.projection.numel() * entry.projection.element_size() for entry in state.values()),
         "moments": any(entry.moments for entry in state.values()),
         "parameters": rows,

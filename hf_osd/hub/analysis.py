@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,25 +47,37 @@ def orthonormal_basis(P: Tensor) -> Tensor:
 def share_of_change(entry: Projection, change: Tensor) -> float | None:
     """Share of a weight's change that lies in P's subspace: ||Q Qᵀ dW||² / ||dW||² (left), ||dW Q Qᵀ||² (right).
 
+    With two sides ||Q Qᵀ dW S Sᵀ||², where S is a basis of the second factor.
+
     Args:
         entry ([`Projection`]): P, its side and shape.
         change (`torch.Tensor`): dW, in the shape of the weight. Of a stack all experts' energies are added up.
 
     Returns:
-        `float` or `None`: From 0 to 1; a subspace drawn at random would have r / s on average, where s is the size of
-            the projected dimension. `None` where nothing changed.
+        `float` or `None`: From 0 to 1; a subspace drawn at random would have `random_share` on average. `None` where
+            nothing changed.
     """
     dW = change.float()
     whole = dW.square().sum(dtype=torch.float64)
     if not whole > 0:
         return None
-    pairs = zip(entry.projection, dW, strict=True) if dW.ndim == 3 else [(entry.projection, dW)]
+    matrices = zip(*entry.factors, dW, strict=True) if dW.ndim == 3 else [(*entry.factors, dW)]
     energy = [
-        OPERATORS[entry.side].down(dW_e, orthonormal_basis(P).float()).square().sum(dtype=torch.float64)
-        for P, dW_e in pairs
-        if P.any()  # an expert without P has not been trained
+        _inside(entry.side, dW_e, factors).square().sum(dtype=torch.float64)
+        for *factors, dW_e in matrices
+        if factors[0].any()  # an expert without P has not been trained
     ]
     return float(sum(energy) / whole)
+
+
+def _inside(side: str, dW: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    bases = [orthonormal_basis(P).float() for P in factors]
+    return bases[0].mT @ dW @ bases[1] if side == "two_sided" else OPERATORS[side].down(dW, bases[0])
+
+
+def random_share(entry: Projection) -> float:
+    """r / s for each of P's factors, where s is the size of the dimension that it projects."""
+    return math.prod(entry.rank / factor.shape[-2] for factor in entry.factors)
 
 
 @dataclass

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, adamw_state_bytes, predicted_state_bytes
+from ..optim.options import DEFAULTS
 from ..optim.plan import ProjectedPlan, rules_of
-from .config import options_config, versions
+from ..subspace import SUBSPACES
+from .config import group_options, versions
 
 
 if TYPE_CHECKING:
@@ -117,10 +119,10 @@ class CardFacts:
         if not isinstance(osd, OSD):
             raise ValueError(f"CardFacts.from_run needs an OSD optimizer, got {type(osd).__name__}.")
         projected = [group for group in osd.param_groups if group["rank"] is not None]
-        groups = [options_config([group]) for group in projected or osd.param_groups]
+        groups = [group_options(group) for group in projected or osd.param_groups]
         for own, group in zip(groups, projected, strict=bool(projected)):
-            own["projection_lr"] = group["projection_lr"]
-            own["update_interval"] = getattr(rules_of(group).subspace, "update_interval", None)
+            if group["subspace"] in SUBSPACES:
+                own["update_interval"] = getattr(rules_of(group).subspace, "update_interval", None)
         plans = [(osd.plan_of(p), p.numel()) for group in osd.param_groups for p in group["params"]]
         low_rank = [(plan, numel) for plan, numel in plans if isinstance(plan, ProjectedPlan)]
         asked = str(getattr(args.optim, "value", args.optim)) in OPTIM_NAMES  # else the optimizer was passed in
@@ -131,7 +133,7 @@ class CardFacts:
             model_name=name,
             repo_id=repo_id,
             optim=groups[0]["optim"],
-            options={key: _distinct(own[key] for own in groups) for key in groups[0]} if projected else {},
+            options=_options(groups) if projected else {},
             ranks=tuple(sorted({plan.rank for plan, _ in low_rank})),
             matrices=sum(plan.matrices for plan, _ in low_rank),
             projected_parameters=sum(numel for _, numel in low_rank),
@@ -160,6 +162,11 @@ class CardFacts:
     def datasets_on_hub(self) -> list[str]:
         """Those of `datasets` that can be repositories: `user/name`, and nothing on this machine."""
         return [name for name in self.datasets if HUB_ID.fullmatch(name) and not os.path.exists(name)]
+
+
+def _options(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    names = dict.fromkeys(name for own in groups for name in own)
+    return {name: _distinct(own.get(name, DEFAULTS.get(name)) for own in groups) for name in names}
 
 
 def _distinct(values: Any) -> tuple[Any, ...]:

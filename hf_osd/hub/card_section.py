@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..optim.options import DEFAULTS
+from ..subspace import SUBSPACES, rule_class
 from .card_facts import CardFacts
 
 
@@ -12,6 +14,32 @@ START, END = "<!-- hf_osd:start -->", "<!-- hf_osd:end -->"
 TEMPLATE = Path(__file__).parent / "templates" / "section.md"
 DIGEST = re.compile(r"^<!-- The text around this section was generated \(sha256 ([0-9a-f]{16})\)", re.MULTILINE)
 LINE_LENGTH = 100  # of the code
+
+# subspace -> what the text says of it
+MOVEMENTS = {
+    "online_pca": "which it learns by online PCA while it trains",
+    "svd": "which it recomputes by SVD, as GaLore does",
+    "random": "which it draws at random again and again",
+    "cosine": "which it chooses again and again among those of cosines",
+    "importance": "which it draws again and again from singular vectors of the gradients",
+    "power": "which follow momentum and gradients by power iteration",
+    "static": "which do not change",
+}
+# option -> its row, where it is not the default
+FURTHER_ROWS = {
+    "projection_interval": "steps between moves of P",
+    "projection_schedule": "schedule of P's learning rate",
+    "distribution": "distribution of P",
+    "mixing": "share of the momentum in what P follows",
+    "carry_moments": "moments carried into a new basis",
+    "residual": "residual",
+    "residual_scaling": "residual scaled by",
+    "residual_limit": "growth limit of the residual",
+    "residual_scale": "factor on the residual",
+    "projection_dtype": "dtype of P",
+    "moment_dtype": "dtype of the moments",
+    "stochastic_rounding": "stochastic rounding",
+}
 
 
 def split_text(text: str) -> tuple[str, str, str]:
@@ -80,8 +108,7 @@ def render_section(facts: CardFacts, *, picture: str | None, projections: bool, 
         "base_model": facts.base_model,
         "matrices": facts.matrices,
         "rank": _rank(facts),
-        "learns": "online_pca" in facts.options.get("subspace", ()),
-        "subspace": _joined(facts.options.get("subspace", ())),
+        "movement": _movement(facts.options.get("subspace", ())),
         "rows": [(name, value) for name, value in _rows(facts) if value],
         "state_size": format_bytes(facts.state_bytes),
         "adamw_size": format_bytes(facts.adamw_bytes),
@@ -89,7 +116,7 @@ def render_section(facts: CardFacts, *, picture: str | None, projections: bool, 
         "picture": picture,
         "code": _code(facts, projections),
         "projections": projections,
-        "optim_args": f"rank={facts.options['rank'][0]},init={facts.repo_id}" if projections else "",
+        "optim_args": _optim_args(facts) if projections else "",
         "versions": ", ".join(f"{key.removesuffix('_version')} {value}" for key, value in facts.versions.items()),
         "digest": digest,
     }
@@ -116,6 +143,8 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("learning rate of P", option("projection_lr")),
         ("lambda (orthogonality)", option("lambda")),
         ("scale", option("scale")),
+        ("side", f"`{option('side')}`" if option("side") != "auto" and facts.matrices else ""),
+        *((row, _cell(option(name))) for name, row in FURTHER_ROWS.items() if option(name)),
         ("start of P", _cell(facts.init) if facts.init else ""),
         ("projected layers", _cell(facts.targets) if facts.targets and facts.matrices else ""),
         ("except", _cell(facts.exclude) if facts.exclude else ""),
@@ -133,9 +162,9 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
 
 def _code(facts: CardFacts, projections: bool) -> str:
     """How to load the model and, where it lies beside it, P, with an optimizer as this run's."""
-    lines = (
-        ["from hf_osd import create_osd_optimizer", "from hf_osd.hub import ProjectionState"] if projections else []
-    )
+    starts = projections and _takes_init(facts)
+    lines = ["from hf_osd import create_osd_optimizer"] if projections else []
+    lines += ["from hf_osd.hub import ProjectionState"] if starts else []
     model = 'model = ...  # as you built it, with the weights of "{}"'
     if facts.model_class:
         module, name = facts.model_class.split(".")
@@ -146,7 +175,8 @@ def _code(facts: CardFacts, projections: bool) -> str:
         return ""
     lines += ["", model.format(facts.repo_id)]
     if projections:
-        lines.append(f'projections = ProjectionState.from_pretrained("{facts.repo_id}")')
+        if starts:
+            lines.append(f'projections = ProjectionState.from_pretrained("{facts.repo_id}")')
         arguments = ["model", f'"{facts.optim}"', f"lr={facts.learning_rate:g}", *_arguments(facts)]
         call = f"optimizer = create_osd_optimizer({', '.join(arguments)})"
         if len(call) > LINE_LENGTH:
@@ -158,7 +188,8 @@ def _code(facts: CardFacts, projections: bool) -> str:
 def _arguments(facts: CardFacts) -> list[str]:
     """The arguments of `create_osd_optimizer` that are not its defaults, where all groups agree."""
     given = {name: values[0] for name, values in facts.options.items() if len(values) == 1}
-    defaults = {"subspace": "online_pca", "side": "auto", "alpha": 5.0, "lambda": 0.1, "scale": 1.0}
+    further = {name: DEFAULTS[name] for name in FURTHER_ROWS}
+    defaults = {"subspace": "online_pca", "side": "auto", "alpha": 5.0, "lambda": 0.1, "scale": 1.0, **further}
     found = {"rank": given.get("rank")}
     if facts.targets not in (None, "all-linear"):
         found["target_modules"] = facts.targets
@@ -171,7 +202,33 @@ def _arguments(facts: CardFacts) -> list[str]:
         found["projection_optim"] = given["projection_rule"]
     found["update_interval"] = given.get("update_interval")
     found = {("lambda_" if name == "lambda" else name): value for name, value in found.items() if value is not None}
-    return [f"{name}={_literal(value)}" for name, value in found.items()] + ["init=projections"]
+    arguments = [f"{name}={_literal(value)}" for name, value in found.items()]
+    if given.get("subspace", "online_pca") not in SUBSPACES:  # a user's rule, named by how it is made
+        rule = given["subspace"].rsplit("<locals>.")[-1]
+        arguments = [f"subspace={rule}" if one.startswith("subspace=") else one for one in arguments]
+    if not _takes_init(facts):
+        return arguments
+    if "rank" not in found:
+        arguments.append('rank_pattern={name.removesuffix(".weight"): P.rank for name, P in projections.items()}')
+    return [*arguments, "init=projections"]
+
+
+def _takes_init(facts: CardFacts) -> bool:
+    """Whether all of the run's rules can start from a P."""
+    return all(rule_class(name).uses_init for name in facts.options.get("subspace", ()))
+
+
+def _optim_args(facts: CardFacts) -> str:
+    """What a Trainer needs to start from this P, by online PCA; nothing where ranks or sides differ."""
+    rank, side = (facts.options.get(name, ()) for name in ("rank", "side"))
+    if len(rank) != 1 or len(side) != 1:
+        return ""
+    return f"rank={rank[0]}{f',side={side[0]}' if side[0] != 'auto' else ''},init={facts.repo_id}"
+
+
+def _movement(subspaces: tuple[str, ...]) -> str:
+    name = "online_pca" if "online_pca" in subspaces else subspaces[0] if subspaces else ""
+    return MOVEMENTS.get(name, "which a rule of the run's own moves")
 
 
 def _literal(value: Any) -> str:

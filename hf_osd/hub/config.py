@@ -1,7 +1,8 @@
 """`osd_config.json`: what stands in it, made from an optimizer and checked when it is read.
 
 Top level: `format_version`, the versions of hf_osd, torch and transformers, `optim`, `step`, and the options of the
-projected groups (`null` where groups differ, or where the subspace does not use an option). `parameters`: for each
+projected groups (`null` where groups differ, or where the subspace does not use an option), of which those in
+`FURTHER_OPTIONS` are there only if they differ from their defaults. `parameters`: for each
 name `side`, `rank`, `shape` (m, n), or (E, m, n) of a stack of experts' matrices, and the names of its `moments`.
 `files`: `size` and `sha256` of each data file.
 """
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..optim import OPTIM_NAMES, options
-from ..subspace import LEARNING_OPTIONS, OPERATORS, RULE_OPTIONS, subspace_options
+from ..subspace import LEARNING_OPTIONS, RULE_OPTIONS, SIDES, subspace_options
 from ..version import __version__
 from .checks import MAX_DIMENSION, ProjectionFileError, is_count, is_shape, name_fault
 
@@ -42,15 +43,35 @@ OPTION_TYPES: dict[str, type] = {
     "eps": float,
     "momentum": float,
 }
+FURTHER_OPTIONS: dict[str, type] = {
+    "projection_lr": float,
+    "projection_schedule": str,
+    "projection_interval": int,
+    "distribution": str,
+    "mixing": float,
+    "carry_moments": bool,
+    "residual": str,
+    "residual_scaling": str,
+    "residual_limit": float,
+    "residual_scale": float,
+    "projection_dtype": str,
+    "moment_dtype": str,
+    "stochastic_rounding": bool,
+}
 
 
 def options_config(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The options that all projected groups share; those in which they differ become `None`."""
-    every = [_group_options(group) for group in groups]
-    return {name: value if all(other[name] == value for other in every) else None for name, value in every[0].items()}
+    every = [group_options(group) for group in groups]
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for own in every for name in own):
+        first, *others = (own.get(name, options.DEFAULTS.get(name)) for own in every)
+        found[name] = first if all(other == first for other in others) else None
+    return found
 
 
-def _group_options(group: Mapping[str, Any]) -> dict[str, Any]:
+def group_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of one group, as `options_config` has them."""
     unused = (LEARNING_OPTIONS | RULE_OPTIONS) - subspace_options(group["subspace"])
     values = {name: None if name in unused else group[name] for name in ("alpha", "lambda_", "update_interval")}
     learns = "projection_rule" not in unused
@@ -71,6 +92,7 @@ def _group_options(group: Mapping[str, Any]) -> dict[str, Any]:
         "eps": group["eps"],
         "momentum": group["momentum"],
         "seed": group["seed"],
+        **{name: group[name] for name in FURTHER_OPTIONS if group[name] != options.DEFAULTS[name]},
     }
 
 
@@ -81,7 +103,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         raise ProjectionFileError(f"{where} has format_version {version}, newer than {FORMAT_VERSION}: update hf_osd.")
     if not is_count(version, 1):
         raise ProjectionFileError(f"{where} has format_version {version!r}, expected {FORMAT_VERSION}.")
-    for name, kind in OPTION_TYPES.items():
+    for name, kind in (OPTION_TYPES | FURTHER_OPTIONS).items():
         value = config.get(name)
         if value is not None and not _has_type(value, kind):
             raise ProjectionFileError(f"{name!r} in {where} must be of type {kind.__name__} or null, got {value!r}.")
@@ -108,8 +130,8 @@ def versions() -> dict[str, str]:
 
 
 def _has_type(value: Any, kind: type) -> bool:
-    if kind is str:
-        return isinstance(value, str)
+    if kind in (str, bool):
+        return isinstance(value, kind)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         return False
     return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
@@ -123,8 +145,8 @@ def _check_parameter(name: str, entry: Any, where: str) -> None:
         raise ProjectionFileError(f"the entry of {name} in {where} is not an object.")
     values: list[Any] = [entry.get(key) for key in ("side", "rank", "shape", "moments")]
     side, rank, shape, moments = values
-    if not isinstance(side, str) or side not in OPERATORS:
-        raise ProjectionFileError(f"{name} in {where} has the side {side!r}, expected {' or '.join(OPERATORS)}.")
+    if not isinstance(side, str) or side not in SIDES:
+        raise ProjectionFileError(f"{name} in {where} has the side {side!r}, expected {' or '.join(SIDES)}.")
     if not is_shape(shape) or len(shape) not in (2, 3):
         raise ProjectionFileError(f"{name} in {where} has the shape {shape!r}, expected [m, n] or [experts, m, n].")
     if not is_count(rank, 1, MAX_DIMENSION):

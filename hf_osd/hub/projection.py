@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..optim.plan import ProjectedPlan
-from ..subspace import OPERATORS
+from ..optim.plan import ProjectedPlan, Rules, StackedPlan
+from ..optim.projections import projection_of
+from ..subspace import operator_of
 from .checks import numel
 
 
@@ -21,14 +22,14 @@ class Projection:
 
     Attributes:
         projection (`torch.Tensor`):
-            P: (m, r) on the left side, (n, r) on the right. Of a stack (E, m, r) or (E, n, r), zero for an expert that
-            has had no tokens yet.
-        side (`str`): `"left"` or `"right"`.
+            P: (m, r) on the left side, (n, r) on the right, (m + n, r) with two sides. Of a stack (E, m, r) and so on,
+            zero for an expert that has had no tokens yet.
+        side (`str`): `"left"`, `"right"` or `"two_sided"`.
         rank (`int`): r.
         shape (`tuple[int, ...]`): (m, n) or (E, m, n).
         moments (`dict[str, torch.Tensor]`, *optional*):
             The other entries of the weight's optimizer state, by their names there and in their format (8-bit moments
-            as codes), or nothing.
+            as codes), or nothing. The seed or the indices that some rules make P from are none of them.
     """
 
     projection: Tensor
@@ -37,18 +38,41 @@ class Projection:
     shape: tuple[int, ...]
     moments: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """What of P has orthonormal columns: itself; with two sides P (m, r) and Q (n, r), which lie below each other.
 
-def copy_projection(state: Mapping[str, Tensor], plan: ProjectedPlan, include_moments: bool) -> Projection:
-    """What the optimizer holds for one weight, copied to the CPU."""
-    kept = state if include_moments else {"projection": state["projection"]}
+        Views; of a stack each with the leading dimension.
+        """
+        return self.projection.split(self.shape[-2:], dim=-2) if self.side == "two_sided" else (self.projection,)
+
+
+def copy_projection(
+    state: Mapping[str, Tensor], plan: ProjectedPlan, rules: Rules, include_moments: bool
+) -> Projection:
+    """What the optimizer holds for one weight, copied to the CPU: P itself also where it keeps what P is made from."""
+    own = {"projection", rules.subspace.code}
+    kept = {name: value for name, value in state.items() if include_moments and name not in own}
     values = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
-    return Projection(values.pop("projection"), plan.side, plan.rank, plan.shape, values)
+    P = _projection(state, plan, rules).detach().to("cpu", copy=True)
+    return Projection(P, plan.side, plan.rank, plan.shape, values)
+
+
+def _projection(state: Mapping[str, Tensor], plan: ProjectedPlan, rules: Rules) -> Tensor:
+    code = rules.subspace.code
+    if code is None:
+        return state["projection"]
+    if not isinstance(plan, StackedPlan):
+        return projection_of(state, plan, rules)
+    zero = state[code].new_zeros(plan.projection_shape, dtype=plan.compute_dtype)
+    experts = zip(plan.experts, state[code].unbind(), strict=True)
+    return torch.stack([projection_of({code: own}, plan, rules) if plan.started else zero for plan, own in experts])
 
 
 def projection_shape(side: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     """Shape of P."""
     *stack, m, n = shape
-    return (*stack, OPERATORS[side].projected_size(m, n), rank)
+    return (*stack, operator_of(side, m).projected_size(m, n), rank)
 
 
 def is_moment_shape(got: tuple[int, ...], side: str, shape: tuple[int, ...], rank: int) -> bool:
@@ -61,7 +85,7 @@ def is_moment_shape(got: tuple[int, ...], side: str, shape: tuple[int, ...], ran
     if list(got[: len(stack)]) != stack:
         return False
     got = got[len(stack) :]
-    own, low_rank = projection_shape(side, (m, n), rank), OPERATORS[side].low_rank_shape(m, n, rank)
+    own, low_rank = projection_shape(side, (m, n), rank), operator_of(side, m).low_rank_shape(m, n, rank)
     return got in ((), own, low_rank) or (len(got) == 1 and got[0] <= max(numel(own), numel(low_rank)))
 
 

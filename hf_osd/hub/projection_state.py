@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..optim import OSD
-from ..optim.plan import ProjectedPlan
+from ..optim.plan import ProjectedPlan, rules_of
 from ..version import __version__
 from .checks import ProjectionFileError
 from .config import CONFIG_NAME, FORMAT_VERSION, check_config, options_config, versions
@@ -114,6 +114,7 @@ class ProjectionState(Mapping[str, Projection]):
         if not groups:
             raise ValueError("This optimizer projects nothing: none of its groups has a `rank`.")
         projections: dict[str, Projection] = {}
+        steps = 0
         for group in groups:
             if "param_names" not in group:
                 raise ValueError(
@@ -132,10 +133,11 @@ class ProjectionState(Mapping[str, Projection]):
                     )
                 if name in projections:
                     raise ValueError(f"Two parameters of this optimizer have the name {name}.")
-                projections[name] = copy_projection(optimizer.state[p], plan, include_moments)
+                state = optimizer.state[p]
+                projections[name] = copy_projection(state, plan, rules_of(group), include_moments)
+                steps = max(steps, int(state["step"].max()))
         if not projections:
             raise ValueError("No projected parameter has been stepped yet: there is no P before the first step.")
-        steps = max(int(p_state["step"].max()) for p_state in optimizer.state.values() if "projection" in p_state)
         return cls(projections, {**options_config(groups), "step": steps})
 
     def initial_projections(self) -> dict[str, Tensor]:

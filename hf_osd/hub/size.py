@@ -5,9 +5,10 @@ from collections.abc import Iterable
 import torch
 
 from ..optim import options
-from ..optim.plan import make_plan, rules_of
+from ..optim.plan import ProjectedPlan, make_plan, rules_of
 from ..optim.state import state_spec
 from ..subspace import choose_side
+from ..update_rules import TensorSpec
 
 
 def projection_bytes(
@@ -46,7 +47,7 @@ def projection_bytes(
     group = options.DEFAULTS | {
         "rank": rank,
         "side": side,
-        "projection_dtype": projection_dtype,
+        "projection_dtype": None if projection_dtype == "float32" else projection_dtype,
         "weight_rule": weight_rule,
         "projection_rule": projection_rule,
         "subspace": subspace,
@@ -58,7 +59,10 @@ def projection_bytes(
             raise ValueError(f"`shapes` must hold (m, n) or (E, m, n) of positive sizes, got {tuple(shape)}.")
         own = group | {"sides": [choose_side(shape[-2], shape[-1], side)], "param_names": [""]}
         plan = make_plan(own, 0, torch.empty(shape, device="meta"), 0)
+        assert isinstance(plan, ProjectedPlan)
         spec = state_spec(plan, rules)
-        entries = spec.values() if include_moments else [spec["projection"]]
+        P = TensorSpec((plan.matrices, *plan.projection_shape), plan.projection_dtype)
+        others = [entry for name, entry in spec.items() if name not in ("projection", rules.subspace.code)]
+        entries = [P, *others] if include_moments else [P]
         total += sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)
     return total

@@ -24,6 +24,7 @@ def init_lora_from_projection(
     * inputs (the right side of an `nn.Linear`, the left of a `Conv1D`, whose weight is transposed): A = Pᵀ, B = 0.
     * outputs: a subspace of outputs is what B's columns span, so B = P, and A = 0 instead. A then learns in the
       geometry of OSD, dW = P A, from the first step on.
+    * both (`side="two_sided"`): the factor of the inputs is taken.
 
     P's columns have norm 1 up to a few percent. peft's own start of A has rows of norm 0.58 (uniform within
     1 / sqrt(n)), so the same learning rate moves the layer up to 1.7 times as far here.
@@ -105,6 +106,8 @@ def _start(name: str, layer: Any, adapter_name: str, entry: Projection) -> tuple
             f"The adapter at {name} is not fresh (B A is not 0): P would replace what it holds. Add a new adapter, "
             "with init_lora_weights=True."
         )
+    if entry.side == "two_sided":
+        return A, B, entry.factors[0 if layer.fan_in_fan_out else 1][:, :r].mT
     P = entry.projection[:, :r]
     if (entry.side == "left") == layer.fan_in_fan_out:  # the side of the inputs
         return A, B, P.mT
