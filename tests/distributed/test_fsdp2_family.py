@@ -71,7 +71,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
     results = processes.run(2, SCENARIOS, folder)
     assert not results["family"], results["family"]
-    return results | torch.load(folder / "family_0.bin") 
+    return results | torch.load(folder / "family_0.bin")
 
 
 @pytest.mark.parametrize("row", ROWS)
