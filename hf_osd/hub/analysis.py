@@ -76,7 +76,7 @@ def _inside(side: str, dW: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 
 def random_share(entry: Projection) -> float:
-    """r / s for each of P's factors, where s is the size of the dimension that it projects."""
+    """R / s for each of P's factors, where s is the size of the dimension that it projects."""
     return math.prod(entry.rank / factor.shape[-2] for factor in entry.factors)
 
 

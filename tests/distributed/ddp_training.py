@@ -221,6 +221,18 @@ CLIPPED = {"optim": "osd_sgd", "lr": 0.2, "weight_decay": 0.0, "max_grad_norm": 
 OWN_LOOPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain_random": ORTHONORMAL,
+    "plain_scaled": {"residual": "scaled"},
+    "plain_sign": {"residual": "sign", "residual_scale": 0.1, "subspace": "random", "update_interval": 5},
+    "plain_two_sided": {"side": "two_sided", "residual": "scaled"},
+    "plain_power": {"subspace": "power", "residual": "scaled", "residual_scaling": "matrix"},
+    "plain_cosine": {"subspace": "cosine", "update_interval": 5, "carry_moments": True},
+    "plain_importance": {"subspace": "importance", "update_interval": 5},
+    "random": {"subspace": "random", "update_interval": 5, **COMPRESSED},
+    "cosine": {"subspace": "cosine", "update_interval": 5, **COMPRESSED},
+    "importance": {"subspace": "importance", "update_interval": 5, **COMPRESSED},
+    "carried_svd": {"subspace": "svd", "update_interval": 5, "carry_moments": True, **COMPRESSED},
+    "online_pca_at_intervals": {"projection_interval": 3, "carry_moments": True, **COMPRESSED},
+    "layerwise_random": {"subspace": "random", "distribution": "gaussian", "layerwise": True, **COMPRESSED},
     "static": {"subspace": "static", **COMPRESSED},
     "svd": {"subspace": "svd", "update_interval": 5, **COMPRESSED},
     "online_pca": {**COMPRESSED},
@@ -243,7 +255,7 @@ OWN_LOOPS: dict[str, dict[str, Any]] = {
     "layerwise_clipped_previous": {**CLIPPED, "layerwise": True, "layerwise_clipping": "previous_norm", **COMPRESSED},
 }
 RESUMED = [
-    *("online_pca", "svd", "accumulated", "eight_bit"),
+    *("online_pca", "svd", "accumulated", "eight_bit", "random", "cosine"),
     *("layerwise_online_pca", "layerwise_accumulated", "layerwise_eight_bit", "layerwise_clipped_previous"),
 ]
 # the tests' clip is far below every norm, so that every step is scaled

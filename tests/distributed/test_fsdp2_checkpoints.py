@@ -26,6 +26,10 @@ RULES = {
     "adamw": {},
     "adafactor": {"weight_rule": "adafactor"},
     "adamw8bit": {"weight_rule": "adamw8bit", "rank": 64},
+    # a seed instead of P, of which the next comes after the resume; the limiter's norm
+    "random": {"subspace": "random", "update_interval": 4, "residual": "scaled"},
+    # indices instead of P; moments are carried after the resume
+    "cosine": {"subspace": "cosine", "update_interval": 4, "residual": "sign", "carry_moments": True},
 }
 SAVED, END = 3, 5
 FULL = StateDictOptions(full_state_dict=True)

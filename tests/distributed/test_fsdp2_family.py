@@ -6,12 +6,7 @@ from typing import Any
 import processes
 import pytest
 import torch
-import torch.distributed as dist
-from sharded_models import assert_same_state, assert_same_weights, loss_of, make_model, make_optimizer, shard, train
-
-from hf_osd.optim.projections import projection_of
-from hf_osd.optim.plan import ProjectedPlan, rules_of
-from hf_osd.optim.sharding import local
+from sharded_models import assert_same_state, assert_same_weights, make_model, make_optimizer, shard, train
 
 
 pytestmark = pytest.mark.distributed

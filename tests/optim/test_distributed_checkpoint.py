@@ -42,17 +42,28 @@ def train(model: Model, optimizer: OSD, steps: range) -> None:
         optimizer.zero_grad()
 
 
+# P as a seed or as indices, drawn anew or moved after the resume; the limiter's norm; two factors of P
+FAMILY = {
+    "random": {"subspace": "random", "update_interval": 4, "residual": "scaled"},
+    "cosine": {"subspace": "cosine", "update_interval": 4, "residual": "sign", "carry_moments": True},
+    "power": {"subspace": "power", "residual": "scaled", "residual_scaling": "matrix"},
+    "two_sided": {"side": "two_sided", "residual": "scaled"},
+}
+
+
 @pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("rule", RULES)
-def test_get_and_set_continue_bit_for_bit(rule: str, flatten: bool):
+@pytest.mark.parametrize(
+    ("rule", "given"), [*((rule, {}) for rule in RULES), *(("adamw", o) for o in FAMILY.values())]
+)
+def test_get_and_set_continue_bit_for_bit(rule: str, given: dict, flatten: bool):
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-    model, optimizer = make(rule)
+    model, optimizer = make(rule, **given)
     train(model, optimizer, range(3))
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
     weights = copy.deepcopy(model.state_dict())
     train(model, optimizer, range(3, 6))
 
-    resumed, other = make(rule)
+    resumed, other = make(rule, **given)
     resumed.load_state_dict(weights)
     set_optimizer_state_dict(resumed, other, saved, options=options)
     train(resumed, other, range(3, 6))
@@ -108,3 +119,20 @@ def test_the_initial_zero_step_neither_moves_weights_nor_starts_p(rule: str):
     assert not P.any() and float(optimizer.state[model.wide.weight]["step"]) == 0
     train(model, optimizer, range(1))
     torch.testing.assert_close(P.T @ P, torch.eye(48), atol=1e-4, rtol=0)  # started from the first real gradient
+
+
+@pytest.mark.parametrize("given", FAMILY.values(), ids=FAMILY)
+def test_the_initial_zero_step_draws_chooses_and_measures_nothing(given: dict):
+    model, optimizer = make("adamw", **given)
+    weights = copy.deepcopy(model.state_dict())
+    get_optimizer_state_dict(model, optimizer)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    for p in (model.wide.weight, model.tall.weight):
+        assert all(not value.any() for value in optimizer.state[p].values())
+        assert not optimizer.plan_of(p).started
+    train(model, optimizer, range(1))
+    fresh_model, fresh = make("adamw", **given)
+    train(fresh_model, fresh, range(1))
+    for p, q in ((model.wide.weight, fresh_model.wide.weight), (model.tall.weight, fresh_model.tall.weight)):
+        expected = fresh.state[q]
+        assert torch.equal(p, q) and all(torch.equal(v, expected[name]) for name, v in optimizer.state[p].items())
