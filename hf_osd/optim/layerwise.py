@@ -1,7 +1,8 @@
 """Gradients taken off the parameters as the backward pass delivers them, so that they need not all exist at once.
 
 Layerwise, a parameter is stepped the moment its gradient is complete. Where several backward passes come before a step
-(gradient accumulation), what adds up in the subspace is kept of each, R and A, and `step()` does the rest. With
+(gradient accumulation), what adds up in the subspace is kept of each, R and A, and `step()` does the rest. A residual
+needs G itself while its parameter is stepped: G is freed at the end of the hook then, not before the update. With
 `ddp_compression` alone the gradients are kept whole until `step()`, out of sight of whatever clips or scales them.
 
 Letters and shapes as in `subspace.operators`.
@@ -155,7 +156,7 @@ class GradientStream:
             if self.optimizer.collect_statistics and not self._norms2:
                 self.steps.observations.clear()
             arrived = self._arrive(p, G, group)
-            del G  # its memory is free before the update's
+            del G  # its memory is free before the update's, unless its residual is used: then it goes with `arrived`
             self._norms2[p] = arrived.norm2.sum()
             self._apply(p, arrived, group)
 

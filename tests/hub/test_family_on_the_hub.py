@@ -1,4 +1,4 @@
-"""P of every subspace rule and of both sides: saved as what it is, shown, started from; its options in files and cards."""
+"""P of every subspace rule and of both sides: saved as what it is, shown, started from; options in files and cards."""
 
 import json
 from dataclasses import dataclass
