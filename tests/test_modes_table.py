@@ -10,13 +10,18 @@ import pytest
 TESTS = Path(__file__).parent
 README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
 
-COLUMNS = ("accumulation", "clipping", "DDP", "FSDP2", "8-bit", "resume")
+COLUMNS = ("accumulation", "clipping", "DDP", "FSDP2", "8-bit", "resume", "residual", "two-sided", "`power`")
 DDP, FSDP2, MESHES = "distributed/test_ddp.py", "distributed/test_fsdp2.py", "distributed/test_fsdp2_meshes.py"
 ONE, REFUSED = f"{DDP}::test_two_processes_train_as_one", f"{MESHES}::test_scenario[refused]"
 TRAINER = f"{DDP}::test_trainer_on_two_processes_is_trainer_on_one"
 RESUME, CODES = f"{DDP}::test_resume_is_exact", f"{DDP}::test_moments_are_in_8_bits"
 SAVED = "distributed/test_fsdp2_checkpoints.py"
 LAYERWISE = "trainer/test_layerwise_trainer.py"
+SHARDED, HOOKS = "distributed/test_fsdp2_family.py", "optim/test_layerwise_family.py"
+ALIKE, INEXACT = (
+    f"{HOOKS}::test_steps_are_bit_for_bit_the_ordinary_modes",
+    f"{HOOKS}::test_what_would_not_be_exact_is_refused",
+)
 
 # row -> for each column the text and the tests that show it
 TABLE: dict[str, list[tuple[str, list[str]]]] = {
@@ -27,6 +32,9 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ("yes", [f"{FSDP2}::test_two_processes[adamw]"]),
         ("yes", ["trainer/test_resume.py::test_trainer_resumes_exactly"]),
         ("exact", ["trainer/test_resume.py::test_trainer_resumes_exactly"]),
+        ("yes", [f"{ONE}[plain_scaled]", f"{ONE}[plain_sign]"]),
+        ("yes", [f"{ONE}[plain_two_sided]"]),
+        ("yes", [f"{ONE}[plain_power]"]),
     ],
     "`layerwise`": [
         (
@@ -47,6 +55,22 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
                 "optim/test_distributed_checkpoint.py::test_the_norm_that_previous_norm_clips_by_is_saved",
             ],
         ),
+        (
+            "without accumulation",
+            [
+                f"{ALIKE}[scaled]",
+                f"{ALIKE}[sign]",
+                f"{HOOKS}::test_clipping_against_torch[scaled]",
+                f"{LAYERWISE}::test_the_family_is_bit_for_bit_the_ordinary_modes",
+                f"{LAYERWISE}::test_resume_is_exact_with_a_residual_and_clipping",
+                INEXACT,
+            ],
+        ),
+        ("without accumulation", [f"{ALIKE}[two_sided]", INEXACT]),
+        (
+            "without accumulation or clipping",
+            [f"{ALIKE}[power]", INEXACT, f"{HOOKS}::test_power_is_refused_with_clipping_and_works_without_momentum"],
+        ),
     ],
     "`ddp_compression`": [
         ("yes", [f"{ONE}[accumulated]"]),
@@ -55,6 +79,7 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ("refused", [REFUSED]),
         ("yes", [f"{ONE}[eight_bit]", f"{CODES}[eight_bit]"]),
         ("exact", [f"{RESUME}[{name}]" for name in ("online_pca", "svd", "accumulated", "eight_bit")]),
+        *([("refused", [INEXACT])] * 3),
     ],
     "both": [
         ("in the subspace ¹", [f"{ONE}[layerwise_accumulated]", f"{TRAINER}[trainer_accumulated]"]),
@@ -69,6 +94,7 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
             "exact",
             [f"{RESUME}[layerwise_{name}]" for name in ("online_pca", "accumulated", "eight_bit", "clipped_previous")],
         ),
+        *([("refused", [INEXACT])] * 3),
     ],
     "FSDP2": [
         ("yes", [f"{FSDP2}::test_two_processes[accumulated]"]),
@@ -86,6 +112,9 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
             "exact; resharded",
             [f"{SAVED}::test_two_processes[load_sharded]", f"{SAVED}::test_other_numbers_of_processes"],
         ),
+        ("yes", [f"{SHARDED}::test_two_processes[{name}]" for name in ("scaled_column", "scaled_matrix", "sign")]),
+        ("refused", [f"{SHARDED}::test_scenario[two_sided_is_refused]"]),
+        ("yes", [f"{SHARDED}::test_two_processes[power]"]),
     ],
 }
 CELLS = [(row, column, *cell) for row, cells in TABLE.items() for column, cell in zip(COLUMNS, cells, strict=True)]

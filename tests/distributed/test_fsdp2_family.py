@@ -6,7 +6,13 @@ from typing import Any
 import processes
 import pytest
 import torch
-from sharded_models import assert_same_state, assert_same_weights, make_model, make_optimizer, shard, train
+import torch.distributed as dist
+from sharded_models import assert_same_state, assert_same_weights, loss_of, make_model, make_optimizer, shard, train
+from torch.distributed.tensor.debug import CommDebugMode
+
+from hf_osd.optim.plan import rules_of
+from hf_osd.optim.projections import projection_of
+from hf_osd.optim.sharding import local
 
 
 pytestmark = pytest.mark.distributed
@@ -58,17 +64,70 @@ def family(rank: int, world: int, folder: Path):
     torch.save(said, folder / f"family_{rank}.bin")
 
 
-SCENARIOS = [family]
+def p_is_the_same_everywhere(rank: int, world: int, folder: Path):
+    """Bit for bit, and what is observed of it is what one process sees."""
+    for options in (ROWS["random"], ROWS["cosine"], ROWS["importance"], ROWS["power"]):
+        single, sharded = make_model(torch.float32), shard(make_model(torch.float32))
+        reference, optimizer = make_optimizer(single, side="right", **options), make_optimizer(sharded, **options)
+        optimizer.collect_statistics = reference.collect_statistics = True
+        train(sharded, optimizer, range(4), rank, world)
+        train(single, reference, range(1))
+        for p in optimizer.param_groups[0]["params"]:
+            P = projection_of(optimizer.state[p], optimizer.plan_of(p), rules_of(optimizer.param_groups[0]))
+            shared = [P, *(value for value in optimizer.state[p].values() if value is local(value))]
+            for value in shared:
+                everyone = [torch.empty_like(value) for _ in range(world)]
+                dist.all_gather(everyone, value)
+                assert torch.equal(everyone[0], everyone[1])
+            assert P.shape[0] == p.shape[1]
+        again = shard(make_model(torch.float32))
+        own = make_optimizer(again, **options)
+        own.collect_statistics = True
+        train(again, own, range(1), rank, world)
+        assert own.statistics() == pytest.approx(reference.statistics(), abs=1e-5)
+
+
+def collectives(rank: int, world: int, folder: Path):
+    """One sum for all norms; then of each projected weight A where P moves, and what a residual measures."""
+    expected = {
+        "random": 0,  # drawn by each process
+        "power": 1,
+        "scaled_column": 2,  # A, ||S||²
+        "scaled_matrix": 4,  # A, norms, K, ||G||²
+        "sign": 1,
+        "carried_adamw": 1,
+    }
+    for name, count in expected.items():
+        model = shard(make_model())
+        optimizer = make_optimizer(model, **(ROWS[name] | ({"update_interval": 9} if name == "random" else {})))
+        train(model, optimizer, range(1), rank, world)
+        loss_of(model, 1, rank, world).backward()
+        with CommDebugMode() as counts:
+            optimizer.step()
+        projected = len(optimizer.param_groups[0]["params"])
+        assert counts.get_total_counts() == 1 + count * projected, (name, counts.get_comm_counts())
+
+
+def two_sided_is_refused(rank: int, world: int, folder: Path):
+    with pytest.raises(ValueError, match=r"is sharded, which side='two_sided' does not support.*use DDP"):
+        make_optimizer(shard(make_model()), side="two_sided")
+
+
+SCENARIOS = [family, p_is_the_same_everywhere, collectives, two_sided_is_refused]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
     results = processes.run(2, SCENARIOS, folder)
-    assert not results["family"], results["family"]
-    return results | torch.load(folder / "family_0.bin")
+    return results | (torch.load(folder / "family_0.bin") if not results["family"] else {})
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_two_processes(results, row: str):
-    assert not results.get(row), results[row]
+    assert not results["family"] and not results.get(row), results["family"] or results[row]
+
+
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+def test_scenario(results, scenario: str):
+    assert not results[scenario], results[scenario]

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from layerwise_nets import Net, assert_equal, inputs, optimizer_of, pair, train
+from layerwise_nets import Net, assert_equal, inputs, optimizer_of, pair
 from torch import nn
 
 from hf_osd.optim import param_step

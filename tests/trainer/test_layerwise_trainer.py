@@ -105,6 +105,25 @@ def test_accumulation_equals_the_ordinary_modes(tmp_path: Path, samples: int):
     assert a == pytest.approx(b, abs=1e-5)
 
 
+@pytest.mark.parametrize("text", ["residual=scaled", "residual=sign,residual_scale=0.1", "side=two_sided"])
+def test_the_family_is_bit_for_bit_the_ordinary_modes(tmp_path: Path, text: str):
+    options = {"max_grad_norm": 0.0, "optim_args": f"rank=8,{text}"}
+    ordinary, layerwise = (train(tmp_path, name, 4, **options) for name in ("osd_adamw", "osd_adamw_layerwise"))
+    assert largest_difference(ordinary, layerwise) == 0
+    rows, others = ([row for row in t.state.log_history if "loss" in row] for t in (ordinary, layerwise))
+    for row, other in zip(rows, others, strict=True):
+        assert all(row[name] == other[name] for name in row if name.startswith("osd/"))
+        assert 0 < row["osd/pca_loss"] < 1 and row["osd/orthogonality"] < 0.1
+    with pytest.raises(ValueError, match="`layerwise` with `gradient_accumulation` is not for"):
+        train(tmp_path, "osd_adamw_layerwise", 1, gradient_accumulation_steps=2, **options)
+
+
+@pytest.mark.parametrize("clipping", ["parameter", "previous_norm"])
+def test_resume_is_exact_with_a_residual_and_clipping(tmp_path: Path, clipping: str):
+    text = f"rank=48,residual=scaled,subspace=random,update_interval=2,layerwise_clipping={clipping}"
+    assert_identical(*run_twice(tmp_path, "osd_adamw_layerwise", optim_args=text, max_grad_norm=0.5))
+
+
 def test_p_learns_from_micro_batches(tmp_path: Path):
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "optim_args": "rank=8"}
     layerwise = train(tmp_path, "osd_adamw_layerwise", 6, **options)
