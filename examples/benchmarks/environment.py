@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 
 
-PACKAGES = ("torch", "transformers", "bitsandbytes", "galore-torch", "apollo-torch", "peft", "hf_osd")
+PACKAGES = ("torch", "transformers", "bitsandbytes", "galore-torch", "apollo-torch", "torchao", "peft", "hf_osd")
+EXPERIMENTS = Path(__file__).parent / "experiments"
+RESULTS = Path(__file__).parent / "results"
 
 
-def describe() -> dict[str, object]:
+def describe(device: str | None = None) -> dict[str, object]:
     """Device, cores, versions of the libraries compared, and the commit (with `+` where files are changed)."""
     return {
-        "device": device_name(),
+        "device": device_name(device),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -27,18 +30,44 @@ def describe() -> dict[str, object]:
     }
 
 
-def device_name() -> str:
+def pick_device(asked: str | None = None) -> str:
+    """`cuda` where there is a GPU, `cpu` elsewhere, or what was asked for."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU here.")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: str | None = None) -> str:
     """A name that makes a folder: the GPU's, or `cpu_2_cores`."""
-    if torch.cuda.is_available():
+    if pick_device(device) == "cuda":
         return torch.cuda.get_device_name().replace(" ", "_").lower()
     return f"cpu_{os.cpu_count()}_cores"
 
 
-def results_folder() -> Path:
+def results_folder(device: str | None = None) -> Path:
     """`results/<device>/` beside this file, made if missing."""
-    folder = Path(__file__).parent / "results" / device_name()
+    folder = RESULTS / device_name(device)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def save(path: Path, result: dict[str, Any], render: Callable[[dict[str, Any], Path], object]) -> None:
+    """Writes `<path>.json`, and what `render` makes of it beside that: tables and pictures need nothing else.
+
+    Args:
+        path (`Path`): Folder and name, without an ending.
+        result (`dict`): All that was measured, with the environment.
+        render (`Callable`): Writes `<path>.md` and, for most, `<path>.png` from the result.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named(path, ".json").write_text(json.dumps(result, indent=1) + "\n")
+    render(result, path)
+    print(f"Written: {', '.join(sorted(str(file) for file in path.parent.glob(path.name + '.*')))}")
+
+
+def named(path: Path, ending: str) -> Path:
+    """The path with this at its end; unlike `with_suffix`, whatever dots the name has."""
+    return path.with_name(path.name + ending)
 
 
 def _processor() -> str:
@@ -70,7 +99,7 @@ def _commit() -> str | None:
 
 def load_experiment(name: str) -> dict[str, Any]:
     """experiments/<name>.json."""
-    file = Path(__file__).parent / "experiments" / f"{name}.json"
+    file = EXPERIMENTS / f"{name}.json"
     if not file.is_file():
         raise SystemExit(
             f"There is no {file}; known: {', '.join(sorted(f.stem for f in file.parent.glob('*.json')))}."

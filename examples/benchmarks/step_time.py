@@ -1,214 +1,143 @@
-"""Time of one optimizer step on the weight shapes of LLaMA 60M, 350M and 1B, as ratios measured in one run.
+"""Time of one optimizer step on the weights of LLaMA 60M to 7B: ours and the libraries that people use now.
 
-Compares `osd_adamw` with (a) the three bare matrix products that a step cannot do without, (b) galore-torch with the
-time of its SVD spread over 200 steps, (c) the same step with P's gradient from autograd, (d) torch's fused AdamW.
-All step the same tensors, in turn, and the medians are compared. One transformer block is timed: a model's time is
-that times its number of blocks.
+All contenders (`contenders.py`) step the same tensors, those of one transformer block, in turns of random order;
+a model's time is that times its number of blocks. For each: the first step, which makes its state; the median and the
+worst of the steps after it; the median with what is renewed every 200 steps spread over them; the ratio to the three
+bare matrix products that a step of Online Subspace Descent cannot do without; how often a step makes the host wait;
+and on a GPU the kernels it launches.
 
-Needs: the `examples` extra (galore-torch, matplotlib). Writes results/<device>/step_time.json, .md and .png.
+Reads experiments/<name>.json; writes results/<device>/<name>.json, .md (a few), _all.md (all) and .png.
 
-    python examples/benchmarks/step_time.py --models 60m --rounds 5          # a look, half a minute
-    python examples/benchmarks/step_time.py                                  # the committed figures
+Needs: the `benchmarks` extra. A library that is missing is left out, and the result says so.
+
+    python examples/benchmarks/step_time.py --cases 60m:128:5              # a look, half a minute
+    python examples/benchmarks/step_time.py step_time                      # the committed figures on a CPU
+    python examples/benchmarks/step_time.py step_time_gpu --device cuda    # 1B and 7B in bfloat16
 """
 
 import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable
-from functools import partial
+from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
-from galore_torch import GaLoreAdamW
-from torch import Tensor
 
-from environment import describe, results_folder
-from hf_osd import OSD
-
-
-# hidden and intermediate size of the LLaMA family of GaLore and the paper
-SIZES = {"60m": (512, 1376), "350m": (1024, 2736), "1b": (2048, 5461)}
-SVD_INTERVAL = 200
-EXTRA_RANKS = {"1b": [512]}
-Step = Callable[[], object]
+from contenders import BARE, CONTENDERS, INTERVAL, Step
+from environment import describe, load_experiment, pick_device, results_folder, save
+from shapes import block_shapes, sizes
+from step_report import render, table
+from stopwatch import in_turn, launches, timed, waits
 
 
-def block_shapes(model: str) -> list[tuple[int, int]]:
-    """Shapes of the seven matrices of one block: q, k, v, o; gate, up; down."""
-    hidden, intermediate = SIZES[model]
-    return [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+CUBIC_UP_TO = {"cpu": 2048, "cuda": 1 << 30}
 
 
-def bare_products(params: list[Tensor], rank: int) -> Step:
-    """(a) down, correlate and up: every product with an (m, n) operand in a step."""
-    work = []
-    for W in params:
-        s = min(W.shape)
-        P = torch.linalg.qr(torch.randn(s, rank, device=W.device)).Q.to(W.dtype)
-        work.append((W, P))
-
-    def step() -> None:
-        for W, P in work:
-            G = W.grad
-            if W.shape[0] <= W.shape[1]:
-                R = P.mT @ G
-                G @ R.mT
-                W.addmm_(P, R, alpha=-1e-9)
-            else:
-                R = G @ P
-                G.mT @ R
-                W.addmm_(R, P.mT, alpha=-1e-9)
-
-    return torch.no_grad()(step)
-
-
-class AutogradStep:
-    """(c) The same step written with autograd and torch's own optimizers, one of each per weight."""
-
-    def __init__(self, params: list[Tensor], rank: int):
-        """Start P at random orthonormal columns: where it starts has no part in the time."""
-        self.work = []
-        for W in params:
-            m, n = W.shape
-            P = torch.linalg.qr(torch.randn(min(m, n), rank, device=W.device)).Q.requires_grad_()
-            D = torch.zeros((rank, n) if m <= n else (m, rank), device=W.device, requires_grad=True)
-            self.work.append((W, P, torch.optim.AdamW([P], lr=5e-3), D, torch.optim.AdamW([D], lr=1e-3)))
-
-    def __call__(self) -> None:
-        """One step."""
-        for W, P, optimizer_P, D, optimizer_D in self.work:
-            left = W.shape[0] <= W.shape[1]
-            with torch.no_grad():
-                R = P.mT @ W.grad if left else W.grad @ P
-                D.zero_()
-                D.grad = R
-            optimizer_D.step()
-            with torch.no_grad():
-                W.add_(P @ D if left else D @ P.mT)
-            G = W.grad / W.grad.norm()
-            residual = (P @ P.mT) @ G - G if left else G @ (P @ P.mT) - G
-            orthogonality = P.mT @ P - torch.eye(P.shape[1], device=P.device)
-            (residual.square().sum() + 0.1 * orthogonality.square().sum()).backward()
-            optimizer_P.step()
-            optimizer_P.zero_grad()
-
-
-def timed(step: Step, device: torch.device) -> float:
-    """Seconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(model: str, rank: int, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Median seconds per step of every contender for one block."""
+def block(model: str, device: torch.device, dtype: torch.dtype) -> tuple[list[torch.nn.Parameter], list[torch.Tensor]]:
+    """The weights of one block and a gradient for each."""
     generator = torch.Generator().manual_seed(0)
-    params = []
+    params, grads = [], []
     for shape in block_shapes(model):
-        W = torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-        W.grad = torch.randn(shape, generator=generator).to(device, dtype)
-        params.append(W)
-    osd = OSD([{"params": params, "rank": rank}], lr=1e-3)
-    galore_group = {"params": params, "rank": rank, "update_proj_gap": SVD_INTERVAL, "scale": 0.25, "proj_type": "std"}
-    galore = GaLoreAdamW([galore_group], lr=1e-3, no_deprecation_warning=True)
-    contenders: dict[str, Step] = {
-        "three products": bare_products(params, rank),
-        "osd_adamw": osd.step,
-        "galore-torch": galore.step,
-        "autograd": AutogradStep(params, rank),
-        "torch AdamW fused": torch.optim.AdamW(params, lr=1e-3, fused=True).step,
+        params.append(torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)))
+        grads.append(torch.randn(shape, generator=generator).to(device, dtype))
+    return params, grads
+
+
+def measure(
+    model: str, rank: int, rounds: int, names: list[str], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """One case: a row of the result.
+
+    Args:
+        model (`str`): Size of the LLaMA, as in the names of `llama_configs/`.
+        rank (`int`): Rank of the subspaces.
+        rounds (`int`): Timed steps of each contender, after its first step and one more.
+        names (`list[str]`): The contenders; the bare products are always among them.
+        device (`torch.device`): Where.
+        dtype (`torch.dtype`): Of weights and gradients.
+    """
+    params, grads = block(model, device, dtype)
+
+    def restore() -> None:  # galore-torch in 8 bits replaces the gradients
+        for W, G in zip(params, grads, strict=True):
+            W.grad = G
+
+    steps: dict[str, Step] = {}
+    first: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    size = min(min(W.shape) for W in params)
+    for name in dict.fromkeys([BARE, *names]):
+        contender = CONTENDERS[name]
+        obstacle = contender.obstacle(device, size, CUBIC_UP_TO[device.type])
+        if obstacle is None:
+            restore()
+            try:
+                steps[name] = contender.make(params, rank)
+            except ImportError:
+                obstacle = f"{contender.package} is not installed"
+            else:
+                first[name] = timed(steps[name], device)
+        if obstacle is not None:
+            left_out[name] = obstacle
+    in_turn(steps, 1, device, restore)  # the second step may still allocate
+    times = in_turn(steps, rounds, device, restore)
+    found = {}
+    for name, step in steps.items():
+        median = statistics.median(times[name])
+        spread = (first[name] - median) / INTERVAL if CONTENDERS[name].renews else 0.0
+        restore()
+        waited = waits(step, device)
+        restore()
+        launched = launches(step, device)
+        found[name] = {
+            "first": first[name],
+            "median": median,
+            "worst": max(times[name]),
+            "amortised": median + spread,
+            "waits": waited,
+            "launches": launched,
+        }
+    return {
+        "model": model,
+        "rank": rank,
+        "rounds": rounds,
+        "blocks": sizes(model)[2],
+        "seconds": found,
+        "left_out": left_out,
     }
-    first = {name: timed(step, device) for name, step in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, step in contenders.items():
-            times[name].append(timed(step, device))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    # galore-torch's first step is a step with an SVD of every weight
-    plain, with_svd = medians.pop("galore-torch"), first["galore-torch"]
-    medians["galore-torch without SVD"] = plain
-    medians["galore-torch"] = plain + (with_svd - plain) / SVD_INTERVAL
-    return {**medians, "osd_adamw first step": first["osd_adamw"], "galore-torch SVD step": with_svd}
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: the ratios to the three bare products."""
-    names = ["osd_adamw", "galore-torch", "autograd", "torch AdamW fused"]
-    lines = [f"| | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
-    for row in rows:
-        ratios = " | ".join(f"{row['ratio'][name]:.2f}" for name in names)
-        lines.append(f"| LLaMA {row['model'].upper()}, rank {row['rank']} | {ratios} |")
-    return "\n".join(lines) + "\n"
+def parse_case(text: str) -> tuple[str, int, int]:
+    """`60m:128:30`: model, rank, rounds."""
+    try:
+        model, rank, rounds = text.rsplit(":", 2)
+        return model, int(rank), int(rounds)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not model:rank:rounds, such as 60m:128:30") from None
 
 
-def draw(rows: list[dict], path: str) -> None:
-    """Bars of the ratios to the three bare products."""
-    names = ["osd_adamw", "galore-torch", "autograd", "torch AdamW fused"]
-    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
-    for i, name in enumerate(names):
-        places = [j + (i - 1.5) * 0.2 for j in range(len(rows))]
-        values = [row["ratio"][name] for row in rows]
-        bars = axes.bar(places, values, width=0.19, label=name)
-        axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8)
-    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(rows)), [f"LLaMA {row['model'].upper()}, rank {row['rank']}" for row in rows])
-    axes.set_ylabel("time of a step / time of its three bare products")
-    axes.set_yscale("log")
-    axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10"])
-    axes.set_yticks([], minor=True)
-    axes.set_ylim(0.03, 16)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("One optimizer step on one transformer block (lower is faster)")
-    figure.legend(loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
-    figure.savefig(path, dpi=130)
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=30, help="timed steps of each contender (default: 30)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = partial(measure, rounds=arguments.rounds, device=device, dtype=getattr(torch, arguments.dtype))
+    parser.add_argument("experiment", nargs="?", default="step_time", help="file in experiments/ (default: step_time)")
+    parser.add_argument("--cases", nargs="+", type=parse_case, help="model:rank:rounds; prints, writes nothing")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="prints, writes nothing")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights; prints, writes nothing")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--output_dir", type=Path, help="writes there, whatever was asked for")
+    arguments = parser.parse_args(argv)
+    experiment = load_experiment(arguments.experiment)
+    device = pick_device(arguments.device)
+    dtype = arguments.dtype or experiment["dtype"]
+    names = arguments.contenders or experiment.get("contenders") or list(CONTENDERS)
     rows = []
-    for model in arguments.models:
-        for rank in [arguments.rank, *EXTRA_RANKS.get(model, [])]:
-            seconds = run(model, rank)
-            ratio = {name: value / seconds["three products"] for name, value in seconds.items()}
-            rows.append(
-                {
-                    "model": model,
-                    "rank": rank,
-                    "milliseconds": {k: 1e3 * v for k, v in seconds.items()},
-                    "ratio": ratio,
-                }
-            )
-            print(
-                f"LLaMA {model.upper()}, rank {rank}: three products {1e3 * seconds['three products']:.2f} ms; ratios:"
-            )
-            print(
-                "   " + "; ".join(f"{name} {value:.2f}" for name, value in ratio.items() if name != "three products")
-            )
-    folder = results_folder()
-    name = "step_time" if arguments.dtype == "float32" else f"step_time_{arguments.dtype}"
-    result = {"environment": describe(), "dtype": arguments.dtype, "rounds": arguments.rounds, "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / f"{name}.md").write_text(table(rows))
-    draw(rows, str(folder / f"{name}.png"))
-    print(f"Written: {folder / name}.json, .md and .png")
+    for model, rank, rounds in arguments.cases or map(parse_case, experiment["cases"]):
+        rows.append(measure(model, rank, rounds, names, torch.device(device), getattr(torch, dtype)))
+        print(table(rows[-1]), flush=True)
+    if (arguments.cases or arguments.contenders or arguments.dtype) and not arguments.output_dir:
+        return
+    result = {"environment": describe(device), "title": experiment["title"], "dtype": dtype, "rows": rows}
+    result["table"] = experiment.get("table") or names
+    save((arguments.output_dir or results_folder(device)) / arguments.experiment, result, render)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""Times of functions that take turns, and what one call of them makes the device and the host do."""
+
+import random
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+# What ends in a value that Python waits for: `.item()`, `if tensor:`, `tensor == other` as a bool, shapes that depend
+# on values, and the check of a decomposition's success.
+READS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_linalg_check_errors")
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; on a GPU between two events around it, which includes its waiting for launches."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before.record()
+    call()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def in_turn(
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    prepare: Callable[[], object] = lambda: None,
+    budget: float = float("inf"),
+) -> dict[str, list[float]]:
+    """Seconds of every call, by name: in each round all of them, in an order drawn anew.
+
+    Whatever else the machine does, and whatever a call leaves in the caches, meets all of them alike.
+
+    Args:
+        calls (`dict[str, Callable]`): What to time.
+        rounds (`int`): How often.
+        device (`torch.device`): Where they work.
+        prepare (`Callable`, *optional*): Called before every call, untimed.
+        budget (`float`, *optional*): A call that has taken this many seconds in all is not repeated.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, generator = list(calls), random.Random(0)
+    for _ in range(rounds):
+        generator.shuffle(order)
+        for name in order:
+            if sum(times[name]) < budget:
+                prepare()
+                times[name].append(timed(calls[name], device))
+    return times
+
+
+def waits(call: Callable[[], object], device: torch.device) -> int:
+    """How often one call makes the host wait for the device.
+
+    On a GPU as torch's own synchronisation debugging counts it. On a CPU as the number of operators that hand a value
+    to Python: on a GPU each of them would wait.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                call()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+    with _CountReads() as reads:
+        call()
+    return reads.count
+
+
+class _CountReads(TorchDispatchMode):
+    """Counts the operators of `READS` that Python, or an operator made of others, calls.
+
+    Not what a kernel reads within: that of torch's fused AdamW reads its step number on CPUs and not on GPUs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: D105
+        self.count += func.overloadpacket._qualified_op_name.removeprefix("aten::") in READS
+        return func(*args, **(kwargs or {}))
+
+
+def launches(call: Callable[[], object], device: torch.device) -> int | None:
+    """How many kernels and graphs one call launches on a GPU; `None` on a CPU."""
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    names = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cuGraphLaunch")
+    return sum(event.name.startswith(names) for event in profiled.events())
