@@ -55,7 +55,7 @@ def table(row: dict[str, Any]) -> str:
 def draw(rows: list[dict[str, Any]], names: list[str], title: str, path: Path) -> None:
     """Bars of the ratios to the three bare products, one panel a case."""
     names = [name for name in names if name != BARE and any(name in row["seconds"] for row in rows)]
-    size = (1.6 + 2.7 * len(rows), 1.3 + 0.27 * len(names))
+    size = (max(7.5, 2.5 + 2.5 * len(rows)), 1.3 + 0.27 * len(names))
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
     for axes, row in zip(panels, rows, strict=True):

@@ -83,7 +83,7 @@ def measure(
     found = {}
     for name, step in steps.items():
         median = statistics.median(times[name])
-        spread = (first[name] - median) / INTERVAL if CONTENDERS[name].renews else 0.0
+        spread = max(0.0, first[name] - median) / INTERVAL if CONTENDERS[name].renews else 0.0
         restore()
         waited = waits(step, device)
         restore()

@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-# What ends in a value that Python waits for: `.item()`, `if tensor:`, `tensor == other` as a bool, shapes that depend
-# on values, and the check of a decomposition's success.
-READS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_linalg_check_errors")
+# Operators that end in values which Python, or the operator itself, waits for: `.item()` and `if tensor:`, comparisons
+# to one bool, shapes that depend on values, decompositions that check their own success.
+READS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_linalg_svd", "_linalg_eigh")
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -62,8 +62,9 @@ def in_turn(
 def waits(call: Callable[[], object], device: torch.device) -> int:
     """How often one call makes the host wait for the device.
 
-    On a GPU as torch's own synchronisation debugging counts it. On a CPU as the number of operators that hand a value
-    to Python: on a GPU each of them would wait.
+    On a GPU as torch's own synchronisation debugging counts it. On a CPU as the number of operators that would wait
+    there if all tensors were on the GPU; torch.optim's ordinary AdamW keeps its step number on the CPU, so of its two
+    reads for each tensor none waits on a GPU.
     """
     if device.type == "cuda":
         before = torch.cuda.get_sync_debug_mode()
