@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from environment import describe, load_experiment, results_folder
+from environment import describe, load_experiment, named, results_folder
 
 
 HERE = Path(__file__).parent
@@ -136,8 +136,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def report(rows: list[dict[str, Any]]) -> str:
+    """Markdown: all tables that there are."""
+    return "\n".join(filter(None, (table(rows), adapters(rows))))
+
+
+def render(result: dict[str, Any], path: Path) -> None:
+    """Writes `<path>.md`."""
+    named(path, ".md").write_text(report(result["rows"]), encoding="utf-8")
+
+
 def adapters(rows: list[dict[str, Any]]) -> str:
     """Markdown: the adapters made of the first method's models, where there are any."""
+    sys.path.insert(0, str(HERE.parent))
     from glue_report import adapter_table
 
     own = [row for row in rows if row["method"] == rows[0]["method"]]
@@ -173,14 +184,13 @@ def main() -> None:
     common += ["--use_cpu", "true"] if arguments.use_cpu else []
     run = Runner(arguments.work_dir / arguments.experiment, common)
     rows = [row for task in tasks for row in compare_task(task, experiment, methods, run)]
-    report = "\n".join(filter(None, (table(rows), adapters(rows))))
-    print("\n" + report)
+    print("\n" + report(rows))
     if arguments.tasks or arguments.methods:
         return
     folder = results_folder()
     result = {"environment": describe(), **{key: experiment[key] for key in ("model", "common", "tasks", "seeds")}}
     (folder / f"{arguments.experiment}.json").write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
-    (folder / f"{arguments.experiment}.md").write_text(report)
+    render({"rows": rows}, folder / arguments.experiment)
     print(f"Written: {folder / arguments.experiment}.json and .md")
 
 

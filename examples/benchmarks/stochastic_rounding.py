@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own modules
 
 from docstrings import docstrings_file
-from environment import describe, results_folder
+from environment import describe, named, results_folder
 from hf_osd import OSD, create_osd_optimizer
 
 
@@ -113,8 +113,8 @@ def pretrained(data: tuple[Tensor, Tensor], steps: int) -> nn.Module:
     return model.bfloat16()
 
 
-def draw(result: dict, path: Path) -> None:
-    """Two pictures side by side: the long run of the matrix, and the loss of the model."""
+def render(result: dict, path: Path) -> None:
+    """Writes `<path>.png`, two pictures side by side: the long run of the matrix, and the loss of the model."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), dpi=150, layout="constrained")
     for name, (_, _, color, width) in METHODS.items():
         left.plot(*zip(*result["travel"][name], strict=True), color=color, linewidth=width, label=name)
@@ -128,7 +128,7 @@ def draw(result: dict, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(named(path, ".png"))
 
 
 def main() -> None:
@@ -155,7 +155,7 @@ def main() -> None:
         )
     folder = results_folder()
     (folder / "stochastic_rounding.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(result, folder / "stochastic_rounding.png")
+    render(result, folder / "stochastic_rounding")
     print(f"Written: {folder / 'stochastic_rounding'}.json and .png")
 
 

@@ -30,5 +30,5 @@ def test_the_committed_result_says_so_too(tmp_path):
     full, random = (ends["loss"][name] for name in ("float32", "bfloat16, stochastic rounding"))
     gain = result["loss"]["float32"][0][1] - full
     assert abs(random - full) < 0.02 * gain < 0.5 * gain < ends["loss"]["bfloat16"] - full
-    stochastic_rounding.draw(result, tmp_path / "picture.png")
+    stochastic_rounding.render(result, tmp_path / "picture")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
