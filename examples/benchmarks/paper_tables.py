@@ -140,7 +140,9 @@ def table(result: dict[str, Any]) -> str:
         for metric in metrics:
             paper = entry["paper"].get(metric)
             cells += [] if reduced else ["-" if paper is None else f"{paper:g}"]
-            cells.append(f"{ours[metric]:.3g}" if ours and metric == "hours" else f"{ours[metric]:.2f}" if ours else "-")
+            cells.append(
+                f"{ours[metric]:.3g}" if ours and metric == "hours" else f"{ours[metric]:.2f}" if ours else "-"
+            )
         if ours:
             cells += [f"{ours['learning_rate']:g}", f"{ours['tokens_seen'] / 1e6:,.2f}M"]
             cells.append(f"{ours['optimizer_state_bytes'] / 2**20:,.1f} MiB")

@@ -132,7 +132,9 @@ def measure(
                 exact = times.get("torch.linalg.svd", [])
             times["torch.linalg.svd"] = exact
             seconds = {name: statistics.median(times[name]) if times.get(name) else None for name in (*SVDS, *STEPS)}
-            rows.append({"shape": [m, n], "rank": rank, "dtype": str(dtype).removeprefix("torch."), "seconds": seconds})
+            rows.append(
+                {"shape": [m, n], "rank": rank, "dtype": str(dtype).removeprefix("torch."), "seconds": seconds}
+            )
             line = ", ".join(f"{name} {1e3 * t:.1f} ms" if t else f"{name} -" for name, t in seconds.items())
             print(f"{m} x {n}, rank {rank}, {rows[-1]['dtype']}: {line}", flush=True)
     return rows
@@ -168,7 +170,9 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             style = "o-" if name in STEPS else "s--"
             axes.plot(range(len(own)), values, style, markersize=4, linewidth=1.2, label=name)
         axes.set_yscale("log")
-        axes.set_xticks(range(len(own)), [f"{m} x {n}" for m, n in (row["shape"] for row in own)], rotation=45, ha="right")
+        axes.set_xticks(
+            range(len(own)), [f"{m} x {n}" for m, n in (row["shape"] for row in own)], rotation=45, ha="right"
+        )
         axes.tick_params(labelsize=8)
         axes.set_title(f"rank {rank}, {dtype} gradient", loc="left", fontsize=9)
         axes.grid(alpha=0.25)

@@ -1,0 +1,81 @@
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES / "benchmarks"))
+
+import environment  # noqa: E402
+import run  # noqa: E402
+
+
+RESULTS = sorted((EXAMPLES / "benchmarks" / "results").glob("*/*.json"))
+README = (EXAMPLES / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_tables_and_pictures_are_made_of_the_committed_results_alone(file: Path, tmp_path: Path):
+    script = run.script_of_result(file.stem)
+    result = json.loads(file.read_text())
+    assert result["environment"]
+    if script is None:
+        assert file.stem in ("make_quickstart", "sft_smollm2")  # results.json of examples
+        return
+    if file.stem == "step_time" and "table" not in result:
+        pytest.skip("measured by an earlier form of step_time.py")
+    written = run.redraw(file, importlib.import_module(script), tmp_path)
+    assert written
+    for again in written:
+        committed = file.parent / again.name
+        assert committed.is_file()
+        if again.suffix == ".md":
+            assert committed.read_text() == again.read_text()
+
+
+def test_every_experiment_is_listed_and_described(capsys):
+    assert run.main(["--list"]) == 0
+    listed = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    for file in environment.EXPERIMENTS.glob("*.json"):
+        assert file.stem in listed
+    for name, script in listed.items():
+        assert (EXAMPLES / "benchmarks" / script).is_file()
+        assert f"`{name}`" in README, f"{name} is not described in examples/benchmarks/README.md"
+
+
+def test_arguments_go_to_the_experiments_script(monkeypatch):
+    commands = []
+
+    class Done:
+        returncode = 3
+
+    monkeypatch.setattr(run.subprocess, "run", lambda command, check: commands.append(command) or Done)
+    assert run.main(["step_time_gpu", "--device", "cuda"]) == 3
+    assert run.main(["step_time"]) == 3 and run.main(["ddp_exchange", "--ranks", "4"]) == 3
+    assert run.main(["glue_minilm"]) == 3
+    tails = [[Path(command[1]).name, *command[2:]] for command in commands]
+    assert tails == [
+        ["step_time.py", "step_time_gpu", "--device", "cuda"],
+        ["step_time.py", "step_time"],
+        ["ddp_exchange.py", "--ranks", "4"],
+        ["compare_finetuning.py", "glue_minilm"],
+    ]
+    with pytest.raises(SystemExit, match="no experiment step_tim;"):
+        run.main(["step_tim"])
+
+
+def test_results_of_other_forms_find_their_script():
+    assert run.script_of_result("paper_table1_reduced") == "paper_tables"
+    assert run.script_of_result("step_time_400") == "step_time"
+    assert run.script_of_result("quickstart_code") == "compare_pretraining"
+    assert run.script_of_result("make_quickstart") is None
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU"):
+        environment.pick_device("cuda")
+    assert environment.device_name("cpu").startswith("cpu_")
