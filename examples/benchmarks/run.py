@@ -1,9 +1,9 @@
 """The one runner of the benchmarks: lists experiments, runs one, or draws tables and pictures of results again.
 
-An experiment is experiments/<name>.json, which names its script; what it gave is results/<device>/<name>.json, with the
-environment and the commit inside, and the table and picture beside it are made from that file alone. A script without
-settings (`ddp_exchange`, `layerwise_memory`, ...) is an experiment by its own name. Arguments after the name are the
-script's.
+An experiment is experiments/<name>.json, which names its script; what it gave is results/<device>/<name>.json, with
+the environment and the commit inside, and the table and picture beside it are made from that file alone. A script
+without settings (`ddp_exchange`, `layerwise_memory`, ...) is an experiment by its own name. Arguments after the name
+are the script's.
 
     python examples/benchmarks/run.py                                # what there is
     python examples/benchmarks/run.py step_time                      # run it

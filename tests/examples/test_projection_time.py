@@ -9,7 +9,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES / "benchmarks"))
 
 import projection_time  # noqa: E402
-
 from hf_osd import OSD  # noqa: E402
 
 

@@ -14,6 +14,7 @@ import shapes  # noqa: E402
 import step_report  # noqa: E402
 import step_time  # noqa: E402
 import stopwatch  # noqa: E402
+from hf_osd.subspace import Left, Right  # noqa: E402
 
 
 CPU = torch.device("cpu")
@@ -68,28 +69,21 @@ def test_turns_are_fair_and_end_at_the_budget():
     assert len(stopwatch.in_turn({"a": lambda: None}, 5, CPU, budget=0.0)["a"]) == 0
 
 
+class KeepGradient(torch.optim.SGD):
+    """Keeps the gradient that it is to step with."""
+
+    def step(self, closure=None):
+        self.seen = self.param_groups[0]["params"][0].grad.clone()
+
+
 def test_the_autograd_step_has_the_gradient_of_the_closed_form():
-    for m, n in ((6, 10), (10, 6)):
+    for m, n, op in ((6, 10, Left), (10, 6, Right)):
         G, P = torch.randn(m, n, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
-        seen = {}
-
-        class Keep(torch.optim.SGD):
-            def step(self, closure=None):
-                seen["gradient"] = self.param_groups[0]["params"][0].grad.clone()
-
-        P.requires_grad_()
-        contenders.autograd_pca_step(P, G, Keep([P], lr=0.1))
-        op = contenders_operator(m, n)
+        keep = KeepGradient([P.requires_grad_()], lr=0.1)
+        contenders.autograd_pca_step(P, G, keep)
         A = op.correlate(G, op.down(G, P.detach()))
-        expected = op.pca_gradient(P.detach(), A, 1 / G.norm() ** 2, 0.0)
-        torch.testing.assert_close(seen["gradient"], expected)
+        torch.testing.assert_close(keep.seen, op.pca_gradient(P.detach(), A, 1 / G.norm() ** 2, 0.0))
         assert P.grad is None
-
-
-def contenders_operator(m: int, n: int):
-    from hf_osd.subspace import Left, Right
-
-    return Left if m < n else Right
 
 
 def test_the_shapes_are_those_of_the_model():
