@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set
 
 import hf_osd
 from allocations import counted
-from environment import describe, results_folder
+from environment import describe, named, results_folder
 from hf_osd.estimate import DTYPES, Method, Workload, adamw, adamw8bit, galore, lora, osd
 from hf_osd.estimate.models import enable_checkpointing
 from hf_osd.optim import OPTIM_NAMES, select
@@ -223,6 +223,15 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def render(result: dict[str, Any], path: Path) -> None:
+    """Writes `<path>.md` and `<path>.png`."""
+    named(path, ".md").write_text(table(result["rows"]))
+    blocks = f", {result['layers']} blocks" if result["layers"] else ""
+    tokens = f"{result['batch']} x {result['seq']} tokens"
+    title = f"{result['model']}{blocks}, {result['dtype']}, rank {result['rank']}, {tokens}"
+    plot(result["rows"], title, named(path, ".png"))
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,12 +251,7 @@ def main() -> None:
     chosen = {key: getattr(settings, key) for key in ("device", "model", "layers", "dtype", "rank", "batch", "seq")}
     result = {"environment": describe(), **chosen, "rows": rows}
     (folder / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "memory.md").write_text(table(rows))
-    blocks = f", {settings.layers} blocks" if settings.layers else ""
-    title = (
-        f"{settings.model}{blocks}, {settings.dtype}, rank {settings.rank}, {settings.batch} x {settings.seq} tokens"
-    )
-    plot(rows, title, folder / "memory.png")
+    render(result, folder / "memory")
     print(table(rows), end="")
 
 
