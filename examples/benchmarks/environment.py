@@ -15,6 +15,7 @@ import torch
 PACKAGES = ("torch", "transformers", "bitsandbytes", "galore-torch", "apollo-torch", "torchao", "peft", "hf_osd")
 EXPERIMENTS = Path(__file__).parent / "experiments"
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def describe(device: str | None = None) -> dict[str, object]:
@@ -54,6 +55,8 @@ def results_folder(device: str | None = None) -> Path:
 def save(path: Path, result: dict[str, Any], render: Callable[[dict[str, Any], Path], object]) -> None:
     """Writes `<path>.json`, and what `render` makes of it beside that: tables and pictures need nothing else.
 
+    Where the README of the package shows the table that was there before, it shows the new one afterwards.
+
     Args:
         path (`Path`): Folder and name, without an ending.
         result (`dict`): All that was measured, with the environment.
@@ -61,7 +64,12 @@ def save(path: Path, result: dict[str, Any], render: Callable[[dict[str, Any], P
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     named(path, ".json").write_text(json.dumps(result, indent=1) + "\n")
+    table = named(path, ".md")
+    before = table.read_text(encoding="utf-8") if table.is_file() else ""
     render(result, path)
+    if before and path.parent.parent == RESULTS:  # a README that shows this table shows the new one
+        text = README.read_text(encoding="utf-8")
+        README.write_text(text.replace(before, table.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"Written: {', '.join(sorted(str(file) for file in path.parent.glob(path.name + '.*')))}")
 
 

@@ -79,3 +79,20 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     with pytest.raises(SystemExit, match="no GPU"):
         environment.pick_device("cuda")
     assert environment.device_name("cpu").startswith("cpu_")
+
+
+def test_a_new_result_replaces_its_table_in_the_readme(tmp_path: Path, monkeypatch):
+    def render(result: dict, path: Path) -> None:
+        environment.named(path, ".md").write_text(f"| {result['value']} |\n")
+
+    readme = tmp_path / "README.md"
+    monkeypatch.setattr(environment, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(environment, "README", readme)
+    readme.write_text("before\n\n| 1 |\n\nafter\n")
+    path = tmp_path / "results" / "device" / "name"
+    for value in (1, 2):
+        environment.save(path, {"value": value}, render)
+        assert json.loads(environment.named(path, ".json").read_text()) == {"value": value}
+    assert readme.read_text() == "before\n\n| 2 |\n\nafter\n"
+    environment.save(tmp_path / "elsewhere" / "a" / "name", {"value": 3}, render)
+    assert readme.read_text() == "before\n\n| 2 |\n\nafter\n"
