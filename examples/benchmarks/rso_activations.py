@@ -27,7 +27,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from environment import describe, results_folder
+from environment import describe, named, results_folder
 from hf_osd.rso import create_rso_model, gradient_bytes, subspace_bytes
 from layerwise_memory import RandomTokens, make_model
 
@@ -202,6 +202,12 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
+def render(result: dict[str, Any], path: Path) -> None:
+    """Writes `<path>.md` and `<path>.png`."""
+    named(path, ".md").write_text(table(result))
+    picture(result["activations"], named(path, ".png"))
+
+
 def main() -> None:
     """Count, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,8 +228,7 @@ def main() -> None:
     counted = [row for name, rank in CASES.items() for row in activations(name, rank, SEQUENCES)]
     result = {"environment": describe(), "activations": counted, "real_runs": kept}
     file.write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "rso_activations.md").write_text(table(result))
-    picture(counted, folder / "rso_activations.png")
+    render(result, folder / "rso_activations")
     print(table(result), end="")
 
 
