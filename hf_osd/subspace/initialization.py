@@ -6,6 +6,8 @@ Letters and shapes as in `operators`; X is G on the left side and Gᵀ on the ri
 import torch
 from torch import Tensor
 
+from .precision import reduced_precision
+
 
 INITS = ("auto", "svd", "randomized_svd", "orthonormal")
 
@@ -76,12 +78,26 @@ def randomized_svd(X: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     (r, l) matrix.
     """
     q = min(rank + OVERSAMPLING, *X.shape)
-    Q = torch.linalg.qr(X @ gaussian(X.shape[1], q, seed, X.device, X.dtype)).Q
-    for _ in range(POWER_ITERATIONS):
-        Q = torch.linalg.qr(X @ torch.linalg.qr(X.mT @ Q).Q).Q
-    B = Q.mT @ X
+    with reduced_precision(X):  # a sketch is random anyway
+        Y = X @ gaussian(X.shape[1], q, seed, X.device, X.dtype)
+        for _ in range(POWER_ITERATIONS):
+            Y = X @ (X.mT @ _roughly_orthonormal(Y))
+        Q = torch.linalg.qr(Y).Q
+        B = Q.mT @ X
     eigenvalues, eigenvectors = torch.linalg.eigh(B @ B.mT)  # ascending
     return (Q @ eigenvectors[:, -rank:].flip(-1)).contiguous(), eigenvalues[-rank:].flip(-1).clamp(min=0).sqrt()
+
+
+def _roughly_orthonormal(Y: Tensor) -> Tensor:
+    """Columns that span those of Y, of about the same length: Cholesky QR, several times faster than Householder's.
+
+    The shift keeps it from failing; directions a thousand times weaker than the strongest come out short.
+    """
+    # in float64: rounding must not make K indefinite
+    K = Y.mT.double() @ Y.double()
+    K.diagonal().add_(1e-6 * K.trace())
+    L = torch.linalg.cholesky_ex(K).L.to(Y.dtype)
+    return torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False)
 
 
 def gaussian(rows: int, columns: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
