@@ -7,16 +7,20 @@ known to transformers as values of `TrainingArguments(optim=...)`, and `rso_adam
 from .hub import ProjectionState
 from .interop import extract_lora, init_lora_from_projection
 from .optim import OSD, create_osd_optimizer
+from .subspace import Movement, Start, SubspaceRule
 from .trainer import OSDCallback, OSDTrainer, OSDTrainingArguments, last_complete_checkpoint, register
 from .version import __version__
 
 
 __all__ = [
     "OSD",
+    "Movement",
     "OSDCallback",
     "OSDTrainer",
     "OSDTrainingArguments",
     "ProjectionState",
+    "Start",
+    "SubspaceRule",
     "__version__",
     "create_osd_optimizer",
     "extract_lora",

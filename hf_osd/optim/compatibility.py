@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..subspace import is_rule
 from .options import projection_rule
 from .plan import ProjectedPlan, make_plan, names_of
 
@@ -52,7 +53,8 @@ def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) ->
                 weight_rule=group["weight_rule"],
                 moment_dtype=group["moment_dtype"] or "float32",
                 subspace=group["subspace"] if projected else "-",
-                projection_rule=projection_rule(group) or "-",
+                # a rule of the user's own may be unknown in this process
+                projection_rule=(projection_rule(group) or "-") if is_rule(group["subspace"]) else "-",
                 projection_dtype=(group["projection_dtype"] or "float32") if projected else "-",
                 residual=group["residual"] if projected else "-",
             )

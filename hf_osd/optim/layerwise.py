@@ -185,7 +185,7 @@ class GradientStream:
         Args:
             total2 (`torch.Tensor`, *optional*): Squared norm of all gradients, where it is known already.
         """
-        gradient, stacked = arrived.gradient, self.steps.plan_of(p).stacked
+        gradient, R_norm2, stacked = arrived.gradient, arrived.norm2, self.steps.plan_of(p).stacked
         if self.mode.max_grad_norm is not None:
             own2 = arrived.norm2.sum() if stacked else arrived.norm2
             norm2 = {"parameter": own2, "previous_norm": self.clip_norm2, "norm": total2}[str(self.mode.clipping)]
@@ -199,8 +199,8 @@ class GradientStream:
             for X in [gradient] if isinstance(gradient, Tensor) else [X for low in lows for X in (low.R, low.G)]:
                 if X is not None:
                     X.mul_(scale)
-        same = arrived.norm2 is arrived.energy
-        norm_check = None if same else check_of(arrived.norm2, stacked)
+            R_norm2 = R_norm2 * scale.square()
+        norm_check = None if R_norm2 is arrived.energy else check_of(R_norm2, stacked)
         self.steps.apply(p, gradient, group, check_of(arrived.energy, stacked), norm_check)
 
     def finish(self, closure: object) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapters import module_names
 from .distributed import exclude_from_ddp, include_in_ddp
 from .modes import MODE_DEFAULTS, mode_of
 from .options import DEFAULTS, refuse_unknown
@@ -88,7 +89,7 @@ def osd_kwargs(
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
     if decay_names is None:
         decay_names = decay_parameter_names(model)
-    ranks = ranks_of(selection.projected, rank, pattern)
+    ranks = ranks_of(selection.projected, rank, pattern, module_names(model).plain)
     groups = build_param_groups(selection, decay_names, ranks, settings["init"], settings["weight_decay"])
     return {"params": groups, **own}
 

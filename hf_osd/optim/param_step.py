@@ -20,6 +20,7 @@ from .plan import Plan, ProjectedPlan, Rules
 from .projections import (
     carry,
     idle_steps,
+    moves,
     projection_of,
     refresh_projection,
     start_projection,
@@ -94,7 +95,7 @@ def project_gradient(
             refresh_projection(G, state, group, plan, rules, check)
     P = cast(projection_of(state, plan, rules), G.dtype)
     R = plan.op.down(G, P)
-    A = _correlate(G, R, P, state, plan, rules) if rule.moves_at(plan.count) and not fresh else None
+    A = _correlate(G, R, P, state, plan, rules) if not fresh and moves(state, plan, rules, check) else None
     return LowRankGradient(cast(R, plan.compute_dtype), A, G if rules.residual != "none" else None)
 
 
@@ -145,7 +146,11 @@ def _move_projection(
 ) -> None:
     def descend(gP: Tensor) -> None:
         # P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)
-        assert rules.projection is not None
+        if rules.projection is None:
+            raise ValueError(
+                f"{type(rules.subspace).__name__}.advance_ calls `descend`, but P has no optimizer: set `learns = "
+                "True` in its class."
+            )
         _count(state, "projection_step", check)
         role = Role(rules.projection, rules.projection_storage, plan.projection_shape, "projection_")
         lr_P, decay = options.projection_step_size(group), options.projection_weight_decay(group)

@@ -16,6 +16,7 @@ from ..subspace import (
     choose_side,
     effective_rank,
     operator_of,
+    user_rule,
 )
 from ..update_rules import MomentStorage, UpdateRule, build_rule, build_storage
 from . import options
@@ -44,6 +45,7 @@ def rules_of(group: Mapping[str, Any]) -> Rules:
         group["weight_rule"],
         options.projection_rule(group),
         group["subspace"],
+        user_rule(group["subspace"]),
         tuple(group[name] for name in _RULE_OPTIONS),
         betas,
         group["eps"],
@@ -54,12 +56,12 @@ def rules_of(group: Mapping[str, Any]) -> Rules:
 
 
 @lru_cache(maxsize=256)
-def _rules(weight, projection, subspace, settings, betas, eps, momentum, moment_dtype, residual) -> Rules:
+def _rules(weight, projection, subspace, own, settings, betas, eps, momentum, moment_dtype, residual) -> Rules:
     dtype = getattr(torch, moment_dtype) if moment_dtype else None
     return Rules(
         weight=build_rule(weight, betas, eps, momentum),
         weight_storage=build_storage(weight, dtype),
-        subspace=build_subspace(subspace, dict(zip(_RULE_OPTIONS, settings, strict=True))),
+        subspace=own or build_subspace(subspace, dict(zip(_RULE_OPTIONS, settings, strict=True))),
         projection=build_rule(projection, betas, eps, momentum) if projection else None,
         projection_storage=build_storage(projection or weight),
         residual=residual,

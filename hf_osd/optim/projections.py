@@ -16,6 +16,9 @@ from .gradients import EPS
 from .plan import ProjectedPlan, Rules
 
 
+FACTORS_APART = 7_368_787  # between the seeds of a weight's two factors: far from other weights'
+
+
 def projection_of(state: Mapping[str, Tensor], plan: ProjectedPlan, rules: Rules) -> Tensor:
     """P in the precision of the computation: the tensor in the state itself where that has it."""
     rule = rules.subspace
@@ -60,6 +63,8 @@ def start_projection(
     """
     if not usable(check):
         return False
+    plan.idle = idle_steps(state, check)
+    plan.count = int(state["skipped_steps"]) + plan.idle
     init = group["init"]
     if init == "given":
         if given is None:
@@ -73,8 +78,7 @@ def start_projection(
             init = "auto"
     if init != "given":
         init = _make_projection(G, state, plan, rules, init, first=True)
-    plan.started, plan.idle = True, idle_steps(state, check)
-    plan.count = int(state["skipped_steps"]) + plan.idle
+    plan.started = True
     return init not in ("given", "orthonormal")
 
 
@@ -91,6 +95,14 @@ def refresh_projection(
         carry(state, plan, rules, projection_of(state, plan, rules), old, check.skip)
 
 
+def moves(state: dict, plan: ProjectedPlan, rules: Rules, check: GradientCheck) -> bool:
+    """Whether P moves after the coming step. Reads the device for an expert, where its own count decides."""
+    rule, count = rules.subspace, plan.count - plan.idle  # no less than the expert's own
+    if "idle_steps" in state and rule.moves_at(count) and not rule.moves_at(count - 1):
+        plan.idle = idle_steps(state, check)
+    return rule.moves_at(plan.count - plan.idle)
+
+
 def _make_projection(G: Tensor, state: dict, plan: ProjectedPlan, rules: Rules, init: str, first: bool) -> str:
     rule, sharding = rules.subspace, plan.sharding
     init = choose_init(*plan.size, plan.rank, init) if rule.uses_init else init
@@ -99,10 +111,12 @@ def _make_projection(G: Tensor, state: dict, plan: ProjectedPlan, rules: Rules, 
     stored = state[rule.code or "projection"]
     olds = None if first or rule.code is None else (stored.unbind() if plan.two_sided else (stored,))
     sides = tuple(OPERATORS) if plan.two_sided else (plan.side,)
+    # Orthonormal factors of a square weight must not be the same; singular vectors must be drawn in pairs.
+    apart = FACTORS_APART if init == "orthonormal" else 0
     made = [
         rule.make(
             G,
-            Start(side, plan.rank, init, plan.seed, plan.count, plan.compute_dtype),
+            Start(side, plan.rank, init, plan.seed + i * apart, plan.count - plan.idle, plan.compute_dtype),
             None if olds is None else olds[i],
         )
         for i, side in enumerate(sides)

@@ -1,7 +1,7 @@
 """Another rank for some modules, by pattern, as peft's `rank_pattern`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 def parse_rank_pattern(pattern: str | Mapping[str, int] | None) -> dict[str, int]:
@@ -29,17 +29,27 @@ def parse_rank_pattern(pattern: str | Mapping[str, int] | None) -> dict[str, int
     return {key: int(rank) for key, rank in items}
 
 
-def ranks_of(names: Mapping[str, object], rank: int, pattern: Mapping[str, int]) -> dict[str, int]:
+def ranks_of(
+    names: Iterable[str], rank: int, pattern: Mapping[str, int], plain: Mapping[str, str] | None = None
+) -> dict[str, int]:
     """The rank of every parameter: of the first pattern that matches the end of its module's name, or `rank`.
+
+    Args:
+        names (`Iterable[str]`): Of the projected parameters.
+        rank (`int`): Of those that no pattern matches.
+        pattern (`dict[str, int]`): As `parse_rank_pattern` gives it.
+        plain (`dict[str, str]`, *optional*):
+            Names of modules without what peft puts in between, which a pattern may match as well.
 
     Raises:
         ValueError: For a pattern that matches no projected parameter, or none that another has not taken before.
     """
     ranks, used = dict.fromkeys(names, rank), set()
-    for name in names:
-        module = name.removesuffix(".weight")
+    for name in ranks:
+        owner, _, last = name.rpartition(".")
+        modules = [f"{found}.{last}".removesuffix(".weight") for found in (owner, (plain or {}).get(owner, owner))]
         for key, own in pattern.items():
-            if re.fullmatch(rf"(?:.*\.)?(?:{key})", module):
+            if any(re.fullmatch(rf"(?:.*\.)?(?:{key})", module) for module in modules):
                 ranks[name] = own
                 used.add(key)
                 break
@@ -47,6 +57,6 @@ def ranks_of(names: Mapping[str, object], rank: int, pattern: Mapping[str, int])
     if unused:
         raise ValueError(
             f"{', '.join(map(repr, unused))} in `rank_pattern` matches no projected module that an earlier pattern "
-            f"has not taken. They are {', '.join(list(names)[:3])}{' ...' if len(names) > 3 else ''}."
+            f"has not taken. They are {', '.join(list(ranks)[:3])}{' ...' if len(ranks) > 3 else ''}."
         )
     return ranks

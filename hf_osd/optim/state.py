@@ -31,7 +31,7 @@ def state_spec(plan: Plan, rules: Rules) -> dict[str, TensorSpec]:
         shape, dtype = rules.subspace.code_spec(plan.rank)
         spec[rules.subspace.code] = TensorSpec((2, *shape) if plan.two_sided else shape, dtype)
     if rules.residual == "scaled":
-        spec["residual_norm"] = TensorSpec((), torch.float32)
+        spec["residual_norm"] = TensorSpec((), plan.compute_dtype)
     if rules.projection is not None:
         spec["projection_step"] = TensorSpec((), torch.float32)
         for moment in rules.projection.moments(plan.projection_shape):

@@ -21,6 +21,7 @@ from .table import (
     name_rule,
     rule_class,
     subspace_options,
+    user_rule,
 )
 from .two_sided import OPERATORS, SIDES, TwoSided, operator_of
 
@@ -59,4 +60,5 @@ __all__ = [
     "randomized_svd",
     "rule_class",
     "subspace_options",
+    "user_rule",
 ]

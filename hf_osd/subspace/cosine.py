@@ -60,7 +60,8 @@ class Cosine(SubspaceRule):
         # an angle of (i + 1/2) k pi / s: k (2 i + 1) mod 4 s is exact in integers, the angle of it in floats
         turns = ((2 * i).long().unsqueeze(1) * code).remainder_(4 * rows).to(dtype)
         P = turns.mul_(math.pi / (2 * rows)).cos_().mul_(math.sqrt(2 / rows))
-        return P.mul_(torch.where(code == 0, math.sqrt(0.5), 1.0).to(dtype))
+        c = (code == 0).to(dtype).mul_(math.sqrt(0.5) - 1).add_(1)
+        return P.mul_(c)
 
 
 def cosine_energies(X: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,8 @@ class Importance(SubspaceRule):
 
     def make(self, G: Tensor, start: Start, old: Tensor | None) -> Tensor:
         """The vectors drawn, in order of their singular values."""
+        if start.init == "orthonormal":
+            return super().make(G, start, old)
         X = (G if start.side == "left" else G.mT).to(start.dtype)
         U, S = singular_vectors(X, min(2 * start.rank, *G.shape), start.init, start.seed)
         # Drawn on the CPU: one seed gives the same draw on every device. Vectors without weight come last.

@@ -21,7 +21,7 @@ class Start(NamedTuple):
         rank (`int`): r.
         init (`str`): `"svd"`, `"randomized_svd"` or `"orthonormal"`: the user's choice, settled for this shape.
         seed (`int`): The parameter's, the same on all processes.
-        steps (`int`): Steps so far; with `seed`, what random numbers may depend on.
+        steps (`int`): The weight's steps so far; with `seed`, what random numbers may depend on.
         dtype (`torch.dtype`): Precision of the computation.
     """
 
@@ -55,7 +55,8 @@ class SubspaceRule:
     """One rule for the projection. A rule is a frozen dataclass of its settings that overrides what it needs.
 
     It may replace P before a step uses it (`refresh_due` and `make`), or move it after (`moves_at` and `advance_`), or
-    both, or neither. An instance can be passed as `subspace`.
+    both, or neither. An instance can be passed as `subspace`. Checkpoints know it by its `repr`, so a run that resumes
+    must pass one with the same settings. `examples/own_subspace_rule.py` is a worked example.
 
     Attributes:
         learns (`bool`):
@@ -66,6 +67,28 @@ class SubspaceRule:
         code (`str`, *optional*):
             Name of the state entry that is kept instead of P, where `make` returns that and `expand` makes P of it.
         keeps_expanded (`bool`): Whether P is then kept beside the state while the code stays the same.
+
+    Example:
+    ```python
+    >>> from dataclasses import dataclass
+    >>> import torch
+    >>> from hf_osd import OSD, SubspaceRule
+
+    >>> @dataclass(frozen=True)
+    ... class Oja(SubspaceRule):
+    ...     rate: float = 0.5
+    ...
+    ...     def moves_at(self, count):
+    ...         return True
+    ...
+    ...     def advance_(self, P, move):  # P <- orth(P + rate G Gᵀ P / ||G||²), without a look at the host
+    ...         Q = torch.linalg.qr(P + self.rate * move.inv_norm2 * move.A).Q
+    ...         P.copy_(torch.where(move.usable(), Q, P))
+
+    >>> linear = torch.nn.Linear(64, 32)
+    >>> optimizer = OSD([{"params": [linear.weight], "rank": 8}], lr=1e-3, subspace=Oja(rate=0.3))
+
+    ```
     """
 
     learns: ClassVar[bool] = False

@@ -91,6 +91,19 @@ def test_clipping_against_torch(clipping: str):
     assert_equal(ordinary, layerwise, atol=1e-12)  # float64: P's gradient is that of G / ||G||, whose norm rounds
 
 
+def test_clipping_does_not_change_the_share_that_is_observed():
+    seen, P = [], torch.linalg.qr(torch.randn(12, 4)).Q
+    G = torch.randn(12, 20)
+    for mode in ({}, {"layerwise": True, "max_grad_norm": 0.1, "layerwise_clipping": "parameter"}):
+        W = nn.Parameter(torch.zeros(12, 20))
+        optimizer = OSD([{"params": [W], "rank": 4, "init": [P]}], **mode)
+        optimizer.collect_statistics = True
+        (W * G).sum().backward()
+        optimizer.step()
+        seen.append(optimizer.statistics()["pca_loss"])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5) and 0.4 < seen[0] < 0.9
+
+
 def test_the_previous_norm_is_saved_and_a_broken_one_forgotten():
     model = Net()
     options = {"max_grad_norm": 0.02, "layerwise_clipping": "previous_norm"}

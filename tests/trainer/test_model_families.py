@@ -162,11 +162,11 @@ def build(family: Family, checkpoint: Path | None = None) -> nn.Module:
     return model
 
 
-def trainer(family: Family, folder: Path, checkpoint: Path | None = None) -> hf.Trainer:
+def trainer(family: Family, folder: Path, checkpoint: Path | None = None, options: str = "") -> hf.Trainer:
     args = hf.TrainingArguments(
         output_dir=str(folder),
         optim="osd_adamw",
-        optim_args=f"rank={RANK}",
+        optim_args=f"rank={RANK},{options}".rstrip(","),
         learning_rate=1e-2,
         weight_decay=0.1,
         max_steps=STEPS,
@@ -232,6 +232,40 @@ def test_trains_resumes_and_says_what_is_projected(name: str, tmp_path: Path, ca
     for (_, p), q in zip(plans, (q for group in other.optimizer.param_groups for q in group["params"]), strict=True):
         left, right = optimizer.state[p], other.optimizer.optimizer.state[q]
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+# One after the other over the families, each with the residual
+SUBSPACES = (
+    "subspace=online_pca,side=two_sided",
+    "subspace=svd,update_interval=2,carry_moments=true",
+    "subspace=random,update_interval=2",
+    "subspace=cosine,update_interval=2,carry_moments=true",
+    "subspace=importance,update_interval=2",
+    "subspace=power,carry_moments=true",
+    "subspace=static",
+)
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(FAMILIES)))
+def test_every_subspace_with_the_residual(number: int, name: str, tmp_path: Path):
+    family, options = FAMILIES[name], f"{SUBSPACES[number % len(SUBSPACES)]},residual=scaled"
+    run = trainer(family, tmp_path, options=options)
+    start = {key: p.detach().clone() for key, p in run.model.named_parameters()}
+    run.train()
+    optimizer = run.optimizer.optimizer
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            plan = optimizer.plan_of(p)
+            moved = [not torch.equal(W, V) for W, V in zip(p, start[plan.name], strict=True)]
+            if isinstance(plan, StackedPlan):
+                assert moved == [True, True, False]  # the last expert has no tokens
+            elif p.grad is not None:
+                assert any(moved) and p.isfinite().all(), plan.name
+    checkpoint = tmp_path / f"checkpoint-{SAVED_AT}"
+    other = trainer(family, tmp_path, checkpoint, options)
+    other.train(resume_from_checkpoint=str(checkpoint))
+    for (key, p), q in zip(run.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(p, q), key
 
 
 class Convolution(nn.Module):

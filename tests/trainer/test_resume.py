@@ -135,9 +135,41 @@ def test_every_schedule_resumes_exactly(tmp_path: Path, schedule: str):
     assert_identical(*run_twice(tmp_path, "osd_adamw8bit", **options))
 
 
-@pytest.mark.parametrize("optim_args", ["subspace=svd,update_interval=2", "subspace=static", "preset=reference"])
+@pytest.mark.parametrize(
+    "optim_args",
+    [
+        "subspace=svd,update_interval=2",
+        "subspace=static",
+        "preset=reference",
+        "residual=scaled,carry_moments=true",
+        "projection_interval=2,projection_schedule=constant,residual=sign,residual_scale=0.1",
+        "side=two_sided,residual=scaled",
+        "subspace=random,update_interval=2,carry_moments=true",
+        "subspace=random,distribution=gaussian,update_interval=5,side=two_sided",
+        "subspace=cosine,update_interval=2,residual=scaled",
+        "subspace=importance,update_interval=2,rank_pattern=q_proj:24",
+        "subspace=power,carry_moments=true,projection_interval=2",
+    ],
+)
 def test_other_subspaces_resume_exactly(tmp_path: Path, optim_args: str):
     assert_identical(*run_twice(tmp_path, "osd_adamw", optim_args=f"rank=48,{optim_args}"))
+    saved = hf_osd.ProjectionState.from_pretrained(tmp_path / f"checkpoint-{SAVED_AT}")
+    assert len(saved) == 7 and saved.config["step"] == SAVED_AT
+
+
+def test_a_rule_of_the_users_own_resumes_exactly(tmp_path: Path):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    from own_subspace_rule import Oja
+
+    def trainer() -> Trainer:
+        made = make_trainer(tmp_path, "osd_adamw")
+        made.optimizer = hf_osd.create_osd_optimizer(made.model, lr=2e-3, rank=48, subspace=Oja(every=2))
+        return made
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVED_AT}"))
+    assert_identical(whole, resumed)
 
 
 def test_another_rank_is_refused_by_the_trainer(tmp_path: Path):
