@@ -183,7 +183,7 @@ def choose_side(m: int, n: int, side: str = "auto", divided: int | None = None) 
         n (`int`): Columns of the weight.
         side (`str`, *optional*, defaults to `"auto"`):
             `"left"`, `"right"` and `"two_sided"` are taken as they are; `"auto"` projects the shorter dimension, which
-            makes P and its moments smallest and is what GaLore and the paper do.
+            makes P and its moments smallest, and the right one of a square weight, as GaLore and the paper do.
         divided (`int`, *optional*):
             The dimension that is divided among processes. `"auto"` projects the other one, so that `down` and `up`
             need no communication, although P, which every process holds, can be the larger of the two then.
@@ -195,7 +195,7 @@ def choose_side(m: int, n: int, side: str = "auto", divided: int | None = None) 
         return side
     if divided is not None:
         return "left" if divided == 1 else "right"
-    return "left" if m <= n else "right"
+    return "left" if m < n else "right"
 
 
 def effective_rank(rank: int, m: int, n: int) -> int:

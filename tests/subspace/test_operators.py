@@ -37,6 +37,6 @@ def test_products_from_the_low_rank_gradient(side: str, shape: tuple[int, int]):
 
 
 def test_side_and_rank_conventions():
-    assert [choose_side(*shape) for shape in SHAPES] == ["left", "right", "left"]
+    assert [choose_side(*shape) for shape in SHAPES] == ["left", "right", "right"]
     assert choose_side(3, 100, "right") == "right" and choose_side(100, 3, "left") == "left"
     assert effective_rank(8, 100, 5) == 5 and effective_rank(8, 9, 100) == 8
