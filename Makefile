@@ -24,9 +24,10 @@ quickstart: install
 		--optim osd_adamw8bit --osd_rank 48 --osd_scale 0.125 --learning_rate 1e-2 --max_steps 400 \
 		--per_device_train_batch_size 4 --eval_steps 200 --logging_steps 20 --seed 1 --output_dir runs/quickstart
 
-# Every process of the tests works on tiny tensors: one thread each is fastest.
+# Every process of the tests works on tiny tensors: one thread each is fastest. Files stay together: some share fixtures
+# that start processes of their own.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 quality: install
 	$(BIN)/ruff format --check .

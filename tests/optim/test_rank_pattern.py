@@ -106,5 +106,5 @@ def test_patterns_that_are_wrong_or_match_nothing_are_refused():
 def test_a_rank_pattern_resumes_with_the_same_ranks_only():
     first = create_osd_optimizer(tiny_llama(), rank=4, rank_pattern=RANKS)
     create_osd_optimizer(tiny_llama(), rank=4, rank_pattern=TEXT).load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match="(?s)projected: rank 2 left.*projected: rank 4 left"):
+    with pytest.raises(ValueError, match="(?s)projected: rank 2 right.*projected: rank 4 right"):
         hf_osd.create_osd_optimizer(tiny_llama(), rank=4).load_state_dict(first.state_dict())
