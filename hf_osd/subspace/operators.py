@@ -11,6 +11,7 @@ Letters, here and in every module of `subspace`:
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .pca import pca_gradient, pca_loss
@@ -58,7 +59,7 @@ class LinearOperator(Protocol):
         """correlate(up(D, P), Z, P) without up."""
 
     def carry(self, X: Tensor, P: Tensor, old: Tensor, square: bool = False) -> Tensor:
-        """down(up(X, old), P): a moment in the coordinates of P; with `square` through the squared overlaps."""
+        """A moment in the coordinates of P, by `overlap`; with `square` through the squared overlaps."""
 
     def pca_loss(self, P: Tensor, K: Tensor, inv_norm2: Tensor) -> Tensor:
         """|| up(down(Ĝ)) - Ĝ ||², 0-dim, from K = gram(R): the share of the gradient's energy outside the subspace."""
@@ -114,8 +115,8 @@ class Left:
 
     @staticmethod
     def carry(X: Tensor, P: Tensor, old: Tensor, square: bool = False) -> Tensor:  # noqa: D102
-        overlap = P.t() @ old
-        return (overlap.square_() if square else overlap) @ X
+        Q = overlap(P, old)
+        return (Q.square_() if square else Q) @ X
 
     pca_loss = staticmethod(pca_loss)
     pca_gradient = staticmethod(pca_gradient)
@@ -168,11 +169,20 @@ class Right:
 
     @staticmethod
     def carry(X: Tensor, P: Tensor, old: Tensor, square: bool = False) -> Tensor:  # noqa: D102
-        overlap = old.t() @ P
-        return X @ (overlap.square_() if square else overlap)
+        Q = overlap(P, old)
+        return X @ (Q.square_() if square else Q).t()
 
     pca_loss = staticmethod(pca_loss)
     pca_gradient = staticmethod(pca_gradient)
+
+
+def overlap(P: Tensor, old: Tensor) -> Tensor:
+    """Pᵀ old (oldᵀ old)⁻¹, (r, r): what turns R of the old P into R of P, for a gradient in the old P's span.
+
+    Pᵀ old where old has orthonormal columns; the identity where P has not moved.
+    """
+    L = torch.linalg.cholesky_ex(old.t() @ old).L
+    return torch.cholesky_solve(old.t() @ P, L).t()
 
 
 def choose_side(m: int, n: int, side: str = "auto", divided: int | None = None) -> str:

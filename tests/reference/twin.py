@@ -139,7 +139,7 @@ class Twin:
         D_P = RULES[self.projection_rule or self.rule](self.projection_state, gP)
         old, self.P = self.P, (1 - lr_P * decay) * self.P - lr_P * D_P
         if self.carry:
-            self.weight_state = carried(self.weight_state, self.P.T @ old)
+            self.weight_state = carried(self.weight_state, self.P.T @ torch.linalg.pinv(old.T))
 
 
 @dataclass
@@ -172,7 +172,7 @@ class TwoSidedTwin:
         self.P = P - self.alpha * lr * adamw(self.P_state, gP)
         self.Q = Q - self.alpha * lr * adamw(self.Q_state, gQ)
         if self.carry:
-            self._carry(self.P.T @ P, self.Q.T @ Q)
+            self._carry(self.P.T @ torch.linalg.pinv(P.T), self.Q.T @ torch.linalg.pinv(Q.T))
 
     def _carry(self, left, right):
         state = carried(self.weight_state, left)
