@@ -23,6 +23,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from hf_osd.optim import predicted_state_bytes, state_bytes
 from hf_osd.optim.sharding import local
+from hf_osd.subspace import precision
 
 
 pytestmark = pytest.mark.distributed
@@ -188,7 +189,9 @@ def eight_bit(rank: int, world: int, folder: Path):
     alone = shard(make_model(torch.float32, **sizes), single_process_mesh(world))
     divided = shard(make_model(torch.float32, **sizes))
     optimizers = [make_optimizer(model, rank=64, weight_rule="adamw8bit") for model in (alone, divided)]
-    # the same bits but where A is summed over processes, which changes a few codes of the projected weights
+    # the same bits but where A is summed over processes, which changes a few codes of the projected weights (and where
+    # A is rounded to bfloat16 before, which is left out here)
+    precision._has_bfloat16_units = lambda: False
     same_as_whole_gradients(rank, world, 1e-4, divided, optimizers[1], optimizers[0], alone)
     state = optimizers[1].state[divided.blocks[0].tall.weight]
     assert local(state["exp_avg"]).dtype == torch.uint8 and state["exp_avg_absmax"].shape == (130, 1)
