@@ -25,8 +25,6 @@ def test_tables_and_pictures_are_made_of_the_committed_results_alone(file: Path,
     if script is None:
         assert file.stem in ("make_quickstart", "sft_smollm2")  # results.json of examples
         return
-    if file.stem == "step_time" and "table" not in result:
-        pytest.skip("measured by an earlier form of step_time.py")
     written = run.redraw(file, importlib.import_module(script), tmp_path)
     assert written
     for again in written:
