@@ -1,13 +1,20 @@
-"""Pretrains the same model on the same text with several optimizers, each at its best learning rate.
+"""Pretrains the same model on the same text with several optimizers, each at its best setting of a stated grid.
 
-Reads experiments/<name>.json: arguments common to all runs, and for each method its arguments and learning rates (and
-seeds). Every run is one call of examples/pretrain_llama.py in a process of its own. Finished runs are kept in
-`--work_dir` and not repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json, .md, .png.
+Reads experiments/<name>.json: arguments common to all runs, and for each method its arguments, where `{scale}` stands
+for the value of an option called scale, and its grid: the values of the learning rate and of those options. With
+`start`, a method walks its grid: from there to the best of the setting and its neighbours (one option one value up or
+down), until none is better. Without, all of the grid is run. That is done with the first of the experiment's seeds;
+the best setting is then run with the others.
 
-Needs: the `examples` extra. The small command takes a minute, the committed one an hour on two cores.
+Every run is one call of examples/pretrain_llama.py in a process of its own. Finished runs are kept in `--work_dir` and
+not repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json, .md, .png.
+
+Needs: the `examples` extra. The small command takes a minute, the others one and two hours on two cores; without
+`--data` the last one streams C4 from the Hub.
 
     python examples/benchmarks/compare_pretraining.py quickstart --methods osd_adamw galore_adamw --max_steps 20
     python examples/benchmarks/compare_pretraining.py quickstart --jobs 2
+    python examples/benchmarks/compare_pretraining.py family --data folder/of/text --jobs 2
 """
 
 import argparse
@@ -17,18 +24,22 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from comparison_plot import draw
 from environment import describe, load_experiment, results_folder
 
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.parent / "pretrain_llama.py"
+
+Setting = tuple[float, ...]  # a value of each option of a grid, in the grid's order
+Grid = dict[str, list[float]]  # option -> its values in ascending order
 
 
 @dataclass(frozen=True)
@@ -36,40 +47,92 @@ class Run:
     """One call of the pretraining script."""
 
     method: str
-    learning_rate: float
+    options: tuple[tuple[str, float], ...]
     seed: int
     arguments: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
+        return "-".join([self.method, *(f"{name}{value:g}" for name, value in self.options), f"seed{self.seed}"])
+
+    @property
+    def command(self) -> list[str]:
+        """All arguments of the script but its output folder."""
+        options = {name: f"{value:g}" for name, value in self.options}
+        filled = [argument.format_map(options) for argument in self.arguments]
+        return [*filled, "--learning_rate", options["learning_rate"], "--seed", str(self.seed)]
 
 
-def plan(experiment: dict[str, Any], methods: list[str] | None, extra: list[str]) -> list[Run]:
-    """All runs of an experiment, or of some of its methods."""
-    unknown = set(methods or ()) - experiment["methods"].keys()
+@dataclass(frozen=True)
+class Method:
+    """One entry of an experiment: what to run, and where to look for its best setting."""
+
+    name: str
+    label: str
+    arguments: tuple[str, ...]
+    grid: Grid
+    start: Setting | None
+    seeds: tuple[int, ...]
+
+    def run(self, setting: Setting, seed: int) -> Run:
+        """The run of a setting."""
+        return Run(self.name, tuple(zip(self.grid, setting, strict=True)), seed, self.arguments)
+
+
+def read_methods(experiment: dict[str, Any], names: list[str] | None, extra: list[str]) -> list[Method]:
+    """The methods of an experiment, or some of them, with further arguments for each run."""
+    unknown = set(names or ()) - experiment["methods"].keys()
     if unknown:
         raise SystemExit(
             f"Unknown methods {', '.join(sorted(unknown))}; there are {', '.join(experiment['methods'])}."
         )
     return [
-        Run(name, rate, seed, (*experiment["common"], *method["arguments"], *extra))
+        Method(
+            name=name,
+            label=method.get("label", name),
+            arguments=(*experiment["common"], *method["arguments"], *extra),
+            grid=method["grid"],
+            start=tuple(method["start"][option] for option in method["grid"]) if "start" in method else None,
+            seeds=tuple(experiment["seeds"]),
+        )
         for name, method in experiment["methods"].items()
-        if not methods or name in methods
-        for rate in method["learning_rates"]
-        for seed in experiment["seeds"]
+        if not names or name in names
     ]
+
+
+def neighbours(setting: Setting, grid: Grid) -> list[Setting]:
+    """The settings that differ in one option by one value of the grid."""
+    found = []
+    for place, values in enumerate(grid.values()):
+        index = values.index(setting[place])
+        for near in values[max(index - 1, 0) : index] + values[index + 1 : index + 2]:
+            found.append((*setting[:place], near, *setting[place + 1 :]))
+    return found
+
+
+def search(grid: Grid, start: Setting | None, loss: Callable[[Setting], float]) -> dict[Setting, float]:
+    """The loss of every setting of the grid, or of those on the way from `start` to one that no neighbour beats."""
+    if start is None:
+        return {setting: loss(setting) for setting in product(*grid.values())}
+    losses: dict[Setting, float] = {}
+    best, centre = start, None
+    while best != centre:
+        centre = best
+        for setting in (centre, *neighbours(centre, grid)):
+            if setting not in losses:
+                losses[setting] = loss(setting)
+        best = min(losses, key=lambda setting: losses[setting])
+    return losses
 
 
 def execute(run: Run, work_dir: Path, threads: int) -> dict[str, Any]:
     """The run's results.json, from disk where the same run has finished before."""
     folder = work_dir / run.name
     results, command_file = folder / "results.json", folder / "command.json"
-    arguments = [*run.arguments, "--learning_rate", str(run.learning_rate), "--seed", str(run.seed)]
-    if not (results.is_file() and command_file.is_file() and json.loads(command_file.read_text()) == arguments):
+    if not (results.is_file() and command_file.is_file() and json.loads(command_file.read_text()) == run.command):
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(SCRIPT), *arguments, "--output_dir", str(folder), "--save_strategy", "no"]
+        command = [sys.executable, str(SCRIPT), *run.command, "--output_dir", str(folder), "--save_strategy", "no"]
         with open(folder / "log.txt", "w") as log:
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             code = subprocess.run(
@@ -77,88 +140,66 @@ def execute(run: Run, work_dir: Path, threads: int) -> dict[str, Any]:
             ).returncode
         if code:
             raise SystemExit(f"{run.name} failed; see {folder / 'log.txt'}")
-        command_file.write_text(json.dumps(arguments))
+        command_file.write_text(json.dumps(run.command))
     found = json.loads(results.read_text())
     print(f"{run.name}: perplexity {found['perplexity']:.2f}", flush=True)
     return found
 
 
-def summarise(experiment: dict[str, Any], runs: list[Run], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a method: mean perplexity over seeds at each learning rate, and the best."""
-    rows = []
-    for method in dict.fromkeys(run.method for run in runs):
-        by_rate: dict[float, list[dict[str, Any]]] = {}
-        for run, result in zip(runs, found, strict=True):
-            if run.method == method:
-                by_rate.setdefault(run.learning_rate, []).append(result)
-        means = {rate: _mean([result["eval_loss"] for result in results]) for rate, results in by_rate.items()}
-        best = min(means, key=lambda rate: means[rate])
-        results = by_rate[best]
-        rows.append(
-            {
-                "method": method,
-                "label": experiment["methods"][method].get("label", method),
-                "arguments": experiment["methods"][method]["arguments"],
-                "eval_loss": {f"{rate:g}": mean for rate, mean in means.items()},
-                "perplexity": {f"{rate:g}": math.exp(mean) for rate, mean in means.items()},
-                "best_learning_rate": best,
-                "best_perplexity": math.exp(means[best]),
-                "seeds": [result["perplexity"] for result in results],
-                "spread": _spread([result["perplexity"] for result in results]),
-                "optimizer_state_bytes": results[0]["optimizer_state_bytes"],
-                "adamw_state_bytes": results[0]["adamw_state_bytes"],
-                "steps": results[0]["steps"],
-                "tokens_seen": results[0]["tokens_seen"],
-                "curve": [
-                    (entry["step"], entry["eval_loss"]) for entry in results[0]["log_history"] if "eval_loss" in entry
-                ],
-            }
-        )
-    return rows
+def compare(method: Method, run: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+    """Finds a method's best setting with the first seed and runs it with the others: one row of the results."""
+    first, *others = method.seeds
+
+    def loss(setting: Setting) -> float:
+        found = run(method.run(setting, first))["eval_loss"]
+        return found if math.isfinite(found) else math.inf
+
+    losses = search(method.grid, method.start, loss)
+    best = min(losses, key=lambda setting: losses[setting])
+    results = [run(method.run(best, seed)) for seed in (first, *others)]
+    perplexities = [result["perplexity"] for result in results]
+    finite = all(math.isfinite(perplexity) for perplexity in perplexities)
+    return {
+        "method": method.name,
+        "label": method.label,
+        "arguments": method.arguments,
+        "grid": method.grid,
+        "perplexity": {_text(setting): math.exp(value) for setting, value in sorted(losses.items())},
+        "best": dict(zip(method.grid, best, strict=True)),
+        "seeds": perplexities,
+        "best_perplexity": statistics.fmean(perplexities) if finite else math.inf,
+        "spread": statistics.stdev(perplexities) if len(perplexities) > 1 and finite else None,
+        "optimizer_state_bytes": results[0]["optimizer_state_bytes"],
+        "adamw_state_bytes": results[0]["adamw_state_bytes"],
+        "steps": results[0]["steps"],
+        "tokens_seen": results[0]["tokens_seen"],
+        "curve": [
+            (entry["step"], entry["eval_loss"]) for entry in results[0]["log_history"] if "eval_loss" in entry
+        ],
+    }
 
 
-def _mean(losses: list[float]) -> float:
-    return statistics.fmean(losses) if all(math.isfinite(loss) for loss in losses) else math.inf
-
-
-def _spread(perplexities: list[float]) -> float | None:
-    """Standard deviation over seeds, where there are several and none has diverged."""
-    finite = all(math.isfinite(value) for value in perplexities)
-    return statistics.stdev(perplexities) if len(perplexities) > 1 and finite else None
+def _text(setting: Setting) -> str:
+    return " × ".join(f"{value:g}" for value in setting)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
+    options = max((row["best"] for row in rows), key=len)
     lines = [
-        "| method | perplexity | at learning rate | the grid | optimizer state | of AdamW's |",
+        f"| method | perplexity | at {' × '.join(options).replace('_', ' ')} | the grid | optimizer state "
+        "| of AdamW's |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         spread = f" ± {row['spread']:.2f}" if row["spread"] is not None else ""
-        grid = ", ".join(f"{rate}: {value:.1f}" for rate, value in row["perplexity"].items())
+        grid = ", ".join(f"{setting}: {value:.1f}" for setting, value in row["perplexity"].items())
         size = row["optimizer_state_bytes"]
         lines.append(
-            f"| {row['label']} | {row['best_perplexity']:.2f}{spread} | {row['best_learning_rate']:g} | {grid} | "
+            f"| {row['label']} | {row['best_perplexity']:.2f}{spread} | {_text(tuple(row['best'].values()))} | {grid} | "
             f"{size / 2**20:.1f} MiB | {size / row['adamw_state_bytes']:.0%} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Validation loss against steps, each method at its best learning rate."""
-    figure = Figure(figsize=(8, 4.8), dpi=130, layout="constrained")
-    axes = figure.subplots()
-    for row in rows:
-        steps, losses = zip(*row["curve"], strict=True)
-        label = f"{row['label']}: {row['best_perplexity']:.1f} (learning rate {row['best_learning_rate']:g})"
-        axes.plot(steps, losses, "o-", markersize=3.5, linewidth=1.3, label=label)
-    axes.set_title(title, loc="left", fontsize=12)
-    axes.set_xlabel("step")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, title="final perplexity", alignment="left", fontsize=9)
-    figure.savefig(path)
 
 
 def main() -> None:
@@ -168,7 +209,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
     parser.add_argument("--max_steps", type=int, help="another length; nothing is written to results/ then")
     parser.add_argument("--data", help="another data set for --dataset; written to results/ under its own name")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="methods at a time, which run side by side (default: 1)")
+    parser.add_argument("--threads", type=int, help="of each run (default: the cores, divided by --jobs)")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.experiment)
@@ -177,11 +219,11 @@ def main() -> None:
     if arguments.data:
         extra += ["--dataset", arguments.data]
         name += "_" + Path(arguments.data).name
-    runs = plan(experiment, arguments.methods, extra)
-    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    methods = read_methods(experiment, arguments.methods, extra)
+    work_dir = arguments.work_dir / name
+    threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.jobs)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = list(pool.map(lambda run: execute(run, arguments.work_dir / name, threads), runs))
-    rows = summarise(experiment, runs, found)
+        rows = list(pool.map(lambda method: compare(method, lambda run: execute(run, work_dir, threads)), methods))
     print("\n" + table(rows))
     if arguments.methods or arguments.max_steps:
         return
