@@ -1,9 +1,8 @@
 """Pretrains the same model on the same text with several optimizers, each at its best setting of a stated grid.
 
 Reads experiments/<name>.json: arguments common to all runs, and for each method its arguments, where `{scale}` stands
-for the value of an option called scale, and its grid: the values of the learning rate and of those options. With
-`start`, a method walks its grid: from there to the best of the setting and its neighbours (one option one value up or
-down), until none is better. Without, all of the grid is run. That is done with the first of the experiment's seeds;
+for the value of an option called scale, and its grid: the learning rates and the values of those options. With `start`, a method walks its grid: from there to a neighbour (one option one value up or down) that is better, until there
+is none. Without, all of the grid is run. That is done with the first of the experiment's seeds;
 the best setting is then run with the others.
 
 Every run is one call of examples/pretrain_llama.py in a process of its own. Finished runs are kept in `--work_dir` and
@@ -71,13 +70,15 @@ class Method:
     name: str
     label: str
     arguments: tuple[str, ...]
+    common: tuple[str, ...]
     grid: Grid
     start: Setting | None
     seeds: tuple[int, ...]
 
     def run(self, setting: Setting, seed: int) -> Run:
         """The run of a setting."""
-        return Run(self.name, tuple(zip(self.grid, setting, strict=True)), seed, self.arguments)
+        options = tuple(zip(self.grid, setting, strict=True))
+        return Run(self.name, options, seed, (*self.common, *self.arguments))
 
 
 def read_methods(experiment: dict[str, Any], names: list[str] | None, extra: list[str]) -> list[Method]:
@@ -88,17 +89,23 @@ def read_methods(experiment: dict[str, Any], names: list[str] | None, extra: lis
             f"Unknown methods {', '.join(sorted(unknown))}; there are {', '.join(experiment['methods'])}."
         )
     return [
-        Method(
-            name=name,
-            label=method.get("label", name),
-            arguments=(*experiment["common"], *method["arguments"], *extra),
-            grid=method["grid"],
-            start=tuple(method["start"][option] for option in method["grid"]) if "start" in method else None,
-            seeds=tuple(experiment["seeds"]),
-        )
+        _read(name, method, experiment, extra)
         for name, method in experiment["methods"].items()
         if not names or name in names
     ]
+
+
+def _read(name: str, method: dict[str, Any], experiment: dict[str, Any], extra: list[str]) -> Method:
+    grid = {"learning_rate": method["learning_rates"], **method.get("options", {})}
+    return Method(
+        name=name,
+        label=method.get("label", name),
+        arguments=tuple(method["arguments"]),
+        common=(*experiment["common"], *extra),
+        grid=grid,
+        start=tuple(method["start"][option] for option in grid) if "start" in method else None,
+        seeds=tuple(experiment["seeds"]),
+    )
 
 
 def neighbours(setting: Setting, grid: Grid) -> list[Setting]:
@@ -112,17 +119,19 @@ def neighbours(setting: Setting, grid: Grid) -> list[Setting]:
 
 
 def search(grid: Grid, start: Setting | None, loss: Callable[[Setting], float]) -> dict[Setting, float]:
-    """The loss of every setting of the grid, or of those on the way from `start` to one that no neighbour beats."""
+    """The loss of every setting of the grid, or of those met from `start` to one that no neighbour beats."""
     if start is None:
         return {setting: loss(setting) for setting in product(*grid.values())}
-    losses: dict[Setting, float] = {}
-    best, centre = start, None
-    while best != centre:
-        centre = best
-        for setting in (centre, *neighbours(centre, grid)):
+    losses = {start: loss(start)}
+    best, last = start, None
+    while best != last:
+        last = best
+        for setting in neighbours(best, grid):
             if setting not in losses:
                 losses[setting] = loss(setting)
-        best = min(losses, key=lambda setting: losses[setting])
+            if losses[setting] < losses[best]:
+                best = setting
+                break
     return losses
 
 
@@ -164,6 +173,7 @@ def compare(method: Method, run: Callable[[Run], dict[str, Any]]) -> dict[str, A
         "label": method.label,
         "arguments": method.arguments,
         "grid": method.grid,
+        "walked": method.start is not None,
         "perplexity": {_text(setting): math.exp(value) for setting, value in sorted(losses.items())},
         "best": dict(zip(method.grid, best, strict=True)),
         "seeds": perplexities,
@@ -173,9 +183,7 @@ def compare(method: Method, run: Callable[[Run], dict[str, Any]]) -> dict[str, A
         "adamw_state_bytes": results[0]["adamw_state_bytes"],
         "steps": results[0]["steps"],
         "tokens_seen": results[0]["tokens_seen"],
-        "curve": [
-            (entry["step"], entry["eval_loss"]) for entry in results[0]["log_history"] if "eval_loss" in entry
-        ],
+        "curve": [(entry["step"], entry["eval_loss"]) for entry in results[0]["log_history"] if "eval_loss" in entry],
     }
 
 
@@ -185,21 +193,32 @@ def _text(setting: Setting) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    options = max((row["best"] for row in rows), key=len)
+    options = [option for row in rows for option in row["best"]]
+    own = len(set(options)) > 1  # then each setting is written with the names of its options
     lines = [
-        f"| method | perplexity | at {' × '.join(options).replace('_', ' ')} | the grid | optimizer state "
-        "| of AdamW's |",
+        f"| method | perplexity | at {'the setting' if own else 'learning rate'} | the grid | optimizer state | of AdamW's |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         spread = f" ± {row['spread']:.2f}" if row["spread"] is not None else ""
-        grid = ", ".join(f"{setting}: {value:.1f}" for setting, value in row["perplexity"].items())
+        best = ", ".join(f"{option.replace('_', ' ')} " * own + f"{value:g}" for option, value in row["best"].items())
         size = row["optimizer_state_bytes"]
         lines.append(
-            f"| {row['label']} | {row['best_perplexity']:.2f}{spread} | {_text(tuple(row['best'].values()))} | {grid} | "
+            f"| {row['label']} | {row['best_perplexity']:.2f}{spread} | {best} | {_tried(row)} | "
             f"{size / 2**20:.1f} MiB | {size / row['adamw_state_bytes']:.0%} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _tried(row: dict[str, Any]) -> str:
+    """All perplexities of a grid; of a walk, how far it came."""
+    if not row["walked"]:
+        return ", ".join(f"{setting}: {value:.1f}" for setting, value in row["perplexity"].items())
+    edge = [
+        option for option, value in row["best"].items() if value in (row["grid"][option][0], row["grid"][option][-1])
+    ]
+    size = math.prod(len(values) for values in row["grid"].values())
+    return f"{len(row['perplexity'])} of {size}" + (f"; at the edge: {', '.join(edge)}" if edge else "")
 
 
 def main() -> None:
