@@ -115,6 +115,13 @@ class PretrainingArguments:
         default="float32", metadata={"help": "Precision of the weights: float32, or bfloat16 as in the paper."}
     )
 
+    block_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "With adamw_torch_fused: factor on the learning rate of the blocks' matrices, like osd_scale."
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--dtype must be float32 or bfloat16, got {self.dtype}.")
@@ -198,6 +205,19 @@ def _projections(output_dir: str) -> list[str]:
     ]
 
 
+def scaled_adamw(model: LlamaForCausalLM, scale: float, args: OSDTrainingArguments) -> torch.optim.AdamW:
+    """AdamW with `scale` times the learning rate for the blocks' matrices: what OSD would be without a subspace."""
+    if args.optim != "adamw_torch_fused":
+        raise ValueError(f"--block_scale {scale} is for --optim adamw_torch_fused, not for {args.optim}.")
+    scaled = {name for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name}
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if (name in scaled) == inside], "lr": rate}
+        for inside, rate in ((True, scale * args.learning_rate), (False, args.learning_rate))
+    ]
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True)
+
+
 def build_trainer(
     args: PretrainingArguments, training_args: OSDTrainingArguments, callbacks: list[TrainerCallback]
 ) -> Trainer:
@@ -220,6 +240,7 @@ def build_trainer(
 
     set_seed(training_args.seed)  # before the weights are drawn
     model = LlamaForCausalLM(config).to(getattr(torch, args.dtype))
+    own = scaled_adamw(model, args.block_scale, training_args) if args.block_scale is not None else None
     return Trainer(
         model=model,
         args=training_args,
@@ -228,6 +249,7 @@ def build_trainer(
         data_collator=collate_blocks,
         processing_class=tokenizer,
         callbacks=callbacks,
+        optimizers=(own, None),
     )
 
 

@@ -1,9 +1,10 @@
 """Pretrains the same model on the same text with several optimizers, each at its best setting of a stated grid.
 
 Reads experiments/<name>.json: arguments common to all runs, and for each method its arguments, where `{scale}` stands
-for the value of an option called scale, and its grid: the learning rates and the values of those options. With `start`, a method walks its grid: from there to a neighbour (one option one value up or down) that is better, until there
-is none. Without, all of the grid is run. That is done with the first of the experiment's seeds;
-the best setting is then run with the others.
+for the value of an option called scale, and its grid: the learning rates and the values of those options. With `start`
+a method walks its grid: from there to a neighbour (one option one value up or down) that is better, until there is
+none. Without, all of the grid is run. That is done with the first of the experiment's seeds; the best setting is then
+run with the others.
 
 Every run is one call of examples/pretrain_llama.py in a process of its own. Finished runs are kept in `--work_dir` and
 not repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json, .md, .png.
@@ -195,8 +196,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     options = [option for row in rows for option in row["best"]]
     own = len(set(options)) > 1  # then each setting is written with the names of its options
+    at = "the setting" if own else "learning rate"
     lines = [
-        f"| method | perplexity | at {'the setting' if own else 'learning rate'} | the grid | optimizer state | of AdamW's |",
+        f"| method | perplexity | at {at} | the grid | optimizer state | of AdamW's |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -250,7 +252,7 @@ def main() -> None:
     result = {"environment": describe(), "common": experiment["common"], "seeds": experiment["seeds"], "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / f"{name}.md").write_text(table(rows))
-    draw(rows, experiment["title"], folder / f"{name}.png")
+    draw(rows, experiment["title"], folder / f"{name}.png", experiment.get("curves"))
     print(f"Written: {folder / name}.json, .md and .png")
 
 

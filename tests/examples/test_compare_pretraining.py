@@ -4,12 +4,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import HfArgumentParser
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES / "benchmarks"))
+BENCHMARKS = EXAMPLES / "benchmarks"
+sys.path[:0] = [str(EXAMPLES), str(BENCHMARKS)]
 
 import compare_pretraining  # noqa: E402
+import comparison_plot  # noqa: E402
+import pretrain_llama  # noqa: E402
 
 
 EXPERIMENT = {
@@ -17,9 +21,18 @@ EXPERIMENT = {
     "common": ["--max_steps", "10"],
     "methods": {
         "a": {"learning_rates": [0.1, 0.2], "arguments": ["--optim", "a"]},
-        "b": {"learning_rates": [0.1], "arguments": []},
+        "b": {
+            "label": "B",
+            "learning_rates": [1, 2, 3, 4, 5],
+            "options": {"scale": [0.25, 0.5, 1]},
+            "start": {"learning_rate": 2, "scale": 1},
+            "arguments": ["--optim", "b", "--optim_args", "rank=4,scale={scale}"],
+        },
     },
 }
+RESULTS = sorted(
+    file for file in (BENCHMARKS / "results").glob("*/*.json") if (BENCHMARKS / "experiments" / file.name).is_file()
+)
 
 
 def result(loss: float) -> dict:
@@ -34,30 +47,82 @@ def result(loss: float) -> dict:
     }
 
 
-def test_plan_is_every_method_rate_and_seed():
-    runs = compare_pretraining.plan(EXPERIMENT, None, ["--x"])
-    assert len({run.name for run in runs}) == len(runs) == 6
-    assert runs[0].arguments == ("--max_steps", "10", "--optim", "a", "--x")
+def test_a_setting_is_one_command():
+    a, b = compare_pretraining.read_methods(EXPERIMENT, None, ["--x"])
+    assert a.grid == {"learning_rate": [0.1, 0.2]} and a.start is None
+    run = b.run((3, 0.5), seed=2)
+    assert run.name == "b-learning_rate3-scale0.5-seed2"
+    assert " ".join(run.command) == (
+        "--max_steps 10 --x --optim b --optim_args rank=4,scale=0.5 --learning_rate 3 --seed 2"
+    )
     with pytest.raises(SystemExit, match="Unknown methods c"):
-        compare_pretraining.plan(EXPERIMENT, ["c"], [])
+        compare_pretraining.read_methods(EXPERIMENT, ["c"], [])
 
 
-def test_summary_takes_the_best_mean_over_seeds(tmp_path):
-    runs = compare_pretraining.plan(EXPERIMENT, None, [])
-    found = [result(loss) for loss in (5.0, 5.2, 4.0, 6.4, math.inf, 4.0)]
-    a, b = compare_pretraining.summarise(EXPERIMENT, runs, found)
-    assert a["best_learning_rate"] == 0.1 and a["best_perplexity"] == pytest.approx(math.exp(5.1))
-    assert a["curve"] == [(10, 5.0)] and b["best_perplexity"] == math.inf  # a diverged seed is not averaged away
-    assert "50%" in compare_pretraining.table([a])
-    compare_pretraining.draw([a], "title", tmp_path / "plot.png")
+def test_neighbours_differ_in_one_option_by_one_value():
+    grid = {"x": [1, 2, 3], "y": [10, 20]}
+    assert compare_pretraining.neighbours((2, 10), grid) == [(1, 10), (3, 10), (2, 20)]
+    assert compare_pretraining.neighbours((3, 20), grid) == [(2, 20), (3, 10)]
+
+
+def test_a_walk_ends_where_no_neighbour_is_better():
+    grid = {"x": list(range(9)), "y": list(range(9))}
+    losses = compare_pretraining.search(grid, (0, 8), lambda s: (s[0] - 5) ** 2 + (s[1] - 2) ** 2)
+    best = min(losses, key=losses.get)
+    assert best == (5, 2) and set(compare_pretraining.neighbours(best, grid)) < losses.keys()
+    assert len(losses) < 81 == len(compare_pretraining.search(grid, None, sum))
+
+
+def test_the_grid_takes_the_first_seed_and_the_best_setting_all():
+    runs = []
+
+    def run(run: compare_pretraining.Run) -> dict:
+        runs.append(run.name)
+        rate, scale = dict(run.options)["learning_rate"], dict(run.options).get("scale", 0)
+        return result(5 + (rate - 3) ** 2 + scale + run.seed / 10 if rate != 4 else math.nan)
+
+    (b,) = compare_pretraining.read_methods(EXPERIMENT, ["b"], [])
+    row = compare_pretraining.compare(b, run)
+    assert row["best"] == {"learning_rate": 3, "scale": 0.25} and row["perplexity"]["4 × 0.25"] == math.inf
+    assert row["seeds"] == pytest.approx([math.exp(5.35), math.exp(5.45)])
+    assert row["best_perplexity"] == pytest.approx(sum(row["seeds"]) / 2)
+    assert row["spread"] == pytest.approx((row["seeds"][1] - row["seeds"][0]) / math.sqrt(2))
+    assert [name for name in runs if "seed2" in name] == ["b-learning_rate3-scale0.25-seed2"]
+    table = compare_pretraining.table([row])
+    assert f"{len(row['perplexity'])} of 15; at the edge: scale | " in table and "50%" in table
+    assert "| learning rate 3, scale 0.25 |" in table
+
+
+def test_a_seed_that_diverges_is_not_averaged_away():
+    (a,) = compare_pretraining.read_methods(EXPERIMENT, ["a"], [])
+    row = compare_pretraining.compare(a, lambda run: result(math.inf if run.seed == 2 else 4.0))
+    assert row["best_perplexity"] == math.inf and row["spread"] is None
+
+
+def test_the_picture_takes_many_methods_and_ones_that_diverged(tmp_path):
+    methods = compare_pretraining.read_methods(EXPERIMENT, None, [])
+    rows = [compare_pretraining.compare(method, lambda run: result(4.0 + run.seed)) for method in methods]
+    rows.append(rows[0] | {"label": "diverged", "seeds": [math.inf], "best_perplexity": math.inf})
+    comparison_plot.draw(rows * 6, "title", tmp_path / "plot.png", ["b"])
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_committed_experiments_are_complete():
-    for file in (EXAMPLES / "benchmarks" / "experiments").glob("*.json"):
-        experiment = json.loads(file.read_text())
-        if "script" in experiment:  # of another benchmark
-            continue
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_committed_tables_are_of_the_committed_results(file: Path):
+    found = json.loads(file.read_text())
+    if "walked" in found["rows"][0]:  # the other experiments are those of compare_finetuning
+        assert file.with_suffix(".md").read_text() == compare_pretraining.table(found["rows"])
+
+
+def test_committed_experiments_are_complete(tmp_path):
+    parser = HfArgumentParser((pretrain_llama.PretrainingArguments, pretrain_llama.OSDTrainingArguments))
+    for name in ("quickstart", "quickstart_settings", "family"):
+        experiment = json.loads((BENCHMARKS / "experiments" / f"{name}.json").read_text())
         assert experiment.keys() >= {"title", "seeds", "common", "methods"}
-        for method in experiment["methods"].values():
-            assert len(method["learning_rates"]) >= 1 and "--learning_rate" not in method["arguments"]
+        for method in compare_pretraining.read_methods(experiment, None, []):
+            assert "--learning_rate" not in method.arguments and "--dataset" not in method.arguments
+            assert all(values == sorted(set(values)) for values in method.grid.values())
+            setting = method.start or tuple(values[0] for values in method.grid.values())
+            assert all(value in values for value, values in zip(setting, method.grid.values(), strict=True))
+            command = method.run(setting, seed=1).command
+            parser.parse_args_into_dataclasses([*command, "--output_dir", str(tmp_path), "--use_cpu", "true"])
