@@ -6,7 +6,7 @@ a method walks its grid: from there to a neighbour (one option one value up or d
 none. Without, all of the grid is run. That is done with the first of the experiment's seeds; the best setting is then
 run with the others.
 
-Every run is one call of examples/pretrain_llama.py in a process of its own. Finished runs are kept in `--work_dir` and
+Every run is one call of examples/pretrain_llama.py, in a process of its own. Finished runs are kept in `--work_dir` and
 not repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json, .md, .png.
 
 Needs: the `examples` extra. The small command takes a minute, the others one and two hours on two cores; without
@@ -20,9 +20,9 @@ Needs: the `examples` extra. The small command takes a minute, the others one an
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +35,8 @@ from comparison_plot import draw
 from environment import describe, load_experiment, results_folder
 
 
-HERE = Path(__file__).parent
-SCRIPT = HERE.parent / "pretrain_llama.py"
+sys.path.append(str(Path(__file__).parents[1]))  # of pretrain_llama
+PROCESSES = multiprocessing.get_context("forkserver")  # imports the script once, then forks for each run
 
 Setting = tuple[float, ...]  # a value of each option of a grid, in the grid's order
 Grid = dict[str, list[float]]  # option -> its values in ascending order
@@ -136,24 +136,32 @@ def search(grid: Grid, start: Setting | None, loss: Callable[[Setting], float]) 
     return losses
 
 
-def execute(run: Run, work_dir: Path, threads: int) -> dict[str, Any]:
+def execute(run: Run, work_dir: Path) -> dict[str, Any]:
     """The run's results.json, from disk where the same run has finished before."""
     folder = work_dir / run.name
     results, command_file = folder / "results.json", folder / "command.json"
     if not (results.is_file() and command_file.is_file() and json.loads(command_file.read_text()) == run.command):
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(SCRIPT), *run.command, "--output_dir", str(folder), "--save_strategy", "no"]
-        with open(folder / "log.txt", "w") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            code = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
-            ).returncode
-        if code:
+        command = [*run.command, "--output_dir", str(folder), "--save_strategy", "no"]
+        process = PROCESSES.Process(target=_train, args=(command, folder / "log.txt"))
+        process.start()
+        process.join()
+        if process.exitcode:
             raise SystemExit(f"{run.name} failed; see {folder / 'log.txt'}")
         command_file.write_text(json.dumps(run.command))
     found = json.loads(results.read_text())
     print(f"{run.name}: perplexity {found['perplexity']:.2f}", flush=True)
     return found
+
+
+def _train(command: list[str], log: Path) -> None:
+    """One call of the script, in a process that has imported it already."""
+    import pretrain_llama
+
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    pretrain_llama.main(command)
 
 
 def compare(method: Method, run: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
@@ -242,9 +250,10 @@ def main() -> None:
         name += "_" + Path(arguments.data).name
     methods = read_methods(experiment, arguments.methods, extra)
     work_dir = arguments.work_dir / name
-    threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.jobs)
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads or max(1, (os.cpu_count() or 1) // arguments.jobs))
+    PROCESSES.set_forkserver_preload(["pretrain_llama"])
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        rows = list(pool.map(lambda method: compare(method, lambda run: execute(run, work_dir, threads)), methods))
+        rows = list(pool.map(lambda method: compare(method, lambda run: execute(run, work_dir)), methods))
     print("\n" + table(rows))
     if arguments.methods or arguments.max_steps:
         return
