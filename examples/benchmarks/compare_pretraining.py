@@ -6,7 +6,7 @@ a method walks its grid: from there to a neighbour (one option one value up or d
 none. Without, all of the grid is run. That is done with the first of the experiment's seeds; the best setting is then
 run with the others.
 
-Every run is one call of examples/pretrain_llama.py, in a process of its own. Finished runs are kept in `--work_dir` and
+Every run is one call of examples/pretrain_llama.py in its own process. Finished runs are kept in `--work_dir` and
 not repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json, .md, .png.
 
 Needs: the `examples` extra. The small command takes a minute, the others one and two hours on two cores; without
