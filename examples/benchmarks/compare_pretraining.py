@@ -89,11 +89,7 @@ def read_methods(experiment: dict[str, Any], names: list[str] | None, extra: lis
         raise SystemExit(
             f"Unknown methods {', '.join(sorted(unknown))}; there are {', '.join(experiment['methods'])}."
         )
-    return [
-        _read(name, method, experiment, extra)
-        for name, method in experiment["methods"].items()
-        if not names or name in names
-    ]
+    return [_read(name, experiment["methods"][name], experiment, extra) for name in names or experiment["methods"]]
 
 
 def _read(name: str, method: dict[str, Any], experiment: dict[str, Any], extra: list[str]) -> Method:
