@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison_plot import draw
-from environment import describe, load_experiment, results_folder
+from environment import describe, load_experiment, named, results_folder, save
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # of pretrain_llama
@@ -227,6 +227,12 @@ def _tried(row: dict[str, Any]) -> str:
     return f"{len(row['perplexity'])} of {size}" + (f"; at the edge: {', '.join(edge)}" if edge else "")
 
 
+def render(result: dict[str, Any], path: Path) -> None:
+    """Writes table and picture of a result."""
+    named(path, ".md").write_text(table(result["rows"]), encoding="utf-8")
+    draw(result["rows"], result["title"], named(path, ".png"), result.get("curves"))
+
+
 def main() -> None:
     """Run, summarise, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,12 +259,12 @@ def main() -> None:
     print("\n" + table(rows))
     if arguments.methods or arguments.max_steps:
         return
-    folder = results_folder()
-    result = {"environment": describe(), "common": experiment["common"], "seeds": experiment["seeds"], "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(table(rows))
-    draw(rows, experiment["title"], folder / f"{name}.png", experiment.get("curves"))
-    print(f"Written: {folder / name}.json, .md and .png")
+    result = {
+        "environment": describe(),
+        **{key: experiment[key] for key in ("title", "common", "seeds", "curves") if key in experiment},
+        "rows": rows,
+    }
+    save(results_folder() / name, result, render)
 
 
 if __name__ == "__main__":
