@@ -1,10 +1,10 @@
 """Pretrains the same model on the same text with several optimizers, each at its best setting of a stated grid.
 
 Reads experiments/<name>.json: arguments common to all runs, and for each method its arguments, where `{scale}` stands
-for the value of an option called scale, and its grid: the learning rates and the values of those options. With `start`
-a method walks its grid: from there to a neighbour (one option one value up or down) that is better, until there is
-none. Without, all of the grid is run. That is done with the first of the experiment's seeds; the best setting is then
-run with the others.
+for the value of an option called scale, and its grid: the learning rates and the values of those options. With
+`starts`, a method walks its grid: from the best of them to a neighbour (one option one value up or down) that is
+better, until there is none. Without, all of the grid is run. That is done with the first of the experiment's seeds; the
+best setting is then run with the others.
 
 Every run is one call of examples/pretrain_llama.py in its own process. Finished runs are kept in `--work_dir` and
 not repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json, .md, .png.
@@ -73,7 +73,7 @@ class Method:
     arguments: tuple[str, ...]
     common: tuple[str, ...]
     grid: Grid
-    start: Setting | None
+    starts: tuple[Setting, ...]
     seeds: tuple[int, ...]
 
     def run(self, setting: Setting, seed: int) -> Run:
@@ -100,7 +100,7 @@ def _read(name: str, method: dict[str, Any], experiment: dict[str, Any], extra: 
         arguments=tuple(method["arguments"]),
         common=(*experiment["common"], *extra),
         grid=grid,
-        start=tuple(method["start"][option] for option in grid) if "start" in method else None,
+        starts=tuple(tuple(start[option] for option in grid) for start in method.get("starts", [])),
         seeds=tuple(experiment["seeds"]),
     )
 
@@ -115,13 +115,11 @@ def neighbours(setting: Setting, grid: Grid) -> list[Setting]:
     return found
 
 
-def search(grid: Grid, start: Setting | None, loss: Callable[[Setting], float]) -> dict[Setting, float]:
-    """The loss of every setting of the grid, or of those met from `start` to one that no neighbour beats."""
-    if start is None:
-        return {setting: loss(setting) for setting in product(*grid.values())}
-    losses = {start: loss(start)}
-    best, last = start, None
-    while best != last:
+def search(grid: Grid, starts: tuple[Setting, ...], loss: Callable[[Setting], float]) -> dict[Setting, float]:
+    """The loss of every setting of the grid, or of those met from the best start to one that no neighbour beats."""
+    losses = {setting: loss(setting) for setting in starts or product(*grid.values())}
+    best, last = min(losses, key=lambda setting: losses[setting]), None
+    while starts and best != last:
         last = best
         for setting in neighbours(best, grid):
             if setting not in losses:
@@ -168,7 +166,7 @@ def compare(method: Method, run: Callable[[Run], dict[str, Any]]) -> dict[str, A
         found = run(method.run(setting, first))["eval_loss"]
         return found if math.isfinite(found) else math.inf
 
-    losses = search(method.grid, method.start, loss)
+    losses = search(method.grid, method.starts, loss)
     best = min(losses, key=lambda setting: losses[setting])
     results = [run(method.run(best, seed)) for seed in (first, *others)]
     perplexities = [result["perplexity"] for result in results]
@@ -178,7 +176,7 @@ def compare(method: Method, run: Callable[[Run], dict[str, Any]]) -> dict[str, A
         "label": method.label,
         "arguments": method.arguments,
         "grid": method.grid,
-        "walked": method.start is not None,
+        "walked": bool(method.starts),
         "perplexity": {_text(setting): math.exp(value) for setting, value in sorted(losses.items())},
         "best": dict(zip(method.grid, best, strict=True)),
         "seeds": perplexities,

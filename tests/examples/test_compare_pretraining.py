@@ -25,7 +25,7 @@ EXPERIMENT = {
             "label": "B",
             "learning_rates": [1, 2, 3, 4, 5],
             "options": {"scale": [0.25, 0.5, 1]},
-            "start": {"learning_rate": 2, "scale": 1},
+            "starts": [{"learning_rate": 2, "scale": 1}, {"learning_rate": 5, "scale": 1}],
             "arguments": ["--optim", "b", "--optim_args", "rank=4,scale={scale}"],
         },
     },
@@ -46,7 +46,7 @@ def result(loss: float) -> dict:
 
 def test_a_setting_is_one_command():
     a, b = compare_pretraining.read_methods(EXPERIMENT, None, ["--x"])
-    assert a.grid == {"learning_rate": [0.1, 0.2]} and a.start is None
+    assert a.grid == {"learning_rate": [0.1, 0.2]} and a.starts == ()
     run = b.run((3, 0.5), seed=2)
     assert run.name == "b-learning_rate3-scale0.5-seed2"
     assert " ".join(run.command) == (
@@ -64,10 +64,11 @@ def test_neighbours_differ_in_one_option_by_one_value():
 
 def test_a_walk_ends_where_no_neighbour_is_better():
     grid = {"x": list(range(9)), "y": list(range(9))}
-    losses = compare_pretraining.search(grid, (0, 8), lambda s: (s[0] - 5) ** 2 + (s[1] - 2) ** 2)
+    losses = compare_pretraining.search(grid, ((0, 8), (8, 8)), lambda s: (s[0] - 5) ** 2 + (s[1] - 2) ** 2)
     best = min(losses, key=losses.get)
+    assert (1, 8) not in losses  # (8, 8) is the better start
     assert best == (5, 2) and set(compare_pretraining.neighbours(best, grid)) < losses.keys()
-    assert len(losses) < 81 == len(compare_pretraining.search(grid, None, sum))
+    assert len(losses) < 81 == len(compare_pretraining.search(grid, (), sum))
 
 
 def test_the_grid_takes_the_first_seed_and_the_best_setting_all():
@@ -112,7 +113,7 @@ def test_committed_experiments_are_complete(tmp_path):
         for method in compare_pretraining.read_methods(experiment, None, []):
             assert "--learning_rate" not in method.arguments and "--dataset" not in method.arguments
             assert all(values == sorted(set(values)) for values in method.grid.values())
-            setting = method.start or tuple(values[0] for values in method.grid.values())
-            assert all(value in values for value, values in zip(setting, method.grid.values(), strict=True))
-            command = method.run(setting, seed=1).command
-            parser.parse_args_into_dataclasses([*command, "--output_dir", str(tmp_path), "--use_cpu", "true"])
+            for setting in method.starts or [tuple(values[0] for values in method.grid.values())]:
+                assert all(value in values for value, values in zip(setting, method.grid.values(), strict=True))
+                command = method.run(setting, seed=1).command
+                parser.parse_args_into_dataclasses([*command, "--output_dir", str(tmp_path), "--use_cpu", "true"])
