@@ -107,7 +107,7 @@ def test_the_picture_takes_many_methods_and_ones_that_diverged(tmp_path):
 
 def test_committed_experiments_are_complete(tmp_path):
     parser = HfArgumentParser((pretrain_llama.PretrainingArguments, pretrain_llama.OSDTrainingArguments))
-    for name in ("quickstart", "quickstart_settings", "family"):
+    for name in ("quickstart", "quickstart_settings", "family", "family_settings"):
         experiment = json.loads((BENCHMARKS / "experiments" / f"{name}.json").read_text())
         assert experiment.keys() >= {"title", "seeds", "common", "methods"}
         for method in compare_pretraining.read_methods(experiment, None, []):
