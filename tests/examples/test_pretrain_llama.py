@@ -131,6 +131,6 @@ def test_model_sizes_are_what_the_names_say(path):
     if size == "quickstart":
         assert 4e6 < parameters < 5e6
     else:
-        named = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+        named = float(size[:-1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[size[-1]]
         # the family's names are loose: 1b has 1.34 billion, 3b 2.69 billion
         assert parameters == pytest.approx(named, rel=0.35)
