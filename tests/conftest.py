@@ -19,3 +19,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def main_module(monkeypatch):
+    """A script that `hf-osd run` made `__main__` does not stay: processes of a later test would run it anew."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
