@@ -6,6 +6,7 @@ meta device. The others are described here, as Trainer runs their current releas
 
 import math
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from ..optim import OSD, create_osd_optimizer, select
 from ..optim.memory import predicted_entry_bytes
-from ..optim.plan import rules_of
+from ..optim.movement import TOGETHER
+from ..optim.plan import ProjectedPlan, rules_of
 from .trace import LiveBytes, meta_device
 
 
@@ -102,35 +104,44 @@ def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, lay
         optim + "_layerwise" * layerwise,
         sizes.total() - projection,
         projection,
-        step_temporaries(optimizer),
+        step_temporaries(optimizer, layerwise),
         layerwise,
         saved=sum(sizes[name] for name in names),
     )
 
 
-def step_temporaries(optimizer: OSD) -> dict[str, int]:
-    """Bytes that the first two steps of each parameter allocate beside its state; the first one makes its P."""
-    known: dict[tuple, int] = {}
-    found = {}
+def step_temporaries(optimizer: OSD, layerwise: bool) -> dict[str, int]:
+    """Bytes that the first two steps of each parameter allocate beside its state; the first one makes its P.
+
+    An ordinary step moves the P of one shape together, so that what it allocates is that of all whose P do.
+    """
+    alike: dict[tuple, list[tuple[str, Tensor]]] = defaultdict(list)
     for index, group in enumerate(optimizer.param_groups):
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            key = (index, p.shape, p.dtype)
-            if key not in known:
-                known[key] = _temporaries(optimizer, p)
-            found[name] = known[key]
+            plan = optimizer.plan_of(p)
+            P = plan.projection_shape if isinstance(plan, ProjectedPlan) and not layerwise else None
+            alike[index, P or p.shape, p.dtype, P].append((name, p))
+    found: dict[str, int] = {}
+    for (*_, P), members in alike.items():
+        params = sorted((p for _, p in members), key=Tensor.numel, reverse=True)
+        together = max(1, TOGETHER // math.prod(P)) if P else 1
+        most = max(_temporaries(optimizer, params[:k]) for k in {1, together})
+        found.update((name, most) for name, _ in members)
     return found
 
 
-def _temporaries(optimizer: OSD, p: Tensor) -> int:
-    p.grad = torch.empty_like(p)
-    counter, peaks = LiveBytes([p, p.grad]), []
+def _temporaries(optimizer: OSD, params: list[Tensor]) -> int:
+    for p in params:
+        p.grad = torch.empty_like(p)
+    counter, peaks = LiveBytes([X for p in params for X in (p, p.grad)]), []
     with meta_device(), counter:
         for _ in range(2):
             start = len(counter.series)
             optimizer.step()
             peaks.append(max(counter.series[start:]))
-    p.grad = None
-    del optimizer.state[p]
+    for p in params:
+        p.grad = None
+        del optimizer.state[p]
     state = counter.series[-1] - counter.live
     return max(peaks) - state
 

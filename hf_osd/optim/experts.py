@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..update_rules import GradientCheck
+from .movement import Movements
 from .param_step import LowRankGradient, observation, project_gradient, step_projected
 from .plan import ProjectedPlan, Rules, StackedPlan
 from .projections import usable
@@ -54,18 +55,19 @@ def step_matrices(
     plan: ProjectedPlan,
     rules: Rules,
     check: GradientCheck,
+    movements: Movements,
 ) -> None:
     """`step_projected` for each matrix that has a P."""
     if not isinstance(plan, StackedPlan):
         (low,) = lows
         if low is not None:
-            step_projected(p, low, state, group, plan, rules, check)
+            step_projected(p, low, state, group, plan, rules, check, movements)
         return
     state["idle_steps"].add_(check.found_inf - check.broken)
     parts = zip(p.unbind(), lows, _by_expert(state), plan.experts, _checks_by_expert(check), strict=True)
     for W, low, own, expert, own_check in parts:
         if low is not None:
-            step_projected(W, low, own, group, expert, rules, own_check)
+            step_projected(W, low, own, group, expert, rules, own_check, movements)
 
 
 def observe_matrices(

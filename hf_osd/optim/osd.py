@@ -13,6 +13,7 @@ from .groups import settle_group, warn_clipped
 from .layerwise import CLIP_NORM2, GradientStream, take_norm
 from .loading import match_state
 from .modes import MODE_DEFAULTS, Mode
+from .movement import Movements
 from .plan import Plan, ProjectedPlan
 from .rounding import refuse_without_bfloat16
 from .statistics import summarize
@@ -237,9 +238,12 @@ class OSD(torch.optim.Optimizer):
         plans = [self.plan_of(p) for p, _, _ in work]
         stacked, shardings = [plan.stacked for plan in plans], [plan.sharding for plan in plans]
         checks = check_gradients([G for _, G, _ in work], stacked, shardings)
+        movements = Movements()
         for (p, G, group), plan, check in zip(work, plans, checks, strict=True):
             projected = isinstance(plan, ProjectedPlan)
-            steps.apply(p, steps.project(p, G, group, check) if projected else G, group, check)
+            gradient = steps.project(p, G, group, check) if projected else G
+            steps.apply(p, gradient, group, check, movements=movements)
+        movements.finish()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -11,20 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..subspace import Movement
 from ..subspace.precision import reduced_precision
 from ..update_rules import GradientCheck, UpdateRule
-from . import options
 from .directions import Role, cast, direction, load_moments, update_
+from .movement import Movements, Moving
 from .plan import Plan, ProjectedPlan, Rules
 from .projections import (
-    carry,
     idle_steps,
     moves,
     projection_of,
     refresh_projection,
     start_projection,
-    usable,
     weight_role,
 )
 from .residual import Residual, pieces, residual_update
@@ -121,8 +118,9 @@ def step_projected(
     plan: ProjectedPlan,
     rules: Rules,
     check: GradientCheck,
+    movements: Movements,
 ) -> None:
-    """One step of Algorithm 1 from a projected gradient. P is used first and moved after."""
+    """One step of Algorithm 1 from a projected gradient. P is used here, and then left to `movements`."""
     plan.count += 1
     P = projection_of(state, plan, rules)
     _count(state, "step", check)
@@ -132,36 +130,7 @@ def step_projected(
     # W <- (1 - lr weight_decay) W - lr scale (up(D, P) + residual)
     _update_projected(p, D, P, residual, group, plan, check)
     if low.A is not None:
-        _move_projection(low.A, P, state, group, plan, rules, check)
-
-
-def _move_projection(
-    A: Tensor,
-    P: Tensor,
-    state: dict,
-    group: Mapping[str, Any],
-    plan: ProjectedPlan,
-    rules: Rules,
-    check: GradientCheck,
-) -> None:
-    def descend(gP: Tensor) -> None:
-        # P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)
-        if rules.projection is None:
-            raise ValueError(
-                f"{type(rules.subspace).__name__}.advance_ calls `descend`, but P has no optimizer: set `learns = "
-                "True` in its class."
-            )
-        _count(state, "projection_step", check)
-        role = Role(rules.projection, rules.projection_storage, plan.projection_shape, "projection_")
-        lr_P, decay = options.projection_step_size(group), options.projection_weight_decay(group)
-        update_(role, state, P, gP, check, lr_P, decay)
-
-    old = P.clone() if group["carry_moments"] else None
-    rules.subspace.advance_(P, Movement(A, check.inv_norm2, partial(usable, check), plan.op, descend))
-    if P is not state["projection"]:
-        state["projection"].copy_(P)
-    if old is not None:
-        carry(state, plan, rules, P, old, ~usable(check))
+        movements.add(Moving(P, low.A, state, plan, check), group, rules)
 
 
 def _add_rows(D: Tensor, alpha: float, X: Tensor, rows: slice) -> None:

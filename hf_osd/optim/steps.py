@@ -12,6 +12,7 @@ from torch import Tensor
 from ..update_rules import GradientCheck
 from .experts import observe_matrices, project_matrices, step_matrices
 from .gradients import refuse_unsupported
+from .movement import Movements
 from .param_step import LowRankGradient, step_full
 from .plan import Plan, ProjectedPlan, Rules, StackedPlan, make_plan, names_of, resume_plan, rules_of, settle_sides
 from .sharding import local
@@ -111,6 +112,7 @@ class ParameterSteps:
         group: dict[str, Any],
         check: GradientCheck,
         norm_check: GradientCheck | None = None,
+        movements: Movements | None = None,
     ) -> None:
         """The half that moves the weight, and P.
 
@@ -118,6 +120,7 @@ class ParameterSteps:
             gradient (`torch.Tensor` or `list`): Whole for a full-size parameter; what `project` gave else.
             check (`GradientCheck`): Of the gradients that A is made of.
             norm_check (`GradientCheck`, *optional*): Of the gradient that R is made of, where that is another.
+            movements (`Movements`, *optional*): Where P is left to be moved with others; without, it moves at once.
         """
         plan, rules = self.plan_of(p), rules_of(group)
         state = self._state_of(p, plan, rules)
@@ -130,7 +133,10 @@ class ParameterSteps:
             seen = observe_matrices(gradient, state, plan, rules, norm_check or check)
             if seen is not None:
                 self.observations[p] = seen
-        step_matrices(local(p), gradient, state, group, plan, rules, check)
+        own = Movements() if movements is None else movements
+        step_matrices(local(p), gradient, state, group, plan, rules, check, own)
+        if movements is None:
+            own.finish()
 
     def _state_of(self, p: Tensor, plan: Plan, rules: Rules) -> dict[str, Tensor]:
         state = self.optimizer.state[p]

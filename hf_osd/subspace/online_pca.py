@@ -23,6 +23,7 @@ class OnlinePCA(SubspaceRule):
     """
 
     learns: ClassVar[bool] = True
+    stackable: ClassVar[bool] = True
 
     lambda_: float = 0.1
     projection_interval: int = 1

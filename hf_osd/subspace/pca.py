@@ -40,22 +40,24 @@ def pca_loss(
 
 
 def pca_gradient(
-    P: Tensor,  # (s, r) projection
-    A: Tensor,  # (s, r) correlate(G, R), without the factor s, in the precision of P
-    inv_norm2: Tensor,  # () s = 1 / max(||G||², eps)
+    P: Tensor,  # (s, r) projection, or a stack (k, s, r) of them
+    A: Tensor,  # like P: correlate(G, R), without the factor s, in the precision of P
+    inv_norm2: Tensor,  # () s = 1 / max(||G||², eps); (k, 1, 1) of a stack
     lambda_: float,
 ) -> Tensor:
-    """Gradient of Eq. 6 at P, (s, r), without autograd and without anything of size (m, n), (m, m) or (n, n)."""
-    I = _identity(P.shape[1], P.dtype, P.device)  # noqa: E741 - its name in the paper
-    E = torch.addmm(I, P.t(), P, beta=-1)  # C - I
+    """Gradient of Eq. 6 at P, like P, without autograd and without anything of size (m, n), (m, m) or (n, n)."""
+    I = _identity(P.shape[-1], P.dtype, P.device)  # noqa: E741 - its name in the paper
+    add_product = torch.addmm if P.ndim == 2 else torch.baddbmm
     with reduced_precision(A):
-        K = P.t() @ A  # = R Rᵀ without s, and cheaper: A is (s, r), R is as long as the other side
+        E = add_product(I, P.mT, P, beta=-1)  # C - I
+        K = P.mT @ A  # = R Rᵀ without s, and cheaper: A is (s, r), R is as long as the other side
         # grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
         #      = A 2 s (C - 2 I) + P (2 s K + 4 lambda (C - I))        with A and K without s
         two_s = 2 * inv_norm2
         on_A = (E - I).mul_(two_s)
         on_P = K.mul_(two_s).add_(E, alpha=4 * lambda_)
-        return (P @ on_P).addmm_(A, on_A)
+        grad = P @ on_P
+        return add_product(grad, A, on_A, out=grad)
 
 
 @lru_cache(maxsize=64)

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 
+_NARROW = 16
+
+
 def reduced_precision(X: Tensor) -> AbstractContextManager[Any]:
     """Inside, matrix products of float32 tensors on the CPU may round their factors to bfloat16; sums stay float32.
 
     oneDNN does so within the product, without a temporary of X's size. On other devices, in other precisions and on
     processors without bfloat16 units nothing changes.
     """
-    return _IN_BFLOAT16 if X.dtype == torch.float32 and X.is_cpu and _has_bfloat16_units() else _AS_IT_IS
+    wide = X.shape[-1] > _NARROW  # torch itself leaves narrower products as they are, but for batches of them
+    return _IN_BFLOAT16 if wide and X.dtype == torch.float32 and X.is_cpu and _has_bfloat16_units() else _AS_IT_IS
 
 
 class _InBfloat16:

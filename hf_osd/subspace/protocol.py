@@ -64,6 +64,9 @@ class SubspaceRule:
         reads_gradient (`bool`): Whether `make` looks at the gradient's values.
         uses_init (`bool`): Whether `make` does as `init` says.
         two_sided (`bool`): Whether it can be used with `side="two_sided"`.
+        stackable (`bool`):
+            Whether `advance_` also takes several P of one shape at once, as a stack (k, s, r), with A likewise and
+            `inv_norm2` (k, 1, 1). All it may do then is to ask `op.pca_gradient` and call `descend` with a stack.
         code (`str`, *optional*):
             Name of the state entry that is kept instead of P, where `make` returns that and `expand` makes P of it.
         keeps_expanded (`bool`): Whether P is then kept beside the state while the code stays the same.
@@ -95,6 +98,7 @@ class SubspaceRule:
     reads_gradient: ClassVar[bool] = True
     uses_init: ClassVar[bool] = True
     two_sided: ClassVar[bool] = True
+    stackable: ClassVar[bool] = False
     code: ClassVar[str | None] = None
     keeps_expanded: ClassVar[bool] = False
 

@@ -1,0 +1,90 @@
+"""P of one shape that move together, in batched products, against the same P one by one."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_osd import OSD
+from hf_osd.optim import movement
+from hf_osd.subspace import OPERATORS, pca_gradient
+from hf_osd.update_rules import RULES
+
+
+RANK = 12
+# P is (40, 12) on both sides, but for the last two: (48, 12), and (32, 12) of a stack of two experts
+SHAPES = [(40, 64), (64, 40), (40, 56), (48, 80), (2, 32, 72)]
+
+
+def make(dtype: torch.dtype, **options) -> tuple[list[nn.Parameter], OSD]:
+    generator = torch.Generator().manual_seed(7)
+    params = [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in SHAPES]
+    return params, OSD([{"params": params, "rank": RANK}], lr=1e-2, weight_decay=0.1, **options)
+
+
+def run(params: list[nn.Parameter], optimizer: OSD, steps: int = 4, broken: int | None = None) -> None:
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            if step == 2 and i == broken:
+                p.grad[..., 3, 5] = torch.nan
+        optimizer.step()
+
+
+def tensors(params: list[nn.Parameter], optimizer: OSD) -> list[Tensor]:
+    return [*params, *(value for p in params for value in optimizer.state[p].values())]
+
+
+@pytest.mark.parametrize("broken", [None, 1])
+@pytest.mark.parametrize("rule", RULES)
+def test_together_is_one_by_one(rule: str, broken: int | None, monkeypatch):
+    dtype = torch.float32 if rule.endswith("8bit") else torch.float64
+    together, alone = make(dtype, weight_rule=rule), make(dtype, weight_rule=rule)
+    run(*together, broken=broken)
+    monkeypatch.setattr(movement, "TOGETHER", 0)
+    run(*alone, broken=broken)
+    for X, Y in zip(tensors(*together), tensors(*alone), strict=True):
+        assert X.isfinite().all()
+        torch.testing.assert_close(X, Y, rtol=1e-9, atol=1e-10)
+    assert together[1].statistics()["skipped_steps"] == (broken is not None)
+
+
+def test_groups_keep_their_options(monkeypatch):
+    def trained() -> list[Tensor]:
+        params, _ = make(torch.float64)
+        groups = [{"params": params[:1], "alpha": 1.0}, {"params": params[1:], "lr": 1e-3, "lambda_": 0.5}]
+        optimizer = OSD([group | {"rank": RANK} for group in groups], lr=1e-2)
+        run(params, optimizer)
+        return tensors(params, optimizer)
+
+    together = trained()
+    monkeypatch.setattr(movement, "TOGETHER", 0)
+    torch.testing.assert_close(together, trained(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("limit", "stacks"),
+    [(1 << 21, [[3, 40, 12], [48, 12], [2, 32, 12]]), (2 * 40 * 12, [[2, 40, 12], [2, 32, 12], [40, 12], [48, 12]])],
+)
+def test_one_product_for_each_shape(limit: int, stacks: list[list[int]], monkeypatch):
+    seen: list[list[int]] = []
+
+    def spy(P: Tensor, *rest) -> Tensor:
+        seen.append(list(P.shape))
+        return pca_gradient(P, *rest)
+
+    params, optimizer = make(torch.float32)
+    run(params, optimizer, steps=1)  # P is stationary at the gradient that it was made of
+    for op in OPERATORS.values():
+        monkeypatch.setattr(op, "pca_gradient", spy, raising=False)
+    monkeypatch.setattr(movement, "TOGETHER", limit)
+    run(params, optimizer, steps=1)
+    assert sorted(seen) == sorted(stacks)
+
+
+def test_a_gradient_of_a_stack_is_that_of_each():
+    P, A = torch.randn(2, 3, 40, 12, dtype=torch.float64)
+    inv_norm2 = torch.rand(3, dtype=torch.float64)
+    stack = pca_gradient(P, A, inv_norm2[:, None, None], 0.3)
+    for own in zip(P, A, inv_norm2, stack, strict=True):
+        torch.testing.assert_close(pca_gradient(*own[:3], 0.3), own[3], rtol=1e-12, atol=1e-12)
