@@ -19,6 +19,7 @@ from hf_osd.subspace import SUBSPACES, subspace_options
 
 Step = Callable[[], object]
 LR = 1e-3
+PROJECTION_INTERVALS = (2, 4)
 INTERVAL = 200  # steps between two SVDs: the default of galore-torch and of the rules here that renew P at intervals
 
 
@@ -31,6 +32,7 @@ class Contender:
         make (`Callable`): Takes the weights and the rank, gives the step.
         package (`str`, *optional*): What to install for it, beyond this package.
         renews (`bool`): Whether P is made anew every `INTERVAL` steps: the cost of that is spread over them.
+        period (`int`): Its steps are of this many kinds, in turn, and its time is their mean.
         cubic (`bool`): Takes exact SVDs or forms s x s matrices, which takes minutes for large weights on a CPU.
         cuda_only (`bool`): Cannot run on a CPU.
     """
@@ -39,6 +41,7 @@ class Contender:
     make: Callable[[list[Parameter], int], Step]
     package: str | None = None
     renews: bool = False
+    period: int = 1
     cubic: bool = False
     cuda_only: bool = False
 
@@ -190,5 +193,9 @@ OURS += [
     Contender(f"osd_adamw, subspace {name}", osd(subspace=name), renews="update_interval" in subspace_options(name))
     for name in SUBSPACES
     if name != "online_pca"
+]
+OURS += [
+    Contender(f"osd_adamw, projection_interval {k}", osd(projection_interval=k), period=k)
+    for k in PROJECTION_INTERVALS
 ]
 CONTENDERS = {contender.name: contender for contender in [Contender(BARE, bare_products), *OURS, *PEERS]}

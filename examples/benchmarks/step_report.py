@@ -18,7 +18,7 @@ def case(row: dict[str, Any]) -> str:
 
 
 def ratio(row: dict[str, Any], name: str) -> float | None:
-    """Time over that of the three bare products, what is renewed at intervals spread over them."""
+    """Time over that of the three bare products, what is done at some steps only spread over all."""
     found = row["seconds"].get(name)
     return found["amortised"] / row["seconds"][BARE]["median"] if found else None
 
@@ -39,7 +39,7 @@ def table(row: dict[str, Any]) -> str:
     lines = [
         f"**{case(row)}**, one of {row['blocks']} blocks, {row['rounds']} steps",
         "",
-        "| | first step, ms | median, ms | worst, ms | with renewals, ms | of three products | waits | launches |",
+        "| | first step, ms | median, ms | worst, ms | all steps, ms | of three products | waits | launches |",
         "| --- " * 8 + "|",
     ]
     for name, found in row["seconds"].items():

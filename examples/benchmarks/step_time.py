@@ -2,7 +2,7 @@
 
 All contenders (`contenders.py`) step the same tensors, those of one transformer block, in turns of random order;
 a model's time is that times its number of blocks. For each: the first step, which makes its state; the median and the
-worst of the steps after it; the median with what is renewed every 200 steps spread over them; the ratio to the three
+worst of the steps after it; the median with what is done at some steps only spread over all; the ratio to the three
 bare matrix products that a step of Online Subspace Descent cannot do without; how often a step makes the host wait;
 and on a GPU the kernels it launches.
 
@@ -82,7 +82,8 @@ def measure(
     times = in_turn(steps, rounds, device, restore)
     found = {}
     for name, step in steps.items():
-        median = statistics.median(times[name])
+        median, period = statistics.median(times[name]), CONTENDERS[name].period
+        kinds = [statistics.median(times[name][kind::period]) for kind in range(min(period, rounds))]
         spread = max(0.0, first[name] - median) / INTERVAL if CONTENDERS[name].renews else 0.0
         restore()
         waited = waits(step, device)
@@ -92,7 +93,7 @@ def measure(
             "first": first[name],
             "median": median,
             "worst": max(times[name]),
-            "amortised": median + spread,
+            "amortised": statistics.fmean(kinds) + spread,
             "waits": waited,
             "launches": launched,
         }
