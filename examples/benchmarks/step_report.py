@@ -39,16 +39,17 @@ def table(row: dict[str, Any]) -> str:
     lines = [
         f"**{case(row)}**, one of {row['blocks']} blocks, {row['rounds']} steps",
         "",
-        "| | first step, ms | median, ms | worst, ms | all steps, ms | of three products | waits | launches |",
-        "| --- " * 8 + "|",
+        "| | first step, ms | median, ms | worst, ms | all steps, ms | of three products | waits | operators | "
+        "launches |",
+        "| --- " * 9 + "|",
     ]
     for name, found in row["seconds"].items():
         cells = [f"{1e3 * found[key]:.2f}" for key in ("first", "median", "worst", "amortised")]
-        cells += [f"{ratio(row, name):.2f}", str(found["waits"])]
+        cells += [f"{ratio(row, name):.2f}", str(found["waits"]), str(found["operators"])]
         cells.append("-" if found["launches"] is None else str(found["launches"]))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name, reason in row["left_out"].items():
-        lines.append(f"| {name} | {reason} |" + " |" * 6)
+        lines.append(f"| {name} | {reason} |" + " |" * 7)
     return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,7 @@ All contenders (`contenders.py`) step the same tensors, those of one transformer
 a model's time is that times its number of blocks. For each: the first step, which makes its state; the median and the
 worst of the steps after it; the median with what is done at some steps only spread over all; the ratio to the three
 bare matrix products that a step of Online Subspace Descent cannot do without; how often a step makes the host wait;
-and on a GPU the kernels it launches.
+how many operators it is made of, and on a GPU the kernels it launches.
 
 Reads experiments/<name>.json; writes results/<device>/<name>.json, .md (a few), _all.md (all) and .png.
 
@@ -26,7 +26,7 @@ from contenders import BARE, CONTENDERS, INTERVAL, Step
 from environment import describe, load_experiment, pick_device, results_folder, save
 from shapes import block_shapes, sizes
 from step_report import render, table
-from stopwatch import in_turn, launches, timed, waits
+from stopwatch import in_turn, launches, operators, timed, waits
 
 
 CUBIC_UP_TO = {"cpu": 2048, "cuda": 1 << 30}
@@ -88,6 +88,8 @@ def measure(
         restore()
         waited = waits(step, device)
         restore()
+        made = operators(step)
+        restore()
         launched = launches(step, device)
         found[name] = {
             "first": first[name],
@@ -95,6 +97,7 @@ def measure(
             "worst": max(times[name]),
             "amortised": statistics.fmean(kinds) + spread,
             "waits": waited,
+            "operators": made,
             "launches": launched,
         }
     return {

@@ -14,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # to one bool, shapes that depend on values, decompositions that check their own success.
 READS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_linalg_svd", "_linalg_eigh")
 
+# Operators that compute nothing.
+IDLE = ("empty", "new_empty", "promote_types", "profiler::", "detach", "lift_fresh", "resize")
+
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call; on a GPU between two events around it, which includes its waiting for launches."""
@@ -77,24 +80,38 @@ def waits(call: Callable[[], object], device: torch.device) -> int:
             finally:
                 torch.cuda.set_sync_debug_mode(before)
         return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
-    # what is compiled (torchao's steps) runs as written here, for a compiled function hides its operators
-    with torch.compiler.set_stance("force_eager"), _CountReads() as reads:
-        call()
-    return reads.count
+    # Not what a kernel reads within: that of torch's fused AdamW reads its step number on CPUs and not on GPUs.
+    return sum(_name(operator) in READS for operator in _operators(call))
 
 
-class _CountReads(TorchDispatchMode):
-    """Counts the operators of `READS` that Python, or an operator made of others, calls.
+def operators(call: Callable[[], object]) -> int:
+    """How many operators that compute one call makes, on any device: what its launches on a GPU grow with.
 
-    Not what a kernel reads within: that of torch's fused AdamW reads its step number on CPUs and not on GPUs.
+    One that takes lists of tensors counts once.
     """
+    return sum(not operator.is_view and not _name(operator).startswith(IDLE) for operator in _operators(call))
+
+
+def _operators(call: Callable[[], object]) -> list[torch._ops.OpOverload]:
+    # what is compiled (torchao's steps) runs as written here, for a compiled function hides its operators
+    with torch.compiler.set_stance("force_eager"), _Record() as record:
+        call()
+    return record.operators
+
+
+def _name(operator: torch._ops.OpOverload) -> str:
+    return operator.overloadpacket._qualified_op_name.removeprefix("aten::")
+
+
+class _Record(TorchDispatchMode):
+    """Keeps the operators that Python, or an operator made of others, calls."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.operators: list[torch._ops.OpOverload] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: D105
-        self.count += func.overloadpacket._qualified_op_name.removeprefix("aten::") in READS
+        self.operators.append(func)
         return func(*args, **(kwargs or {}))
 
 

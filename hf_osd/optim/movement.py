@@ -36,10 +36,11 @@ class Moving(NamedTuple):
 
 
 class Movements:
-    """The movements that a step's weights have left to do: `finish` does the last of them."""
+    """What a step's weights have left to be done together: `finish` does the last of it."""
 
     def __init__(self) -> None:
         self._waiting: dict[tuple, tuple[list[Moving], Mapping[str, Any], Rules]] = {}
+        self._counters: list[tuple[Tensor, Tensor]] = []
 
     def add(self, moving: Moving, group: Mapping[str, Any], rules: Rules) -> None:
         """Move P now, or when as many of its shape have come as may wait."""
@@ -54,11 +55,17 @@ class Movements:
         if (len(waiting) + 1) * A.numel() > TOGETHER:
             _move(*self._waiting.pop(key))
 
+    def count(self, counter: Tensor, number: Tensor) -> None:
+        """Add to a counter that nothing else in this step reads."""
+        self._counters.append((counter, number))
+
     def finish(self) -> None:
-        """Move those that still wait."""
+        """Move those that still wait, and count."""
         for waiting, group, rules in self._waiting.values():
             _move(waiting, group, rules)
         self._waiting.clear()
+        _count(self._counters)
+        self._counters.clear()
 
 
 def _move(all_moving: Sequence[Moving], group: Mapping[str, Any], rules: Rules) -> None:
@@ -72,6 +79,12 @@ def _move(all_moving: Sequence[Moving], group: Mapping[str, Any], rules: Rules) 
         inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in all_moving])[:, None, None]
 
     def descend(gP: Tensor) -> None:
+        if rules.projection is None:
+            raise ValueError(
+                f"{type(rule).__name__}.advance_ calls `descend`, but P has no optimizer: set `learns = True` in its "
+                "class."
+            )
+        _count([(moving.state["projection_step"], moving.check.keep) for moving in all_moving])
         for moving, own in zip(all_moving, [gP] if gP.ndim == 2 else gP.unbind(), strict=True):
             _descend(moving, own, group, rules)
 
@@ -84,15 +97,15 @@ def _move(all_moving: Sequence[Moving], group: Mapping[str, Any], rules: Rules) 
             carry(state, plan, rules, P, old, ~usable(moving.check))
 
 
+def _count(counters: Sequence[tuple[Tensor, Tensor]]) -> None:
+    if counters:
+        torch._foreach_add_(*map(list, zip(*counters, strict=True)))  # one launch for many
+
+
 def _descend(moving: Moving, gP: Tensor, group: Mapping[str, Any], rules: Rules) -> None:
     # P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)
     P, _, state, plan, check = moving
-    if rules.projection is None:
-        raise ValueError(
-            f"{type(rules.subspace).__name__}.advance_ calls `descend`, but P has no optimizer: set `learns = "
-            "True` in its class."
-        )
-    state["projection_step"].add_(check.keep)
+    assert rules.projection is not None
     role = Role(rules.projection, rules.projection_storage, plan.projection_shape, "projection_")
     lr_P, decay = options.projection_step_size(group), options.projection_weight_decay(group)
     update_(role, state, P, gP, check, lr_P, decay)

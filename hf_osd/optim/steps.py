@@ -120,23 +120,23 @@ class ParameterSteps:
             gradient (`torch.Tensor` or `list`): Whole for a full-size parameter; what `project` gave else.
             check (`GradientCheck`): Of the gradients that A is made of.
             norm_check (`GradientCheck`, *optional*): Of the gradient that R is made of, where that is another.
-            movements (`Movements`, *optional*): Where P is left to be moved with others; without, it moves at once.
+            movements (`Movements`, *optional*): Takes what is better done for many parameters at once.
         """
         plan, rules = self.plan_of(p), rules_of(group)
         state = self._state_of(p, plan, rules)
-        state["skipped_steps"].add_(check.broken)
+        later = Movements() if movements is None else movements
+        later.count(state["skipped_steps"], check.broken)
         if isinstance(gradient, Tensor):
             step_full(local(p), gradient, state, group, plan, rules, check)
-            return
-        assert isinstance(plan, ProjectedPlan)
-        if self.optimizer.collect_statistics:
-            seen = observe_matrices(gradient, state, plan, rules, norm_check or check)
-            if seen is not None:
-                self.observations[p] = seen
-        own = Movements() if movements is None else movements
-        step_matrices(local(p), gradient, state, group, plan, rules, check, own)
+        else:
+            assert isinstance(plan, ProjectedPlan)
+            if self.optimizer.collect_statistics:
+                seen = observe_matrices(gradient, state, plan, rules, norm_check or check)
+                if seen is not None:
+                    self.observations[p] = seen
+            step_matrices(local(p), gradient, state, group, plan, rules, check, later)
         if movements is None:
-            own.finish()
+            later.finish()
 
     def _state_of(self, p: Tensor, plan: Plan, rules: Rules) -> dict[str, Tensor]:
         state = self.optimizer.state[p]

@@ -62,6 +62,14 @@ def test_presets_and_subspace_rules_are_all_there():
     assert not contenders.CONTENDERS["osd_adamw, subspace power"].renews
 
 
+def test_operators_that_compute_are_counted(row: dict):
+    x = torch.ones(3, 2)
+    assert stopwatch.operators(lambda: (x @ x.mT)[0].add_(1)) == 2
+    ours, peer = (row["seconds"][name]["operators"] for name in ("osd_adamw", "galore-torch"))
+    assert row["seconds"]["three products"]["operators"] == 3 * 7 < ours
+    assert row["seconds"]["torch AdamW fused"]["operators"] < 5 and peer > 7 * 8
+
+
 def test_reads_are_counted():
     x = torch.ones(3, 2)
     calls = (x.sum().item, lambda: bool(x[0, 0]), lambda: torch.equal(x, x), x.nonzero, lambda: torch.linalg.svd(x))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_osd import OSD
 from hf_osd.optim import movement
@@ -80,6 +81,32 @@ def test_one_product_for_each_shape(limit: int, stacks: list[list[int]], monkeyp
     monkeypatch.setattr(movement, "TOGETHER", limit)
     run(params, optimizer, steps=1)
     assert sorted(seen) == sorted(stacks)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        idle = func.is_view or func.overloadpacket._qualified_op_name.split("::")[1] in ("empty", "promote_types")
+        self.count += not idle
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("subspace", "most"), [("online_pca", 8), ("static", 6)])
+def test_operators_for_a_further_matrix(subspace: str, most: int):
+    """R, D (a zero tensor and Adam), W, ||G||² and a counter; A and Adam on P. The rest is done for all at once."""
+
+    def operators(matrices: int) -> int:
+        params = [nn.Parameter(torch.randn(40, 64)) for _ in range(matrices)]
+        optimizer = OSD([{"params": params, "rank": RANK}], lr=1e-2, subspace=subspace)
+        run(params, optimizer, steps=2)
+        with Operators() as made:
+            optimizer.step()
+        return made.count
+
+    assert operators(12) - operators(2) == 10 * most
 
 
 def test_a_gradient_of_a_stack_is_that_of_each():
