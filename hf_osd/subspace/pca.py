@@ -47,9 +47,9 @@ def pca_gradient(
 ) -> Tensor:
     """Gradient of Eq. 6 at P, like P, without autograd and without anything of size (m, n), (m, m) or (n, n)."""
     I = _identity(P.shape[-1], P.dtype, P.device)  # noqa: E741 - its name in the paper
-    add_product = torch.addmm if P.ndim == 2 else torch.baddbmm
+    many = P.ndim == 3
     with reduced_precision(A):
-        E = add_product(I, P.mT, P, beta=-1)  # C - I
+        E = (torch.baddbmm if many else torch.addmm)(I, P.mT, P, beta=-1)  # C - I
         K = P.mT @ A  # = R Rᵀ without s, and cheaper: A is (s, r), R is as long as the other side
         # grad = 2 (A C + P K) - 4 A + 4 lambda (P C - P)
         #      = A 2 s (C - 2 I) + P (2 s K + 4 lambda (C - I))        with A and K without s
@@ -57,7 +57,7 @@ def pca_gradient(
         on_A = (E - I).mul_(two_s)
         on_P = K.mul_(two_s).add_(E, alpha=4 * lambda_)
         grad = P @ on_P
-        return add_product(grad, A, on_A, out=grad)
+        return grad.baddbmm_(A, on_A) if many else grad.addmm_(A, on_A)
 
 
 @lru_cache(maxsize=64)
