@@ -21,8 +21,8 @@ from .projections import carry, usable
 
 # Multiplications of a product r wide: up to there torch has another kernel for one product than for a batch of them.
 SMALL = 16**3
-# Entries of P that may wait for each other: 8 MiB in float32, and as much again of A and of copies of both.
-TOGETHER = 1 << 21
+# Entries of P that may move together, 4 MiB in float32: as much again of A and of copies of both is held for it.
+TOGETHER = 1 << 20
 
 
 class Moving(NamedTuple):
@@ -68,14 +68,15 @@ class Movements:
         self._counters.clear()
 
 
-def _move(all_moving: Sequence[Moving], group: Mapping[str, Any], rules: Rules) -> None:
+def _move(all_moving: list[Moving], group: Mapping[str, Any], rules: Rules) -> None:
     """One movement of each P; several are told to the rule as one stack."""
-    rule, first = rules.subspace, all_moving[0]
+    rule, op, check = rules.subspace, all_moving[0].plan.op, all_moving[0].check
     olds = [moving.P.clone() if group["carry_moments"] else None for moving in all_moving]
     if len(all_moving) == 1:
-        P, A, inv_norm2 = first.P, first.A, first.check.inv_norm2
+        P, A, inv_norm2 = all_moving[0].P, all_moving[0].A, check.inv_norm2
     else:
         P, A = torch.stack([moving.P for moving in all_moving]), torch.stack([moving.A for moving in all_moving])
+        all_moving[:] = [moving._replace(A=own) for moving, own in zip(all_moving, A, strict=True)]  # frees the others
         inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in all_moving])[:, None, None]
 
     def descend(gP: Tensor) -> None:
@@ -88,7 +89,7 @@ def _move(all_moving: Sequence[Moving], group: Mapping[str, Any], rules: Rules) 
         for moving, own in zip(all_moving, [gP] if gP.ndim == 2 else gP.unbind(), strict=True):
             _descend(moving, own, group, rules)
 
-    rule.advance_(P, Movement(A, inv_norm2, partial(usable, first.check), first.plan.op, descend))
+    rule.advance_(P, Movement(A, inv_norm2, partial(usable, check), op, descend))
     for moving, old in zip(all_moving, olds, strict=True):
         P, state, plan = moving.P, moving.state, moving.plan
         if P is not state["projection"]:
