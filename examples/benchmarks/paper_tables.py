@@ -5,12 +5,11 @@ each method its arguments and the paper's numbers. Every run is one call of exam
 are kept in `--work_dir` and not repeated, so the table fills up cell by cell, on whatever machines. Of several rates
 the one with the lowest validation loss counts. Writes results/<device>/<name>.json and .md.
 
-Needs: the `examples` extra; at full size GPUs and C4, which is streamed from the Hub. `--reduced` runs some rows of
-the same table with a tiny model on the docstrings of installed packages: it shows that everything works, and its
-numbers do not compare with the paper's.
+Needs: the `examples` extra; at full size GPUs and C4, which is streamed from the Hub. `--reduced` runs the same
+table with a tiny model on the docstrings of installed packages: its numbers do not compare with the paper's.
 
     python examples/benchmarks/paper_tables.py paper_table1 --dry_run              # the commands, and nothing else
-    python examples/benchmarks/paper_tables.py paper_table1 --reduced              # two minutes on one core
+    python examples/benchmarks/paper_tables.py paper_table1 --reduced              # ten minutes on one core
     python examples/benchmarks/paper_tables.py paper_table1 --columns 60M          # one GPU
     python examples/benchmarks/paper_tables.py paper_table1 --columns 1B --launcher "torchrun --nproc_per_node 8" \
         --gradient_accumulation_steps 4                                            # further arguments are the script's
