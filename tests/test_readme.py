@@ -21,12 +21,21 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "examples" / "benchmarks" / "results" / "cpu_2_cores"
 
 
-@pytest.mark.parametrize("name", ["family_text", "step_time"])
+@pytest.mark.parametrize("name", ["family_text", "step_time", "memory"])
 def test_tables_are_the_committed_results(name: str):
     table = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     assert table in README
     assert f"results/cpu_2_cores/{name}.png" in README and (RESULTS / f"{name}.png").is_file()
     assert json.loads((RESULTS / f"{name}.json").read_text())["environment"]["device"] == "cpu_2_cores"
+
+
+def test_what_it_says_of_single_options_is_what_was_measured():
+    rows = json.loads((RESULTS / "family_settings_text.json").read_text())["rows"]
+    seen = {row["method"]: f"{row['best_perplexity']:.1f}" for row in rows}
+    carried = "`svd` every 20 steps: {svd_20} → {svd_20_carried}; `power`: {power} → {power_carried}"
+    interval = "({lambda_0.1} → {pca_interval_2}; `static` {pca_never})"
+    for text in (carried, interval):
+        assert re.sub(r"{([^}]+)}", lambda found: seen[found[1]], text) in README
 
 
 def test_the_quickstarts_output_is_the_committed_run():

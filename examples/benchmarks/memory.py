@@ -3,11 +3,12 @@
 Three steps of a LLaMA with random weights for each optimizer of ours and its peers, ordinary and layerwise, without
 and with gradient checkpointing. On the CPU allocations are counted by torch.profiler, on a GPU by the caching
 allocator. bitsandbytes' kernels decode into temporaries on CPUs and only there: its peak is told without them.
-Writes results/<device>/memory.json, .md and .png.
+Writes results/<device>/memory.json, .md (a few, measured), _all.md (predicted and measured) and .png.
 
 Needs: the `examples` extra.
 
-    python examples/benchmarks/memory.py                          # CPU: two blocks of LLaMA 60M, float32, two minutes
+    python examples/benchmarks/memory.py --model llama_60m --layers 2 --rank 128    # a look, two minutes
+    python examples/benchmarks/memory.py                                            # the committed figures on a CPU
     python examples/benchmarks/memory.py --device cuda --model llama_1b --layers 24 --dtype bf16 --batch 8 --seq 1024
 """
 
@@ -36,6 +37,7 @@ PEERS = ("adamw_torch_fused", "adamw_bnb_8bit", "galore_adamw", "lora")
 CHECKPOINTED = ("adamw_torch_fused", "osd_adamw8bit", "osd_adamw8bit_layerwise")
 STEPS = 3
 RUNS = [*PEERS, *OPTIM_NAMES]
+FEW = [*PEERS, "osd_adamw", "osd_adamw8bit", "osd_adamw8bit_layerwise"]
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -174,6 +176,18 @@ def run_all(settings: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a few, measured."""
+    few = {row["optim"]: row["measured"] for row in rows if row["optim"] in FEW and not row["gradient_checkpointing"]}
+    adamw_peak = few[PEERS[0]]["peak"] if PEERS[0] in few else float("nan")
+    lines = ["| MiB | weights | gradients | optimizer | activations | peak | of AdamW's |", "| --- " * 7 + "|"]
+    for name, seen in few.items():
+        parts = (seen["weights"], seen["gradients"], seen["state"] + seen["projection"], seen["activations"])
+        cells = [f"{value / 2**20:,.0f}" for value in (*parts, seen["peak"])]
+        lines.append(f"| {name} | {' | '.join(cells)} | {seen['peak'] / adamw_peak:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: predicted / measured in MiB."""
     lines = [
@@ -224,8 +238,9 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def render(result: dict[str, Any], path: Path) -> None:
-    """Writes `<path>.md` and `<path>.png`."""
-    named(path, ".md").write_text(table(result["rows"]))
+    """Writes `<path>.md`, `<path>_all.md` and `<path>.png`."""
+    named(path, ".md").write_text(summary(result["rows"]))
+    named(path, "_all.md").write_text(table(result["rows"]))
     blocks = f", {result['layers']} blocks" if result["layers"] else ""
     tokens = f"{result['batch']} x {result['seq']} tokens"
     title = f"{result['model']}{blocks}, {result['dtype']}, rank {result['rank']}, {tokens}"
@@ -236,10 +251,10 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", default="llama_60m", help="file in llama_configs/, or a path")
-    parser.add_argument("--layers", type=int, default=2, help="blocks; 0 for all (default: 2)")
+    parser.add_argument("--model", default="llama_350m", help="file in llama_configs/, or a path")
+    parser.add_argument("--layers", type=int, default=0, help="blocks (default: all)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default: fp32)")
-    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--runs", nargs="+", default=RUNS, help="optimizers (default: all)")

@@ -68,7 +68,8 @@ class OSD(torch.optim.Optimizer):
         distribution (`str`, *optional*): For `random`: `orthonormal`, the default, or `gaussian`.
         mixing (`float`, *optional*): For `power`: share of the momentum; defaults to 0.9.
         carry_moments (`bool`, *optional*, defaults to `False`):
-            Whether moments are turned into the new basis when P moves (LDAdam, arXiv 2410.16103).
+            Whether moments are turned into the new basis when P moves (LDAdam, arXiv 2410.16103). It helps where P is
+            drawn from gradients often: `power`, and `svd` at short intervals.
         residual (`str`, *optional*, defaults to `"none"`):
             What becomes of the gradient outside the subspace: `none` (the paper), `scaled` (Fira, arXiv 2410.01673)
             or `sign` (FRUGAL, arXiv 2411.07837). See [`~optim.residual`].
