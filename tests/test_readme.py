@@ -38,6 +38,32 @@ def test_what_it_says_of_single_options_is_what_was_measured():
         assert re.sub(r"{([^}]+)}", lambda found: seen[found[1]], text) in README
 
 
+def test_what_it_says_of_speed_was_measured():
+    steps, long, svd = (
+        json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        for name in ("step_time", "step_time_400", "projection_time")
+    )
+    operators = [
+        steps[0]["seconds"][name]["operators"]
+        for name in ("osd_adamw", "galore-torch", "autograd, as the paper's code")
+    ]
+    assert "asks torch for {} operators where galore-torch asks for {} and the paper's way for {}".format(
+        *operators
+    ) in (README.replace("\n", " "))
+    spike, peer = (
+        long[0]["seconds"][name]["worst"] / long[0]["seconds"][name]["median"]
+        for name in ("osd_adamw", "galore-torch")
+    )
+    assert f"[{spike:.1f} times the median]" in README and f"\n{peer:.0f} times as much" in README
+    first, median = (steps[-1]["seconds"]["osd_adamw"][key] for key in ("first", "median"))
+    assert steps[-1]["model"] == "1b" and first - median < 3 * median
+    (seconds,) = [
+        row["seconds"] for row in svd if (row["shape"], row["rank"], row["dtype"]) == ([2048, 5461], 128, "float32")
+    ]
+    ratios = [seconds["torch.linalg.svd"] / seconds[name] for name in ("closed form", "closed form, given R")]
+    assert "is {:.0f} times faster than `torch.linalg.svd`, and {:.0f} times".format(*ratios) in README
+
+
 def test_the_quickstarts_output_is_the_committed_run():
     run = json.loads((RESULTS / "make_quickstart.json").read_text())
     assert f"validation perplexity  {run['perplexity']:.2f} after {run['tokens_seen']:,} tokens" in README
