@@ -240,11 +240,12 @@ class OSD(torch.optim.Optimizer):
         stacked, shardings = [plan.stacked for plan in plans], [plan.sharding for plan in plans]
         checks = check_gradients([G for _, G, _ in work], stacked, shardings)
         movements = Movements()
-        for (p, G, group), plan, check in zip(work, plans, checks, strict=True):
-            projected = isinstance(plan, ProjectedPlan)
-            gradient = steps.project(p, G, group, check) if projected else G
-            steps.apply(p, gradient, group, check, movements=movements)
-        movements.finish()
+        try:
+            for (p, G, group), plan, check in zip(work, plans, checks, strict=True):
+                gradient = steps.project(p, G, group, check) if isinstance(plan, ProjectedPlan) else G
+                steps.apply(p, gradient, group, check, movements=movements)
+        finally:  # where one cannot be stepped, the others before it have made whole steps
+            movements.finish()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -4,7 +4,7 @@ Letters and shapes as in `operators`; s is the number of rows of P.
 """
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ class SubspaceRule:
         two_sided (`bool`): Whether it can be used with `side="two_sided"`.
         stackable (`bool`):
             Whether `advance_` also takes several P of one shape at once, as a stack (k, s, r), with A likewise and
-            `inv_norm2` (k, 1, 1). All it may do then is to ask `op.pca_gradient` and call `descend` with a stack.
+            `inv_norm2` (k, 1, 1). It may ask `op.pca_gradient` then, call `descend` with a stack, and nothing else.
+            A class that overrides `advance_` says so anew.
         code (`str`, *optional*):
             Name of the state entry that is kept instead of P, where `make` returns that and `expand` makes P of it.
         keeps_expanded (`bool`): Whether P is then kept beside the state while the code stays the same.
@@ -101,6 +102,11 @@ class SubspaceRule:
     stackable: ClassVar[bool] = False
     code: ClassVar[str | None] = None
     keeps_expanded: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "advance_" in vars(cls) and "stackable" not in vars(cls):
+            cls.stackable = False  # what is inherited was said of another `advance_`
 
     @property
     def mixes(self) -> float:

@@ -1,5 +1,7 @@
 """P of one shape that move together, in batched products, against the same P one by one."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_osd import OSD
 from hf_osd.optim import movement
-from hf_osd.subspace import OPERATORS, pca_gradient
+from hf_osd.optim.steps import ParameterSteps
+from hf_osd.subspace import OPERATORS, Movement, pca_gradient
+from hf_osd.subspace.online_pca import OnlinePCA
 from hf_osd.update_rules import RULES
 
 
@@ -81,6 +85,39 @@ def test_one_product_for_each_shape(limit: int, stacks: list[list[int]], monkeyp
     monkeypatch.setattr(movement, "TOGETHER", limit)
     run(params, optimizer, steps=1)
     assert sorted(seen) == sorted(stacks)
+
+
+def test_a_rule_with_a_movement_of_its_own_is_not_given_stacks():
+    @dataclass(frozen=True)
+    class Normalised(OnlinePCA):
+        def advance_(self, P: Tensor, move: Movement) -> None:
+            super().advance_(P, move)
+            P.copy_(torch.linalg.qr(P).Q)
+
+    assert OnlinePCA.stackable and not Normalised.stackable
+    params, optimizer = make(torch.float64, subspace=Normalised())
+    run(params, optimizer)
+    for p in params:
+        P = optimizer.state[p]["projection"]
+        torch.testing.assert_close(P.mT @ P, torch.eye(RANK, dtype=P.dtype).expand_as(P.mT @ P))
+
+
+def test_a_step_that_fails_has_moved_the_p_of_the_weights_before(monkeypatch):
+    params, optimizer = make(torch.float64)
+    run(params, optimizer, steps=2)
+    before = [optimizer.state[p]["projection"].clone() for p in params]
+    project = ParameterSteps.project
+
+    def failing(steps: ParameterSteps, p: Tensor, *rest) -> list:
+        if p is params[1]:
+            raise RuntimeError("an SVD that does not converge")
+        return project(steps, p, *rest)
+
+    monkeypatch.setattr(ParameterSteps, "project", failing)
+    with pytest.raises(RuntimeError, match="does not converge"):
+        run(params, optimizer, steps=1)
+    moved = [not torch.equal(P, optimizer.state[p]["projection"]) for P, p in zip(before, params, strict=True)]
+    assert moved == [True, False, False, False, False]
 
 
 class Operators(TorchDispatchMode):
