@@ -177,14 +177,15 @@ def run_all(settings: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a few, measured."""
-    few = {row["optim"]: row["measured"] for row in rows if row["optim"] in FEW and not row["gradient_checkpointing"]}
-    adamw_peak = few[PEERS[0]]["peak"] if PEERS[0] in few else float("nan")
+    """Markdown: a few, measured; all where AdamW, which they are compared with, was not asked for."""
+    measured = {row["optim"]: row["measured"] for row in rows if not row["gradient_checkpointing"]}
+    few = {name: seen for name, seen in measured.items() if name in FEW} if PEERS[0] in measured else measured
     lines = ["| MiB | weights | gradients | optimizer | activations | peak | of AdamW's |", "| --- " * 7 + "|"]
     for name, seen in few.items():
         parts = (seen["weights"], seen["gradients"], seen["state"] + seen["projection"], seen["activations"])
         cells = [f"{value / 2**20:,.0f}" for value in (*parts, seen["peak"])]
-        lines.append(f"| {name} | {' | '.join(cells)} | {seen['peak'] / adamw_peak:.0%} |")
+        share = f"{seen['peak'] / few[PEERS[0]]['peak']:.0%}" if PEERS[0] in few else "-"
+        lines.append(f"| {name} | {' | '.join(cells)} | {share} |")
     return "\n".join(lines) + "\n"
 
 

@@ -115,10 +115,8 @@ class _Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(call: Callable[[], object], device: torch.device) -> int | None:
-    """How many kernels and graphs one call launches on a GPU; `None` on a CPU."""
-    if device.type != "cuda":
-        return None
+def launches(call: Callable[[], object]) -> int:
+    """How many kernels and graphs one call launches on a GPU."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         call()
         torch.cuda.synchronize()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..optim import OSD, create_osd_optimizer, select
 from ..optim.memory import predicted_entry_bytes
-from ..optim.movement import TOGETHER
+from ..optim.movement import STACK_LIMIT
 from ..optim.plan import ProjectedPlan, rules_of
 from .trace import LiveBytes, meta_device
 
@@ -124,7 +124,7 @@ def step_temporaries(optimizer: OSD, layerwise: bool) -> dict[str, int]:
     found: dict[str, int] = {}
     for (*_, P), members in alike.items():
         params = sorted((p for _, p in members), key=Tensor.numel, reverse=True)
-        together = max(1, TOGETHER // math.prod(P)) if P else 1
+        together = max(1, STACK_LIMIT // math.prod(P)) if P else 1
         most = max(_temporaries(optimizer, params[:k]) for k in {1, together})
         found.update((name, most) for name, _ in members)
     return found

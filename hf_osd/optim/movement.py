@@ -19,10 +19,10 @@ from .plan import ProjectedPlan, Rules
 from .projections import carry, usable
 
 
+# Entries of a stack of P, 4 MiB in float32: as much again of A and of copies of both is held while it fills.
+STACK_LIMIT = 1 << 20
 # Multiplications of a product r wide: up to there torch has another kernel for one product than for a batch of them.
-SMALL = 16**3
-# Entries of P that may move together, 4 MiB in float32: as much again of A and of copies of both is held for it.
-TOGETHER = 1 << 20
+ALONE_UP_TO = 16**3
 
 
 class Moving(NamedTuple):
@@ -46,13 +46,13 @@ class Movements:
         """Move P now, or when as many of its shape have come as may wait."""
         A, r = moving.A, moving.plan.rank
         alone = moving.plan.two_sided or group["carry_moments"] or not rules.subspace.stackable
-        if alone or A.numel() * r <= SMALL:
+        if alone or A.numel() * r <= ALONE_UP_TO:
             _move([moving], group, rules)
             return
         key = (id(group), A.shape, A.dtype, A.device)
         waiting, _, _ = self._waiting.setdefault(key, ([], group, rules))
         waiting.append(moving)
-        if (len(waiting) + 1) * A.numel() > TOGETHER:
+        if (len(waiting) + 1) * A.numel() > STACK_LIMIT:
             _move(*self._waiting.pop(key))
 
     def count(self, counter: Tensor, number: Tensor) -> None:

@@ -37,4 +37,5 @@ def test_it_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memory.py", *command, "--output_dir", str(tmp_path)])
     memory.main()
     assert "| osd_lion_layerwise |" in capsys.readouterr().out
+    assert "| osd_lion_layerwise |" in (tmp_path / "memory.md").read_text()
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")

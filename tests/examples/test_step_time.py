@@ -53,6 +53,8 @@ def test_steps_of_several_kinds_are_averaged(tiny: str, monkeypatch):
     row = step_time.measure(tiny, 4, 12, [name], CPU, torch.float32)
     assert row["seconds"][name]["amortised"] == 3.0
     assert row["seconds"]["three products"]["amortised"] == row["seconds"][name]["median"] == 1.5
+    ordinary = step_time.measure(tiny, 4, 4, ["osd_adamw"], CPU, torch.float32)["seconds"]["osd_adamw"]
+    assert row["seconds"][name]["operators"] == ordinary["operators"]  # of the step that moves P
 
 
 def test_presets_and_subspace_rules_are_all_there():

@@ -46,7 +46,7 @@ def test_together_is_one_by_one(rule: str, broken: int | None, monkeypatch):
     dtype = torch.float32 if rule.endswith("8bit") else torch.float64
     together, alone = make(dtype, weight_rule=rule), make(dtype, weight_rule=rule)
     run(*together, broken=broken)
-    monkeypatch.setattr(movement, "TOGETHER", 0)
+    monkeypatch.setattr(movement, "STACK_LIMIT", 0)
     run(*alone, broken=broken)
     for X, Y in zip(tensors(*together), tensors(*alone), strict=True):
         assert X.isfinite().all()
@@ -63,7 +63,7 @@ def test_groups_keep_their_options(monkeypatch):
         return tensors(params, optimizer)
 
     together = trained()
-    monkeypatch.setattr(movement, "TOGETHER", 0)
+    monkeypatch.setattr(movement, "STACK_LIMIT", 0)
     torch.testing.assert_close(together, trained(), rtol=1e-9, atol=1e-10)
 
 
@@ -82,7 +82,7 @@ def test_one_product_for_each_shape(limit: int, stacks: list[list[int]], monkeyp
     run(params, optimizer, steps=1)  # P is stationary at the gradient that it was made of
     for op in OPERATORS.values():
         monkeypatch.setattr(op, "pca_gradient", spy, raising=False)
-    monkeypatch.setattr(movement, "TOGETHER", limit)
+    monkeypatch.setattr(movement, "STACK_LIMIT", limit)
     run(params, optimizer, steps=1)
     assert sorted(seen) == sorted(stacks)
 
