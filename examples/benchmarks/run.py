@@ -37,14 +37,19 @@ def script_of(experiment: dict) -> str:
     return experiment.get("script") or ("compare_finetuning" if "tasks" in experiment else "compare_pretraining")
 
 
-def script_of_result(name: str) -> str | None:
-    """The script that made results/<device>/<name>.json; `None` for what no benchmark here made.
+def experiment_of_result(name: str) -> str | None:
+    """The experiment that gave results/<device>/<name>.json; `None` for what no benchmark here made.
 
     A result of the same experiment in another form, reduced or on other data, has more at the end of its name.
     """
-    known = experiments()
-    fitting = [other for other in known if name == other or name.startswith(other + "_")]
-    return known[max(fitting, key=len)] if fitting else None
+    fitting = [other for other in experiments() if name == other or name.startswith(other + "_")]
+    return max(fitting, key=len, default=None)
+
+
+def script_of_result(name: str) -> str | None:
+    """The script that made a result, likewise."""
+    experiment = experiment_of_result(name)
+    return experiments()[experiment] if experiment else None
 
 
 def redraw(file: Path, script: ModuleType, folder: Path | None = None) -> list[Path]:
@@ -88,9 +93,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     known = experiments()
     if name == "--list":
+        results = {file: experiment_of_result(file.stem) for file in sorted(RESULTS.glob("*/*.json"))}
         for experiment, script in known.items():
-            devices = [file.parent.name for file in RESULTS.glob(f"*/{experiment}.json")]
-            print(f"{experiment:28} {script + '.py':26} {', '.join(devices) or '-'}")
+            made = [f"{file.parent.name}/{file.stem}" for file, maker in results.items() if maker == experiment]
+            print(f"{experiment:28} {script + '.py':26} {', '.join(made) or '-'}")
         return 0
     if name == "--draw":
         draw(rest)

@@ -36,7 +36,9 @@ def test_tables_and_pictures_are_made_of_the_committed_results_alone(file: Path,
 
 def test_every_experiment_is_listed_and_described(capsys):
     assert run.main(["--list"]) == 0
-    listed = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines if line.startswith("family ")] == ["cpu_2_cores/family_text"]
+    listed = {line.split()[0]: line.split()[1] for line in lines}
     for file in environment.EXPERIMENTS.glob("*.json"):
         assert file.stem in listed
     for name, script in listed.items():
