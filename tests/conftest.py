@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import `reference`
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+
+# One server imports these and forks the processes that tests start: importing takes longer than what they do.
+multiprocessing.set_forkserver_preload(
+    ["hf_osd", "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers.trainer"]
+)
 
 
 @pytest.fixture(autouse=True)

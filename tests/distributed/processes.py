@@ -1,6 +1,5 @@
 """Run functions on several gloo processes, started once for many of them."""
 
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,8 +22,6 @@ def run(world_size: int, scenarios: Sequence[Callable[[int, int, Path], None]], 
     """
     folder.mkdir(exist_ok=True)
     (folder / f"store_{world_size}").unlink(missing_ok=True)  # of an earlier call
-    # One server imports the package and forks all processes: importing takes longer than what they do.
-    multiprocessing.set_forkserver_preload(["hf_osd", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
     crash = None
     try:
         mp.start_processes(_work, (world_size, scenarios, folder), nprocs=world_size, start_method="forkserver")

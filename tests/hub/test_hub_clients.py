@@ -182,10 +182,12 @@ def test_server_as_a_process(tmp_path):
     tests = Path(__file__).parent.parent
     command = [sys.executable, "-m", "hub_server", "--port", "0", "--directory", str(tmp_path)]
     with subprocess.Popen(command, cwd=tests, stdout=subprocess.PIPE, text=True) as server:
-        endpoint, token = server.stdout.readline().split()
-        code = "from huggingface_hub import HfApi; import json; print(json.dumps(HfApi().whoami()))"
-        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
-        whoami = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        server.terminate()
+        try:
+            endpoint, token = server.stdout.readline().split()
+            code = "from huggingface_hub import HfApi; import json; print(json.dumps(HfApi().whoami()))"
+            env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
+            whoami = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        finally:  # leaving the block waits for the server to end
+            server.terminate()
     assert json.loads(whoami.stdout)["name"] == "tester"
     assert server.returncode == 0

@@ -17,6 +17,7 @@ from hf_osd import last_complete_checkpoint
 
 KILLS = 20
 LONGEST_LIFE = 8  # steps
+LONGEST_WAIT = 120  # seconds: a life takes one or two, the first one ten more
 STEPS = KILLS * (LONGEST_LIFE + 50)  # out of reach: a kill comes some milliseconds, not 50 steps, after its sign
 
 
@@ -29,10 +30,16 @@ def live(folder: Path, steps: int) -> None:
 
 
 def start(folder: Path, steps: int) -> multiprocessing.Process:
-    # Forked from here, where everything is imported: a life then lasts a second, not ten
-    process = multiprocessing.get_context("fork").Process(target=live, args=(folder, steps))
+    # The server has imported everything: a life lasts a second, not ten. Forks of this process would share tqdm's lock
+    # too, which nobody gives back where its holder is killed.
+    process = multiprocessing.get_context("forkserver").Process(target=live, args=(folder, steps), daemon=True)
     process.start()
     return process
+
+
+def end(process: multiprocessing.Process) -> None:
+    process.join(LONGEST_WAIT)
+    assert process.exitcode == 0, f"did not train to its end: {process.exitcode}"
 
 
 def newest_checkpoint(folder: Path) -> int:
@@ -42,13 +49,14 @@ def newest_checkpoint(folder: Path) -> int:
 
 def wait_for(folder: Path, step: int, process: multiprocessing.Process) -> None:
     """Until the folder of this step's checkpoint is there, which is when its save begins."""
+    deadline = time.monotonic() + LONGEST_WAIT
     while newest_checkpoint(folder) < step:
         assert process.is_alive(), f"died by itself with {process.exitcode}"
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} in {LONGEST_WAIT} s"
         time.sleep(0.001)
 
 
 @pytest.mark.distributed
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_twenty_kills_lose_nothing(tmp_path: Path):
     killed, clock = tmp_path / "killed", random.Random(0)
     killed.mkdir()
@@ -67,11 +75,10 @@ def test_twenty_kills_lose_nothing(tmp_path: Path):
     assert reached == sorted(reached) and reached[-1] > 0
     assert torn > 0, "no kill hit a save: the test shows nothing"
     steps = reached[-1] + 3
-    last = start(killed, steps)
-    last.join()
+    end(start(killed, steps))
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
-    start(undisturbed, steps).join()
+    end(start(undisturbed, steps))
     left, right = torch.load(killed / "end.pt"), torch.load(undisturbed / "end.pt")
     assert all(torch.equal(value, right[name]) for name, value in left.items())
 
