@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import `reference`
 # Tiny tensors: more threads only wait for each other, and results would depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CACHE = tempfile.TemporaryDirectory(prefix="hf_osd_tests_")  # not the user's, for results to depend on or to fill
+os.environ["HF_HOME"] = CACHE.name
 torch.set_num_threads(1)
 
 # One server imports these and forks the processes that tests start: importing takes longer than what they do.
