@@ -228,7 +228,7 @@ def _tried(row: dict[str, Any]) -> str:
 def render(result: dict[str, Any], path: Path) -> None:
     """Writes table and picture of a result."""
     named(path, ".md").write_text(table(result["rows"]), encoding="utf-8")
-    draw(result["rows"], result["title"], named(path, ".png"), result.get("curves"))
+    draw(result["rows"], result["title"], named(path, ".png"), result.get("curves"), result.get("against"))
 
 
 def main() -> None:
@@ -259,7 +259,7 @@ def main() -> None:
         return
     result = {
         "environment": describe(),
-        **{key: experiment[key] for key in ("title", "common", "seeds", "curves") if key in experiment},
+        **{key: experiment[key] for key in ("title", "common", "seeds", "curves", "against") if key in experiment},
         "rows": rows,
     }
     save(results_folder() / name, result, render)

@@ -105,9 +105,32 @@ def test_the_picture_takes_many_methods_and_ones_that_diverged(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_the_picture_shows_perplexity_against_an_option(monkeypatch, tmp_path):
+    grid = {"learning_rate": [0.1], "alpha": [1.0, 2.0, 4.0]}
+    row = {"method": "moves", "grid": grid, "best": {"learning_rate": 0.1, "alpha": 2.0}, "label": "moves"}
+    row |= {
+        "seeds": [4.0, 4.2],
+        "best_perplexity": 4.1,
+        "perplexity": {"0.1 × 1": 5.0, "0.1 × 2": 4.0, "0.1 × 4": 6.0},
+    }
+    stays = {
+        "method": "stays",
+        "grid": {"learning_rate": [0.1]},
+        "label": "stays",
+        "seeds": [7.0],
+        "best_perplexity": 7,
+    }
+    drawn = []
+    monkeypatch.setattr(comparison_plot.Figure, "savefig", lambda self, path: drawn.append(self.axes[1]))
+    comparison_plot.draw([row, stays], "title", tmp_path / "plot.png", against="alpha")
+    moves, line = drawn[0].lines
+    assert moves.get_xydata().tolist() == [[1, 5], [2, 4], [4, 6]] and set(line.get_ydata()) == {7}
+    assert drawn[0].get_xlabel() == "alpha"
+
+
 def test_committed_experiments_are_complete(tmp_path):
     parser = HfArgumentParser((pretrain_llama.PretrainingArguments, pretrain_llama.OSDTrainingArguments))
-    for name in ("quickstart", "quickstart_settings", "family", "family_settings"):
+    for name in ("quickstart", "quickstart_settings", "family", "family_settings", "projection_interval"):
         experiment = json.loads((BENCHMARKS / "experiments" / f"{name}.json").read_text())
         assert experiment.keys() >= {"title", "seeds", "common", "methods"}
         for method in compare_pretraining.read_methods(experiment, None, []):
