@@ -18,6 +18,7 @@ from hf_osd.trainer.optim_args import SETTINGS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = README.replace("\n", " ")  # for what may break anywhere
 RESULTS = ROOT / "examples" / "benchmarks" / "results" / "cpu_2_cores"
 
 
@@ -33,9 +34,17 @@ def test_what_it_says_of_single_options_is_what_was_measured():
     rows = json.loads((RESULTS / "family_settings_text.json").read_text())["rows"]
     seen = {row["method"]: f"{row['best_perplexity']:.1f}" for row in rows}
     carried = "`svd` every 20 steps: {svd_20} → {svd_20_carried}; `power`: {power} → {power_carried}"
-    interval = "({lambda_0.1} → {pca_interval_2}; `static` {pca_never})"
-    for text in (carried, interval):
-        assert re.sub(r"{([^}]+)}", lambda found: seen[found[1]], text) in README.replace("\n", " ")
+    assert carried.format(**seen) in TEXT
+
+
+def test_what_it_says_of_how_often_the_projection_moves_was_measured():
+    rows = {row["method"]: row for row in json.loads((RESULTS / "projection_interval_text.json").read_text())["rows"]}
+    seen = {name: f"{row['best_perplexity']:.1f}" for name, row in rows.items()}
+    plain = "every step {interval_1}, every 2nd {interval_2}, never {never}"
+    residual = "with `residual=scaled` {residual_interval_1}, {residual_interval_2} and {residual_never}"
+    assert f"{plain}; {residual}".format(**seen) in TEXT
+    slow = [rows["interval_1"]["perplexity"][f"0.04 × {alpha}"] for alpha in (0.078125, 0.15625, 0.3125)]
+    assert min(slow) > rows["never"]["seeds"][0]  # "no better than a P that stays"
 
 
 def test_what_it_says_of_speed_was_measured():
@@ -47,21 +56,22 @@ def test_what_it_says_of_speed_was_measured():
         steps[0]["seconds"][name]["operators"]
         for name in ("osd_adamw", "galore-torch", "autograd, as the paper's code")
     ]
-    assert "asks torch for {} operators where galore-torch asks for {} and the paper's way for {}".format(
-        *operators
-    ) in (README.replace("\n", " "))
+    assert (
+        "asks torch for {} operators where galore-torch asks for {} and the paper's way for {}".format(*operators)
+        in TEXT
+    )
     spike, peer = (
         long[0]["seconds"][name]["worst"] / long[0]["seconds"][name]["median"]
         for name in ("osd_adamw", "galore-torch")
     )
-    assert f"[{spike:.1f} times the median]" in README and f"\n{peer:.0f} times as much" in README
+    assert f"[{spike:.1f} times the median]" in TEXT and f"SVD takes {peer:.0f} times as much" in TEXT
     first, median = (steps[-1]["seconds"]["osd_adamw"][key] for key in ("first", "median"))
     assert steps[-1]["model"] == "1b" and first - median < 3 * median
     (seconds,) = [
         row["seconds"] for row in svd if (row["shape"], row["rank"], row["dtype"]) == ([2048, 5461], 128, "float32")
     ]
     ratios = [seconds["torch.linalg.svd"] / seconds[name] for name in ("closed form", "closed form, given R")]
-    assert "is {:.0f} times faster than `torch.linalg.svd`, and {:.0f} times".format(*ratios) in README
+    assert "is {:.0f} times faster than `torch.linalg.svd`, and {:.0f} times".format(*ratios) in TEXT
 
 
 def test_the_quickstarts_output_is_the_committed_run():
