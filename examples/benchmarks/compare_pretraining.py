@@ -36,7 +36,8 @@ from environment import describe, load_experiment, named, results_folder, save
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # of pretrain_llama
-PROCESSES = multiprocessing.get_context("forkserver")  # imports the script once, then forks for each run
+PROCESSES = multiprocessing.get_context("forkserver")  # imports PRELOADED once, then forks for each run
+PRELOADED = ["hf_osd", "datasets"]  # what is installed: before Python 3.13 the server lacks our sys.path
 
 Setting = tuple[float, ...]  # a value of each option of a grid, in the grid's order
 Grid = dict[str, list[float]]  # option -> its values in ascending order
@@ -149,7 +150,7 @@ def execute(run: Run, work_dir: Path) -> dict[str, Any]:
 
 
 def _train(command: list[str], log: Path) -> None:
-    """One call of the script, in a process that has imported it already."""
+    """One call of the script, in a process of its own."""
     import pretrain_llama
 
     with open(log, "w") as file:
@@ -251,7 +252,6 @@ def main() -> None:
     methods = read_methods(experiment, arguments.methods, extra)
     work_dir = arguments.work_dir / name
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads or max(1, (os.cpu_count() or 1) // arguments.jobs))
-    PROCESSES.set_forkserver_preload(["pretrain_llama"])
     with ThreadPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(lambda method: compare(method, lambda run: execute(run, work_dir)), methods))
     print("\n" + table(rows))
@@ -266,4 +266,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    PROCESSES.set_forkserver_preload(PRELOADED)
     main()
