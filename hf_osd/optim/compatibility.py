@@ -62,16 +62,21 @@ def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) ->
 
 
 def differences(
-    saved: Mapping[str, Traits | None], current: Mapping[str, Traits | None]
+    saved: Mapping[str, Traits | None], current: Mapping[str, Traits | None], placed: bool = True
 ) -> list[tuple[str, str, str]]:
-    """(parameter, what the checkpoint has, what this run has) for every parameter that differs."""
-    rows = []
+    """(parameter, what the checkpoint has, what this run has) for every parameter that differs.
+
+    Args:
+        saved, current (`dict`): As `traits` gives them.
+        placed (`bool`, *optional*, defaults to `True`): Whether another place in the groups is a difference.
+    """
+    rows, compared = [], Traits._fields if placed else Traits._fields[1:]
     for name in dict.fromkeys([*current, *saved]):
         old, new = saved.get(name), current.get(name)
         if old is None or new is None:
             rows.append((name, "has it" if name in saved else "-", "has it" if name in current else "-"))
             continue
-        fields = [field for field in Traits._fields if getattr(old, field) != getattr(new, field)]
+        fields = [field for field in compared if getattr(old, field) != getattr(new, field)]
         if fields:
             rows.append((name, _listed(old, fields), _listed(new, fields)))
     return rows

@@ -141,7 +141,7 @@ def exchange_bytes(plans: Iterable[Plan], dtypes: Iterable[torch.dtype]) -> tupl
         numel = torch.Size(plan.shape).numel() * dtype.itemsize
         whole += numel
         if isinstance(plan, ProjectedPlan):
-            numbers, norms = plan.rank * sum(plan.size), 2
+            numbers, norms = plan.rank * sum(plan.size), 3 if plan.stacked else 2
             wide = torch.promote_types(dtype, torch.float32)
             compressed += plan.matrices * (numbers * dtype.itemsize + norms * wide.itemsize)
         else:

@@ -33,7 +33,7 @@ def project_matrices(
     Experts that have not started are asked in one transfer whether they can: nothing is read back once all have.
     """
     if not isinstance(plan, StackedPlan):
-        return [project_gradient(G, state, group, plan, rules, check, given, first is None or first[0])]
+        return [project_gradient(G, state, group, plan, rules, check, given, None if first is None else first[0])]
     ready = [True] * plan.matrices
     if not plan.complete:
         ready = [expert.started or fit for expert, fit in zip(plan.experts, usable(check).tolist(), strict=True)]
@@ -41,8 +41,8 @@ def project_matrices(
     lows: list[LowRankGradient | None] = [None] * plan.matrices
     for e, (G_e, expert) in enumerate(zip(G.unbind(), plan.experts, strict=True)):
         if ready[e]:
-            P, may_renew = None if given is None else given[e], first is None or first[e]
-            lows[e] = project_gradient(G_e, own_states[e], group, expert, rules, checks[e], P, may_renew)
+            P, own_first = None if given is None else given[e], None if first is None else first[e]
+            lows[e] = project_gradient(G_e, own_states[e], group, expert, rules, checks[e], P, own_first)
     plan.started = any(expert.started for expert in plan.experts)
     return lows
 
@@ -68,6 +68,8 @@ def step_matrices(
     for W, low, own, expert, own_check in parts:
         if low is not None:
             step_projected(W, low, own, group, expert, rules, own_check, movements)
+        elif expert.started:  # without tokens in all of the step's gradients
+            expert.end_step()
 
 
 def observe_matrices(

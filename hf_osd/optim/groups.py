@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..subspace import SubspaceRule, name_rule
@@ -14,16 +15,13 @@ from .plan import given_projections, names_of, settle_sides
 from .sharding import refuse_flat
 
 
-def settle_group(
-    group: dict[str, Any], where: str, position: int, default_init: Any, mode: Mode
-) -> tuple[dict[str, Tensor], list[str]]:
+def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -> tuple[dict[str, Tensor], list[str]]:
     """Validate a new group and store in it what is decided once: primitives only.
 
     Args:
         group (`dict`): The group, complete. Changed in place.
         where (`str`): What messages call it.
         position (`int`): Number of parameters in the groups before it.
-        default_init: The optimizer's own `init`.
         mode ([`Mode`]): The optimizer's.
 
     Returns:
@@ -43,8 +41,6 @@ def settle_group(
     if not isinstance(given, str):
         group["init"] = "given"
     if group["rank"] is None:
-        if not isinstance(given, str) and given is not default_init:
-            raise ValueError(f"`init` of {where} has no effect without a `rank`.")
         return {}, []
     for name, p in zip(names, group["params"], strict=True):
         if p.ndim not in (2, 3):
@@ -52,12 +48,35 @@ def settle_group(
                 f"{name} has shape {tuple(p.shape)} and cannot be projected: only matrices can, and stacks of "
                 "them such as experts' weights. Put it into a group without `rank`."
             )
+        if p.dtype == torch.float16:
+            raise ValueError(
+                f"{name} is float16, in which P's gradient, a square of the weight's, over- and underflows. Load the "
+                "model with dtype=torch.bfloat16, or in float32 and train under autocast."
+            )
     settle_sides(group, names)
     group["alpha"] = options.projection_alpha(group, group["lr"])
     if group["projection_schedule"] == "constant":
+        if not group["lr"] > 0:
+            raise ValueError(
+                f"projection_schedule='constant' of {where} keeps P's learning rate at what it is at the start, and "
+                "lr=0 makes that 0. Give the `lr` that the schedule starts from."
+            )
         group["projection_lr"] = group["alpha"] * group["lr"]
     clipped = [name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape[-2:])]
     return {} if isinstance(given, str) else given_projections(given, group, names, position), clipped
+
+
+def refuse_same_names(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `ValueError` where two parameters have one name: a state is loaded by names."""
+    seen: set[str] = set()
+    for group in groups:
+        for name in group.get("param_names") or ():
+            if name in seen:
+                raise ValueError(
+                    f"Two parameters are called {name}, and a saved state is loaded by names: make them differ, as "
+                    "`named_parameters(prefix=...)` does for the parts of a model, or give parameters without names."
+                )
+            seen.add(name)
 
 
 def warn_clipped(clipped: Sequence[str]) -> None:

@@ -90,7 +90,7 @@ class GradientStream:
             for p in group["params"]:
                 if p.requires_grad and self._takes(group):
                     owner = _OWNERS[p]() if p in _OWNERS else None
-                    if owner is not None:
+                    if owner is not None and owner is not self:
                         owner.remove()
                     _OWNERS[p] = weakref.ref(self)
                     self._groups[p] = index
@@ -143,7 +143,7 @@ class GradientStream:
             self._windows.setdefault(p, Window()).add_whole(G)
         elif self.mode.gradient_accumulation:
             window = self._windows.setdefault(p, Window())
-            arrived = self._arrive(p, G, group, window.may_make_projection())
+            arrived = self._arrive(p, G, group, window)
             window.add(arrived.gradient, arrived.energy)  # type: ignore[arg-type]
         elif p in self._norms2:
             raise ValueError(
@@ -160,13 +160,16 @@ class GradientStream:
             self._norms2[p] = arrived.norm2.sum()
             self._apply(p, arrived, group)
 
-    def _arrive(self, p: Tensor, G: Tensor, group: dict[str, Any], first: list[bool] | None = None) -> Arrived:
+    def _arrive(self, p: Tensor, G: Tensor, group: dict[str, Any], window: Window | None = None) -> Arrived:
         """Project `G` where `p` is projected, averaged over the processes unless it is one of several micro-batches.
 
         Args:
-            first (`list[bool]`, *optional*): For each matrix whether its P may be made from `G`; all without it.
+            window ([`Window`], *optional*): Where `G` is one of several gradients, what has come of those before it.
         """
         plan = self.steps.plan_of(p)
+        first = None
+        if window is not None and isinstance(plan, ProjectedPlan):
+            first = window.may_make_projection(plan.matrices)
         exchange = distributed.world_size() > 1 and isinstance(plan, ProjectedPlan)
         if exchange and self.steps.makes_projection(p, group, first):
             distributed.average_(G)  # whole: so that all processes make the same P
@@ -174,7 +177,11 @@ class GradientStream:
         norm2 = squared_norm(G, plan.stacked)
         if not isinstance(plan, ProjectedPlan):
             return Arrived(G, norm2, norm2)
-        lows = self.steps.project(p, G, group, check_of(norm2, plan.stacked), first)
+        shared = norm2
+        if exchange and plan.stacked:  # which experts had tokens on any process: the host may have to decide by it
+            shared = norm2.clone()
+            distributed.average_(shared)
+        lows = self.steps.project(p, G, group, check_of(shared, plan.stacked), first)
         if exchange and not self.mode.gradient_accumulation:
             lows, norm2 = distributed.average_projected(lows, G, norm2, plan)
         return Arrived(lows, norm2, norm2)
@@ -187,7 +194,8 @@ class GradientStream:
         """
         gradient, R_norm2, stacked = arrived.gradient, arrived.norm2, self.steps.plan_of(p).stacked
         if self.mode.max_grad_norm is not None:
-            own2 = arrived.norm2.sum() if stacked else arrived.norm2
+            # of a stack without its broken experts, which are skipped: the others must not be
+            own2 = arrived.norm2.where(arrived.norm2.isfinite(), 0.0).sum() if stacked else arrived.norm2
             norm2 = {"parameter": own2, "previous_norm": self.clip_norm2, "norm": total2}[str(self.mode.clipping)]
             # Where there is none (at the first step no previous one, or another gradient is broken): each parameter by
             # its own, which is no less safe.
@@ -241,10 +249,10 @@ class GradientStream:
 
     def _complete(self, p: Tensor, window: Window, group: dict[str, Any]) -> Arrived:
         summed = self.mode.gradient_accumulation and distributed.world_size() > 1 and group["rank"] is not None
-        if window.G is not None and not summed:
+        if window.lows is None and window.G is not None and not summed:
             return self._arrive(p, window.G, group)
         if window.G is not None:
-            arrived = self._arrive(p, window.G, group, window.may_make_projection())
+            arrived = self._arrive(p, window.G, group, window)
             window.add(arrived.gradient, arrived.energy)  # type: ignore[arg-type]
         if summed:
             window.average_()

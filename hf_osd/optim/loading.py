@@ -39,8 +39,12 @@ def match_state(
     keys: dict[str, Any] = {}
     for group in saved_groups:
         keys.update(zip(names_of(group, len(keys)), group["params"], strict=True))
-    rows = differences(traits(saved_groups, params), traits(live_groups, params))
-    if rows and not partial:
+    saved, current = traits(saved_groups, params), traits(live_groups, params)
+    rows = differences(saved, current)
+    as_saved = not rows
+    if partial:  # the groups stay as they are now, whatever place a parameter has had in them
+        rows = differences(saved, current, placed=False)
+    elif rows:
         raise ValueError(
             f"The state was saved by another optimizer: {len(rows)} of {len(params)} parameters differ.\n"
             f"{table(rows)}\n"
@@ -54,12 +58,12 @@ def match_state(
             f"{len(rows)} of {len(params)} parameters differ from the saved state and start anew.\n{table(rows)}",
             stacklevel=4,
         )
-    else:
+    if as_saved:
         replaced = restored_options(saved_groups, live_groups)
         if replaced:
             warnings.warn(f"The saved state's options are restored: {'; '.join(replaced)}.", stacklevel=4)
     state = {params[name]: _to_device(entries, params[name]) for name, entries in by_name.items() if entries}
-    return state, _with_schedule(live_groups, saved_groups) if rows else saved_groups
+    return state, saved_groups if as_saved else _with_schedule(live_groups, saved_groups)
 
 
 def _to_device(entries: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
@@ -71,14 +75,16 @@ def _to_device(entries: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
 
 
 def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The live groups with the learning rate that the saved run had come to."""
-    schedule: dict[str, Any] = {
-        name: saved_groups[0][name] for name in ("lr", "initial_lr") if name in saved_groups[0]
-    }
+    """The live groups with the learning rate that the saved run had come to, for their first parameter or else any."""
+    owners: dict[str, dict[str, Any]] = {}
+    for group in saved_groups:
+        owners.update(dict.fromkeys(names_of(group, len(owners)), group))
     groups: list[dict[str, Any]] = []
     position = 0
     for group in live_groups:
-        ids = list(range(position, position + len(group["params"])))
-        position += len(ids)
-        groups.append({**group, **schedule, "params": ids})
+        names = names_of(group, position)
+        owner = next((owners[name] for name in names if name in owners), saved_groups[0])
+        schedule: dict[str, Any] = {name: owner[name] for name in ("lr", "initial_lr") if name in owner}
+        groups.append({**group, **schedule, "params": list(range(position, position + len(names)))})
+        position += len(names)
     return groups

@@ -104,3 +104,11 @@ def mode_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             )
         given = {**given, "layerwise": True}
     return asdict(Mode(**given))
+
+
+def refuse_without_projection(mode: Mode) -> None:
+    """Raise `ValueError` for what only projected parameters use, where there are none."""
+    if mode.ddp_compression is not None:
+        raise ValueError(
+            "`ddp_compression` has no effect: no parameter group has a `rank`, so nothing is projected. Leave it out."
+        )

@@ -95,7 +95,7 @@ def _move(all_moving: list[Moving], group: Mapping[str, Any], rules: Rules) -> N
         if P is not state["projection"]:
             state["projection"].copy_(P)
         if old is not None:
-            carry(state, plan, rules, P, old, ~usable(moving.check))
+            carry(state, plan, rules, P, old, moving.check.skip)
 
 
 def _count(counters: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -5,7 +5,7 @@ The entrances are the constructor and groups of `OSD`, `create_osd_optimizer`, `
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -68,6 +68,12 @@ class Options:
 
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Options)}
+# What only projected groups use
+PROJECTED_OPTIONS = sorted(
+    {"subspace", "scale", "side", "init", "projection_dtype", "carry_moments", "residual", *RESIDUAL_OPTIONS}
+    | LEARNING_OPTIONS
+    | RULE_OPTIONS
+)
 
 
 def refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str) -> None:
@@ -101,12 +107,31 @@ def validate(options: Mapping[str, Any], where: str = "OSD") -> None:
 
 def refuse_without_rank(options: Mapping[str, Any]) -> None:
     """Raise `ValueError` for options that only projected groups use, where no group has a `rank`."""
-    own = {"subspace", "scale", "side", "projection_dtype", "carry_moments", "residual", *RESIDUAL_OPTIONS}
-    for name in sorted(LEARNING_OPTIONS | RULE_OPTIONS | own):
-        if options[name] != DEFAULTS[name]:
+    for name in PROJECTED_OPTIONS:
+        if not _same(options[name], DEFAULTS[name]):
             raise ValueError(
                 f"`{name}` of OSD has no effect: no parameter group has a `rank`, so nothing is projected."
             )
+
+
+def refuse_own_without_rank(
+    group: Mapping[str, Any], own: Collection[str], shared: Mapping[str, Any], where: str
+) -> None:
+    """Raise `ValueError` for what a group without `rank` gives of its own that only projected groups use.
+
+    Args:
+        group (`dict`): The group, complete.
+        own (`Collection[str]`): Names of the options that it gave itself.
+        shared (`dict`): The optimizer's options: a group may repeat them.
+        where (`str`): What the message calls the group.
+    """
+    for name in PROJECTED_OPTIONS if group["rank"] is None else ():
+        if name in own and not _same(group[name], DEFAULTS[name]) and not _same(group[name], shared[name]):
+            raise ValueError(f"`{name}` of {where} has no effect without a `rank`. Leave it out.")
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, (str, int, float, bool)) and a == b)
 
 
 def _refuse_without_effect(options: Mapping[str, Any], where: str) -> None:
@@ -209,10 +234,12 @@ def _number(low: float, *, open_below: bool = False, below: float = float("inf")
     return check
 
 
-def _integer(low: int) -> Callable[[Any], str | None]:
+def _integer(low: int, below: int | None = None) -> Callable[[Any], str | None]:
+    limits = f"an integer >= {low}" + (f" and < {below}" if below is not None else "")
+
     def check(value: Any) -> str | None:
         fine = isinstance(value, int) and not isinstance(value, bool) and value >= low
-        return None if fine else f"an integer >= {low}"
+        return None if fine and (below is None or value < below) else limits
 
     return check
 
@@ -288,5 +315,5 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
     "projection_dtype": _one_of(FLOAT_DTYPES),
     "moment_dtype": _one_of(FLOAT_DTYPES),
     "stochastic_rounding": _boolean,
-    "seed": _integer(0),
+    "seed": _integer(0, below=2**32),
 }

@@ -9,10 +9,10 @@ from torch import Tensor
 from ..subspace import SubspaceRule
 from . import options
 from .gradients import check_gradients
-from .groups import settle_group, warn_clipped
+from .groups import refuse_same_names, settle_group, warn_clipped
 from .layerwise import CLIP_NORM2, GradientStream, take_norm
 from .loading import match_state
-from .modes import MODE_DEFAULTS, Mode
+from .modes import MODE_DEFAULTS, Mode, refuse_without_projection
 from .movement import Movements
 from .plan import Plan, ProjectedPlan
 from .rounding import refuse_without_bfloat16
@@ -181,6 +181,7 @@ class OSD(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
+            refuse_without_projection(self.mode)
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
         self._constructed = True
         warn_clipped(self._clipped)
@@ -188,6 +189,9 @@ class OSD(torch.optim.Optimizer):
         if not isinstance(init, str):
             self.defaults["init"] = "auto"
         self.defaults["subspace"] = str(self.defaults["subspace"])
+        for name in ("betas", "momentum"):
+            if self.defaults[name] is None:  # each rule's own: nothing that OneCycleLR could cycle
+                del self.defaults[name]
         if self.mode.takes_gradients:
             self._stream = GradientStream(self)
             self._stream.attach()
@@ -199,13 +203,16 @@ class OSD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with the optimizer's options where it has none of its own."""
-        extra = set(param_group) - {"params", "param_names", "lr", "initial_lr", "name"}
-        options.refuse_unknown(extra, options.DEFAULTS, "a parameter group")
-        super().add_param_group(param_group)
+        own = set(param_group) - {"params", "param_names", "lr", "initial_lr", "name"}
+        options.refuse_unknown(own, options.DEFAULTS, "a parameter group")
+        # A copy, for what is settled here is this optimizer's: the same dictionary can make another one.
+        super().add_param_group({**options.DEFAULTS, **self.defaults, **param_group})
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
         position = sum(len(other["params"]) for other in self.param_groups[:-1])
         try:
-            given, clipped = settle_group(group, where, position, self.defaults["init"], self.mode)
+            refuse_same_names(self.param_groups)
+            options.refuse_own_without_rank(group, own, options.DEFAULTS | self.defaults, where)
+            given, clipped = settle_group(group, where, position, self.mode)
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)
         except Exception:

@@ -74,6 +74,8 @@ def osd_kwargs(
         ddp_compression (`str`, *optional*): See [`OSD`]. Where it is set, DDP is told to leave what is projected.
         rank_pattern (`str` or `Mapping[str, int]`, *optional*): See [`create_osd_optimizer`].
     """
+    include_in_ddp(model)
+    whole, model = model, getattr(model, "_orig_mod", model)  # torch.compile's wrapper: its prefix is in no name
     pattern = parse_rank_pattern(rank_pattern)
     rank = DEFAULT_RANK if settings["rank"] is None else settings["rank"]
     selection = select(model, target_modules, exclude_modules, rank)
@@ -83,9 +85,8 @@ def osd_kwargs(
             f"{', '.join(selection.ignored[:5])}{' ...' if len(selection.ignored) > 5 else ''}.",
             stacklevel=3,
         )
-    include_in_ddp(model)
     if ddp_compression is not None:
-        exclude_from_ddp(model, selection.projected.values())
+        exclude_from_ddp(whole, selection.projected.values())
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
     if decay_names is None:
         decay_names = decay_parameter_names(model)

@@ -16,14 +16,7 @@ from ..update_rules import GradientCheck, UpdateRule
 from .directions import Role, cast, direction, load_moments, update_
 from .movement import Movements, Moving
 from .plan import Plan, ProjectedPlan, Rules
-from .projections import (
-    idle_steps,
-    moves,
-    projection_of,
-    refresh_projection,
-    start_projection,
-    weight_role,
-)
+from .projections import moves, projection_of, refresh_projection, renewal_due, start_projection, weight_role
 from .residual import Residual, pieces, residual_update
 from .rounding import PIECE, add_rounded_, rounding_noise
 
@@ -68,31 +61,34 @@ def project_gradient(
     rules: Rules,
     check: GradientCheck,
     given: Tensor | None,
-    first: bool = True,
+    first: bool | None = None,
 ) -> LowRankGradient | None:
     """Start P, or renew it where that is due, and take the products of a step that read G, (m, n).
 
     Args:
         given (`torch.Tensor`, *optional*): P_0 where the user gave one.
-        first (`bool`, *optional*, defaults to `True`):
-            Whether no gradient of this step has been projected yet, so that P may still be replaced.
+        first (`bool`, *optional*):
+            Of one of several gradients of this step, whether none of them has been projected yet, so that P may still
+            be replaced.
 
     Returns:
         `LowRankGradient`: Without A where P was just made from this gradient and is stationary there, or does not move
-        at this step; `None` before the first gradient of any use, as long as there is no P.
+        at this step; `None` before the first gradient of any use, as long as there is no P, and of one of several
+        where an expert is found without tokens: the next one may be its first.
     """
-    fresh, rule = False, rules.subspace
+    fresh = False
     if not plan.started:
         fresh = start_projection(G, state, group, plan, rules, check, given)
         if not plan.started:
             return None
-    elif first and rule.refresh_due(plan.count - plan.idle):
-        plan.idle = idle_steps(state, check)
-        if rule.refresh_due(plan.count - plan.idle):
-            refresh_projection(G, state, group, plan, rules, check)
+    elif first is not False and renewal_due(state, plan, rules, check):
+        refresh_projection(G, state, group, plan, rules, check)
+    moving = not fresh and moves(state, plan, rules, check, first)
+    if first and plan.doubtful:
+        return None
     P = cast(projection_of(state, plan, rules), G.dtype)
     R = plan.op.down(G, P)
-    A = _correlate(G, R, P, state, plan, rules) if not fresh and moves(state, plan, rules, check) else None
+    A = _correlate(G, R, P, state, plan, rules) if moving else None
     return LowRankGradient(cast(R, plan.compute_dtype), A, G if rules.residual != "none" else None)
 
 
@@ -121,7 +117,7 @@ def step_projected(
     movements: Movements,
 ) -> None:
     """One step of Algorithm 1 from a projected gradient. P is used here, and then left to `movements`."""
-    plan.count += 1
+    plan.end_step()
     P = projection_of(state, plan, rules)
     _count(state, "step", check)
     # D = weight_rule(R)

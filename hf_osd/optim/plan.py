@@ -20,7 +20,7 @@ from ..subspace import (
 )
 from ..update_rules import MomentStorage, UpdateRule, build_rule, build_storage
 from . import options
-from .sharding import FLAT, Sharding, sharding_of
+from .sharding import FLAT, Sharding, local, sharding_of
 
 
 _RULE_OPTIONS = tuple(sorted(RULE_OPTIONS))
@@ -109,6 +109,8 @@ class ProjectedPlan(Plan):
         idle (`int`):
             Of an expert, how many of the `count` steps were without tokens, as far as the host knows: it asks where
             the number decides.
+        doubtful (`bool`):
+            Whether `idle` counts the coming step, of which so far only gradients without tokens are known.
         expanded (`torch.Tensor`, *optional*): P, where the state keeps what it is made from instead.
     """
 
@@ -117,7 +119,12 @@ class ProjectedPlan(Plan):
     projection_dtype: torch.dtype
     started: bool = False
     idle: int = 0
+    doubtful: bool = False
     expanded: Tensor | None = None
+
+    def end_step(self) -> None:
+        """Count a step."""
+        self.count, self.doubtful = self.count + 1, False
 
     @cached_property
     def op(self) -> LinearOperator:
@@ -218,16 +225,19 @@ def make_plan(group: Mapping[str, Any], index: int, p: Tensor, position: int) ->
     return StackedPlan(**{**vars(plan), "shape": tuple(p.shape)}, experts=experts)
 
 
-def resume_plan(plan: Plan, state: Mapping[str, Tensor] | None) -> Plan:
+def resume_plan(plan: Plan, state: Mapping[str, Tensor] | None, rules: Rules) -> Plan:
     """The plan with what a state that exists already tells. Reads the device: this happens once after a load."""
     if not state:
         return plan
     counters = [state[name].reshape(-1).tolist() for name in COUNTERS if name in state]
     matrices = plan.experts if isinstance(plan, StackedPlan) else [plan]
-    for matrix, (step, skipped, *idle) in zip(matrices, zip(*counters, strict=True), strict=True):
+    for e, (matrix, (step, skipped, *idle)) in enumerate(zip(matrices, zip(*counters, strict=True), strict=True)):
         matrix.count = int(step + skipped + sum(idle))
         if isinstance(matrix, ProjectedPlan):
-            matrix.started, matrix.idle = step > 0, int(sum(idle))
+            # P may have been made in a step that was skipped in the end
+            P = local(state[rules.subspace.code or "projection"])
+            matrix.started = step > 0 or bool((P[e] if plan.stacked else P).any())
+            matrix.idle = int(sum(idle))
     if isinstance(plan, StackedPlan):
         plan.started = any(expert.started for expert in plan.experts)
     return plan

@@ -63,7 +63,7 @@ def start_projection(
     """
     if not usable(check):
         return False
-    plan.idle = idle_steps(state, check)
+    ask_idle(state, plan, check)
     plan.count = int(state["skipped_steps"]) + plan.idle
     init = group["init"]
     if init == "given":
@@ -95,12 +95,32 @@ def refresh_projection(
         carry(state, plan, rules, projection_of(state, plan, rules), old, check.skip)
 
 
-def moves(state: dict, plan: ProjectedPlan, rules: Rules, check: GradientCheck) -> bool:
-    """Whether P moves after the coming step. Reads the device for an expert, where its own count decides."""
+def moves(state: dict, plan: ProjectedPlan, rules: Rules, check: GradientCheck, first: bool | None) -> bool:
+    """Whether P moves after the coming step. Reads the device for an expert, where its own count decides.
+
+    Args:
+        first (`bool`, *optional*): As `project_gradient` takes it.
+    """
     rule, count = rules.subspace, plan.count - plan.idle  # no less than the expert's own
-    if "idle_steps" in state and rule.moves_at(count) and not rule.moves_at(count - 1):
-        plan.idle = idle_steps(state, check)
+    if "idle_steps" in state and first is not False:
+        if plan.doubtful or (rule.moves_at(count) and not rule.moves_at(count - 1)):
+            ask_idle(state, plan, check)
     return rule.moves_at(plan.count - plan.idle)
+
+
+def renewal_due(state: dict, plan: ProjectedPlan, rules: Rules, check: GradientCheck) -> bool:
+    """Whether P is to be made anew from the coming gradient. Reads the device for an expert, like `moves`."""
+    due = rules.subspace.refresh_due
+    if plan.doubtful or due(plan.count - plan.idle):
+        ask_idle(state, plan, check)
+    return due(plan.count - plan.idle)
+
+
+def ask_idle(state: Mapping[str, Tensor], plan: ProjectedPlan, check: GradientCheck) -> None:
+    """Bring `plan.idle` up to date, for an expert with the coming step: without tokens, as far as is known now."""
+    if "idle_steps" in state:
+        past, coming = torch.stack([state["idle_steps"], check.found_inf - check.broken]).tolist()
+        plan.idle, plan.doubtful = int(past + coming), coming > 0
 
 
 def _make_projection(G: Tensor, state: dict, plan: ProjectedPlan, rules: Rules, init: str, first: bool) -> str:
@@ -142,8 +162,3 @@ def carry(state: dict, plan: ProjectedPlan, rules: Rules, P: Tensor, old: Tensor
 def weight_role(plan: ProjectedPlan, rules: Rules) -> Role:
     """Whose moments live in the subspace."""
     return Role(rules.weight, rules.weight_storage, plan.update_shape, sharding=plan.sharding)
-
-
-def idle_steps(state: Mapping[str, Tensor], check: GradientCheck) -> int:
-    """Of an expert, with the coming step; others have none."""
-    return int(state["idle_steps"] + check.found_inf - check.broken) if "idle_steps" in state else 0

@@ -123,9 +123,11 @@ def _limit(norm2: Tensor, state: dict, group: Mapping[str, Any], check: Gradient
     """min(1, gamma ||S_{t-1}|| / ||S_t||), 0-dim; the first residual is the measure of the next."""
     gamma = GROWTH_LIMIT if group["residual_limit"] is None else group["residual_limit"]
     norm, before = norm2.sqrt(), state["residual_norm"].to(norm2.dtype)
-    limit = torch.where((before > 0) & (norm > 0), (gamma * before / norm).clamp(max=1.0), 1.0) if gamma else 1.0
+    limit = torch.ones_like(norm)
+    if gamma:
+        limit = torch.where((before > 0) & (norm > 0), (gamma * before / norm).clamp(max=1.0), limit)
     state["residual_norm"].copy_(torch.where(check.skip, before, norm * limit))
-    return torch.as_tensor(limit, dtype=norm.dtype, device=norm.device)
+    return limit
 
 
 def _sign_step(

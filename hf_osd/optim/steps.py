@@ -61,7 +61,9 @@ class ParameterSteps:
             for index, p in enumerate(group["params"]):
                 plan = known.get(p)
                 if plan is None:
-                    plan = resume_plan(make_plan(group, index, p, position), self.optimizer.state.get(p))
+                    plan = resume_plan(
+                        make_plan(group, index, p, position), self.optimizer.state.get(p), rules_of(group)
+                    )
                 self._plans[p] = plan
                 position += 1
 
@@ -84,7 +86,7 @@ class ParameterSteps:
         matrices = plan.experts if isinstance(plan, StackedPlan) else [plan]
         renewed = [True] * len(matrices) if first is None else first
         return any(
-            may and (not matrix.started or due(matrix.count - matrix.idle))
+            may and (not matrix.started or due(matrix.count - matrix.idle + matrix.doubtful))
             for matrix, may in zip(matrices, renewed, strict=True)
         )
 
@@ -95,7 +97,7 @@ class ParameterSteps:
 
         Args:
             first (`list[bool]`, *optional*):
-                For each matrix whether no gradient of this step has been projected yet, so that P may be replaced.
+                Of one of several gradients of this step, for each matrix whether none has been projected yet.
         """
         plan, rules, given = self.plan_of(p), rules_of(group), self.optimizer._given_projections
         assert isinstance(plan, ProjectedPlan)

@@ -45,9 +45,9 @@ class Window:
         self.energy, self.R_energy = self.energy + energy, self.R_energy + R_energy
         self.lows = [_sum(a, b) for a, b in zip(self.lows, lows, strict=True)]
 
-    def may_make_projection(self) -> list[bool] | None:
-        """For each matrix whether it has no image here yet, so that its P may be replaced; `None`: all of them."""
-        return None if self.lows is None else [low is None for low in self.lows]
+    def may_make_projection(self, matrices: int) -> list[bool]:
+        """For each of so many matrices whether it has no image here yet, so that its P may be replaced."""
+        return [True] * matrices if self.lows is None else [low is None for low in self.lows]
 
     def nbytes(self) -> int:
         """Bytes held."""

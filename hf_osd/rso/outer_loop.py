@@ -8,7 +8,7 @@ backward needs of the inputs is x P (tokens, r) alone. On the side of the output
 
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ WEIGHT, FACTOR = "rso_weight", "rso_factor"
 GROUP_KEYS = {"rso_seed": "seed", "rso_sampling": "sampling", "rso_interval": "interval"}
 INDEX = "rso_index"
 
-_attached: WeakKeyDictionary[Optimizer, "OuterLoop"] = WeakKeyDictionary()
+_attached: WeakKeyDictionary[Optimizer, WeakSet["OuterLoop"]] = WeakKeyDictionary()
 
 
 class OuterLoop:
@@ -92,7 +92,8 @@ class OuterLoop:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Add the proximal term to its steps and W and B to its `state_dict`; once for each optimizer."""
-        if _attached.get(optimizer) is self:
+        attached = _attached.setdefault(optimizer, WeakSet())
+        if self in attached:
             return
         held = {p for group in optimizer.param_groups for p in group["params"]}
         missing = sum(B not in held for _, B in self.factors())
@@ -100,9 +101,9 @@ class OuterLoop:
             raise ValueError(f"The optimizer lacks B of {missing} layers: build it after `create_rso_model`.")
         optimizer.register_step_pre_hook(self._add_proximal_gradient)
         optimizer.register_state_dict_post_hook(self._add_to_state_dict)
-        if not any(INDEX in group for group in optimizer.param_groups):  # else it has loaded a checkpoint
+        if not any(INDEX in group for group in self._groups(optimizer)):  # else it has loaded a checkpoint
             self._note(optimizer)
-        _attached[optimizer] = self
+        attached.add(self)
 
     def begin(self, optimizer: Optimizer, step: int) -> None:
         """To be called before the first step of a training, after any `load_state_dict`.
@@ -115,7 +116,7 @@ class OuterLoop:
             ValueError: If the checkpoint is of a run with another seed, sampling or interval.
         """
         self.attach(optimizer)
-        groups = [group for group in optimizer.param_groups if INDEX in group]
+        groups = self._groups(optimizer)
         for group in groups:
             for key, option in GROUP_KEYS.items():
                 if group[key] != getattr(self.options, option):
@@ -150,11 +151,14 @@ class OuterLoop:
 
     def _note(self, optimizer: Optimizer) -> None:
         """Write down in the groups of B what P is drawn from."""
+        for group in self._groups(optimizer):
+            group.update({key: getattr(self.options, option) for key, option in GROUP_KEYS.items()})
+            group[INDEX] = self.index
+
+    def _groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """Those that hold B."""
         factors = {B for _, B in self.factors()}
-        for group in optimizer.param_groups:
-            if not factors.isdisjoint(group["params"]):
-                group.update({key: getattr(self.options, option) for key, option in GROUP_KEYS.items()})
-                group[INDEX] = self.index
+        return [group for group in optimizer.param_groups if not factors.isdisjoint(group["params"])]
 
     @torch.no_grad()
     def _add_proximal_gradient(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -172,9 +176,9 @@ class OuterLoop:
         for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
             for p, number in zip(group["params"], packed["params"], strict=True):
                 entries = state_dict["state"].get(number)
-                if p in layers and entries:  # without entries no step was made: B is 0
+                if p in layers and (entries or p.any()):  # else no step was made: B is 0
                     own = {WEIGHT: layers[p].base_layer.weight.detach(), FACTOR: p.detach()}
-                    state_dict["state"][number] = entries | own  # not in place: they are the live ones
+                    state_dict["state"][number] = (entries or {}) | own  # not in place: they are the live ones
         return state_dict
 
 

@@ -6,6 +6,7 @@ relative error of 2e-3 in it is far below its noise. The products that the weigh
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,13 +27,23 @@ def reduced_precision(X: Tensor) -> AbstractContextManager[Any]:
 
 
 class _InBfloat16:
-    # No `contextmanager`: its generator costs as much as a small product.
+    # No `contextmanager`: its generator costs as much as a small product. The setting is the process's: where threads
+    # step optimizers of their own, the first that enters changes it and the last that leaves sets it back.
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = Lock(), 0, ""
+
     def __enter__(self) -> None:
-        self.before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+        with self.lock:
+            if not self.inside:
+                self.before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+                torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+            self.inside += 1
 
     def __exit__(self, *error: object) -> None:
-        torch.backends.mkldnn.matmul.fp32_precision = self.before  # type: ignore[attr-defined]
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                torch.backends.mkldnn.matmul.fp32_precision = self.before  # type: ignore[attr-defined]
 
 
 _IN_BFLOAT16, _AS_IT_IS = _InBfloat16(), nullcontext()

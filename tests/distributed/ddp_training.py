@@ -102,18 +102,19 @@ def accelerate_loop(**options: Any) -> tuple[nn.Module, OSD]:
     return net, own
 
 
-def stack_loop(**options: Any) -> tuple[nn.Module, OSD]:
+def stack_loop(micro: int = 1, **options: Any) -> tuple[nn.Module, OSD]:
     """A stack of experts' matrices outside DDP; each process's half of the batch goes to experts of its own."""
     generator = torch.Generator().manual_seed(5)
     experts = nn.Module()
     experts.W = nn.Parameter(torch.randn(4, 12, 20, generator=generator, dtype=torch.float64))
-    optimizer = OSD([{"params": [("W", experts.W)]}], lr=1e-2, rank=4, subspace="static", **options)
-    for step in range(8):
+    optimizer = OSD([{"params": [("W", experts.W)]}], lr=1e-2, rank=4, **options)
+    for step in range(12):
         G = torch.randn(BATCH, 4, 12, 20, generator=generator, dtype=torch.float64)
         G[: BATCH // 2, 0] = 0  # no tokens of the first half
         G[BATCH // 2 :, 1] = 0
         G[:, step % 4] = 0
-        (experts.W * G[share()].mean(0)).sum().backward()
+        for part in G[share()].chunk(micro):
+            (experts.W * part.mean(0) / micro).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return experts, optimizer
@@ -254,6 +255,15 @@ OWN_LOOPS: dict[str, dict[str, Any]] = {
     "layerwise_clipped_parameter": {**CLIPPED, "layerwise": True, "layerwise_clipping": "parameter", **COMPRESSED},
     "layerwise_clipped_previous": {**CLIPPED, "layerwise": True, "layerwise_clipping": "previous_norm", **COMPRESSED},
 }
+LAYERWISE = {"layerwise": True, "gradient_accumulation": True}
+# a process whose tokens miss an expert must not take another way: P moves, or is made anew, for all or for none
+STACKS: dict[str, dict[str, Any]] = {
+    "stack": {"subspace": "static", **COMPRESSED},
+    "stack_random": {"subspace": "random", "update_interval": 3, **COMPRESSED},
+    "stack_at_intervals": {"projection_interval": 3, **COMPRESSED},
+    "stack_svd_accumulated": {"subspace": "svd", "update_interval": 3, "micro": 2, **LAYERWISE, **COMPRESSED},
+    "stack_at_intervals_accumulated": {"projection_interval": 3, "micro": 2, **LAYERWISE, **COMPRESSED},
+}
 RESUMED = [
     *("online_pca", "svd", "accumulated", "eight_bit", "random", "cosine"),
     *("layerwise_online_pca", "layerwise_accumulated", "layerwise_eight_bit", "layerwise_clipped_previous"),
@@ -289,7 +299,8 @@ def main(folder: Path) -> None:
         results[f"{name}_resumed"] = state_of(*own_loop(resume_at=STEPS // 2, **OWN_LOOPS[name]))
     results["accelerate"] = state_of(*accelerate_loop())
     results["accelerate_compressed"] = state_of(*accelerate_loop(**COMPRESSED))
-    results["stack"] = state_of(*stack_loop(**COMPRESSED))
+    for name, given in STACKS.items():
+        results[name] = state_of(*stack_loop(**given))
     results["bytes"], results["refusals"] = counted(), refusals()
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()

@@ -71,14 +71,49 @@ def test_partial_load_takes_what_fits_and_starts_the_rest_anew():
     A, B, b = (nn.Parameter(p.detach().clone()) for p in params)
     groups = [{"params": [("A", A)], "rank": 6}, {"params": [("B", B)], "rank": 4}, {"params": [("b", b)]}]
     other = OSD(groups, lr=1e-2, partial_load=True)
-    with pytest.warns(UserWarning, match=r"(?s)2 of 3 parameters differ from the saved state and start anew.*rank 4"):
+    with pytest.warns(UserWarning, match=r"(?s)1 of 3 parameters differ from the saved state and start anew.*rank 4"):
         other.load_state_dict(optimizer.state_dict())
     saved = optimizer.state[params[0]]
     assert all(torch.equal(value, other.state[A][name]) for name, value in saved.items())
+    assert other.state[b].keys() == optimizer.state[params[2]].keys()  # in another group now, but the same
     assert B not in other.state and [group["lr"] for group in other.param_groups] == [0.004] * 3
     run([A, B, b], other, range(3, 5))
     run(params, optimizer, range(3, 5))
-    assert torch.equal(A, params[0]) and other.state[B]["projection"].shape == (16, 4)
+    assert torch.equal(A, params[0]) and torch.equal(b, params[2]) and other.state[B]["projection"].shape == (16, 4)
+
+
+def test_partial_load_takes_the_learning_rate_of_each_group():
+    def groups(rank: int) -> list[dict]:
+        torch.manual_seed(0)
+        A, b = nn.Parameter(torch.randn(20, 30)), nn.Parameter(torch.randn(30))
+        return [{"params": [("b", b)], "lr": 1e-4}, {"params": [("A", A)], "rank": rank, "lr": 1e-2}]
+
+    saved = OSD(groups(6))
+    run([p for group in saved.param_groups for p in group["params"]], saved, range(2))
+    for group in saved.param_groups:
+        group["lr"] /= 2
+    other = OSD(groups(5)[::-1], partial_load=True)
+    with pytest.warns(UserWarning, match="1 of 2 parameters differ"):
+        other.load_state_dict(saved.state_dict())
+    assert [group["lr"] for group in other.param_groups] == [5e-3, 5e-5]
+
+
+def test_partial_load_does_not_mind_another_place():
+    params, optimizer = make()
+    run(params, optimizer, range(3))
+    A, B, b = (nn.Parameter(p.detach().clone()) for p in params)
+    other = OSD([{"params": [("B", B)], "rank": 6}, {"params": [("b", b)]}], lr=1e-2, partial_load=True)
+    with pytest.warns(UserWarning, match=r"(?s)1 of 2 parameters differ.*A +has it"):
+        other.load_state_dict(optimizer.state_dict())
+    for live, saved in ((B, params[1]), (b, params[2])):
+        assert all(torch.equal(value, other.state[live][name]) for name, value in optimizer.state[saved].items())
+
+
+def test_parameters_of_one_name_are_refused():
+    a, b = nn.Linear(20, 30), nn.Linear(20, 30)
+    with pytest.raises(ValueError, match=r"Two parameters are called weight.*named_parameters\(prefix"):
+        OSD([{"params": list(module.named_parameters())} for module in (a, b)])
+    OSD([{"params": list(module.named_parameters(prefix=name))} for name, module in (("a", a), ("b", b))])
 
 
 def test_saved_options_are_restored_and_said():
