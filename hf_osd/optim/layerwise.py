@@ -10,7 +10,7 @@ Letters and shapes as in `subspace.operators`.
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -292,6 +292,14 @@ class GradientStream:
         self._optimizer = weakref.ref(optimizer)
         if self.__dict__.pop("_was_attached", False):
             self.attach()
+
+
+def release(params: Iterable[Tensor], keep: "OSD | None") -> None:
+    """Take the hooks of all optimizers but `keep` off: those of a training that was interrupted would train on."""
+    for p in params:
+        owner = _OWNERS[p]() if p in _OWNERS else None
+        if owner is not None and (keep is None or owner is not keep._stream):
+            owner.remove()
 
 
 def take_norm(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float | None]:

@@ -46,7 +46,7 @@ def match_state(
         rows = differences(saved, current, placed=False)
     elif rows:
         raise ValueError(
-            f"The state was saved by another optimizer: {len(rows)} of {len(params)} parameters differ.\n"
+            f"The state was saved by another optimizer: {len(rows)} of {len(saved | current)} parameters differ.\n"
             f"{table(rows)}\n"
             "Use the options it was saved with, or set `partial_load` to start the differing parameters anew."
         )

@@ -285,7 +285,7 @@ class OSD(torch.optim.Optimizer):
             `orthogonality`, mean ||PᵀP - I|| / sqrt(r), where a step was observed; `skipped_steps`, the number of
             parameter steps skipped for a gradient that was not finite, since the state began.
         """
-        return summarize(self.state.values(), list(self._steps.observations.values()))
+        return summarize(self.state.values(), list(self._steps.observed().values()))
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer; the norm that `previous_norm` clips by is in the groups."""

@@ -37,7 +37,7 @@ def summarize_each(optimizer: "OSD") -> tuple[dict[str, float], dict[str, dict[s
             the groups: of a stack the mean over its experts, not a number where nothing was seen or the gradient was
             broken. Empty where no step was observed.
     """
-    seen = optimizer._steps.observations
+    seen = optimizer._steps.observed()
     pairs = list(seen.values())
     columns = [pair[i] for i in range(len(OBSERVED)) for pair in pairs]
     means, numbers = _read(optimizer.state.values(), pairs, columns)

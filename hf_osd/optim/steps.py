@@ -42,6 +42,11 @@ class ParameterSteps:
         assert optimizer is not None
         return optimizer
 
+    def observed(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """`observations` in the order of the groups, whatever order the steps had: their mean is one in every mode."""
+        params = (p for group in self.optimizer.param_groups for p in group["params"])
+        return {p: self.observations[p] for p in params if p in self.observations}
+
     def plan_of(self, p: Tensor) -> Plan:
         """How `p` is stepped."""
         # Parameters may be exchanged behind the optimizer's back (accelerate's FSDP2 path does), so plans are made

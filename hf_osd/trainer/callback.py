@@ -12,8 +12,11 @@ from ..hub.config import CONFIG_NAME
 from ..optim import OSD
 from ..optim.announce import announce
 from ..optim.distributed import include_in_ddp
+from ..optim.layerwise import release
 from ..optim.plan import ProjectedPlan
 from ..optim.statistics import summarize_each
+from .checkpoints import written_checkpoint
+from .gradient_norm import refuse_ignored_by_mode
 from .optim_args import check_arguments
 from .push import refresh_card
 from .rso import check_rso_arguments
@@ -51,10 +54,14 @@ class OSDCallback(TrainerCallback):
         optimizer=None,
         **kwargs: Any,
     ) -> None:
-        """Print the one summary line, and open the file with the layers' statistics."""
+        """Print the one summary line, open the file with the layers' statistics, and put hooks on, ours alone."""
         self._saved.clear()  # a second training counts its steps anew
         self._best = self._statistics = None
         osd = unwrap(optimizer)
+        if model is not None:
+            release(model.parameters(), keep=osd)
+        if osd is not None:
+            refuse_ignored_by_mode(osd, args)
         if osd is not None and args.should_save:
             self._statistics = StatisticsFile(_output_dir(args), state.global_step)
         if osd is not None and state.is_world_process_zero:
@@ -97,7 +104,8 @@ class OSDCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
     ) -> None:
         """Put P beside the model into the checkpoint that has just been written."""
-        self._save_projections(_checkpoint(args, state), args, state, optimizer)
+        folder = written_checkpoint(state)
+        self._save_projections(folder or _checkpoint(args, state), args, state, optimizer)
 
     def on_push_begin(
         self,
@@ -109,7 +117,9 @@ class OSDCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Put P and the model card into what is about to be uploaded: before `on_save`, after which it is too late."""
-        self._save_projections(_checkpoint(args, state), args, state, optimizer)
+        folder = written_checkpoint(state)
+        if folder is not None:  # else one of that name is another training's
+            self._save_projections(folder, args, state, optimizer)
         if self._best is None:
             self._save_projections(_output_dir(args), args, state, optimizer)
         elif args.should_save and unwrap(optimizer) is not None and (self._best / CONFIG_NAME).is_file():

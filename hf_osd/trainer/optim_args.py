@@ -102,6 +102,8 @@ def uses_osd(args: TrainingArguments) -> bool:
 
 def parse_optim_args(text: str | None, settings: Mapping[str, Setting] = SETTINGS) -> dict[str, Any]:
     """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else than these `settings`."""
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"`optim_args` must be a text, key=value,key=value, got {type(text).__name__}.")
     values: dict[str, Any] = {}
     for entry in text.split(",") if text else ():
         key, equals, value = (part.strip() for part in entry.partition("="))
@@ -159,12 +161,16 @@ def check_arguments(args: TrainingArguments) -> None:
             f"{', '.join(stray)} need an OSD optimizer, but optim is {optim_name(args)!r}. Choose one of "
             f"{', '.join(OPTIM_NAMES)}."
         )
-    keys = {entry.partition("=")[0].strip() for entry in (args.optim_args or "").split(",")}
-    if optim_name(args) in WITHOUT_OPTIM_ARGS and keys & SETTINGS.keys():
+    if optim_name(args) in WITHOUT_OPTIM_ARGS and keys_of(args.optim_args) & SETTINGS.keys():
         raise ValueError(
             f"optim={optim_name(args)!r} ignores optim_args={args.optim_args!r}. For Online Subspace Descent choose "
             f"one of {', '.join(OPTIM_NAMES)}; else leave `optim_args` out."
         )
+
+
+def keys_of(text: object) -> set[str]:
+    """The keys of another optimizer's `optim_args`, whatever else is in there."""
+    return {entry.partition("=")[0].strip() for entry in text.split(",")} if isinstance(text, str) else set()
 
 
 def _convert(key: str, value: str, wanted: type) -> Any:

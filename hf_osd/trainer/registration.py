@@ -9,9 +9,10 @@ from transformers.training_args import OptimizerNames
 from ..optim import OPTIM_NAMES, OSD
 from ..rso import RSOCallback
 from .callback import OSDCallback
-from .checkpoints import register_last_complete_checkpoint
+from .checkpoints import register_last_complete_checkpoint, register_written_checkpoint
 from .construction import constructor_arguments
 from .gradient_norm import register_clipping
+from .partial_load import register_partial_load
 from .push import register_push
 from .rso import RSO_NAMES, build_rso_optimizer_kwargs
 
@@ -31,6 +32,8 @@ def register() -> None:
         # By member as Trainer looks it up, and by string, which is what arguments hold after unpickling.
         _OPTIMIZER_HANDLERS[member] = _OPTIMIZER_HANDLERS[name] = handler
     register_last_complete_checkpoint()
+    register_written_checkpoint()
+    register_partial_load()
     register_push()
     register_clipping()
     callbacks: list[Any] = transformers_trainer.DEFAULT_CALLBACKS

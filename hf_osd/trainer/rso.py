@@ -18,6 +18,7 @@ from .optim_args import (
     SETTINGS,
     WITHOUT_OPTIM_ARGS,
     Setting,
+    keys_of,
     optim_name,
     parse_optim_args,
     target_modules_of,
@@ -90,8 +91,7 @@ def check_rso_arguments(args: TrainingArguments) -> None:
         raise ValueError(
             f"{', '.join(stray)} need optim={' or '.join(map(repr, RSO_NAMES))}, but optim is {optim_name(args)!r}."
         )
-    keys = {entry.partition("=")[0].strip() for entry in (args.optim_args or "").split(",")}
-    if optim_name(args) in WITHOUT_OPTIM_ARGS and keys & RSO_SETTINGS.keys():
+    if optim_name(args) in WITHOUT_OPTIM_ARGS and keys_of(args.optim_args) & RSO_SETTINGS.keys():
         raise ValueError(
             f"optim={optim_name(args)!r} ignores optim_args={args.optim_args!r}. For RSO choose one of "
             f"{', '.join(RSO_NAMES)}; else leave `optim_args` out."

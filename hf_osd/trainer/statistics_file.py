@@ -39,8 +39,7 @@ class StatisticsFile:
         self.path = folder / STATISTICS_NAME
         self._names: list[str] | None = None  # of the last header in the file
         self._broken = False
-        with self._may_fail():
-            self._keep_until(step)
+        self._start: int | None = step
 
     def append(self, step: int, values: Mapping[str, Mapping[str, float]]) -> None:
         """Add a line for a step, below a header if need be.
@@ -51,6 +50,10 @@ class StatisticsFile:
         """
         if self._broken or not values:
             return
+        if self._start is not None:  # not before there is something to say: a run may end before its first step
+            with self._may_fail():
+                self._keep_until(self._start)
+            self._start = None
         lines: list[dict[str, Any]] = []
         if self._names != list(values):
             self._names = list(values)
