@@ -99,8 +99,9 @@ class OSD(torch.optim.Optimizer):
             its gradient. Norms are estimated ([`~optim.distributed.norm_stand_in`]).
         ddp_compression (`str`, *optional*):
             `subspace`: average over data-parallel processes r (m + n) numbers of a projected gradient, not m n; those
-            that make a P whole. Norms are estimated likewise. All processes must use the same parameters. DDP must
-            leave what is projected: [`create_osd_optimizer`], called before the model is wrapped, and Trainer tell it.
+            that make a P whole. Norms are estimated likewise. All processes must use the same parameters; one that no
+            process has used is stepped with a gradient of zero, as if it had been. DDP must leave what is projected:
+            [`create_osd_optimizer`], called before the model is wrapped, and Trainer tell it.
         partial_load (`bool`, *optional*, defaults to `False`):
             Whether `load_state_dict` starts parameters anew that the saved state does not fit, instead of refusing.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.

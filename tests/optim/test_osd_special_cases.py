@@ -111,3 +111,21 @@ def test_no_autograd_and_no_reading_back_in_a_step(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.autograd, "grad", read_back)
     step()
     assert not optimizer.state[W]["projection"].requires_grad
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_moments_are_carried_where_p_moves_by_its_momentum_alone(shape: tuple[int, int]):
+    """P's optimizer moves it in a step with a gradient of zero as well, and the moments must follow."""
+    W = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    optimizer = OSD([W], lr=1e-2, rank=4, carry_moments=True)
+    for _ in range(3):
+        W.grad = torch.randn(shape, dtype=torch.float64)
+        optimizer.step()
+    state = optimizer.state[W]
+    P, M = state["projection"].clone(), state["exp_avg"].clone()
+    W.grad = torch.zeros_like(W)
+    optimizer.step()
+    turn = state["projection"].T @ P @ torch.linalg.inv(P.T @ P)
+    assert not torch.equal(state["projection"], P)
+    expected = 0.9 * (turn @ M if shape[0] < shape[1] else M @ turn.T)
+    torch.testing.assert_close(state["exp_avg"], expected, rtol=0, atol=1e-12)

@@ -111,3 +111,46 @@ def test_a_merge_changes_no_output():
     torch.testing.assert_close(net(x), before, rtol=1e-13, atol=1e-14)
     assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
     assert all(not B.any() and B not in optimizer.state for _, B in loop.factors())
+
+
+def steps_of(nets: list[nn.Module], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        for net in nets:
+            outer_loop(net).before_step(optimizer, step)
+            x, y = batches()[step]
+            (net(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def prepared(**options) -> nn.Module:
+    return create_rso_model(make_net(), rank=RANK, interval=INTERVAL, seed=5, target_modules=["0", "2"], **options)
+
+
+def test_an_inner_optimizer_without_state_resumes_too():
+    """W and B are in its `state_dict` also where it has nothing of its own there."""
+    whole, half = prepared(eta=3.0), prepared(eta=3.0)
+    optimizer = torch.optim.SGD(rso_param_groups(whole, lr=LR), lr=LR)
+    steps_of([whole], optimizer, range(STEPS))
+    first = torch.optim.SGD(rso_param_groups(half, lr=LR), lr=LR)
+    steps_of([half], first, range(6))
+    saved = first.state_dict()
+    resumed = prepared(eta=3.0)
+    second = torch.optim.SGD(rso_param_groups(resumed, lr=LR), lr=LR)
+    second.load_state_dict(saved)
+    for p, q in zip(resumed.parameters(), half.parameters(), strict=True):
+        if p.requires_grad and p.ndim == 1:  # what RSO leaves to the checkpoint's model
+            p.data.copy_(q)
+    outer_loop(resumed).begin(second, 6)
+    steps_of([resumed], second, range(6, STEPS))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_two_models_share_an_optimizer():
+    """The proximal term of each is added once a step, as where each has an optimizer of its own."""
+    together, alone = [prepared(eta=3.0), prepared(eta=3.0)], prepared(eta=3.0)
+    groups = [group for net in together for group in rso_param_groups(net, lr=LR)]
+    steps_of(together, torch.optim.AdamW(groups), range(STEPS))
+    steps_of([alone], torch.optim.AdamW(rso_param_groups(alone, lr=LR)), range(STEPS))
+    for net in together:
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), alone.parameters(), strict=True))
