@@ -5,6 +5,7 @@ import warnings
 
 from ..interop import ExtractedLora, extract_lora
 from ..interop.changes import CARRY, relative_text
+from ..interop.destination import check_folder, check_repository
 from .show import table
 
 
@@ -14,7 +15,8 @@ DESCRIPTION = """Turn what training changed in a model's weights into a PEFT LoR
   hf-osd extract-lora user/tuned --base user/base-model --energy 0.9 --push user/adapter
 
 kept: share of the change of a layer that its rank keeps, ||BA||^2 / ||dW||^2. Without --output and --push it is shown
-and nothing is written. The adapter is loaded with peft.PeftModel.from_pretrained(base, adapter).
+and nothing is written. The adapter is loaded with peft.PeftModel.from_pretrained(base, adapter). It needs a folder or
+repository of its own: one that holds a model is refused.
 """
 
 
@@ -54,6 +56,11 @@ def extract(arguments: argparse.Namespace) -> None:
             raise ValueError("--private is for --push.")
         if arguments.max_rank is not None and arguments.energy is None:
             raise ValueError("--max_rank is for --energy.")
+        models = (arguments.tuned, arguments.base)
+        if arguments.output:
+            check_folder(arguments.output, models)
+        if arguments.push:
+            check_repository(arguments.push, models)
         fixed = 16 if arguments.rank is None else arguments.rank
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The adapter leaves out")  # the table below says it

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..version import __version__
 from .changes import Changes, entries
+from .destination import check_folder, check_repository
 
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # B and A by layer
@@ -96,7 +97,11 @@ class ExtractedLora:
         """Write `adapter_model.safetensors`, `adapter_config.json` and peft's README.md into a folder.
 
         `peft.PeftModel.from_pretrained(base, save_directory)` reads it.
+
+        Raises:
+            ValueError: If the folder holds a model, which would be loaded with the adapter from then on.
         """
+        check_folder(save_directory)
         # peft would add the base's embeddings, in full, because of a target such as lm_head
         self.peft_model.save_pretrained(os.fspath(save_directory), save_embedding_layers=False)
 
@@ -122,10 +127,14 @@ class ExtractedLora:
 
         Returns:
             `huggingface_hub.CommitInfo`: The commit.
+
+        Raises:
+            ValueError: If the repository holds a model, which everybody would load with the adapter from then on.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.errors import EntryNotFoundError
 
+        check_repository(repo_id, token=token, revision=revision)
         # PeftModel.push_to_hub would put transformers' empty card over peft's
         api = HfApi(token=token, library_name="hf_osd", library_version=__version__)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

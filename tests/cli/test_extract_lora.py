@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +71,24 @@ def test_nothing_is_written_unless_asked(folders, capsys, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     lines = run(capsys, folders["tuned"], "--base", folders["base"], "--carry", "all")
     assert " 16 " in lines[2] and "left out" not in "\n".join(lines) and not list(tmp_path.iterdir())
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("place", ["base", "tuned", "other", "link"])
+def test_an_adapter_never_lands_beside_a_model(place, folders, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_osd.cli.extract_lora.extract_lora", lambda *_, **__: pytest.fail("computed"))
+    shutil.copytree(folders["tuned"], tmp_path / "other")
+    (tmp_path / "link").symlink_to(folders["tuned"])
+    places = {"other": str(tmp_path / "other"), "link": str(tmp_path / "link")} | folders
+    before = {name: contents(folder) for name, folder in places.items()}
+    message = "holds a model \\(config.json" if place == "other" else "is the folder of a model that is read"
+    with pytest.raises(SystemExit, match=f"^hf-osd extract-lora: .*{message}.*Choose another folder"):
+        main(["extract-lora", folders["tuned"], "--base", folders["base"], "--output", places[place]])
+    assert not capsys.readouterr().out
+    assert {name: contents(folder) for name, folder in places.items()} == before
 
 
 @pytest.mark.parametrize(

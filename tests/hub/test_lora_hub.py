@@ -46,6 +46,29 @@ assert HfApi().repo_info("tester/private").private
 PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("tester/base"), "tester/private", revision="other")
 """
 
+BESIDE_A_MODEL = """
+import hf_osd.cli.extract_lora as command
+
+model.push_to_hub("tester/tuned")
+adapter = extract_lora(model, "tester/base", rank=2, carry="all")
+HfApi().create_repo("tester/empty")
+
+def refused(push, *words):
+    try:
+        push(*words)
+    except (SystemExit, ValueError) as error:
+        print(error)
+        return True
+
+command.extract_lora = lambda *_, **__: 1 / 0  # nothing is computed
+for name in ("tester/tuned", "tuned", "tester/base", "base"):
+    assert refused(main, f"extract-lora tester/tuned --base tester/base --push {name}".split()), name
+for options in ({}, {"revision": "new"}, {"create_pr": True}):
+    assert refused(lambda: adapter.push_to_hub("tester/tuned", **options)), options
+adapter.push_to_hub("tester/empty")
+adapter.push_to_hub("new")
+"""
+
 START = """
 state.push_to_hub("tester/base")
 base = LlamaForCausalLM.from_pretrained("tester/base")
@@ -67,6 +90,15 @@ def test_an_adapter_is_pushed_and_loaded(hub):
         "base_model: tester/base" in card and "library_name: peft" in card and "# Mine" in card
     )  # as peft updates it
     assert len(hub.commits("tester/adapter")) == 4  # created, the command's push, the words of the user, the next push
+
+
+def test_nothing_is_pushed_beside_a_model(hub):
+    output = run_client(SETUP + BESIDE_A_MODEL, hub)
+    for name in ("tester/tuned", "tester/base"):
+        assert f"hf-osd extract-lora: {name} is the repository of a model that is read: " in output
+        assert len(hub.commits(name)) == 2 and "adapter_config.json" not in hub.files(name)
+    assert "tester/tuned holds a model (config.json, model.safetensors): " in output
+    assert "adapter_config.json" in hub.files("tester/empty") and "adapter_config.json" in hub.files("tester/new")
 
 
 def test_p_from_the_hub_starts_an_adapter(hub):
