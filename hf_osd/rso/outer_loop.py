@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..optim.adapters import rso_loop
 from .options import RSOOptions
 from .plain_state import ADAPTER
 from .sampling import sample
@@ -113,21 +114,35 @@ class OuterLoop:
             step (`int`): Number of steps done; 0 for a training that does not continue another.
 
         Raises:
-            ValueError: If the checkpoint is of a run with another seed, sampling or interval.
+            ValueError: If the checkpoint is of a run without RSO, or with another rank, seed, sampling or interval.
         """
-        self.attach(optimizer)
         groups = self._groups(optimizer)
+        loaded = any(optimizer.state.get(B) for _, B in self.factors())
+        if loaded and not all(INDEX in group for group in groups):
+            raise ValueError(
+                "The optimizer's state is not of RSO: its checkpoint was trained with another optimizer. Continue it "
+                "with that one, or start RSO anew from the checkpoint's model (`from_pretrained`)."
+            )
+        self.attach(optimizer)
         for group in groups:
             for key, option in GROUP_KEYS.items():
-                if group[key] != getattr(self.options, option):
-                    raise ValueError(
-                        f"The checkpoint was trained with {option}={group[key]!r}, this run has "
-                        f"{getattr(self.options, option)!r}. Continue it with the same."
-                    )
+                self._check_same(option, group[key])
+        for _, B in self.factors():
+            saved = optimizer.state.get(B, {}).get(FACTOR)
+            if saved is not None:
+                self._check_same("rank", saved.shape[1])
         if self._restore(optimizer):
             self._draw(groups[0][INDEX])
         elif step == 0 or self.index != step // self.options.interval:
             self.advance(optimizer, step // self.options.interval)
+
+    def _check_same(self, option: str, saved: Any) -> None:
+        current = getattr(self.options, option)
+        if saved != current:
+            raise ValueError(
+                f"The checkpoint was trained with {option}={saved!r}, this run has {current!r}. Continue it with the "
+                "same."
+            )
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer) -> bool:
@@ -184,4 +199,4 @@ class OuterLoop:
 
 def outer_loop(model: nn.Module) -> OuterLoop | None:
     """The outer loop of a model that `create_rso_model` has prepared, however it is wrapped; else `None`."""
-    return next((loop for module in model.modules() if (loop := vars(module).get("_rso_loop"))), None)
+    return rso_loop(model)

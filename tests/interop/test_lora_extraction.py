@@ -25,6 +25,7 @@ from transformers import (
 
 import hf_osd
 from hf_osd import create_osd_optimizer, extract_lora
+from hf_osd.rso import create_rso_model, unload_rso_model
 
 
 peft = pytest.importorskip("peft")
@@ -245,6 +246,37 @@ BASE = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.LayerNorm(4))
 def test_what_cannot_be_is_refused(tuned, options, message):
     with pytest.raises(ValueError, match=message):
         extract_lora(tuned, BASE, **options)
+
+
+def test_a_model_that_is_prepared_for_rso_is_refused():
+    tuned, base = fine_tuned("llama", torch.float32)
+    prepared = create_rso_model(copy.deepcopy(tuned), rank=2)
+    for pair in ((prepared, base), (tuned, prepared)):
+        with pytest.raises(ValueError, match="prepared for RSO.*`hf_osd.rso.unload_rso_model"):
+            extract_lora(*pair)
+    adapter = extract_lora(unload_rso_model(prepared), base, carry="all")
+    assert adapter.layers.keys() == extract_lora(tuned, base, carry="all").layers.keys() and not adapter.dropped
+
+
+MODEL_FILE_NAMES = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("name", MODEL_FILE_NAMES)
+def test_no_adapter_is_written_beside_a_model(name, tmp_path):
+    adapter = extract_lora(change(BASE), BASE, rank=1)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"holds a model \({name}\).*Choose another folder"):
+        adapter.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_adapter_is_written_over_another_and_beside_folders_of_models(tmp_path):
+    adapter = extract_lora(change(BASE), BASE, rank=1)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "config.json").write_text("{}")
+    adapter.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")  # some trainers leave the base's config beside an adapter
+    adapter.save_pretrained(tmp_path)
 
 
 def test_folders_of_other_models_are_refused(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from rso_runs import Tokens, losses, make_trainer
 from transformers import LlamaForCausalLM, Trainer
 
-from hf_osd.rso import create_rso_model, outer_loop
+from hf_osd.rso import create_rso_model, outer_loop, unload_rso_model
 from reference.tiny_models import tiny_llama
 
 
@@ -107,6 +107,28 @@ def test_a_second_training_starts_from_p_0_and_without_moments_of_b(tmp_path: Pa
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
     make_trainer(tmp_path, max_steps=2).train()
-    for wrong in ("rank=8,interval=5,eta=10", "rank=8,interval=4,seed=3", "rank=8,interval=4,sampling=orthonormal"):
-        with pytest.raises(ValueError, match="Continue it with the same"):
-            make_trainer(tmp_path, optim_args=wrong).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for wrong in ("interval=5", "seed=3", "sampling=orthonormal", "rank=4"):
+        given = {"rank": "8", "interval": "4"} | dict([wrong.split("=")])
+        optim_args = ",".join(f"{key}={value}" for key, value in given.items())
+        trainer = make_trainer(tmp_path, optim_args=optim_args)
+        with pytest.raises(ValueError, match=f"trained with {wrong.split('=')[0]}=.*Continue it with the same"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("saved_at", [2, 4])  # in the first interval, at its end
+@pytest.mark.parametrize("optim", ["rso_adamw", "rso_adamw8bit"])
+def test_a_checkpoint_of_osd_is_refused(tmp_path: Path, optim: str, saved_at: int):
+    make_trainer(tmp_path, "osd_adamw", optim_args="rank=8", max_steps=4).train()
+    with pytest.raises(ValueError, match="state is not of RSO: its checkpoint was trained with another optimizer"):
+        make_trainer(tmp_path, optim).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved_at}"))
+
+
+def test_osd_on_a_prepared_model_names_the_way_back(tmp_path: Path):
+    model = create_rso_model(tiny_llama(), 8)
+    options = {"optim_args": "rank=8", "max_steps": 1, "save_strategy": "no"}
+    with pytest.raises(
+        ValueError, match="14 matching layers are frozen; .*prepared for RSO.*unload_rso_model"
+    ) as error:
+        make_trainer(tmp_path, "osd_adamw", model=model, **options).train()
+    assert "modules_to_save" not in str(error.value)
+    make_trainer(tmp_path, "osd_adamw", model=unload_rso_model(model), **options).train()
