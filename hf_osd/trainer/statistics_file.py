@@ -48,12 +48,12 @@ class StatisticsFile:
             step (`int`): That has been logged.
             values (`dict[str, dict[str, float]]`): `pca_loss` and `orthogonality` by parameter name.
         """
-        if self._broken or not values:
-            return
-        if self._start is not None:  # not before there is something to say: a run may end before its first step
+        if values and self._start is not None:  # no earlier: a run may end before its first step
             with self._may_fail():
                 self._keep_until(self._start)
             self._start = None
+        if self._broken or not values:
+            return
         lines: list[dict[str, Any]] = []
         if self._names != list(values):
             self._names = list(values)
