@@ -111,7 +111,7 @@ class GlueArguments:
     @property
     def layers(self) -> str | list[str]:
         """`target_modules` in the form that the optimizer takes."""
-        return self.target_modules[0] if len(self.target_modules) == 1 else self.target_modules
+        return "all-linear" if self.target_modules == ["all-linear"] else self.target_modules
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[GlueArguments, OSDTrainingArguments]:

@@ -44,7 +44,7 @@ def method_options(method: str, rank: int | None, given: Mapping[str, Any]) -> d
         given (`dict`): All arguments of the command line.
 
     Raises:
-        ValueError: For arguments that do not go with the method.
+        ValueError: For arguments that do not go with the method, and ranks below 1.
     """
     if method not in METHODS:
         raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}.")
@@ -54,17 +54,20 @@ def method_options(method: str, rank: int | None, given: Mapping[str, Any]) -> d
         raise ValueError(f"--method {method} does not go with --optim {optim}.")
     if not settings.has_rank and rank is not None:
         raise ValueError(f"--rank has no effect with --method {method}: leave it out.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"--rank must be at least 1, got {rank}.")
     for name in ("osd_rank", "osd_target_modules", "optim_target_modules"):
         if given[name] is not None:
             raise ValueError(
                 f"--{name} is set by this script: use --rank, and --target_modules for the layers of every method."
             )
     options: dict[str, Any] = {"optim": optim}
+    r = DEFAULT_RANK if rank is None else rank
     if method == "osd":
-        options["osd_rank"] = rank or DEFAULT_RANK
+        options["osd_rank"] = r
     if method == "galore":
         extra = f",{given['optim_args']}" if given["optim_args"] else ""
-        options["optim_args"] = f"rank={rank or DEFAULT_RANK}{extra}"
+        options["optim_args"] = f"rank={r}{extra}"
     return options
 
 
@@ -101,8 +104,7 @@ def prepare_model(
         return model
     from peft import LoraConfig, TaskType, get_peft_model
 
-    rank = rank or DEFAULT_RANK
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=lora_alpha or 2 * rank, lora_dropout=0.0, target_modules=names
-    )
+    r = DEFAULT_RANK if rank is None else rank
+    alpha = 2 * r if lora_alpha is None else lora_alpha
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
     return get_peft_model(model, config)

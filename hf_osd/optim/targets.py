@@ -64,8 +64,8 @@ def select(
     Raises:
         ValueError: If nothing is selected, a name in a list matches no module, or a quantised layer is named.
     """
-    wanted = _normalise(target_modules)
-    unwanted = None if exclude_modules is None else _normalise(exclude_modules)
+    wanted = normalise(target_modules)
+    unwanted = None if exclude_modules is None else normalise(exclude_modules)
     if unwanted == ALL_LINEAR:
         raise ValueError(f"exclude_modules={ALL_LINEAR!r} would leave nothing to project: name what to leave out.")
     known = module_names(model)
@@ -78,6 +78,7 @@ def select(
         matched = _match(wanted, names, known, "target_modules")
         # a layer of experts stands for its stacks
         matched = [part for name in matched for part in [s for s in stacks if stacks[s] == name] or [name]]
+    unmatched = not matched
     if unwanted:
         excluded = set(_match(unwanted, names, known, "exclude_modules"))
         matched = [name for name in matched if name not in excluded and stacks.get(name) not in excluded]
@@ -102,7 +103,7 @@ def select(
         if p.requires_grad:
             (selection.projected if p in chosen else selection.full_size)[name] = p
     if not selection.projected:
-        _refuse_empty(selection, wanted, unwanted, rso_loop(model) is not None)
+        _refuse_empty(selection, wanted, unwanted, unmatched, rso_loop(model) is not None)
     return selection
 
 
@@ -168,7 +169,8 @@ def _join(owner: str, name: str) -> str:
     return f"{owner}.{name}".removeprefix(".")
 
 
-def _normalise(modules: str | Iterable[str]) -> str | list[str]:
+def normalise(modules: str | Iterable[str]) -> str | list[str]:
+    """A string or a list of names; `all-linear` in any spelling, alone in a list too, as the string."""
     if not isinstance(modules, str):
         modules = list(modules)
         if [ALL_LINEAR] != [_shorthand(name) for name in modules]:
@@ -212,12 +214,15 @@ def _refuse_empty(
     selection: Selection,
     target_modules: str | list[str],
     exclude_modules: str | list[str] | None,
+    unmatched: bool,
     prepared: bool,  # for RSO
 ) -> None:
     if selection.quantised:
         count = len(selection.quantised)
         raise ValueError(f"Nothing to project: {count} layers are quantised, and cannot be trained. {WAY_OUT}")
     reasons = []
+    if unmatched and isinstance(target_modules, str) and target_modules != ALL_LINEAR:
+        reasons.append("a string is a regular expression for the whole name of a module; names go into a list")
     if selection.frozen:
         reasons.append(f"{len(selection.frozen)} matching layers are frozen")
     if selection.ignored:

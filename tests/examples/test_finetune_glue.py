@@ -104,6 +104,15 @@ def test_methods_differ_only_in_what_they_train(finetune, method):
         assert full <= run[0]["optimizer_state_bytes"] < 1.01 * full + 4096
 
 
+@pytest.mark.parametrize("method", ["osd", "galore", "lora"])
+def test_one_plain_name_selects_its_layers(finetune, method):
+    run = finetune(method=method, rank=4, target_modules="query")["runs"][0]
+    if method == "lora":
+        assert run["trained_parameters"] == 2 * 4 * (24 + 24) + 24 * 2 + 2  # A and B in both layers; the classifier
+    else:
+        assert sum(group["tensors"] for group in run["parameter_groups"] if group.get("rank")) == 2
+
+
 def test_extracted_adapters_are_evaluated(finetune, tmp_path):
     run = finetune(task="stsb", rank=4, extract_lora=[2, 24], learning_rate=1e-2, max_steps=6)["runs"][0]
     found = {(entry["rank"], entry["carry"]): entry for entry in run["extracted"]}
@@ -194,6 +203,9 @@ def test_test_splits_without_labels_are_refused(tmp_path):
         ({"task": ["rte", "rtf"]}, "Unknown --task rtf"),
         ({"method": "qlora"}, "--method must be one of osd, galore, full, lora, got 'qlora'"),
         ({"method": "full", "rank": 8}, "--rank has no effect with --method full"),
+        ({"rank": 0}, "--rank must be at least 1, got 0"),
+        ({"method": "lora", "rank": -1}, "--rank must be at least 1, got -1"),
+        ({"target_modules": "qery"}, "'qery' in `target_modules` matches no module. Did you mean 'query'"),
         ({"optim": "galore_adamw"}, "--method osd does not go with --optim galore_adamw"),
         ({"method": "full", "optim": "osd_adamw"}, "--method full does not go with --optim osd_adamw"),
         ({"osd_rank": 8}, "use --rank"),

@@ -118,6 +118,8 @@ def test_modules_that_match_but_are_not_linear_are_reported():
         (["q_proj"], ["q_proj"], "Nothing to project"),
         ([], None, "Nothing to project"),
         ("nothing_like_it", None, "Nothing to project: target_modules='nothing_like_it'"),
+        ("q_proj", None, r"\(a string is a regular expression for the whole name of a module; names go into a list\)"),
+        ("q_proj", ["v_proj"], "names go into a list"),
         (["embed_tokens"], None, "model.embed_tokens matched but are no linear layers"),
         ("(unclosed", None, r"`target_modules` '\(unclosed' is not a regular expression"),
         ("all-linear", "*_proj", r"`exclude_modules` '\*_proj' is not a regular expression"),
