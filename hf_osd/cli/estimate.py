@@ -2,14 +2,29 @@
 
 import argparse
 import json
+import re
+import shlex
 from dataclasses import asdict
 from functools import cache
 from math import prod
 from typing import Any
 
-from ..estimate import DTYPES, Method, Workload, adamw, adamw8bit, galore, largest, load_config, lora, osd
+from ..estimate import (
+    DTYPES,
+    Method,
+    Workload,
+    adamw,
+    adamw8bit,
+    explained,
+    galore,
+    largest,
+    load_config,
+    lora,
+    osd,
+)
 from ..optim import ALL_LINEAR, DEFAULT_RANK, resolve, select
 from ..optim.modes import LAYERWISE_SUFFIX
+from ..optim.targets import normalise
 from ..trainer.optim_args import SETTINGS, parse_optim_args
 from .show import size_text, table
 
@@ -65,7 +80,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--rank", type=int, default=DEFAULT_RANK, metavar="R", help=f"default: {DEFAULT_RANK}")
     parser.add_argument("--layerwise", action="store_true", help="step in the backward pass, as osd_*_layerwise")
     parser.add_argument("--optim_args", metavar="K=V,...", help="other options of our optimizer, as for a Trainer")
-    parser.add_argument("--target_modules", nargs="+", metavar="NAME", help="what is projected (default: all-linear)")
+    parser.add_argument(
+        "--target_modules",
+        nargs="+",
+        metavar="NAME",
+        help="what is projected: names, or one regular expression for whole names (default: all-linear)",
+    )
     parser.add_argument("--seq", type=int, default=1024, metavar="S", help="tokens of a sequence (default: 1024)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences on the device (default: 1)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the weights (default: bf16)")
@@ -93,7 +113,9 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
     memory = usable_memory(arguments)
     config = load_config(arguments.model, arguments.revision)
     work = Workload(config, DTYPES[arguments.dtype], arguments.seq, arguments.rank)
-    model, modules = work.model(), options["target_modules"]
+    with explained(f"no model can be made of {arguments.model!r}"):
+        model = work.model()
+    modules = options["target_modules"]
     shapes = [tuple(p.shape) for p in select(model, modules).projected.values()]
     highest = max(min(shape[-2:]) for shape in shapes)
     if arguments.rank > highest:
@@ -103,15 +125,15 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
     def ours(rank: int) -> Method:
         return osd(model, optim, rank, options, layerwise=layerwise)
 
-    methods, missing = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules)], []
-    try:
-        methods.append(lora(work.model("lora")))
-    except ImportError:
-        missing.append("LoRA: it needs peft, `pip install peft`")
+    kinds, missing = available(work, arguments.batch)
+    methods = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules)]
+    methods += [lora(work.model("lora"))] if ("lora", False) in kinds else []
     methods.append(ours(arguments.rank))
     rows: list[dict[str, Any]] = []
     for checkpointing in (False, True):
         for method in methods:
+            if (method.model, checkpointing) not in kinds:
+                continue
             parts = work.parts(method, checkpointing, arguments.batch)
             rows.append({"method": method.name, "gradient_checkpointing": checkpointing, "bytes": asdict(parts)})
             if memory is not None:
@@ -137,6 +159,31 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def available(work: Workload, batch: int) -> tuple[set[tuple[str, bool]], list[str]]:
+    """The models, each with whether it checkpoints, that can be run, and what cannot be, with the reason.
+
+    Raises:
+        ValueError: If not even the model itself can.
+    """
+    work.run("full", False, batch)
+    found, missing = {("full", False)}, []
+    for name, kind, checkpointing in (
+        ("LoRA", "lora", False),
+        ("gradient checkpointing", "full", True),
+        ("LoRA with gradient checkpointing", "lora", True),
+    ):
+        if checkpointing and kind == "lora" and not {("lora", False), ("full", True)} <= found:
+            continue  # said already
+        try:
+            work.run(kind, checkpointing, batch)
+            found.add((kind, checkpointing))
+        except ImportError:
+            missing.append(f"{name}: it needs peft, `pip install peft`")
+        except ValueError as error:
+            missing.append(f"{name}: {error}")
+    return found, missing
+
+
 def _optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]]:
     """Our optimizer's name without `_layerwise`, whether it is, and options of `create_osd_optimizer`."""
     resolve(arguments.preset, {}, None, "--preset")  # which knows the names
@@ -147,9 +194,16 @@ def _optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]
     options = {SETTINGS[key].option: value for key, value in given.items()}
     if "projection_rule" in options:
         options["projection_optim"] = options.pop("projection_rule")
-    options["target_modules"] = arguments.target_modules or ALL_LINEAR
+    options["target_modules"] = target_modules(arguments.target_modules)
     layerwise = arguments.layerwise or arguments.preset.endswith(LAYERWISE_SUFFIX)
     return arguments.preset.removesuffix(LAYERWISE_SUFFIX), layerwise, options
+
+
+def target_modules(words: list[str] | None) -> str | list[str]:
+    """`--target_modules` as `select` takes it: a single word that cannot be a name is a regular expression."""
+    if words is None:
+        return ALL_LINEAR
+    return words[0] if len(words) == 1 and not re.fullmatch(r"[\w.-]+", words[0]) else normalise(words)
 
 
 def usable_memory(arguments: argparse.Namespace) -> int | None:
@@ -169,7 +223,7 @@ def _size(option: str, text: str) -> int:
 
     try:
         return convert_file_size_to_int(text.upper())  # in lower case its b are bits
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter for inf
         raise ValueError(f"--{option} must be a number with KB, MB, GB, KiB, MiB or GiB, got {text!r}.") from None
 
 
@@ -187,12 +241,19 @@ def suggestion(report: dict[str, Any], modules: Any) -> dict[str, Any] | None:
             return None
     checkpointing = found["gradient_checkpointing"]
     optim_args = ",".join(filter(None, [f"rank={rank}", report["optim_args"]]))
-    named = [modules] if isinstance(modules, str) else modules
-    words = ["hf-osd run train.py", f"--model_name_or_path {report['model']}"]
-    words += [f"--dtype {str(DTYPES[report['dtype']]).removeprefix('torch.')}", f"--optim {found['method']}"]
-    words += [f"--optim_args {optim_args}", f"--optim_target_modules {' '.join(named)}"]
-    words += [f"--per_device_train_batch_size {batch}", *(["--gradient_checkpointing"] if checkpointing else [])]
-    return {"rank": rank, "batch": batch, "gradient_checkpointing": checkpointing, "command": " ".join(words)}
+    words = ["hf-osd", "run", "train.py", "--model_name_or_path", report["model"]]
+    words += ["--dtype", str(DTYPES[report["dtype"]]).removeprefix("torch."), "--optim", found["method"]]
+    words += ["--optim_args", optim_args, "--optim_target_modules", one_word(modules)]
+    words += ["--per_device_train_batch_size", str(batch), *(["--gradient_checkpointing"] if checkpointing else [])]
+    return {"rank": rank, "batch": batch, "gradient_checkpointing": checkpointing, "command": shlex.join(words)}
+
+
+def one_word(modules: str | list[str]) -> str:
+    """What selects the same as the one value that `--optim_target_modules` takes: names as a regular expression."""
+    if isinstance(modules, str):
+        return modules
+    names = "|".join(map(re.escape, modules))
+    return rf"(.*\.)?({names})" if len(modules) > 1 else rf"(.*\.)?{names}"
 
 
 def report_text(report: dict[str, Any]) -> str:
@@ -208,6 +269,8 @@ def report_text(report: dict[str, Any]) -> str:
     header = ["", *COLUMNS.values(), *([f"fits {report['gpu']}", "largest batch"] if limit else [])]
     for checkpointing in (False, True):
         rows = [row for row in report["rows"] if row["gradient_checkpointing"] == checkpointing]
+        if not rows:
+            continue
         lines = [
             [
                 LABELS.get(row["method"], row["method"]),

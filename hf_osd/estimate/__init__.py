@@ -1,7 +1,7 @@
 """What training will take, from a model's config alone."""
 
 from .methods import Method, adamw, adamw8bit, galore, lora, osd
-from .models import DTYPES, load_config
+from .models import DTYPES, explained, load_config
 from .peak import Parts, Workload, largest
 
 
@@ -12,6 +12,7 @@ __all__ = [
     "Workload",
     "adamw",
     "adamw8bit",
+    "explained",
     "galore",
     "largest",
     "load_config",

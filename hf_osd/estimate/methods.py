@@ -17,6 +17,7 @@ from ..optim import OSD, create_osd_optimizer, select
 from ..optim.memory import predicted_entry_bytes
 from ..optim.movement import STACK_LIMIT
 from ..optim.plan import ProjectedPlan, rules_of
+from .models import explained
 from .trace import LiveBytes, meta_device
 
 
@@ -155,6 +156,6 @@ def lora_model(model: nn.Module, rank: int) -> nn.Module:
     """The model with peft's adapters on all linear layers, which keeps them in float32."""
     from peft import LoraConfig, get_peft_model
 
-    with warnings.catch_warnings(), meta_device():
+    with explained(f"peft refuses {type(model).__name__}"), warnings.catch_warnings(), meta_device():
         warnings.simplefilter("ignore")  # of GPT-2's layers, and of transformers' names
         return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"), low_cpu_mem_usage=True)  # type: ignore

@@ -1,21 +1,42 @@
 """A model from its config alone, on the meta device, and inputs of the size that is asked for."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..optim.quantised import WAY_OUT
+
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Whatever others' code raises of a user's model, as a `ValueError` of one sentence that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a message, or all of it where that one only announces the others."""
+    text = str(error).strip() or type(error).__name__
+    first = text.split("\n")[0].strip()
+    return " ".join((text if first.endswith(":") else first).split())
 
 
 def load_config(source: str, revision: str | None = None) -> Any:
     """The config of a folder, a `config.json` or a repository on the Hub; nothing else is downloaded.
 
     Raises:
-        ValueError: In one sentence, where there is none, or where it cannot be had without a token.
+        ValueError: In one sentence, where there is none, where it cannot be had without a token, where a value in it
+            is impossible, and for quantised weights.
     """
     from huggingface_hub.errors import GatedRepoError
     from transformers import AutoConfig
@@ -23,16 +44,21 @@ def load_config(source: str, revision: str | None = None) -> Any:
     if source.endswith(".json") and not Path(source).is_file():
         raise ValueError(f"there is no file {source!r}.")
     try:
-        return AutoConfig.from_pretrained(source, **({"revision": revision} if revision else {}))
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(source, **({"revision": revision} if revision else {}))
+    except Exception as error:  # a value that its class refuses is no ValueError
         causes = [error, error.__cause__, error.__context__]
         if any(isinstance(cause, GatedRepoError) for cause in causes):
             raise ValueError(
                 f"{source!r} is gated: accept its terms on its page on the Hub, then log in with `hf auth login` or "
                 "set HF_TOKEN."
             ) from error
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise ValueError(f"{source!r} has no config that could be read: {reason}") from error
+        raise ValueError(f"{source!r} has no config that could be read: {_reason(error)}") from error
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{source!r} has quantised weights, which cannot be trained. {WAY_OUT} To estimate the former, take "
+            "`quantization_config` out of a copy of its config.json."
+        )
+    return config
 
 
 def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -49,6 +75,8 @@ def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
             model = auto.from_config(config, dtype=dtype)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # as Trainer does
+    if getattr(model.config, "is_encoder_decoder", False) and not hasattr(model.config, "decoder_start_token_id"):
+        model.config.decoder_start_token_id = 0  # T5's files may lack it; no token matters here
     model.train()
     return model
 

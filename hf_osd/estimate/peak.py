@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .methods import Method, lora_model
-from .models import enable_checkpointing, inputs_of, meta_model
+from .models import enable_checkpointing, explained, inputs_of, meta_model
 from .trace import StepTrace, trace_step
 
 
@@ -100,11 +100,17 @@ class Workload:
         return self._models[key]
 
     def run(self, kind: str, checkpointing: bool, batch: int) -> StepTrace:
-        """Forward and backward pass of a batch."""
+        """Forward and backward pass of a batch.
+
+        Raises:
+            ValueError: If the model does not know checkpointing or adapters, or needs other inputs than it is given.
+        """
         key = (kind, checkpointing, batch)
         if key not in self._runs:
             inputs = inputs_of(self.model(), batch, self.sequence)
-            self._runs[key] = trace_step(self.model(kind, checkpointing), inputs)
+            model, names = self.model(kind, checkpointing), " and ".join(f"`{name}`" for name in inputs)
+            with explained(f"{type(self.model()).__name__} could not be run on a batch of {names}"):
+                self._runs[key] = trace_step(model, inputs)
         return self._runs[key]
 
     def parts(self, method: Method, checkpointing: bool, batch: int) -> Parts:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+PLAIN_ATTENTION = nn.functional.scaled_dot_product_attention
 GROUPED_PRODUCT = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)  # torch 2.8
 
 
@@ -79,7 +80,12 @@ def meta_device() -> Iterator[None]:
 
 
 def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Attention by a fused kernel, as on devices: the meta device knows the plain formula only, with its (S, S)."""
+    """Attention by a fused kernel, as on devices: the meta device knows the plain formula only, with its (S, S).
+
+    A mask that is trained, such as T5's biases of positions, takes the plain formula on CPUs; GPUs need a little less.
+    """
+    if attn_mask is not None and attn_mask.requires_grad:
+        return PLAIN_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     # What the kernels of all devices save: query, key, value, the output, and one float32 number for each of its rows.
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]

@@ -1,25 +1,22 @@
 """`hf-osd estimate`: the report, its JSON, what fits, and what is refused in one sentence."""
 
-import json
 import re
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from estimates import SMALL, estimate, refused, report_of, row_of
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, ViTConfig
 
 from hf_osd import create_osd_optimizer
 from hf_osd.cli.estimate import usable_memory
-from hf_osd.cli.main import main
 from hf_osd.estimate.models import load_config, meta_model
 from hf_osd.hub import projection_bytes
 from hf_osd.optim import predicted_state_bytes, select
 
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "llama_configs"
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL |= {"vocab_size": 200, "max_position_embeddings": 128}
 
 
 @pytest.fixture(scope="module")
@@ -27,29 +24,6 @@ def folder(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("model")
     LlamaConfig(**SMALL).save_pretrained(path)
     return str(path)
-
-
-def estimate(capsys, *words: str) -> str:
-    main(["estimate", *words])
-    return capsys.readouterr().out
-
-
-def report_of(capsys, *words: str) -> dict:
-    return json.loads(estimate(capsys, *words, "--json"))
-
-
-def row_of(report: dict, method: str, checkpointing: bool = False) -> dict:
-    (row,) = (r for r in report["rows"] if r["method"] == method and r["gradient_checkpointing"] == checkpointing)
-    return row
-
-
-def refused(capsys, *words: str) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main(["estimate", *words])
-    assert not capsys.readouterr().out
-    message = str(caught.value)
-    assert message.startswith("hf-osd estimate: ") and "\n" not in message
-    return message
 
 
 def test_the_report(folder, capsys):
@@ -184,6 +158,7 @@ def test_our_config_files_and_a_large_rank(capsys):
             "'q_prj' in `target_modules` matches no module. Did you mean",
         ),
         (("{}", "--gpu", "24"), "--gpu must be a number with KB, MB, GB, KiB, MiB or GiB, got '24'"),
+        (("{}", "--gpu", "infGB"), "--gpu must be a number with KB, MB, GB, KiB, MiB or GiB, got 'infGB'"),
         (("{}", "--gpu", "1GB", "--reserve", "2GB"), "--gpu 1GB leaves nothing beside --reserve 2GB"),
         (("{}", "--reserve", "2GB"), "--reserve is for --gpu"),
         (("{}", "--rank", "8", "--seq", "129"), "--seq 129 is more than the 128 positions of the model"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoModelForSeq2SeqLM, GPT2Config, LlamaConfig, Qwen3MoeConfig, T5Config
 
 from hf_osd.estimate import Workload
 
@@ -53,6 +53,15 @@ def test_the_prediction_is_what_is_allocated(family: str, run: str, checkpointin
     if run == "osd_adamw":
         # An upper bound: where the SVD of a first step takes most, the state of later parameters is not there yet.
         assert 0.95 * seen["temporaries"] <= told["temporaries"] <= 1.2 * seen["temporaries"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_attention_with_a_mask_that_is_trained(checkpointing: bool, monkeypatch):
+    """T5's biases of positions need a gradient, and no fused kernel of CPUs gives one."""
+    monkeypatch.setattr(memory, "AutoModelForCausalLM", AutoModelForSeq2SeqLM)
+    config = T5Config(vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0)
+    config.architectures, config.decoder_start_token_id = ["T5ForConditionalGeneration"], 0
+    check(*both(config, "adamw_torch_fused", checkpointing))
 
 
 @pytest.mark.parametrize("run", ["adamw_torch_fused", "osd_adamw_layerwise"])

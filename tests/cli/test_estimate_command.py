@@ -1,0 +1,80 @@
+"""The command that `hf-osd estimate` suggests: it parses, and selects what was estimated."""
+
+import shlex
+from dataclasses import dataclass
+
+import pytest
+from estimates import SMALL, refused, report_of
+from transformers import AutoConfig, HfArgumentParser, LlamaConfig, MixtralConfig, TrainingArguments
+
+from hf_osd.estimate.models import DTYPES, meta_model
+from hf_osd.optim import select
+
+
+NAMES = [["q_proj"], ["q_proj", "v_proj"], ["layers.1.mlp.up_proj"], ["model.layers.0.self_attn.q_proj", "o_proj"]]
+
+
+@dataclass
+class ModelArguments:
+    """Of a script, what the command gives it."""
+
+    model_name_or_path: str
+    dtype: str
+
+
+@pytest.fixture
+def suggested(capsys, tmp_path):
+    """A config's matrices as estimated with some words, and the command parsed."""
+
+    def run(config, *words: str):
+        path = tmp_path / "a model"
+        config.save_pretrained(path)
+        report = report_of(capsys, str(path), "--rank", "8", "--seq", "32", "--gpu", "1GB", "--reserve", "0KB", *words)
+        program, action, script, *rest = shlex.split(report["suggestion"]["command"])
+        assert [program, action, script] == ["hf-osd", "run", "train.py"]
+        own, args = HfArgumentParser((ModelArguments, TrainingArguments)).parse_args_into_dataclasses(
+            [*rest, "--output_dir", str(tmp_path / "out")]
+        )
+        model = meta_model(AutoConfig.from_pretrained(own.model_name_or_path), DTYPES[own.dtype])
+        return report, args, model
+
+    return run
+
+
+@pytest.mark.parametrize("names", NAMES, ids=" ".join)
+def test_names(names, suggested):
+    _, args, model = suggested(LlamaConfig(**SMALL), "--target_modules", *names)
+    assert isinstance(args.optim_target_modules, str)
+    assert list(select(model, args.optim_target_modules).projected) == list(select(model, names).projected)
+
+
+@pytest.mark.parametrize("names", [["gate_up_proj"], ["experts", "q_proj"]], ids=" ".join)
+def test_names_of_experts(names, suggested):
+    config = MixtralConfig(**SMALL, num_local_experts=3, num_key_value_heads=2)
+    _, args, model = suggested(config, "--target_modules", *names)
+    assert list(select(model, args.optim_target_modules).projected) == list(select(model, names).projected)
+
+
+def test_one_regular_expression(suggested):
+    report, args, model = suggested(LlamaConfig(**SMALL), "--target_modules", ".*(q|v)_proj")
+    assert report["matrices"] == 4 and args.optim_target_modules == ".*(q|v)_proj"
+    assert len(select(model, args.optim_target_modules).projected) == 4
+
+
+@pytest.mark.parametrize("words", [(), ("--target_modules", "all-linear"), ("--target_modules", "all_linear")])
+def test_all_linear(words, suggested):
+    report, args, _ = suggested(LlamaConfig(**SMALL), *words)
+    assert report["matrices"] == 14 and args.optim_target_modules == "all-linear"
+
+
+def test_other_options_are_one_word_each(suggested):
+    given = "alpha=2, projection_dtype=bfloat16"
+    _, args, _ = suggested(LlamaConfig(**SMALL), "--optim_args", given)
+    assert args.optim_args == f"rank=8,{given}" and args.optim == "osd_adamw8bit"
+    assert not args.gradient_checkpointing and args.per_device_train_batch_size == 1
+
+
+def test_a_regular_expression_that_matches_nothing(capsys, tmp_path):
+    LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    said = refused(capsys, str(tmp_path), "--rank", "8", "--target_modules", "(q|v)_proj")
+    assert "a string is a regular expression for the whole name of a module; names go into a list" in said
