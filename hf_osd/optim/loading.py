@@ -55,7 +55,8 @@ def match_state(
     check_state_dict(saved_groups, by_name, params)
     if rows:
         warnings.warn(
-            f"{len(rows)} of {len(params)} parameters differ from the saved state and start anew.\n{table(rows)}",
+            f"{len(rows)} of {len(saved | current)} parameters differ from the saved state and start anew.\n"
+            f"{table(rows)}",
             stacklevel=4,
         )
     if as_saved:

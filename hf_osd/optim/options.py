@@ -131,7 +131,8 @@ def refuse_own_without_rank(
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, (str, int, float, bool)) and a == b)
+    plain = (str, int, float)  # not tensors, which `init` may be
+    return a is b or (isinstance(a, plain) and isinstance(b, plain) and a == b)
 
 
 def _refuse_without_effect(options: Mapping[str, Any], where: str) -> None:

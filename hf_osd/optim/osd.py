@@ -186,16 +186,19 @@ class OSD(torch.optim.Optimizer):
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
         self._constructed = True
         warn_clipped(self._clipped)
-        # Groups have taken their own by now; tensors are not for `defaults`, which is printed and pickled.
-        if not isinstance(init, str):
+        self._simplify_defaults()
+        if self.mode.takes_gradients:
+            self._stream = GradientStream(self)
+            self._stream.attach()
+
+    def _simplify_defaults(self) -> None:
+        """Leave in `defaults` what printing, pickling and schedulers may see: groups have taken the rest by now."""
+        if not isinstance(self.defaults["init"], str):
             self.defaults["init"] = "auto"
         self.defaults["subspace"] = str(self.defaults["subspace"])
         for name in ("betas", "momentum"):
             if self.defaults[name] is None:  # each rule's own: nothing that OneCycleLR could cycle
                 del self.defaults[name]
-        if self.mode.takes_gradients:
-            self._stream = GradientStream(self)
-            self._stream.attach()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -207,12 +210,13 @@ class OSD(torch.optim.Optimizer):
         own = set(param_group) - {"params", "param_names", "lr", "initial_lr", "name"}
         options.refuse_unknown(own, options.DEFAULTS, "a parameter group")
         # A copy, for what is settled here is this optimizer's: the same dictionary can make another one.
-        super().add_param_group({**options.DEFAULTS, **self.defaults, **param_group})
+        shared = options.DEFAULTS | self.defaults
+        super().add_param_group(shared | param_group)
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
         position = sum(len(other["params"]) for other in self.param_groups[:-1])
         try:
             refuse_same_names(self.param_groups)
-            options.refuse_own_without_rank(group, own, options.DEFAULTS | self.defaults, where)
+            options.refuse_own_without_rank(group, own, shared, where)
             given, clipped = settle_group(group, where, position, self.mode)
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)

@@ -104,8 +104,8 @@ class OSDCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
     ) -> None:
         """Put P beside the model into the checkpoint that has just been written."""
-        folder = written_checkpoint(state)
-        self._save_projections(folder or _checkpoint(args, state), args, state, optimizer)
+        folder = written_checkpoint(state) or _checkpoint(args, state)  # this of a subclass that saves by itself
+        self._save_projections(folder, args, state, optimizer)
 
     def on_push_begin(
         self,

@@ -38,6 +38,8 @@ def test_what_only_projected_groups_use_is_refused_in_others(own: dict):
 def test_other_groups_may_repeat_what_the_optimizer_has():
     OSD([{"params": [parameter(8, 12)], "rank": 2}, {"params": [parameter(12)], "scale": 0.25}], scale=0.25)
     OSD([{"params": [parameter(8, 12)], "rank": 2}, {"params": [parameter(12)], "scale": 1.0}], scale=0.25)
+    OSD([{"params": [parameter(8, 12)], "rank": 2}, {"params": [parameter(12)], "scale": 1, "alpha": 5}])  # integers
+    OSD([parameter(8, 12)], scale=1, alpha=5)
 
 
 @pytest.mark.parametrize("given", [{"init": "svd"}, {"ddp_compression": "subspace"}, {"scale": 0.5}], ids=str)

@@ -103,7 +103,7 @@ def test_partial_load_does_not_mind_another_place():
     run(params, optimizer, range(3))
     A, B, b = (nn.Parameter(p.detach().clone()) for p in params)
     other = OSD([{"params": [("B", B)], "rank": 6}, {"params": [("b", b)]}], lr=1e-2, partial_load=True)
-    with pytest.warns(UserWarning, match=r"(?s)1 of 2 parameters differ.*A +has it"):
+    with pytest.warns(UserWarning, match=r"(?s)1 of 3 parameters differ.*A +has it"):
         other.load_state_dict(optimizer.state_dict())
     for live, saved in ((B, params[1]), (b, params[2])):
         assert all(torch.equal(value, other.state[live][name]) for name, value in optimizer.state[saved].items())
