@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_osd.optim.targets import select
+from hf_osd.optim.selection.targets import select
 
 
 @dataclass(frozen=True)

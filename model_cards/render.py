@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import hf_osd
 from hf_osd.hub import ProjectionState
-from hf_osd.hub.model_card import PICTURE_NAME, CardFacts, update_card
+from hf_osd.hub.card.model_card import PICTURE_NAME, CardFacts, update_card
 
 
 NAME = "llama-quickstart"

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_osd import create_osd_optimizer
 from hf_osd.optim import DEFAULT_RANK, OPTIM_NAMES, PRESETS, predicted_state_bytes
-from hf_osd.optim.modes import LAYERWISE_SUFFIX
-from hf_osd.optim.options import DEFAULTS
+from hf_osd.optim.options.mode import LAYERWISE_SUFFIX
+from hf_osd.optim.options.table import DEFAULTS
 from hf_osd.trainer.optim_args import SETTINGS
 
 

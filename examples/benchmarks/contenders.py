@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from hf_osd import OSD
 from hf_osd.optim import OPTIM_NAMES, PRESETS
-from hf_osd.optim.modes import LAYERWISE_SUFFIX
+from hf_osd.optim.options.mode import LAYERWISE_SUFFIX
 from hf_osd.subspace import SUBSPACES, subspace_options
 
 

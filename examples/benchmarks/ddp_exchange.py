@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_osd
 from environment import describe, results_folder
-from hf_osd.optim.distributed import exchange_bytes
-from hf_osd.optim.plan import ProjectedPlan
+from hf_osd.optim.arrival.exchange import exchange_bytes
+from hf_osd.optim.step.plan import ProjectedPlan
 
 
 CONFIGS = Path(__file__).parents[1] / "llama_configs"

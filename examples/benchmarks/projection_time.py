@@ -31,7 +31,7 @@ from torch import Tensor
 
 from contenders import autograd_pca_step
 from environment import describe, load_experiment, named, pick_device, results_folder, save
-from hf_osd.optim.gradients import check_gradients
+from hf_osd.optim.step.gradients import check_gradients
 from hf_osd.subspace import Left, Right, choose_side, randomized_svd
 from hf_osd.subspace.precision import reduced_precision
 from hf_osd.update_rules import build_rule

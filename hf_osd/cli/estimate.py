@@ -23,8 +23,8 @@ from ..estimate import (
     osd,
 )
 from ..optim import ALL_LINEAR, DEFAULT_RANK, resolve, select
-from ..optim.modes import LAYERWISE_SUFFIX
-from ..optim.targets import normalise
+from ..optim.options.mode import LAYERWISE_SUFFIX
+from ..optim.selection.targets import normalise
 from ..trainer.optim_args import SETTINGS, parse_optim_args
 from .show import size_text, table
 

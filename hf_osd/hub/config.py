@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..optim import OPTIM_NAMES, options
+from ..optim import OPTIM_NAMES
+from ..optim.options import table as options
 from ..subspace import LEARNING_OPTIONS, RULE_OPTIONS, SIDES, subspace_options
 from ..version import __version__
 from .checks import MAX_DIMENSION, ProjectionFileError, is_count, is_shape, name_fault

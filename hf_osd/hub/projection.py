@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..optim.plan import ProjectedPlan, Rules, StackedPlan
-from ..optim.projections import projection_of
+from ..optim.step.plan import ProjectedPlan, Rules, StackedPlan
+from ..optim.step.projection import projection_of
 from ..subspace import operator_of
 from .checks import numel
 

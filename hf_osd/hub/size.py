@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import torch
 
-from ..optim import options
-from ..optim.plan import ProjectedPlan, make_plan, rules_of
-from ..optim.state import state_spec
+from ..optim.options import table as options
+from ..optim.step.plan import ProjectedPlan, make_plan, rules_of
+from ..optim.step.state import state_spec
 from ..subspace import choose_side
 from ..update_rules import TensorSpec
 

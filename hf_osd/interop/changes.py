@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..optim.targets import linear_classes
+from ..optim.selection.targets import linear_classes
 
 
 CARRY = {"head": ("head",), "auto": ("head", "vectors"), "all": ("head", "vectors", "matrices")}

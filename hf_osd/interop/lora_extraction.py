@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optim.adapters import rso_loop
+from ..optim.selection.adapters import rso_loop
 from .changes import CARRY, check_same_architecture, find_changes, relative_text
 from .loading import Model, load_pair
 from .lora_adapter import ExtractedLayer, ExtractedLora, build_adapter

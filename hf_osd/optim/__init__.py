@@ -1,10 +1,10 @@
 """The optimizer, its options, and how a model becomes parameter groups."""
 
+from .factory import DEFAULT_RANK, create_osd_optimizer, osd_kwargs
 from .memory import adamw_state_bytes, held_gradient_bytes, predicted_state_bytes, state_bytes
+from .options.presets import OPTIM_NAMES, PRESETS, resolve
 from .osd import OSD
-from .param_groups import DEFAULT_RANK, create_osd_optimizer, osd_kwargs
-from .presets import OPTIM_NAMES, PRESETS, resolve
-from .targets import ALL_LINEAR, Selection, select
+from .selection.targets import ALL_LINEAR, Selection, select
 
 
 __all__ = [

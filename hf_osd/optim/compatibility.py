@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..subspace import is_rule
-from .options import projection_rule
-from .plan import ProjectedPlan, make_plan, names_of
+from .options.table import projection_rule
+from .step.plan import ProjectedPlan, make_plan, names_of
 
 
 # Options that shape the trajectory but not the state: the saved values are restored, as torch restores `lr`.

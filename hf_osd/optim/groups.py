@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..subspace import SubspaceRule, name_rule
 from ..update_rules import RULES, require_bitsandbytes
-from . import options
-from .modes import Mode, refuse_in_mode
-from .plan import given_projections, names_of, settle_sides
-from .sharding import refuse_flat
+from .options import table as options
+from .options.mode import Mode, refuse_in_mode
+from .step.plan import given_projections, names_of, settle_sides
+from .step.sharding import refuse_flat
 
 
 def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -> tuple[dict[str, Tensor], list[str]]:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from .compatibility import differences, restored_options, table, traits
-from .options import DEFAULTS
-from .plan import names_of
-from .state import check_state_dict
+from .options.table import DEFAULTS
+from .step.plan import names_of
+from .step.state import check_state_dict
 
 
 State = dict[Tensor, dict[str, Tensor]]

@@ -5,9 +5,9 @@ from collections import Counter
 import torch
 
 from .osd import OSD
-from .plan import rules_of
-from .sharding import local
-from .state import local_shape, state_spec
+from .step.plan import rules_of
+from .step.sharding import local
+from .step.state import local_shape, state_spec
 
 
 def predicted_entry_bytes(optimizer: OSD) -> Counter[str]:

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from ..subspace import SubspaceRule
-from . import options
-from .gradients import check_gradients
+from .arrival.stream import CLIP_NORM2, GradientStream, take_norm
 from .groups import refuse_same_names, settle_group, warn_clipped
-from .layerwise import CLIP_NORM2, GradientStream, take_norm
 from .loading import match_state
-from .modes import MODE_DEFAULTS, Mode, refuse_without_projection
-from .movement import Movements
-from .plan import Plan, ProjectedPlan
-from .rounding import refuse_without_bfloat16
+from .options import table as options
+from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
 from .statistics import summarize
-from .steps import ParameterSteps
+from .step.gradients import check_gradients
+from .step.movement import Movements
+from .step.plan import Plan, ProjectedPlan
+from .step.rounding import refuse_without_bfloat16
+from .step.weights import ParameterSteps
 
 
 class OSD(torch.optim.Optimizer):
@@ -72,7 +72,7 @@ class OSD(torch.optim.Optimizer):
             drawn from gradients often: `power`, and `svd` at short intervals.
         residual (`str`, *optional*, defaults to `"none"`):
             What becomes of the gradient outside the subspace: `none` (the paper), `scaled` (Fira, arXiv 2410.01673)
-            or `sign` (FRUGAL, arXiv 2411.07837). See [`~optim.residual`].
+            or `sign` (FRUGAL, arXiv 2411.07837). See [`~optim.step.residual`].
         residual_scaling (`str`, *optional*): For `scaled`: by `column` (the default), or by `matrix`.
         residual_limit (`float`, *optional*):
             For `scaled`: largest growth of the residual's norm in a step, 0 for no limit; defaults to 1.01 (Fira).
@@ -96,7 +96,7 @@ class OSD(torch.optim.Optimizer):
         gradient_accumulation (`bool`, *optional*, defaults to `False`):
             With `layerwise`, that several backward passes come before a `step`, which then steps. What is projected
             adds up R, and P learns from each micro-batch; P_0 and SVDs are made from the first. What is not adds up
-            its gradient. Norms are estimated ([`~optim.distributed.norm_stand_in`]).
+            its gradient. Norms are estimated ([`~optim.arrival.exchange.norm_stand_in`]).
         ddp_compression (`str`, *optional*):
             `subspace`: average over data-parallel processes r (m + n) numbers of a projected gradient, not m n; those
             that make a P whole. Norms are estimated likewise. All processes must use the same parameters; one that no

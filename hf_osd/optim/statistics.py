@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .plan import ProjectedPlan
+from .step.plan import ProjectedPlan
 
 
 if TYPE_CHECKING:
     from .osd import OSD
 
-OBSERVED = ("pca_loss", "orthogonality")  # in the order of `param_step.observation`
+OBSERVED = ("pca_loss", "orthogonality")  # in the order of `algorithm.observation`
 
 
 def summarize(
@@ -24,7 +24,7 @@ def summarize(
 
     Args:
         states (`Iterable[dict]`): The parameters' states.
-        observations (`list[tuple]`): What `param_step.observation` returned for each projected parameter.
+        observations (`list[tuple]`): What `algorithm.observation` returned for each projected parameter.
     """
     return _read(states, observations, [])[0]
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..optim import ALL_LINEAR, DEFAULT_RANK, Selection, select
-from ..optim.adapters import module_names
-from ..optim.param_groups import decay_parameter_names
-from ..optim.quantised import is_quantised
-from ..optim.sharding import is_sharded
+from ..optim.factory import decay_parameter_names
+from ..optim.selection.adapters import module_names
+from ..optim.selection.quantised import is_quantised
+from ..optim.step.sharding import is_sharded
 from .options import DEFAULT_INTERVAL, RSOOptions, check_scale
 from .outer_loop import OuterLoop, outer_loop
 from .plain_state import ADAPTER, keep_plain
@@ -51,7 +51,7 @@ def create_rso_model(
         sampling (`str`, *optional*, defaults to `"gaussian"`):
             `"gaussian"`: entries of P are N(0, 1/r). `"orthonormal"`: columns are orthogonal, with norm sqrt(n/r).
         seed (`int`, *optional*, defaults to 0): All P are drawn from it; the same on all processes.
-        target_modules, exclude_modules: Which linear layers, see [`~optim.targets.select`].
+        target_modules, exclude_modules: Which linear layers, see [`~optim.selection.targets.select`].
 
     Returns:
         `nn.Module`: The model itself.

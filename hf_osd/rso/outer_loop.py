@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..optim.adapters import rso_loop
+from ..optim.selection.adapters import rso_loop
 from .options import RSOOptions
 from .plain_state import ADAPTER
 from .sampling import sample

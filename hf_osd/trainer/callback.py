@@ -11,10 +11,10 @@ from ..hub import ProjectionState
 from ..hub.config import CONFIG_NAME
 from ..optim import OSD
 from ..optim.announce import announce
-from ..optim.distributed import include_in_ddp
-from ..optim.layerwise import release
-from ..optim.plan import ProjectedPlan
+from ..optim.arrival.exchange import include_in_ddp
+from ..optim.arrival.stream import release
 from ..optim.statistics import summarize_each
+from ..optim.step.plan import ProjectedPlan
 from .checkpoints import written_checkpoint
 from .gradient_norm import refuse_ignored_by_mode
 from .optim_args import check_arguments

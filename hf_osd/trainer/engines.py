@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..optim.sharding import FLAT
+from ..optim.step.sharding import FLAT
 
 
 def refuse_flat_engines(args: TrainingArguments) -> None:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from transformers import TrainingArguments
 
 from ..optim import ALL_LINEAR, OPTIM_NAMES, resolve
-from ..optim.modes import MODE_DEFAULTS, Mode, mode_of
-from ..optim.options import projection_rule, refuse_unknown, validate
-from ..optim.rank_pattern import parse_rank_pattern
+from ..optim.options.mode import MODE_DEFAULTS, Mode, mode_of
+from ..optim.options.table import projection_rule, refuse_unknown, validate
+from ..optim.selection.rank_pattern import parse_rank_pattern
 from ..update_rules import rule_options
 from .engines import refuse_flat_engines
 from .gradient_norm import CAN_LEAVE_CLIPPING

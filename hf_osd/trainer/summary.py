@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
-from ..optim.plan import ProjectedPlan
-from ..optim.quantised import is_quantised
+from ..optim.selection.quantised import is_quantised
+from ..optim.step.plan import ProjectedPlan
 
 
 KINDS_SHOWN = 8

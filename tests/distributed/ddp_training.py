@@ -175,7 +175,7 @@ def state_of(model: nn.Module, optimizer: OSD) -> dict[str, Any]:
 
 def counted() -> dict[str, int]:
     """Bytes that our exchanges of one step put on the wire (DDP's own are not seen)."""
-    from hf_osd.optim.distributed import exchange_bytes
+    from hf_osd.optim.arrival.exchange import exchange_bytes
 
     original, seen = dist.all_reduce, []
 

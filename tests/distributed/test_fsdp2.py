@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from hf_osd.optim import predicted_state_bytes, state_bytes
-from hf_osd.optim.sharding import local
+from hf_osd.optim.step.sharding import local
 from hf_osd.subspace import precision
 
 

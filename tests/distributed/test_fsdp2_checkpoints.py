@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from hf_osd import ProjectionState
-from hf_osd.optim.sharding import local
+from hf_osd.optim.step.sharding import local
 
 
 pytestmark = pytest.mark.distributed

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from sharded_models import assert_same_state, assert_same_weights, loss_of, make_model, make_optimizer, shard, train
 from torch.distributed.tensor.debug import CommDebugMode
 
-from hf_osd.optim.plan import rules_of
-from hf_osd.optim.projections import projection_of
-from hf_osd.optim.sharding import local
+from hf_osd.optim.step.plan import rules_of
+from hf_osd.optim.step.projection import projection_of
+from hf_osd.optim.step.sharding import local
 
 
 pytestmark = pytest.mark.distributed

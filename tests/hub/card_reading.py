@@ -4,7 +4,7 @@ import re
 
 import yaml
 
-from hf_osd.hub.card_section import END, START
+from hf_osd.hub.card.section import END, START
 
 
 LOG = [

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from transformers import TrainerState, TrainingArguments
 
 from hf_osd import create_osd_optimizer
-from hf_osd.hub.model_card import CardFacts
+from hf_osd.hub.card.model_card import CardFacts
 from hub_server import HubServer
 from reference.tiny_models import tiny_llama
 

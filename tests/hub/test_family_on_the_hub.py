@@ -12,9 +12,9 @@ from hf_osd import OSD, create_osd_optimizer, extract_lora, init_lora_from_proje
 from hf_osd.cli.main import main
 from hf_osd.hub import Projection, ProjectionState, projection_bytes
 from hf_osd.hub.analysis import random_share, share_of_change
-from hf_osd.hub.model_card import update_card
-from hf_osd.optim.plan import rules_of
-from hf_osd.optim.projections import projection_of
+from hf_osd.hub.card.model_card import update_card
+from hf_osd.optim.step.plan import rules_of
+from hf_osd.optim.step.projection import projection_of
 from hf_osd.subspace import SubspaceRule
 from reference.tiny_models import tiny_llama
 

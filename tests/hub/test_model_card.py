@@ -16,9 +16,10 @@ from transformers import TrainerState, TrainingArguments
 
 import hf_osd
 from hf_osd import OSDTrainingArguments
-from hf_osd.hub import ProjectionState, loss_picture
-from hf_osd.hub.card_section import is_generated
-from hf_osd.hub.model_card import PICTURE_NAME, CardFacts, update_card
+from hf_osd.hub import ProjectionState
+from hf_osd.hub.card import picture
+from hf_osd.hub.card.model_card import PICTURE_NAME, CardFacts, update_card
+from hf_osd.hub.card.section import is_generated
 from hf_osd.optim import adamw_state_bytes, state_bytes
 
 
@@ -144,7 +145,7 @@ def test_the_picture_is_a_png_and_optional(run, tmp_path, monkeypatch, caplog):
     assert f"({PICTURE_NAME})" in text
     assert (tmp_path / "with" / PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    loss_picture._say_no_picture.cache_clear()
+    picture._say_no_picture.cache_clear()
     caplog.set_level(logging.WARNING, logger="hf_osd")
     for _ in range(2):
         assert "### Loss" not in update_card(tmp_path / "without", facts).read_text()

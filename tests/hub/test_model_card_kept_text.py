@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from card_reading import HEADED, head, rows
 
-from hf_osd.hub.card_section import END, START, is_generated
-from hf_osd.hub.model_card import PICTURE_NAME, update_card
+from hf_osd.hub.card.model_card import PICTURE_NAME, update_card
+from hf_osd.hub.card.section import END, START, is_generated
 
 
 @pytest.mark.parametrize("line_break", ["\n", "\r\n"])

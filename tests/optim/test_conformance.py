@@ -26,8 +26,8 @@ from torch import nn
 
 from hf_osd import OSD
 from hf_osd.optim import predicted_state_bytes, state_bytes
-from hf_osd.optim.options import RESIDUAL_SCALINGS, RESIDUALS, SCHEDULES
-from hf_osd.optim.plan import rules_of
+from hf_osd.optim.options.table import RESIDUAL_SCALINGS, RESIDUALS, SCHEDULES
+from hf_osd.optim.step.plan import rules_of
 from hf_osd.subspace import SIDES, SUBSPACES
 from hf_osd.subspace.random import DISTRIBUTIONS
 from hf_osd.update_rules import RULES

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from hf_osd import OSD
 from hf_osd.optim import predicted_state_bytes, state_bytes
-from hf_osd.optim.plan import StackedPlan
+from hf_osd.optim.step.plan import StackedPlan
 from hf_osd.update_rules import RULES
 
 

@@ -7,7 +7,7 @@ import torch
 from layerwise_nets import Net, assert_equal, inputs, optimizer_of, pair
 from torch import nn
 
-from hf_osd.optim import param_step
+from hf_osd.optim.step import algorithm
 
 
 INTERVAL = {"update_interval": 2}
@@ -88,7 +88,7 @@ def test_only_a_residual_holds_the_gradient_during_the_update(given: dict, held:
     model, seen, during = Net(), [], []
     optimizer = optimizer_of(model, layerwise=True, **given)
     stream = type(optimizer._stream)
-    on_gradient, update = stream.on_gradient, param_step._update_projected
+    on_gradient, update = stream.on_gradient, algorithm._update_projected
     monkeypatch.setattr(
         stream, "on_gradient", lambda self, p: (seen.append(weakref.ref(p.grad)), on_gradient(self, p))
     )
@@ -97,7 +97,7 @@ def test_only_a_residual_holds_the_gradient_during_the_update(given: dict, held:
         during.append(seen[-1]() is not None)
         update(*args)
 
-    monkeypatch.setattr(param_step, "_update_projected", updating)
+    monkeypatch.setattr(algorithm, "_update_projected", updating)
     model(inputs(0)).backward()
     # what autograd holds of the gradient that it hands over counts as well: of this graph, nothing
     assert during == [held] * 2

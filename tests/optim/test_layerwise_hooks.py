@@ -11,8 +11,8 @@ from layerwise_nets import Net, assert_equal, inputs, optimizer_of, train
 from torch import nn
 
 from hf_osd import OSD
-from hf_osd.optim.gradients import clip_coefficient
-from hf_osd.optim.modes import Mode
+from hf_osd.optim.options.mode import Mode
+from hf_osd.optim.step.gradients import clip_coefficient
 
 
 def test_remove_restores_the_model_and_attach_goes_on():

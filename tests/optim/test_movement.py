@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_osd import OSD
-from hf_osd.optim import movement
-from hf_osd.optim.steps import ParameterSteps
+from hf_osd.optim.step import movement
+from hf_osd.optim.step.weights import ParameterSteps
 from hf_osd.subspace import OPERATORS, Movement, pca_gradient
 from hf_osd.subspace.online_pca import OnlinePCA
 from hf_osd.update_rules import RULES

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd import OSD
-from hf_osd.optim.options import CHECKS, DEFAULTS, RESIDUAL_OPTIONS, Options, validate
-from hf_osd.optim.presets import OPTIM_NAMES, PRESETS, resolve
+from hf_osd.optim.options.presets import OPTIM_NAMES, PRESETS, resolve
+from hf_osd.optim.options.table import CHECKS, DEFAULTS, RESIDUAL_OPTIONS, Options, validate
 from hf_osd.subspace import SUBSPACES
 from hf_osd.update_rules import RULES
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_osd import OSD
 from hf_osd.optim import predicted_state_bytes, state_bytes
-from hf_osd.optim.plan import ProjectedPlan
+from hf_osd.optim.step.plan import ProjectedPlan
 from hf_osd.update_rules import RULES
 
 

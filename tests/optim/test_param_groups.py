@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_osd import OSD, create_osd_optimizer
-from hf_osd.optim.plan import ProjectedPlan
+from hf_osd.optim.step.plan import ProjectedPlan
 from reference.tiny_models import tiny_llama
 
 

@@ -8,8 +8,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import hf_osd
 from hf_osd import OSD, OSDTrainingArguments, create_osd_optimizer
-from hf_osd.optim.plan import ProjectedPlan
-from hf_osd.optim.rank_pattern import parse_rank_pattern, ranks_of
+from hf_osd.optim.selection.rank_pattern import parse_rank_pattern, ranks_of
+from hf_osd.optim.step.plan import ProjectedPlan
 from reference.tiny_models import tiny_llama
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from hf_osd import OSD, create_osd_optimizer
-from hf_osd.optim import osd, param_step, rounding
-from hf_osd.optim.gradients import check_gradients
-from hf_osd.optim.plan import Plan
-from hf_osd.optim.rounding import round_into_, rounding_noise
+from hf_osd.optim import osd
+from hf_osd.optim.step import algorithm, rounding
+from hf_osd.optim.step.gradients import check_gradients
+from hf_osd.optim.step.plan import Plan
+from hf_osd.optim.step.rounding import round_into_, rounding_noise
 from hf_osd.update_rules import RULES
 
 
@@ -180,7 +181,7 @@ def test_pieces_are_the_whole(shape: tuple[int, int], monkeypatch: pytest.Monkey
     whole = train()
     for piece in (1000, 7 * 64):  # neither divides the rows
         monkeypatch.setattr(rounding, "PIECE", piece)
-        monkeypatch.setattr(param_step, "PIECE", piece)
+        monkeypatch.setattr(algorithm, "PIECE", piece)
         assert all(same_bits(a, b) for a, b in zip(whole, train(), strict=True))
 
 

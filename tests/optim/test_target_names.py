@@ -9,7 +9,7 @@ from target_models import LLAMA_LAYERS, MODELS, layers
 from torch import nn
 
 from hf_osd import create_osd_optimizer
-from hf_osd.optim.targets import linear_classes, select
+from hf_osd.optim.selection.targets import linear_classes, select
 from reference.tiny_models import tiny_llama
 
 

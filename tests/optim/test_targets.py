@@ -3,7 +3,7 @@
 import pytest
 from target_models import LLAMA_LAYERS, MODELS, Pair, layers, tiny_bert, tiny_gpt2, tiny_t5
 
-from hf_osd.optim.targets import select
+from hf_osd.optim.selection.targets import select
 from reference.tiny_models import tiny_llama
 
 

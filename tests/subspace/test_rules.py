@@ -27,8 +27,8 @@ def optimizer_of(W: nn.Parameter, subspace: str, rank: int = 4, **options) -> OS
 
 def projections(shape: tuple[int, int], subspace: str, steps: int, gradient=None, **options) -> list[Tensor]:
     """P after each step."""
-    from hf_osd.optim.plan import rules_of
-    from hf_osd.optim.projections import projection_of
+    from hf_osd.optim.step.plan import rules_of
+    from hf_osd.optim.step.projection import projection_of
 
     W = nn.Parameter(torch.zeros(shape, dtype=F64))
     optimizer, found = optimizer_of(W, subspace, **options), []

@@ -9,9 +9,9 @@ import pytest
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainer, OSDTrainingArguments
-from hf_osd.optim.modes import MODE_DEFAULTS
-from hf_osd.optim.options import DEFAULTS
-from hf_osd.optim.presets import OPTIM_NAMES
+from hf_osd.optim.options.mode import MODE_DEFAULTS
+from hf_osd.optim.options.presets import OPTIM_NAMES
+from hf_osd.optim.options.table import DEFAULTS
 from hf_osd.trainer.optim_args import SETTINGS, TRAINER_FIELDS, parse_optim_args, read_settings
 from hf_osd.trainer.rso import FIELDS
 from reference.tiny_models import tiny_llama

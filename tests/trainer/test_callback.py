@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_osd import OSD
-from hf_osd.optim import experts
+from hf_osd.optim.step import experts
 from hf_osd.trainer.summary import summary
 from reference.tiny_models import tiny_llama
 

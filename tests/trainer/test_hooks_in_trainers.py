@@ -8,7 +8,7 @@ from test_resume import make_trainer
 from transformers import Trainer, TrainerCallback, set_seed
 
 import hf_osd
-from hf_osd.optim.layerwise import GradientStream
+from hf_osd.optim.arrival.stream import GradientStream
 
 
 class Alive(TrainerCallback):

@@ -10,8 +10,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_osd import OSD, OSDTrainingArguments
 from hf_osd.optim import OPTIM_NAMES
-from hf_osd.optim.layerwise import GradientStream
-from hf_osd.optim.modes import Mode
+from hf_osd.optim.arrival.stream import GradientStream
+from hf_osd.optim.options.mode import Mode
 
 
 PLAIN = [name for name in OPTIM_NAMES if not name.endswith("_layerwise")]

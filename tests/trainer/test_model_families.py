@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from hf_osd.optim.plan import ProjectedPlan, StackedPlan
-from hf_osd.optim.targets import select
+from hf_osd.optim.selection.targets import select
+from hf_osd.optim.step.plan import ProjectedPlan, StackedPlan
 
 
 H, I, L, V, HEADS, EXPERTS = 32, 48, 2, 80, 4, 3  # noqa: E741 - sizes as in the formulas below

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from hf_osd import create_osd_optimizer
-from hf_osd.hub.card_section import END, START
-from hf_osd.hub.model_card import PICTURE_NAME
+from hf_osd.hub.card.model_card import PICTURE_NAME
+from hf_osd.hub.card.section import END, START
 from hf_osd.trainer import push
 from hf_osd.trainer.push import refresh_card, register_push
 from hub_server import HubServer, run_client

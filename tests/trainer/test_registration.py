@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_osd import OSD, OSDCallback, OSDTrainer, OSDTrainingArguments, register
 from hf_osd.optim import OPTIM_NAMES
-from hf_osd.optim.plan import ProjectedPlan
+from hf_osd.optim.step.plan import ProjectedPlan
 from reference.tiny_models import tiny_llama
 
 

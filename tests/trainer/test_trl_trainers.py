@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_osd import OSD, OSDTrainingArguments
-from hf_osd.optim.plan import ProjectedPlan
+from hf_osd.optim.step.plan import ProjectedPlan
 
 
 trl = pytest.importorskip("trl")

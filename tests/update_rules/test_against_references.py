@@ -7,7 +7,7 @@ from rule_runs import LR, SHAPES, Make, osd, train
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from hf_osd.optim.gradients import check_gradients
+from hf_osd.optim.step.gradients import check_gradients
 from hf_osd.update_rules import build_rule
 
 

@@ -6,7 +6,7 @@ from rule_runs import LR, SHAPES, osd, train
 from torch import Tensor, nn
 
 from hf_osd import OSD
-from hf_osd.optim.gradients import check_gradients
+from hf_osd.optim.step.gradients import check_gradients
 from hf_osd.update_rules import RULES, build_rule
 
 

@@ -8,7 +8,8 @@ from rule_runs import osd, train
 from torch import nn
 
 from hf_osd import OSD
-from hf_osd.optim import param_step, state_bytes
+from hf_osd.optim import state_bytes
+from hf_osd.optim.step import algorithm
 from hf_osd.update_rules import RULES, build_rule, build_storage, require_bitsandbytes
 
 
@@ -20,9 +21,9 @@ def test_pieces_change_nothing(rule, monkeypatch):
     # 8-bit codes do not show that they were decoded in pieces only where a piece starts at a block.
     shape, options = (67, 71), {"weight_decay": 0.1}
     whole, optimizer = train(osd(rule, **options), shape, steps=20)
-    monkeypatch.setattr(param_step, "PIECE", 512)
+    monkeypatch.setattr(algorithm, "PIECE", 512)
     pieces, other = train(osd(rule, **options), shape, steps=20)
-    slices = list(param_step._pieces(pieces, pieces, build_rule(rule)))
+    slices = list(algorithm._pieces(pieces, pieces, build_rule(rule)))
     assert len(slices) == 10 and slices[-1] == slice(4608, 4757)
     # The kernels are elementwise and pieces start at multiples of the vector length.
     assert torch.equal(whole, pieces)
@@ -31,9 +32,9 @@ def test_pieces_change_nothing(rule, monkeypatch):
 
 
 def test_adafactor_is_never_cut_into_pieces(monkeypatch):
-    monkeypatch.setattr(param_step, "PIECE", 512)
+    monkeypatch.setattr(algorithm, "PIECE", 512)
     p = torch.zeros(67, 71)
-    assert list(param_step._pieces(p, p, build_rule("adafactor"))) == [None]
+    assert list(algorithm._pieces(p, p, build_rule("adafactor"))) == [None]
 
 
 @pytest.mark.parametrize("rule", ["adamw", "lion", "sgd", "adafactor"])

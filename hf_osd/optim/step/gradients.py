@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..update_rules import GradientCheck
+from ...update_rules import GradientCheck
 from .sharding import Sharding
 
 

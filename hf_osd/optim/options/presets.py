@@ -4,9 +4,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ..subspace import is_rule, rule_class
-from .modes import LAYERWISE_SUFFIX
-from .options import DEFAULTS, RULES, refuse_unknown
+from ...subspace import is_rule, rule_class
+from .mode import LAYERWISE_SUFFIX
+from .table import DEFAULTS, RULES, refuse_unknown
 
 
 # `optim` name -> rule of the weights. P moves by the same rule unless `projection_optim` names another

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..subspace import OPERATORS, Start, choose_init
-from ..update_rules import GradientCheck
-from .directions import Role, carry_moments, cast
+from ...subspace import OPERATORS, Start, choose_init
+from ...update_rules import GradientCheck
 from .gradients import EPS
+from .moments import Role, carry_moments, cast
 from .plan import ProjectedPlan, Rules
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..update_rules import GradientCheck, Moment, MomentStorage, UpdateRule
+from ...update_rules import GradientCheck, Moment, MomentStorage, UpdateRule
 from .sharding import Sharding, divided
 
 

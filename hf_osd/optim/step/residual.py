@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..update_rules import GradientCheck
+from ...update_rules import GradientCheck
 from .gradients import EPS
 from .plan import ProjectedPlan
 from .rounding import PIECE

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..update_rules import Moment
+from ...update_rules import Moment
 
 
 @dataclass(frozen=True)

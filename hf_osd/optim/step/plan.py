@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..subspace import (
+from ...subspace import (
     RULE_OPTIONS,
     LinearOperator,
     SubspaceRule,
@@ -18,8 +18,8 @@ from ..subspace import (
     operator_of,
     user_rule,
 )
-from ..update_rules import MomentStorage, UpdateRule, build_rule, build_storage
-from . import options
+from ...update_rules import MomentStorage, UpdateRule, build_rule, build_storage
+from ..options import table as options
 from .sharding import FLAT, Sharding, local, sharding_of
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters import module_names
-from .distributed import exclude_from_ddp, include_in_ddp
-from .modes import MODE_DEFAULTS, mode_of
-from .options import DEFAULTS, refuse_unknown
+from .arrival.exchange import exclude_from_ddp, include_in_ddp
+from .options.mode import MODE_DEFAULTS, mode_of
+from .options.presets import resolve
+from .options.table import DEFAULTS, refuse_unknown
 from .osd import OSD
-from .presets import resolve
-from .rank_pattern import parse_rank_pattern, ranks_of
-from .targets import ALL_LINEAR, Selection, select
+from .selection.adapters import module_names
+from .selection.rank_pattern import parse_rank_pattern, ranks_of
+from .selection.targets import ALL_LINEAR, Selection, select
 
 
 DEFAULT_RANK = 128  # GaLore's and APOLLO's in transformers
@@ -69,7 +69,7 @@ def osd_kwargs(
     Args:
         model (`nn.Module`): The model.
         settings (`dict`): All options, as `presets.resolve` gives them; `rank` may be `None` for the default.
-        target_modules, exclude_modules: See [`~optim.targets.select`].
+        target_modules, exclude_modules: See [`~optim.selection.targets.select`].
         decay_names (`Collection[str]`, *optional*): Defaults to what `Trainer` decides.
         ddp_compression (`str`, *optional*): See [`OSD`]. Where it is set, DDP is told to leave what is projected.
         rank_pattern (`str` or `Mapping[str, int]`, *optional*): See [`create_osd_optimizer`].
@@ -122,7 +122,7 @@ def create_osd_optimizer(
         rank_pattern (`Mapping[str, int]` or `str`, *optional*):
             Other ranks for some modules: regular expressions for the end of a module's name, of which the first that
             matches counts. `{"q_proj": 64, "layers.0.mlp.*": 32}`, or `"q_proj:64;layers.0.mlp.*:32"`.
-        target_modules, exclude_modules: What is projected, see [`~optim.targets.select`].
+        target_modules, exclude_modules: What is projected, see [`~optim.selection.targets.select`].
         projection_optim (`str`, *optional*): The rule that P moves by; defaults to the weights' own.
         preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.
         init (`str`, `ProjectionState` or `Mapping[str, torch.Tensor]`, *optional*, defaults to `"auto"`):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..update_rules import GradientCheck
+from ...update_rules import GradientCheck
+from .algorithm import LowRankGradient, observation, project_gradient, step_projected
 from .movement import Movements
-from .param_step import LowRankGradient, observation, project_gradient, step_projected
 from .plan import ProjectedPlan, Rules, StackedPlan
-from .projections import usable
+from .projection import usable
 
 
 def project_matrices(

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import distributed
-from .param_step import LowRankGradient
+from ..step.algorithm import LowRankGradient
+from . import exchange
 
 
 Lows = list[LowRankGradient | None]  # of a matrix one, of a stack one for each expert; None without a P as yet
@@ -38,7 +38,7 @@ class Window:
 
     def add(self, lows: Lows, energy: Tensor) -> None:
         """Add a gradient's image; of one that came before there was a P, it counts only whether it was finite."""
-        R_energy = distributed.squared_norms_of_R(lows, energy)
+        R_energy = exchange.squared_norms_of_R(lows, energy)
         if self.lows is None or self.energy is None or self.R_energy is None:
             self.lows, self.energy, self.R_energy = lows, energy, R_energy
             return
@@ -57,12 +57,12 @@ class Window:
     def average_(self) -> None:
         """Replace what is summed here by its mean over the processes."""
         if self.lows is not None and self.energy is not None and self.R_energy is not None:
-            distributed.average_window_(self.lows, self.energy, self.R_energy)
+            exchange.average_window_(self.lows, self.energy, self.R_energy)
 
     def arrived(self) -> Arrived:
         """What the window has come to."""
         assert self.lows is not None and self.energy is not None and self.R_energy is not None
-        norm2 = distributed.norm_stand_in(self.energy, self.lows, self.R_energy)
+        norm2 = exchange.norm_stand_in(self.energy, self.lows, self.R_energy)
         return Arrived(self.lows, self.energy, norm2)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..subspace import (
+from ...subspace import (
     LEARNING_OPTIONS,
     RULE_OPTIONS,
     SIDES,
@@ -20,9 +20,9 @@ from ..subspace import (
     rule_class,
     subspace_options,
 )
-from ..subspace.initialization import INITS
-from ..subspace.random import DISTRIBUTIONS
-from ..update_rules import RULES, build_rule, has_carry, rule_options
+from ...subspace.initialization import INITS
+from ...subspace.random import DISTRIBUTIONS
+from ...update_rules import RULES, build_rule, has_carry, rule_options
 
 
 FLOAT_DTYPES = ("float32", "bfloat16")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, adamw_state_bytes, predicted_state_bytes
-from ..optim.options import DEFAULTS
-from ..optim.plan import ProjectedPlan, rules_of
-from ..subspace import SUBSPACES
-from .config import group_options, versions
+from ...optim import ALL_LINEAR, OPTIM_NAMES, OSD, adamw_state_bytes, predicted_state_bytes
+from ...optim.options.table import DEFAULTS
+from ...optim.step.plan import ProjectedPlan, rules_of
+from ...subspace import SUBSPACES
+from ..config import group_options, versions
 
 
 if TYPE_CHECKING:

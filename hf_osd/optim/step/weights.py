@@ -9,18 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..update_rules import GradientCheck
+from ...update_rules import GradientCheck
+from .algorithm import LowRankGradient, step_full
 from .experts import observe_matrices, project_matrices, step_matrices
 from .gradients import refuse_unsupported
 from .movement import Movements
-from .param_step import LowRankGradient, step_full
-from .plan import Plan, ProjectedPlan, Rules, StackedPlan, make_plan, names_of, resume_plan, rules_of, settle_sides
+from .plan import (
+    Plan,
+    ProjectedPlan,
+    Rules,
+    StackedPlan,
+    make_plan,
+    names_of,
+    resume_plan,
+    rules_of,
+    settle_sides,
+)
 from .sharding import local
 from .state import create_state
 
 
 if TYPE_CHECKING:
-    from .osd import OSD
+    from ..osd import OSD
 
 
 class ParameterSteps:

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..optim.options import DEFAULTS
-from ..subspace import SUBSPACES, rule_class
-from .card_facts import CardFacts
+from ...optim.options.table import DEFAULTS
+from ...subspace import SUBSPACES, rule_class
+from .facts import CardFacts
 
 
 START, END = "<!-- hf_osd:start -->", "<!-- hf_osd:end -->"

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .param_step import LowRankGradient
-from .plan import Plan, ProjectedPlan
+from ..step.algorithm import LowRankGradient
+from ..step.plan import Plan, ProjectedPlan
 
 
 def world_size() -> int:

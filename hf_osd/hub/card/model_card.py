@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from .card_facts import CardFacts
-from .card_metadata import merge_metadata
-from .card_section import digest_around, is_generated, place_section, render_section, split_text
-from .config import CONFIG_NAME
-from .loss_picture import save_loss_picture
+from ..config import CONFIG_NAME
+from .facts import CardFacts
+from .metadata import merge_metadata
+from .picture import save_loss_picture
+from .section import digest_around, is_generated, place_section, render_section, split_text
 
 
 __all__ = ["CARD_NAME", "PICTURE_NAME", "CardFacts", "read_card", "update_card", "write_text"]
@@ -42,7 +42,7 @@ def update_card(folder: str | os.PathLike, facts: CardFacts, *, generated: bool 
     >>> import torch
     >>> from transformers import TrainerState, TrainingArguments
     >>> from hf_osd import OSD
-    >>> from hf_osd.hub.model_card import CardFacts, update_card
+    >>> from hf_osd.hub.card.model_card import CardFacts, update_card
 
     >>> linear = torch.nn.Linear(64, 32)
     >>> optimizer = OSD([{"params": [linear.weight], "rank": 8}, {"params": [linear.bias]}])

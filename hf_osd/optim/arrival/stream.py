@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import distributed
-from .gradients import check_of, clip_coefficient, refuse_unsupported, squared_norm
-from .modes import Mode
-from .plan import ProjectedPlan
-from .sharding import is_sharded
-from .steps import ParameterSteps
+from ..options.mode import Mode
+from ..step.gradients import check_of, clip_coefficient, refuse_unsupported, squared_norm
+from ..step.plan import ProjectedPlan
+from ..step.sharding import is_sharded
+from ..step.weights import ParameterSteps
+from . import exchange
 from .window import Arrived, Window
 
 
 if TYPE_CHECKING:
-    from .osd import OSD
+    from ..osd import OSD
 
 
 logger = logging.getLogger("hf_osd")
@@ -116,7 +116,7 @@ class GradientStream:
     def _takes(self, group: dict[str, Any]) -> bool:
         # Beside other processes, DDP averages the full-size parameters: they are complete after the backward pass
         # only, stay where they are, and `step()` finds them there.
-        return group["rank"] is not None or (self.mode.layerwise and distributed.world_size() == 1)
+        return group["rank"] is not None or (self.mode.layerwise and exchange.world_size() == 1)
 
     def _check_processes(self) -> None:
         if any(is_sharded(p) for group in self.optimizer.param_groups for p in group["params"]):
@@ -124,7 +124,7 @@ class GradientStream:
                 "`layerwise` and `ddp_compression` are for whole parameters, and these are sharded: FSDP2 has "
                 "averaged each gradient already, and kept no more than a shard of it. Leave both out."
             )
-        if self.mode.ddp_compression is None and distributed.world_size() > 1:
+        if self.mode.ddp_compression is None and exchange.world_size() > 1:
             raise ValueError(
                 "`layerwise` would step a parameter before its gradient is averaged over the processes. Set "
                 "`ddp_compression='subspace'`, which averages in the subspace, or leave `layerwise` out (as FSDP2 "
@@ -170,20 +170,20 @@ class GradientStream:
         first = None
         if window is not None and isinstance(plan, ProjectedPlan):
             first = window.may_make_projection(plan.matrices)
-        exchange = distributed.world_size() > 1 and isinstance(plan, ProjectedPlan)
-        if exchange and self.steps.makes_projection(p, group, first):
-            distributed.average_(G)  # whole: so that all processes make the same P
-            exchange = False
+        exchanged = exchange.world_size() > 1 and isinstance(plan, ProjectedPlan)
+        if exchanged and self.steps.makes_projection(p, group, first):
+            exchange.average_(G)  # whole: so that all processes make the same P
+            exchanged = False
         norm2 = squared_norm(G, plan.stacked)
         if not isinstance(plan, ProjectedPlan):
             return Arrived(G, norm2, norm2)
         shared = norm2
-        if exchange and plan.stacked:  # which experts had tokens on any process: the host may have to decide by it
+        if exchanged and plan.stacked:  # which experts had tokens on any process: the host may have to decide by it
             shared = norm2.clone()
-            distributed.average_(shared)
+            exchange.average_(shared)
         lows = self.steps.project(p, G, group, check_of(shared, plan.stacked), first)
-        if exchange and not self.mode.gradient_accumulation:
-            lows, norm2 = distributed.average_projected(lows, G, norm2, plan)
+        if exchanged and not self.mode.gradient_accumulation:
+            lows, norm2 = exchange.average_projected(lows, G, norm2, plan)
         return Arrived(lows, norm2, norm2)
 
     def _apply(self, p: Tensor, arrived: Arrived, group: dict[str, Any], total2: Tensor | None = None) -> None:
@@ -242,13 +242,13 @@ class GradientStream:
             window = window or Window()
             window.add_whole(p.grad)
         expected = group["rank"] is not None and p.requires_grad and p not in self._norms2
-        if window is None and expected and distributed.world_size() > 1:
+        if window is None and expected and exchange.world_size() > 1:
             window = Window()  # others may have used it, and wait
             window.add_whole(torch.zeros_like(p))
         return window
 
     def _complete(self, p: Tensor, window: Window, group: dict[str, Any]) -> Arrived:
-        summed = self.mode.gradient_accumulation and distributed.world_size() > 1 and group["rank"] is not None
+        summed = self.mode.gradient_accumulation and exchange.world_size() > 1 and group["rank"] is not None
         if window.lows is None and window.G is not None and not summed:
             return self._arrive(p, window.G, group)
         if window.G is not None:

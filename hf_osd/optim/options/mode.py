@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..subspace import build_subspace
-from .options import CHECKS, refuse_unknown
+from ...subspace import build_subspace
+from .table import CHECKS, refuse_unknown
 
 
 CLIPPINGS = ("parameter", "previous_norm")

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..subspace import Movement
-from ..update_rules import GradientCheck
-from . import options
-from .directions import Role, update_
+from ...subspace import Movement
+from ...update_rules import GradientCheck
+from ..options import table as options
+from .moments import Role, update_
 from .plan import ProjectedPlan, Rules
-from .projections import carry, usable
+from .projection import carry, usable
 
 
 # Entries of a stack of P, 4 MiB in float32: as much again of A and of copies of both is held while it fills.

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..subspace.precision import reduced_precision
-from ..update_rules import GradientCheck, UpdateRule
-from .directions import Role, cast, direction, load_moments, update_
+from ...subspace.precision import reduced_precision
+from ...update_rules import GradientCheck, UpdateRule
+from .moments import Role, cast, direction, load_moments, update_
 from .movement import Movements, Moving
 from .plan import Plan, ProjectedPlan, Rules
-from .projections import moves, projection_of, refresh_projection, renewal_due, start_projection, weight_role
+from .projection import moves, projection_of, refresh_projection, renewal_due, start_projection, weight_role
 from .residual import Residual, pieces, residual_update
 from .rounding import PIECE, add_rounded_, rounding_noise
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from .card_facts import CardFacts
-from .card_section import line_break_of
+from .facts import CardFacts
+from .section import line_break_of
 
 
 TAGS = ["online-subspace-descent", "hf_osd"]

@@ -1,0 +1,1 @@
+"""Gradients that arrive one at a time: hooks, accumulation windows, clipping, and exchange between processes."""
