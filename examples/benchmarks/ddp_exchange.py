@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_osd
 from environment import describe, results_folder
 from hf_osd.optim.arrival.exchange import exchange_bytes
-from hf_osd.optim.step.plan import ProjectedPlan
+from hf_osd.optim.step.geometry import ProjectedGeometry
 
 
 CONFIGS = Path(__file__).parents[1] / "llama_configs"
@@ -35,9 +35,10 @@ def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
     found = []
     for rank in ranks:
         optimizer = hf_osd.create_osd_optimizer(model, rank=rank)
-        plans = [optimizer.plan_of(p) for group in optimizer.param_groups for p in group["params"]]
-        projected = [plan for plan in plans if isinstance(plan, ProjectedPlan)]
-        compressed, whole = exchange_bytes(plans, [torch.bfloat16] * len(plans))
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        geometries = [optimizer.weight_of(p).geometry for p in params]
+        projected = [geometry for geometry in geometries if isinstance(geometry, ProjectedGeometry)]
+        compressed, whole = exchange_bytes(geometries, [torch.bfloat16] * len(geometries))
         of_matrices = exchange_bytes(projected, [torch.bfloat16] * len(projected))
         found.append(
             {

@@ -34,7 +34,7 @@ from environment import describe, load_experiment, named, pick_device, results_f
 from hf_osd.optim.step.gradients import check_gradients
 from hf_osd.subspace import Left, Right, choose_side, randomized_svd
 from hf_osd.subspace.precision import reduced_precision
-from hf_osd.update_rules import build_rule
+from hf_osd.update_rules import RuleStep, build_rule
 from shapes import sizes
 from stopwatch import in_turn, timed
 
@@ -92,7 +92,7 @@ class ClosedForm:
             A = self.op.correlate(G, R).to(P.dtype)
         gP = self.op.pca_gradient(P, A, check.inv_norm2, LAMBDA)
         self.step.add_(check.keep)
-        P.add_(self.rule.direction(gP, self.moments, self.step, check), alpha=-LR)
+        P.add_(self.rule.direction(gP, RuleStep(self.moments, self.step, check)), alpha=-LR)
 
 
 def measure(

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..optim import OSD, create_osd_optimizer, select
 from ..optim.memory import predicted_entry_bytes
+from ..optim.options.rules import rules_of
+from ..optim.step.geometry import ProjectedGeometry
 from ..optim.step.movement import STACK_LIMIT
-from ..optim.step.plan import ProjectedPlan, rules_of
 from .models import explained
 from .trace import LiveBytes, meta_device
 
@@ -119,8 +120,8 @@ def step_temporaries(optimizer: OSD, layerwise: bool) -> dict[str, int]:
     alike: dict[tuple, list[tuple[str, Tensor]]] = defaultdict(list)
     for index, group in enumerate(optimizer.param_groups):
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            plan = optimizer.plan_of(p)
-            P = plan.projection_shape if isinstance(plan, ProjectedPlan) and not layerwise else None
+            geometry = optimizer.weight_of(p).geometry
+            P = geometry.projection_shape if isinstance(geometry, ProjectedGeometry) and not layerwise else None
             alike[index, P or p.shape, p.dtype, P].append((name, p))
     found: dict[str, int] = {}
     for (*_, P), members in alike.items():

@@ -1,13 +1,12 @@
 """`Projection`: P of one weight, with what is needed to use it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..optim.step.plan import ProjectedPlan, Rules, StackedPlan
-from ..optim.step.projection import projection_of
+from ..optim.step.algorithm import ProjectedWeight
+from ..optim.step.experts import ExpertWeights
 from ..subspace import operator_of
 from .checks import numel
 
@@ -47,26 +46,13 @@ class Projection:
         return self.projection.split(self.shape[-2:], dim=-2) if self.side == "two_sided" else (self.projection,)
 
 
-def copy_projection(
-    state: Mapping[str, Tensor], plan: ProjectedPlan, rules: Rules, include_moments: bool
-) -> Projection:
-    """What the optimizer holds for one weight, copied to the CPU: P itself also where it keeps what P is made from."""
-    own = {"projection", rules.subspace.code}
-    kept = {name: value for name, value in state.items() if include_moments and name not in own}
+def copy_projection(weight: ProjectedWeight | ExpertWeights, include_moments: bool) -> Projection:
+    """All that the optimizer holds for one weight, copied to the CPU: P itself, whatever it is made of there."""
+    own = {"projection", weight.rules.subspace.code}
+    kept = {name: value for name, value in weight.state.items() if include_moments and name not in own}
     values = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
-    P = _projection(state, plan, rules).detach().to("cpu", copy=True)
-    return Projection(P, plan.side, plan.rank, plan.shape, values)
-
-
-def _projection(state: Mapping[str, Tensor], plan: ProjectedPlan, rules: Rules) -> Tensor:
-    code = rules.subspace.code
-    if code is None:
-        return state["projection"]
-    if not isinstance(plan, StackedPlan):
-        return projection_of(state, plan, rules)
-    zero = state[code].new_zeros(plan.projection_shape, dtype=plan.compute_dtype)
-    experts = zip(plan.experts, state[code].unbind(), strict=True)
-    return torch.stack([projection_of({code: own}, plan, rules) if plan.started else zero for plan, own in experts])
+    P, geometry = weight.projection.detach().to("cpu", copy=True), weight.geometry
+    return Projection(P, geometry.side, geometry.rank, geometry.shape, values)
 
 
 def projection_shape(side: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:

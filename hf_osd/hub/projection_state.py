@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..optim import OSD
-from ..optim.step.plan import ProjectedPlan, rules_of
+from ..optim.step.full_weight import FullWeight
 from ..version import __version__
 from .checks import ProjectionFileError
 from .config import CONFIG_NAME, FORMAT_VERSION, check_config, options_config, versions
@@ -122,11 +122,11 @@ class ProjectionState(Mapping[str, Projection]):
                     "(name, parameter) pairs such as model.named_parameters() gives."
                 )
             for name, p in zip(group["param_names"], group["params"], strict=True):
-                plan = optimizer.plan_of(p)
-                assert isinstance(plan, ProjectedPlan)
-                if not plan.started:
+                weight = optimizer.weight_of(p)
+                assert not isinstance(weight, FullWeight)
+                if not weight.started:
                     continue
-                if include_moments and plan.sharding is not None:
+                if include_moments and weight.geometry.sharding is not None:
                     raise ValueError(
                         f"`include_moments` needs the state of {name} in one place, but it is sharded over processes. "
                         "Save it with torch.distributed.checkpoint; P itself is whole on every process."
@@ -134,7 +134,7 @@ class ProjectionState(Mapping[str, Projection]):
                 if name in projections:
                     raise ValueError(f"Two parameters of this optimizer have the name {name}.")
                 state = optimizer.state[p]
-                projections[name] = copy_projection(state, plan, rules_of(group), include_moments)
+                projections[name] = copy_projection(weight, include_moments)
                 steps = max(steps, int(state["step"].max()))
         if not projections:
             raise ValueError("No projected parameter has been stepped yet: there is no P before the first step.")

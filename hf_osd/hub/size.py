@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 
 from ..optim.options import table as options
-from ..optim.step.plan import ProjectedPlan, make_plan, rules_of
+from ..optim.options.rules import rules_of
+from ..optim.step.geometry import ProjectedGeometry, geometry_of
 from ..optim.step.state import state_spec
 from ..subspace import choose_side
 from ..update_rules import TensorSpec
@@ -58,10 +59,10 @@ def projection_bytes(
         if len(shape) not in (2, 3) or min(shape) < 1:
             raise ValueError(f"`shapes` must hold (m, n) or (E, m, n) of positive sizes, got {tuple(shape)}.")
         own = group | {"sides": [choose_side(shape[-2], shape[-1], side)], "param_names": [""]}
-        plan = make_plan(own, 0, torch.empty(shape, device="meta"), 0)
-        assert isinstance(plan, ProjectedPlan)
-        spec = state_spec(plan, rules)
-        P = TensorSpec((plan.matrices, *plan.projection_shape), plan.projection_dtype)
+        geometry = geometry_of(own, 0, torch.empty(shape, device="meta"), 0)
+        assert isinstance(geometry, ProjectedGeometry)
+        spec = state_spec(geometry, rules)
+        P = TensorSpec((geometry.matrices, *geometry.projection_shape), geometry.projection_dtype)
         others = [entry for name, entry in spec.items() if name not in ("projection", rules.subspace.code)]
         entries = [P, *others] if include_moments else [P]
         total += sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)

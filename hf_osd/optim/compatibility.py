@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..subspace import is_rule
 from .options.table import projection_rule
-from .step.plan import ProjectedPlan, make_plan, names_of
+from .step.geometry import ProjectedGeometry, geometry_of, names_of
 
 
 # Options that shape the trajectory but not the state: the saved values are restored, as torch restores `lr`.
@@ -45,11 +45,13 @@ def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) ->
             if name not in params:
                 found[name] = None
                 continue
-            plan = make_plan(group, index, params[name], len(found))
-            projected = isinstance(plan, ProjectedPlan)
+            geometry = geometry_of(group, index, params[name], len(found))
+            projected = isinstance(geometry, ProjectedGeometry)
             found[name] = Traits(
                 place=f"group {number} position {index}",
-                projected=f"rank {plan.rank} {plan.side}" if isinstance(plan, ProjectedPlan) else "full size",
+                projected=f"rank {geometry.rank} {geometry.side}"
+                if isinstance(geometry, ProjectedGeometry)
+                else "full size",
                 weight_rule=group["weight_rule"],
                 moment_dtype=group["moment_dtype"] or "float32",
                 subspace=group["subspace"] if projected else "-",

@@ -11,8 +11,9 @@ from ..subspace import SubspaceRule, name_rule
 from ..update_rules import RULES, require_bitsandbytes
 from .options import table as options
 from .options.mode import Mode, refuse_in_mode
-from .step.plan import given_projections, names_of, settle_sides
+from .step.geometry import ProjectedGeometry, geometry_of, names_of
 from .step.sharding import refuse_flat
+from .step.sides import settle_sides
 
 
 def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -> tuple[dict[str, Tensor], list[str]]:
@@ -88,3 +89,31 @@ def warn_clipped(clipped: Sequence[str]) -> None:
             f"{' ...' if len(clipped) > 3 else ''}.",
             stacklevel=4,
         )
+
+
+def given_projections(
+    given: Mapping[str, Tensor] | Sequence[Tensor], group: Mapping[str, Any], names: list[str], position: int
+) -> dict[str, Tensor]:
+    """P_0 by name from what the user passed as `init`; `ValueError` unless every one is there and fits."""
+    params = group["params"]
+    if isinstance(given, Mapping):
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise ValueError(f"`init` has no P for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")
+        # A ProjectionState's entries hold P and what it was learned with
+        tensors = [getattr(given[name], "projection", given[name]) for name in names]
+    else:
+        tensors = list(given)
+        if len(tensors) != len(params):
+            raise ValueError(f"`init` has {len(tensors)} tensors for {len(params)} parameters.")
+    for index, (p, P) in enumerate(zip(params, tensors, strict=True)):
+        geometry = geometry_of(group, index, p, position + index)
+        assert isinstance(geometry, ProjectedGeometry)
+        shape = (*geometry.shape[:-2], *geometry.projection_shape)
+        if not isinstance(P, Tensor) or tuple(P.shape) != shape or not P.isfinite().all():
+            got = f"shape {tuple(P.shape)}" if isinstance(P, Tensor) else type(P).__name__
+            raise ValueError(
+                f"`init` for {names[index]} must be a finite tensor of shape {shape}, got {got}: give the rank "
+                f"and side that it was learned with, here rank {geometry.rank} and {geometry.side}."
+            )
+    return dict(zip(names, tensors, strict=True))

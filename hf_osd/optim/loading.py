@@ -1,15 +1,17 @@
 """Load a saved state: exactly, or not at all; for the parameters that fit, where the user asks for that."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .compatibility import differences, restored_options, table, traits
+from .options.rules import rules_of
 from .options.table import DEFAULTS
-from .step.plan import names_of
-from .step.state import check_state_dict
+from .step.geometry import geometry_of, names_of
+from .step.sharding import is_sharded
+from .step.state import state_spec
 
 
 State = dict[Tensor, dict[str, Tensor]]
@@ -89,3 +91,37 @@ def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[st
         groups.append({**group, **schedule, "params": list(range(position, position + len(names)))})
         position += len(names)
     return groups
+
+
+def check_state_dict(
+    groups: Sequence[Mapping[str, Any]], states: Mapping[str, Mapping[str, Tensor]], params: Mapping[str, Tensor]
+) -> None:
+    """Raise `ValueError` unless every saved entry has the shape and dtype that the saved options ask for.
+
+    Args:
+        groups (`list[dict]`): The saved groups.
+        states (`dict`): Saved state by parameter name; an empty one is that of a parameter that was never stepped.
+        params (`dict[str, torch.Tensor]`): The parameters by name.
+    """
+    position = 0
+    for group in groups:
+        for index, name in enumerate(names_of(group, position)):
+            if states.get(name):
+                geometry = geometry_of(group, index, params[name], position + index)
+                spec = state_spec(geometry, rules_of(group))
+                expected = {name: (entry.shape, entry.dtype) for name, entry in spec.items()}
+                got = {name: (tuple(value.shape), value.dtype) for name, value in states[name].items()}
+                if got != expected:
+                    raise ValueError(
+                        f"The saved state of {geometry.name} does not fit: it has {got}, expected {expected}."
+                    )
+                if any(
+                    (entry.divided is not None) != is_sharded(states[geometry.name][key])
+                    for key, entry in spec.items()
+                ):
+                    kinds = ("whole", "sharded") if geometry.sharding else ("sharded", "whole")
+                    raise ValueError(
+                        f"The saved state of {geometry.name} is {kinds[0]}, the parameter {kinds[1]}: load it with "
+                        "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
+                    )
+        position += len(group["params"])

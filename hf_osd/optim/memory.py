@@ -4,8 +4,8 @@ from collections import Counter
 
 import torch
 
+from .options.rules import rules_of
 from .osd import OSD
-from .step.plan import rules_of
 from .step.sharding import local
 from .step.state import local_shape, state_spec
 
@@ -16,9 +16,9 @@ def predicted_entry_bytes(optimizer: OSD) -> Counter[str]:
     for group in optimizer.param_groups:
         rules = rules_of(group)
         for p in group["params"]:
-            plan = optimizer.plan_of(p)
-            for name, entry in state_spec(plan, rules).items():
-                sizes[name] += torch.Size(local_shape(entry, plan)).numel() * entry.dtype.itemsize
+            geometry = optimizer.weight_of(p).geometry
+            for name, entry in state_spec(geometry, rules).items():
+                sizes[name] += torch.Size(local_shape(entry, geometry)).numel() * entry.dtype.itemsize
     return sizes
 
 

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 
 from ..subspace import SubspaceRule
-from .arrival.stream import CLIP_NORM2, GradientStream, take_norm
+from .arrival.clipping import CLIP_NORM2, take_norm
+from .arrival.stream import GradientStream
 from .groups import refuse_same_names, settle_group, warn_clipped
 from .loading import match_state
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
 from .statistics import summarize
-from .step.gradients import check_gradients
 from .step.movement import Movements
-from .step.plan import Plan, ProjectedPlan
 from .step.rounding import refuse_without_bfloat16
-from .step.weights import ParameterSteps
+from .step.weights import AnyWeight, Weights
 
 
 class OSD(torch.optim.Optimizer):
@@ -172,13 +171,12 @@ class OSD(torch.optim.Optimizer):
         given = locals()
         defaults = {name: given[name] for name in options.DEFAULTS} | {"lr": lr}
         self.mode = Mode(**{name: given[name] for name in MODE_DEFAULTS})
-        self._stream: GradientStream | None = None
-        self._reset_derived()
+        self.partial_load = partial_load
         self._given_projections: dict[str, Tensor] = {}
         self._clipped: list[str] = []
+        self._stream: GradientStream | None = None
+        self._weights: Weights | None = None
         self._constructed = False
-        self.partial_load = partial_load
-        self.collect_statistics = False
         super().__init__(params, defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
@@ -188,7 +186,7 @@ class OSD(torch.optim.Optimizer):
         warn_clipped(self._clipped)
         self._simplify_defaults()
         if self.mode.takes_gradients:
-            self._stream = GradientStream(self)
+            self._stream = GradientStream(self.weights, self.mode)
             self._stream.attach()
 
     def _simplify_defaults(self) -> None:
@@ -204,6 +202,36 @@ class OSD(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         # What `GradScaler.step` asks: it then tells `step` its scale, which is how the stream can refuse it.
         return self._stream is not None
+
+    @property
+    def weights(self) -> Weights:
+        """All weights as they are stepped; made anew where groups or states are other objects than before."""
+        weights = self._weights
+        if weights is None or weights.groups is not self.param_groups or weights.state is not self.state:
+            observing = weights is not None and weights.observing
+            weights = self._weights = Weights(self.param_groups, self.state, self._given_projections)
+            weights.observing = observing
+            if self._stream is not None:
+                self._stream.weights = weights
+        return weights
+
+    @property
+    def stream(self) -> GradientStream | None:
+        """Hooks of `layerwise` and `ddp_compression`; `None` in the ordinary mode."""
+        return self._stream
+
+    def weight_of(self, p: Tensor) -> AnyWeight:
+        """How `p` is stepped: its side, rank and shapes are in `geometry`. Read it, do not change it."""
+        return self.weights.of(p)
+
+    @property
+    def collect_statistics(self) -> bool:
+        """Whether the coming step is observed, for `statistics`."""
+        return self.weights.observing
+
+    @collect_statistics.setter
+    def collect_statistics(self, value: bool) -> None:
+        self.weights.observing = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with the optimizer's options where it has none of its own."""
@@ -226,8 +254,9 @@ class OSD(torch.optim.Optimizer):
         group[CLIP_NORM2] = None
         self._given_projections |= given
         self._clipped += clipped
-        self._reset_derived()
+        self._weights = None
         if self._stream is not None and self._stream.attached:
+            self._stream.weights = self.weights
             self._stream.attach()
 
     @torch.no_grad()
@@ -237,28 +266,36 @@ class OSD(torch.optim.Optimizer):
         Args:
             closure (`Callable`, *optional*): Evaluates the model again and returns the loss.
         """
-        loss = None
+        weights = self.weights
         if self._stream is not None:
+            self._refuse_scaler()
             self._stream.finish(closure)
             return None
+        loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        steps = self._steps
-        if self.collect_statistics:
-            steps.observations.clear()
-        work = steps.gradients()
-        plans = [self.plan_of(p) for p, _, _ in work]
-        stacked, shardings = [plan.stacked for plan in plans], [plan.sharding for plan in plans]
-        checks = check_gradients([G for _, G, _ in work], stacked, shardings)
+        if weights.observing:
+            weights.observations.clear()
+        work = weights.with_gradients()
         movements = Movements()
         try:
-            for (p, G, group), plan, check in zip(work, plans, checks, strict=True):
-                gradient = steps.project(p, G, group, check) if isinstance(plan, ProjectedPlan) else G
-                steps.apply(p, gradient, group, check, movements=movements)
+            for weight, G, check in work:
+                arrived: Any = weight.project(G, check)
+                if weights.observing:
+                    weights.observe(weight, arrived, check)
+                movements.count(weight.state["skipped_steps"], check.broken)
+                weight.update(arrived, check, movements)
         finally:  # where one cannot be stepped, the others before it have made whole steps
             movements.finish()
         return loss
+
+    def _refuse_scaler(self) -> None:
+        if hasattr(self, "grad_scale"):  # set by GradScaler.step
+            raise ValueError(
+                "A `GradScaler` (fp16) cannot unscale: the step has been made with scaled gradients. "
+                "Train in bf16, or without `layerwise` and `ddp_compression`."
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those that have been taken off the parameters as well."""
@@ -269,6 +306,7 @@ class OSD(torch.optim.Optimizer):
     def attach(self) -> None:
         """Put the hooks of `layerwise` or `ddp_compression` on the parameters again, after `remove`."""
         if self._stream is not None:
+            self._stream.weights = self.weights
             self._stream.attach()
 
     def remove(self) -> None:
@@ -283,19 +321,19 @@ class OSD(torch.optim.Optimizer):
         return None if norm2 is None else norm2.sqrt()
 
     def statistics(self) -> dict[str, float]:
-        """What the last step with `collect_statistics = True` saw, read from the device in one transfer.
+        """The last step with `collect_statistics = True`, read from the device in one transfer.
 
         Returns:
             `dict[str, float]`: `pca_loss`, mean share of the gradients' energy outside their subspaces, and
             `orthogonality`, mean ||PᵀP - I|| / sqrt(r), where a step was observed; `skipped_steps`, the number of
             parameter steps skipped for a gradient that was not finite, since the state began.
         """
-        return summarize(self.state.values(), list(self._steps.observed().values()))
+        return summarize(self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer; the norm that `previous_norm` clips by is in the groups."""
         saved = super().state_dict()
-        return saved if self._stream is None else self._stream.with_norm(saved)
+        return saved if self._stream is None else self._stream.clipping.with_norm(saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state exactly: dtypes as saved, on the parameters' devices.
@@ -306,35 +344,27 @@ class OSD(torch.optim.Optimizer):
         """
         # torch's loader casts every entry but `step` to the parameter's dtype: P and 8-bit codes would be lost.
         # So it loads the groups alone, and the state is set here.
-        self._steps.make_plans()  # which settles the sides of parameters that were sharded since
+        self.weights.meet()  # which settles the sides of parameters that were sharded since
         state, groups = match_state(self.param_groups, state_dict, self.partial_load)
         groups, clip_norm2 = take_norm(groups)
         super().load_state_dict({"state": {}, "param_groups": groups})
-        if self._stream is not None:
-            self._stream.set_norm(clip_norm2)
         self.state.update(state)
-        self._reset_derived()
+        if self._stream is not None:
+            self._stream.weights = self.weights
+            self._stream.clipping.set_norm(clip_norm2, self.param_groups[0]["params"][0].dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""
-        kept = "_given_projections _clipped _constructed partial_load collect_statistics mode _stream".split()
+        kept = "_given_projections _clipped _constructed partial_load mode _stream".split()
         return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and forget what was derived."""
         super().__setstate__(state)  # torch's `load_state_dict` comes by here too, with state and groups alone
-        for name, default in (("mode", Mode()), ("_stream", None)):
-            self.__dict__.setdefault(name, default)  # saved before there were modes
+        for name, default in (("mode", Mode()), ("_stream", None), ("_weights", None)):
+            self.__dict__.setdefault(name, default)  # the first two were saved before there were modes
         for group in self.param_groups:
             for name, default in options.DEFAULTS.items():
                 group.setdefault(name, default)  # saved before there was the option
-        self._reset_derived()
         if state.get("_stream") is not None:
-            state["_stream"].restore(self)
-
-    def _reset_derived(self) -> None:
-        self._steps = ParameterSteps(self)
-
-    def plan_of(self, p: Tensor) -> Plan:
-        """How `p` is stepped: its side, rank and shapes. Read it, do not change it."""
-        return self._steps.plan_of(p)
+            state["_stream"].restore(self.weights)

@@ -1,35 +1,25 @@
-"""How P fares: what a logged step saw, read from the device in one transfer."""
+"""How P fares: all that a logged step saw, read from the device in one transfer."""
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .step.plan import ProjectedPlan
+from .step.full_weight import FullWeight
+from .step.weights import Weights
 
 
-if TYPE_CHECKING:
-    from .osd import OSD
-
-OBSERVED = ("pca_loss", "orthogonality")  # in the order of `algorithm.observation`
+OBSERVED = ("pca_loss", "orthogonality")  # in the order of `step.observation`
 
 
-def summarize(
-    states: Iterable[Mapping[str, Tensor]], observations: Sequence[tuple[Tensor, Tensor]]
-) -> dict[str, float]:
-    """The values of `OSD.statistics`.
-
-    Args:
-        states (`Iterable[dict]`): The parameters' states.
-        observations (`list[tuple]`): What `algorithm.observation` returned for each projected parameter.
-    """
-    return _read(states, observations, [])[0]
+def summarize(weights: Weights) -> dict[str, float]:
+    """The values of `OSD.statistics`."""
+    return _read(weights, list(weights.observed().values()), [])[0]
 
 
-def summarize_each(optimizer: "OSD") -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def summarize_each(weights: Weights) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """The values of `OSD.statistics`, and those of each projected parameter, read in the same one transfer.
 
     Returns:
@@ -37,26 +27,26 @@ def summarize_each(optimizer: "OSD") -> tuple[dict[str, float], dict[str, dict[s
             the groups: of a stack the mean over its experts, not a number where nothing was seen or the gradient was
             broken. Empty where no step was observed.
     """
-    seen = optimizer._steps.observed()
+    seen = weights.observed()
     pairs = list(seen.values())
     columns = [pair[i] for i in range(len(OBSERVED)) for pair in pairs]
-    means, numbers = _read(optimizer.state.values(), pairs, columns)
+    means, numbers = _read(weights, pairs, columns)
     rest = iter(numbers)
     values = [_mean([next(rest) for _ in range(column.numel())]) for column in columns]
-    rows = {p: (values[i], values[len(pairs) + i]) for i, p in enumerate(seen)}
+    rows = {weight: (values[i], values[len(pairs) + i]) for i, weight in enumerate(seen)}
     each: dict[str, dict[str, float]] = {}
-    for p in (p for group in optimizer.param_groups for p in group["params"] if pairs):
-        plan = optimizer.plan_of(p)
-        if isinstance(plan, ProjectedPlan):
-            each[plan.name] = dict(zip(OBSERVED, rows.get(p, (math.nan, math.nan)), strict=True))
+    for weight in weights if pairs else ():
+        if not isinstance(weight, FullWeight):
+            row = rows.get(weight, (math.nan, math.nan))
+            each[weight.geometry.name] = dict(zip(OBSERVED, row, strict=True))
     return means, each
 
 
 def _read(
-    states: Iterable[Mapping[str, Tensor]], observations: Sequence[tuple[Tensor, Tensor]], others: Sequence[Tensor]
+    weights: Weights, observations: Sequence[tuple[Tensor, Tensor]], others: Sequence[Tensor]
 ) -> tuple[dict[str, float], list[float]]:
     """The summary, and all numbers of `others`."""
-    skipped = [state["skipped_steps"] for state in states if "skipped_steps" in state]
+    skipped = [state["skipped_steps"] for state in weights.state.values() if "skipped_steps" in state]
     if not skipped:
         return {}, []
     device = skipped[0].device

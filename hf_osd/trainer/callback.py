@@ -14,7 +14,7 @@ from ..optim.announce import announce
 from ..optim.arrival.exchange import include_in_ddp
 from ..optim.arrival.stream import release
 from ..optim.statistics import summarize_each
-from ..optim.step.plan import ProjectedPlan
+from ..optim.step.full_weight import FullWeight
 from .checkpoints import written_checkpoint
 from .gradient_norm import refuse_ignored_by_mode
 from .optim_args import check_arguments
@@ -59,7 +59,7 @@ class OSDCallback(TrainerCallback):
         self._best = self._statistics = None
         osd = unwrap(optimizer)
         if model is not None:
-            release(model.parameters(), keep=osd)
+            release(model.parameters(), keep=None if osd is None else osd.stream)
         if osd is not None:
             refuse_ignored_by_mode(osd, args)
         if osd is not None and args.should_save:
@@ -90,7 +90,7 @@ class OSDCallback(TrainerCallback):
         osd = unwrap(optimizer)
         if osd is None or not logs or "loss" not in logs:
             return
-        means, layers = summarize_each(osd)
+        means, layers = summarize_each(osd.weights)
         values = {f"osd/{name}": value for name, value in means.items()}
         if osd.grad_norm is not None and "grad_norm" in logs:  # Trainer has seen no gradients, or some
             values["grad_norm"] = osd.grad_norm.item()
@@ -167,8 +167,7 @@ def unwrap(optimizer: torch.optim.Optimizer | None) -> OSD | None:
 
 def has_started(optimizer: OSD) -> bool:
     """Whether any P has been initialised."""
-    plans = (optimizer.plan_of(p) for group in optimizer.param_groups for p in group["params"])
-    return any(isinstance(plan, ProjectedPlan) and plan.started for plan in plans)
+    return any(not isinstance(weight, FullWeight) and weight.started for weight in optimizer.weights)
 
 
 def _output_dir(args: TrainingArguments) -> Path:

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
 from ..optim.selection.quantised import is_quantised
-from ..optim.step.plan import ProjectedPlan
+from ..optim.step.geometry import ProjectedGeometry
 
 
 KINDS_SHOWN = 8
@@ -28,12 +28,12 @@ def summary(optimizer: OSD, model: nn.Module | None = None) -> str:
     for group in optimizer.param_groups:
         names = group.get("param_names") or [""] * len(group["params"])
         for name, p in zip(names, group["params"], strict=True):
-            plan = optimizer.plan_of(p)
-            projected = isinstance(plan, ProjectedPlan)
+            geometry = optimizer.weight_of(p).geometry
+            projected = isinstance(geometry, ProjectedGeometry)
             numel[projected] += p.numel()
-            if isinstance(plan, ProjectedPlan):
-                matrices += plan.matrices
-                ranks.add(plan.rank)
+            if isinstance(geometry, ProjectedGeometry):
+                matrices += geometry.matrices
+                ranks.add(geometry.rank)
             if p.ndim < 2:
                 vectors += 1
             elif name:

@@ -4,7 +4,7 @@ Each is used twice (paper, Algorithm 1): as OptimizerW on the low-rank gradient 
 of the PCA loss.
 """
 
-from .protocol import GradientCheck, Moment, UpdateRule
+from .protocol import GradientCheck, KeptMoment, Moment, RuleStep, UpdateRule
 from .storage import (
     MIN_8BIT_SIZE,
     MIN_BLOCK_SIZE,
@@ -24,8 +24,10 @@ __all__ = [
     "BlockWise8bit",
     "Dense",
     "GradientCheck",
+    "KeptMoment",
     "Moment",
     "MomentStorage",
+    "RuleStep",
     "TensorSpec",
     "UpdateRule",
     "build_rule",

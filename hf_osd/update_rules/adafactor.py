@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .protocol import GradientCheck, Moment
+from .protocol import Moment, RuleStep
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,12 @@ class Adafactor:
             Moment("exp_avg_sq_col", shape[:-2] + shape[-1:], signed=False, dims=(*dims, columns)),
         )
 
-    def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
+    def direction(self, G: Tensor, now: RuleStep) -> Tensor:
         """G over the root of the factored second moment, its root mean square clipped."""
+        moments, check = now.moments, now.check
         G = G.masked_fill(check.skip, 0.0)
         # 1 - beta2 = t^decay_rate; t is 0 only when the first gradient ever is skipped, and then nothing is kept
-        new = step.clamp(min=1.0).to(G.dtype).pow(self.decay_rate) * check.keep
+        new = now.step.clamp(min=1.0).to(G.dtype).pow(self.decay_rate) * check.keep
         if G.ndim < 2:
             v = moments["exp_avg_sq"].lerp_(G.square().add_(self.eps1), new)
             D = v.rsqrt().mul_(G)

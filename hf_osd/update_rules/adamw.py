@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .protocol import GradientCheck, Moment
+from .protocol import Moment, RuleStep
 
 
 @dataclass(frozen=True)
@@ -43,39 +43,30 @@ class AdamW:
         m.copy_(mean).mul_(b1)
         v.copy_(turn(variance, square=True).add_(mean.square_()).abs_()).mul_(b2)
 
-    def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
+    def direction(self, G: Tensor, now: RuleStep) -> Tensor:
         """One pass of torch's fused kernel over a zero tensor, which `found_inf` stops on the device."""
         D = torch.zeros_like(G, memory_format=torch.contiguous_format)
-        self.update_(D, G, moments, step, check, lr=-1.0, weight_decay=0.0)
+        self.update_(D, G, now)
         return D
 
-    def update_(
-        self,
-        W: Tensor,
-        G: Tensor,
-        moments: dict[str, Tensor],
-        step: Tensor,
-        check: GradientCheck,
-        lr: float,
-        weight_decay: float,
-    ) -> None:
-        """W <- (1 - lr weight_decay) W - lr D, in the same pass; nothing where check.skip."""
+    def update_(self, W: Tensor, G: Tensor, now: RuleStep) -> None:
+        """W <- (1 - lr weight_decay) W - lr D, in the same pass; nothing where now.check.skip."""
         # m <- beta1 m + (1 - beta1) G
         # v <- beta2 v + (1 - beta2) G²
         # D  = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
         torch._fused_adamw_(
             [W],
             [G.contiguous()],  # the kernel walks memory, and the moments are contiguous
-            [moments["exp_avg"]],
-            [moments["exp_avg_sq"]],
+            [now.moments["exp_avg"]],
+            [now.moments["exp_avg_sq"]],
             [],
-            [step],
-            lr=lr,
+            [now.step],
+            lr=now.lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
-            weight_decay=weight_decay,
+            weight_decay=now.weight_decay,
             eps=self.eps,
             amsgrad=False,
             maximize=False,
-            found_inf=check.found_inf,
+            found_inf=now.check.found_inf,
         )

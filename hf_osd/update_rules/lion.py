@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .protocol import GradientCheck, Moment
+from .protocol import Moment, RuleStep
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Lion:
         """The momentum into another basis."""
         moments["exp_avg"].copy_(turn(moments["exp_avg"]))
 
-    def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
+    def direction(self, G: Tensor, now: RuleStep) -> Tensor:
         """Entries are -1, 0 and 1."""
-        m, keep = moments["exp_avg"], check.keep
+        m, check = now.moments["exp_avg"], now.check
         G = G.masked_fill(check.skip, 0.0)
         # D  = sign(beta1 m + (1 - beta1) G)
-        D = torch.lerp(m, G, 1 - self.betas[0]).sign_().mul_(keep)
+        D = torch.lerp(m, G, 1 - self.betas[0]).sign_().mul_(check.keep)
         # m <- beta2 m + (1 - beta2) G
-        m.lerp_(G, (1 - self.betas[1]) * keep)
+        m.lerp_(G, (1 - self.betas[1]) * check.keep)
         return D

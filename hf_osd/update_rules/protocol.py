@@ -2,7 +2,24 @@
 
 from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+
+class KeptMoment(NamedTuple):
+    """A moment as the optimizer keeps it.
+
+    Attributes:
+        key (`str`): Name of its entry in the state.
+        shape (`tuple`): Its shape.
+        signed (`bool`): Whether it takes negative values.
+        dtype (`torch.dtype`): Precision of the computation.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    signed: bool
+    dtype: torch.dtype
 
 
 class Moment(NamedTuple):
@@ -20,6 +37,10 @@ class Moment(NamedTuple):
     signed: bool
     dims: tuple[int, ...] | None = None
 
+    def kept(self, prefix: str, dtype: torch.dtype) -> KeptMoment:
+        """The moment of a weight (`prefix` empty) or of its projection (`"projection_"`)."""
+        return KeptMoment(prefix + self.name, self.shape, self.signed, dtype)
+
 
 class GradientCheck(NamedTuple):
     """What is known of one gradient, as 0-dim tensors on its device: nothing of it is read by the host.
@@ -35,11 +56,29 @@ class GradientCheck(NamedTuple):
     broken: Tensor  # float32: 1 where G is not finite
 
 
+class RuleStep(NamedTuple):
+    """A step as a rule sees it, but for the gradient.
+
+    Attributes:
+        moments (`dict[str, torch.Tensor]`): By name; updated in place, unchanged where `check.skip`.
+        step (`torch.Tensor`): float32, 0-dim: number of this step, counted from 1.
+        check ([`GradientCheck`]): Of the gradient.
+        lr (`float`): For `update_` only. With the default a weight of zero becomes the direction.
+        weight_decay (`float`): Likewise.
+    """
+
+    moments: dict[str, Tensor]
+    step: Tensor
+    check: GradientCheck
+    lr: float = -1.0
+    weight_decay: float = 0.0
+
+
 class UpdateRule(Protocol):
     """A rule is a frozen dataclass of its settings; its state lives in the optimizer.
 
     A rule whose moments can be turned into another basis also has `carry(moments, turn, step)`, and one that can move
-    a weight in the pass that computes its direction `update_(W, G, moments, step, check, lr, weight_decay)`.
+    a weight in the pass that computes its direction `update_(W, G, now)`.
 
     Attributes:
         elementwise (`bool`):
@@ -58,9 +97,7 @@ class UpdateRule(Protocol):
 
     def direction(
         self,
-        G: Tensor,  # gradient, not modified; anything where check.skip
-        moments: dict[str, Tensor],  # by name; updated in place, unchanged where check.skip
-        step: Tensor,  # () float32, number of this step, counted from 1
-        check: GradientCheck,
+        G: Tensor,  # gradient, not modified; anything where now.check.skip
+        now: RuleStep,
     ) -> Tensor:
-        """The descent direction, in the shape of G, zero where check.skip: the weight moves by -lr times it."""
+        """The descent direction, in the shape of G, zero where now.check.skip: the weight moves by -lr times it."""

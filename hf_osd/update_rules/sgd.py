@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .protocol import GradientCheck, Moment
+from .protocol import Moment, RuleStep
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class SGD:
         for b in moments.values():
             b.copy_(turn(b))
 
-    def direction(self, G: Tensor, moments: dict[str, Tensor], step: Tensor, check: GradientCheck) -> Tensor:
+    def direction(self, G: Tensor, now: RuleStep) -> Tensor:
         """The momentum, or the gradient itself."""
-        G = G.masked_fill(check.skip, 0.0)
+        G = G.masked_fill(now.check.skip, 0.0)
         if not self.momentum:
             return G
-        b, keep = moments["momentum_buffer"], check.keep
+        b, keep = now.moments["momentum_buffer"], now.check.keep
         # b <- momentum b + G
         # D  = b
         b.mul_(1 - (1 - self.momentum) * keep).add_(G)

@@ -7,12 +7,12 @@ parameter is decoded piece by piece.
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .protocol import Moment
+from .protocol import KeptMoment
 
 
 BLOCK_SIZE = 256  # elements that share one absmax: bitsandbytes' block for optimizer states
@@ -35,22 +35,16 @@ class TensorSpec(NamedTuple):
 
 
 class MomentStorage(Protocol):
-    """A format for moments. `prefix` tells the weight's moments (empty) from the projection's (`"projection_"`)."""
+    """A format for moments, which are loaded whole and in their shape, or as a flat piece."""
 
-    def spec(
-        self, moment: Moment, prefix: str, compute_dtype: torch.dtype, divided: int | None = None
-    ) -> dict[str, TensorSpec]:
+    def spec(self, kept: KeptMoment, divided: int | None = None) -> dict[str, TensorSpec]:
         """The entries of the optimizer state that hold this moment, whose dimension `divided` is sharded."""
 
-    def load(
-        self, state: dict, moment: Moment, prefix: str, compute_dtype: torch.dtype, piece: slice | None
-    ) -> Tensor:
-        """The moment in `compute_dtype`: whole and in its shape, or the flat piece `piece` of it."""
+    def load(self, state: dict[str, Tensor], kept: KeptMoment, piece: slice | None) -> tuple[Tensor, Any]:
+        """The moment in the precision of the computation, and what `store` needs; `None` if it is the stored one."""
 
-    def store(
-        self, state: dict, moment: Moment, prefix: str, value: Tensor, piece: slice | None, skip: Tensor
-    ) -> None:
-        """Keep `value`, what `load` gave after the rule has updated it; nothing changes where `skip`."""
+    def store(self, stored: Any, value: Tensor, skip: Tensor) -> None:
+        """Keep what `load` gave, after the rule has updated it; nothing changes where `skip`."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +59,36 @@ class Dense:
 
     dtype: torch.dtype | None = None
 
-    def spec(
-        self, moment: Moment, prefix: str, compute_dtype: torch.dtype, divided: int | None = None
-    ) -> dict[str, TensorSpec]:
+    def spec(self, kept: KeptMoment, divided: int | None = None) -> dict[str, TensorSpec]:
         """One entry."""
-        return {prefix + moment.name: TensorSpec(moment.shape, self.dtype or compute_dtype, divided)}
+        return {kept.key: TensorSpec(kept.shape, self.dtype or kept.dtype, divided)}
 
-    def load(
-        self, state: dict, moment: Moment, prefix: str, compute_dtype: torch.dtype, piece: slice | None
-    ) -> Tensor:
+    def load(self, state: dict[str, Tensor], kept: KeptMoment, piece: slice | None) -> tuple[Tensor, Tensor | None]:
         """The stored tensor itself where the dtypes agree."""
-        stored = state[prefix + moment.name]
-        value = stored if piece is None else stored.view(-1)[piece]
-        return value if value.dtype == compute_dtype else value.to(compute_dtype)
+        stored = state[kept.key]
+        if piece is not None:
+            stored = stored.view(-1)[piece]
+        return (stored, None) if stored.dtype == kept.dtype else (stored.to(kept.dtype), stored)
 
-    def store(
-        self, state: dict, moment: Moment, prefix: str, value: Tensor, piece: slice | None, skip: Tensor
-    ) -> None:
-        """Round `value` into the stored tensor; nothing to do where it is the stored tensor."""
-        stored = state[prefix + moment.name]
-        if stored.dtype != value.dtype:  # a skipped step left `value` what was decoded: rounding gives it back exactly
-            (stored if piece is None else stored.view(-1)[piece]).copy_(value)
+    def store(self, stored: Tensor, value: Tensor, skip: Tensor) -> None:
+        """Round `value` into the stored tensor."""
+        stored.copy_(value)  # a skipped step left `value` as it was decoded: rounding gives it back exactly
+
+
+class Blocks(NamedTuple):
+    """A piece of a moment in 8 bits.
+
+    Attributes:
+        codes (`torch.Tensor`): uint8, one for each element.
+        absmax (`torch.Tensor`): float32, one for each block.
+        block (`int`): Elements of a block.
+        signed (`bool`): Which map the codes are from.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    block: int
+    signed: bool
 
 
 @dataclass(frozen=True)
@@ -98,66 +101,62 @@ class BlockWise8bit:
     blocks are the largest that rows divide into, down to 64 elements. Other divided moments stay dense.
     """
 
-    def spec(
-        self, moment: Moment, prefix: str, compute_dtype: torch.dtype, divided: int | None = None
-    ) -> dict[str, TensorSpec]:
+    def spec(self, kept: KeptMoment, divided: int | None = None) -> dict[str, TensorSpec]:
         """Codes in the shape of the moment, and their absmax."""
-        numel = torch.Size(moment.shape).numel()
-        name = prefix + moment.name
+        numel = torch.Size(kept.shape).numel()
         absmax: tuple[int, ...] = (-(-numel // BLOCK_SIZE),)
         if divided is not None:
-            row = torch.Size(moment.shape[1:]).numel()
+            row = torch.Size(kept.shape[1:]).numel()
             block = math.gcd(row, BLOCK_SIZE)
-            absmax = (moment.shape[0], row // block)
+            absmax = (kept.shape[0], row // block)
         if numel < MIN_8BIT_SIZE or divided is not None and (divided > 0 or block < MIN_BLOCK_SIZE):
-            return Dense().spec(moment, prefix, compute_dtype, divided)
+            return _DENSE.spec(kept, divided)
         return {
-            name: TensorSpec(moment.shape, torch.uint8, divided),
-            name + "_absmax": TensorSpec(absmax, torch.float32, divided),
+            kept.key: TensorSpec(kept.shape, torch.uint8, divided),
+            kept.key + "_absmax": TensorSpec(absmax, torch.float32, divided),
         }
 
     def load(
-        self, state: dict, moment: Moment, prefix: str, compute_dtype: torch.dtype, piece: slice | None
-    ) -> Tensor:
+        self, state: dict[str, Tensor], kept: KeptMoment, piece: slice | None
+    ) -> tuple[Tensor, Tensor | Blocks | None]:
         """Decoded; a piece must start at a block."""
-        name = prefix + moment.name
-        if state[name].dtype != torch.uint8:
-            return Dense().load(state, moment, prefix, compute_dtype, piece)
-        codes, absmax, block = _piece(state, name, piece)
+        if state[kept.key].dtype != torch.uint8:
+            return _DENSE.load(state, kept, piece)
+        stored = _blocks(state, kept, piece)
         value = _kernels().dequantize_blockwise(
-            A=codes,
-            absmax=absmax,
-            code=_code_book(moment.signed, codes.device),
-            blocksize=block,
+            A=stored.codes,
+            absmax=stored.absmax,
+            code=_code_book(stored.signed, stored.codes.device),
+            blocksize=stored.block,
             dtype=torch.float32,
         )
-        return value.to(compute_dtype)
+        return value.to(kept.dtype), stored
 
-    def store(
-        self, state: dict, moment: Moment, prefix: str, value: Tensor, piece: slice | None, skip: Tensor
-    ) -> None:
+    def store(self, stored: Tensor | Blocks, value: Tensor, skip: Tensor) -> None:
         """Encoded. Codes are kept where `skip`: quantising what was decoded does not always give the same codes."""
-        name = prefix + moment.name
-        if state[name].dtype != torch.uint8:
-            return Dense().store(state, moment, prefix, value, piece, skip)
-        codes, absmax, block = _piece(state, name, piece)
+        if isinstance(stored, Tensor):
+            return _DENSE.store(stored, value, skip)
+        codes, absmax, block, signed = stored
         new_codes, new_absmax = _kernels().quantize_blockwise(
             A=value.to(torch.float32),
-            code=_code_book(moment.signed, codes.device),
+            code=_code_book(signed, codes.device),
             blocksize=block,
         )
         torch.where(skip, codes, new_codes.view_as(codes), out=codes)
         torch.where(skip, absmax, new_absmax, out=absmax)
 
 
-def _piece(state: dict, name: str, piece: slice | None) -> tuple[Tensor, Tensor, int]:
-    codes, absmax = state[name], state[name + "_absmax"]
+_DENSE = Dense()
+
+
+def _blocks(state: dict[str, Tensor], kept: KeptMoment, piece: slice | None) -> Blocks:
+    codes, absmax = state[kept.key], state[kept.key + "_absmax"]
     # flat blocks, the last one shorter, or whole blocks in each row
     block = BLOCK_SIZE if absmax.ndim == 1 else codes.shape[1:].numel() // absmax.shape[1]
     absmax = absmax.view(-1)
-    if piece is None:
-        return codes, absmax, block
-    return codes.view(-1)[piece], absmax[piece.start // block : -(-piece.stop // block)], block
+    if piece is not None:
+        codes, absmax = codes.view(-1)[piece], absmax[piece.start // block : -(-piece.stop // block)]
+    return Blocks(codes, absmax, block, kept.signed)
 
 
 def require_bitsandbytes() -> None:

@@ -176,6 +176,7 @@ def state_of(model: nn.Module, optimizer: OSD) -> dict[str, Any]:
 def counted() -> dict[str, int]:
     """Bytes that our exchanges of one step put on the wire (DDP's own are not seen)."""
     from hf_osd.optim.arrival.exchange import exchange_bytes
+    from hf_osd.optim.step.full_weight import FullWeight
 
     original, seen = dist.all_reduce, []
 
@@ -191,9 +192,9 @@ def counted() -> dict[str, int]:
         net, optimizer = own_loop(steps=1, ddp_compression="subspace")
     finally:
         dist.all_reduce = original
-    plans = [optimizer.plan_of(p) for p in net.parameters()]
-    compressed, whole = exchange_bytes(plans, [p.dtype for p in net.parameters()])
-    full_size = sum(p.numel() * 8 for p in net.parameters() if optimizer.plan_of(p).__class__.__name__ == "Plan")
+    geometries = [optimizer.weight_of(p).geometry for p in net.parameters()]
+    compressed, whole = exchange_bytes(geometries, [p.dtype for p in net.parameters()])
+    full_size = sum(p.numel() * 8 for p in net.parameters() if isinstance(optimizer.weight_of(p), FullWeight))
     return {"second_step": two - sum(seen), "predicted": compressed - full_size, "whole": whole - full_size}
 
 

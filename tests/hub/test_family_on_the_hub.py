@@ -13,8 +13,6 @@ from hf_osd.cli.main import main
 from hf_osd.hub import Projection, ProjectionState, projection_bytes
 from hf_osd.hub.analysis import random_share, share_of_change
 from hf_osd.hub.card.model_card import update_card
-from hf_osd.optim.step.plan import rules_of
-from hf_osd.optim.step.projection import projection_of
 from hf_osd.subspace import SubspaceRule
 from reference.tiny_models import tiny_llama
 
@@ -66,15 +64,14 @@ def test_p_itself_comes_back_and_starts_another_run(rule, tmp_path):
     state.save_pretrained(tmp_path)
     assert_same(state, ProjectionState.from_pretrained(tmp_path))
     assert state.config["step"] == 3
-    rules = rules_of(optimizer.param_groups[0])
+    code = optimizer.weight_of(named["wide.weight"]).rules.subspace.code
     for name in ("wide.weight", "tall.weight"):
-        expected = projection_of(optimizer.state[named[name]], optimizer.plan_of(named[name]), rules)
+        expected = optimizer.weight_of(named[name]).P.read()
         assert torch.equal(state[name].projection, expected) and expected.any()
-        assert "exp_avg" in state[name].moments and not {"projection", rules.subspace.code} & set(state[name].moments)
-    own, plan = optimizer.state[named["experts"]], optimizer.plan_of(named["experts"])
+        assert "exp_avg" in state[name].moments and not {"projection", code} & set(state[name].moments)
+    experts = optimizer.weight_of(named["experts"]).experts
     for e, P in enumerate(state["experts"].projection):
-        mine = {entry: value[e] for entry, value in own.items()}
-        assert torch.equal(P, projection_of(mine, plan.experts[e], rules)) if e < 2 else not P.any()
+        assert torch.equal(P, experts[e].P.read()) if e < 2 else not P.any()
 
     side = {"side": "two_sided"} if "side" in RULES[rule] else {}
     again, other = stepped(steps=1, init=state.initial_projections(), subspace="static", **side)
@@ -94,21 +91,22 @@ def test_what_the_last_step_saw(rule):
     """The share outside the subspace and the orthogonality, against their definitions."""
     named, optimizer = stepped(steps=2, shapes={"w": (6, 10)}, **RULES[rule])
     W = named["w"]
-    plan, rules = optimizer.plan_of(W), rules_of(optimizer.param_groups[0])
+    weight = optimizer.weight_of(W)
+    subspace = weight.rules.subspace
     W.grad = torch.randn(6, 10, generator=torch.Generator().manual_seed(3))
     G = W.grad.clone()
     optimizer.collect_statistics = True
     before = ProjectionState.from_optimizer(optimizer)["w"]
     optimizer.step()
-    if rules.subspace.code is not None and rules.subspace.refresh_due(2):  # the P of this step
+    if subspace.code is not None and subspace.refresh_due(2):  # the P of this step
         before = ProjectionState.from_optimizer(optimizer)["w"]
-    P, op = before.projection, plan.op
+    P, op = before.projection, weight.op
     outside = (G - op.up(op.down(G, P), P)).square().sum() / G.square().sum()
     errors = [torch.linalg.matrix_norm(F.mT @ F - torch.eye(2)) / 2**0.5 for F in before.factors]
     seen = optimizer.statistics()
     assert seen["pca_loss"] == pytest.approx(float(outside), abs=1e-5)
     assert seen["orthogonality"] == pytest.approx(float(sum(errors) / len(errors)), abs=1e-5)
-    if rules.subspace.code is not None or rule in ("importance", "power", "own"):
+    if subspace.code is not None or rule in ("importance", "power", "own"):
         assert (seen["orthogonality"] < 1e-5) == (rule != "gaussian")
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ from torch import nn
 
 from hf_osd import OSD
 from hf_osd.optim import predicted_state_bytes, state_bytes
+from hf_osd.optim.options.rules import rules_of
 from hf_osd.optim.options.table import RESIDUAL_SCALINGS, RESIDUALS, SCHEDULES
-from hf_osd.optim.step.plan import rules_of
 from hf_osd.subspace import SIDES, SUBSPACES
 from hf_osd.subspace.random import DISTRIBUTIONS
 from hf_osd.update_rules import RULES
@@ -239,7 +240,8 @@ def test_stacked_experts_are_matrices_of_their_own(row: str):
         OSD([{"params": params, "rank": rank}], lr=1e-2, **options_of(row)) for params in ([stack], own)
     )
     for e, W in enumerate(own):  # what is random depends on the position
-        other.plan_of(W).seed = optimizer.plan_of(stack).experts[e].seed
+        weight = other.weight_of(W)
+        weight.P.geometry = replace(weight.geometry, seed=optimizer.weight_of(stack).experts[e].geometry.seed)
     for step in range(STEPS):
         (G,) = gradients(step, [stack])
         if step in (1, 4):

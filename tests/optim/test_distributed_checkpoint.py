@@ -89,7 +89,7 @@ def test_the_norm_that_previous_norm_clips_by_is_saved(flatten: bool, template: 
     if template:  # as `torch.distributed.checkpoint.load` wants one: made by a step whose norm is zero
         get_optimizer_state_dict(resumed, other, options=options)
     set_optimizer_state_dict(resumed, other, saved, options=options)
-    assert float(other._stream.clip_norm2) == pytest.approx(norm**2) and norm > 2e-3
+    assert float(other.stream.clipping.before2) == pytest.approx(norm**2) and norm > 2e-3
     train(resumed, other, range(3, 5))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
 
@@ -129,7 +129,7 @@ def test_the_initial_zero_step_draws_chooses_and_measures_nothing(given: dict):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     for p in (model.wide.weight, model.tall.weight):
         assert all(not value.any() for value in optimizer.state[p].values())
-        assert not optimizer.plan_of(p).started
+        assert not optimizer.weight_of(p).started
     train(model, optimizer, range(1))
     fresh_model, fresh = make("adamw", **given)
     train(fresh_model, fresh, range(1))

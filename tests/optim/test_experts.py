@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from hf_osd import OSD
 from hf_osd.optim import predicted_state_bytes, state_bytes
-from hf_osd.optim.step.plan import StackedPlan
+from hf_osd.optim.step.experts import ExpertWeights
 from hf_osd.update_rules import RULES
 
 
@@ -207,8 +207,9 @@ def test_random_starts_differ_between_experts():
     p = weights()
     optimizer = make(p, init="orthonormal", subspace="static")
     run(p, optimizer, range(2, 3))
-    plan, P = optimizer.plan_of(p), optimizer.state[p]["projection"]
-    assert isinstance(plan, StackedPlan) and plan.projection_shape == (96, RANK) and plan.matrices == EXPERTS
+    weight, P = optimizer.weight_of(p), optimizer.state[p]["projection"]
+    assert isinstance(weight, ExpertWeights) and weight.geometry.projection_shape == (96, RANK)
+    assert weight.geometry.matrices == EXPERTS
     torch.testing.assert_close(P.mT @ P, torch.eye(RANK).expand(EXPERTS, -1, -1), atol=1e-5, rtol=0)
     assert not torch.allclose(P[0], P[1]) and not torch.allclose(P[1], P[2])
 

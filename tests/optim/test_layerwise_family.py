@@ -7,7 +7,7 @@ import torch
 from layerwise_nets import Net, assert_equal, inputs, optimizer_of, pair
 from torch import nn
 
-from hf_osd.optim.step import algorithm
+from hf_osd.optim.step.algorithm import ProjectedWeight
 
 
 INTERVAL = {"update_interval": 2}
@@ -67,7 +67,7 @@ def test_no_gradient_outlives_its_hook(name: str, monkeypatch):
     optimizer = optimizer_of(model, layerwise=True, **FAMILY[name])
     seen: list[weakref.ref] = []
     alive: list[int] = []
-    original = type(optimizer._stream).on_gradient
+    original = type(optimizer.stream).on_gradient
 
     def on_gradient(self, p):
         alive.append(sum(reference() is not None for reference in seen))
@@ -75,10 +75,10 @@ def test_no_gradient_outlives_its_hook(name: str, monkeypatch):
         original(self, p)
         alive.append(sum(reference() is not None for reference in seen))
 
-    monkeypatch.setattr(type(optimizer._stream), "on_gradient", on_gradient)
+    monkeypatch.setattr(type(optimizer.stream), "on_gradient", on_gradient)
     for step in range(2):  # P is made in the first, and moved in the second
         model(inputs(step)).backward()
-        assert optimizer._stream.held_bytes() == 0
+        assert optimizer.stream.held_bytes() == 0
         optimizer.step()
     assert len(seen) == 2 * len(list(model.parameters())) and not any(alive)
 
@@ -87,8 +87,8 @@ def test_no_gradient_outlives_its_hook(name: str, monkeypatch):
 def test_only_a_residual_holds_the_gradient_during_the_update(given: dict, held: bool, monkeypatch):
     model, seen, during = Net(), [], []
     optimizer = optimizer_of(model, layerwise=True, **given)
-    stream = type(optimizer._stream)
-    on_gradient, update = stream.on_gradient, algorithm._update_projected
+    stream = type(optimizer.stream)
+    on_gradient, update = stream.on_gradient, ProjectedWeight._add_
     monkeypatch.setattr(
         stream, "on_gradient", lambda self, p: (seen.append(weakref.ref(p.grad)), on_gradient(self, p))
     )
@@ -97,7 +97,7 @@ def test_only_a_residual_holds_the_gradient_during_the_update(given: dict, held:
         during.append(seen[-1]() is not None)
         update(*args)
 
-    monkeypatch.setattr(algorithm, "_update_projected", updating)
+    monkeypatch.setattr(ProjectedWeight, "_add_", updating)
     model(inputs(0)).backward()
     # what autograd holds of the gradient that it hands over counts as well: of this graph, nothing
     assert during == [held] * 2

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_osd import OSD
 from hf_osd.optim.step import movement
-from hf_osd.optim.step.weights import ParameterSteps
+from hf_osd.optim.step.algorithm import ProjectedWeight
 from hf_osd.subspace import OPERATORS, Movement, pca_gradient
 from hf_osd.subspace.online_pca import OnlinePCA
 from hf_osd.update_rules import RULES
@@ -106,14 +106,14 @@ def test_a_step_that_fails_has_moved_the_p_of_the_weights_before(monkeypatch):
     params, optimizer = make(torch.float64)
     run(params, optimizer, steps=2)
     before = [optimizer.state[p]["projection"].clone() for p in params]
-    project = ParameterSteps.project
+    project = ProjectedWeight.project
 
-    def failing(steps: ParameterSteps, p: Tensor, *rest) -> list:
-        if p is params[1]:
+    def failing(weight: ProjectedWeight, *rest):
+        if weight is optimizer.weight_of(params[1]):
             raise RuntimeError("an SVD that does not converge")
-        return project(steps, p, *rest)
+        return project(weight, *rest)
 
-    monkeypatch.setattr(ParameterSteps, "project", failing)
+    monkeypatch.setattr(ProjectedWeight, "project", failing)
     with pytest.raises(RuntimeError, match="does not converge"):
         run(params, optimizer, steps=1)
     moved = [not torch.equal(P, optimizer.state[p]["projection"]) for P, p in zip(before, params, strict=True)]

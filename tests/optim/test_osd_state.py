@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_osd import OSD
 from hf_osd.optim import predicted_state_bytes, state_bytes
-from hf_osd.optim.step.plan import ProjectedPlan
+from hf_osd.optim.step.geometry import ProjectedGeometry
 from hf_osd.update_rules import RULES
 
 
@@ -227,6 +227,6 @@ def test_closure_and_add_param_group():
     optimizer.add_param_group({"params": [("V", V)], "rank": 6, "lr": 1e-2, "side": "right"})
     give_gradients(V)
     optimizer.step()
-    plan = optimizer.plan_of(V)
-    assert isinstance(plan, ProjectedPlan) and plan.side == "right" and plan.name == "V"
+    geometry = optimizer.weight_of(V).geometry
+    assert isinstance(geometry, ProjectedGeometry) and geometry.side == "right" and geometry.name == "V"
     assert optimizer.state[V]["projection"].shape == (20, 6)

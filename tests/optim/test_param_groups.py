@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_osd import OSD, create_osd_optimizer
-from hf_osd.optim.step.plan import ProjectedPlan
+from hf_osd.optim.step.geometry import ProjectedGeometry
 from reference.tiny_models import tiny_llama
 
 
@@ -39,8 +39,8 @@ def test_groups_of_a_llama():
     assert all(group["weight_rule"] == "lion" and group["lr"] == 2e-3 for group in optimizer.param_groups)
     chosen = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in chosen} == {id(p) for p in model.parameters() if p.requires_grad}
-    plans = [optimizer.plan_of(p) for p in optimizer.param_groups[0]["params"]]
-    assert all(isinstance(plan, ProjectedPlan) and plan.rank == 6 for plan in plans)
+    found = [optimizer.weight_of(p).geometry for p in optimizer.param_groups[0]["params"]]
+    assert all(isinstance(geometry, ProjectedGeometry) and geometry.rank == 6 for geometry in found)
 
 
 def test_a_projected_group_without_decay():
@@ -64,7 +64,7 @@ def test_the_default_rank_and_the_clipped_one_warn_once():
         optimizer = create_osd_optimizer(model)
     assert sum("is not below" in str(one.message) for one in caught) == 1  # not per layer
     assert optimizer.param_groups[0]["rank"] == 128
-    ranks = {optimizer.plan_of(p).rank for p in optimizer.param_groups[0]["params"]}
+    ranks = {optimizer.weight_of(p).geometry.rank for p in optimizer.param_groups[0]["params"]}
     assert ranks == {16, 32}  # min(m, n) of the key and value layers, and of the others
 
 

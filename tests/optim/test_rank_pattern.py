@@ -9,7 +9,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 import hf_osd
 from hf_osd import OSD, OSDTrainingArguments, create_osd_optimizer
 from hf_osd.optim.selection.rank_pattern import parse_rank_pattern, ranks_of
-from hf_osd.optim.step.plan import ProjectedPlan
+from hf_osd.optim.step.geometry import ProjectedGeometry
 from reference.tiny_models import tiny_llama
 
 
@@ -27,9 +27,9 @@ def ranks_by_module(optimizer: OSD) -> dict[str, int]:
     found = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            plan = optimizer.plan_of(p)
-            if isinstance(plan, ProjectedPlan):
-                found[plan.name.removesuffix(".weight")] = plan.rank
+            geometry = optimizer.weight_of(p).geometry
+            if isinstance(geometry, ProjectedGeometry):
+                found[geometry.name.removesuffix(".weight")] = geometry.rank
     return found
 
 

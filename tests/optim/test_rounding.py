@@ -8,11 +8,9 @@ import torch
 from torch import nn
 
 from hf_osd import OSD, create_osd_optimizer
-from hf_osd.optim import osd
-from hf_osd.optim.step import algorithm, rounding
+from hf_osd.optim.step import full_weight, rounding, weights
 from hf_osd.optim.step.gradients import check_gradients
-from hf_osd.optim.step.plan import Plan
-from hf_osd.optim.step.rounding import round_into_, rounding_noise
+from hf_osd.optim.step.rounding import round_into_
 from hf_osd.update_rules import RULES
 
 
@@ -21,8 +19,7 @@ SHAPES = [(64, 96), (96, 64)]
 
 
 def noise_of(count: int, seed: int = 0) -> torch.Generator:
-    plan = Plan("W", (), torch.float32, seed, count=count)
-    return rounding_noise(torch.empty(0, dtype=BF16), {"stochastic_rounding": True}, plan)
+    return rounding.noise_of(torch.device("cpu"), seed, count)
 
 
 def rounded(X: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
@@ -181,7 +178,7 @@ def test_pieces_are_the_whole(shape: tuple[int, int], monkeypatch: pytest.Monkey
     whole = train()
     for piece in (1000, 7 * 64):  # neither divides the rows
         monkeypatch.setattr(rounding, "PIECE", piece)
-        monkeypatch.setattr(algorithm, "PIECE", piece)
+        monkeypatch.setattr(full_weight, "PIECE", piece)
         assert all(same_bits(a, b) for a, b in zip(whole, train(), strict=True))
 
 
@@ -198,7 +195,7 @@ def test_nothing_of_the_size_of_the_weight_is_allocated(side: str, monkeypatch: 
     optimizer.step()
     # (check_gradients is left out: the norm of a bfloat16 tensor on the CPU is taken of a float32 copy)
     check = check_gradients([G])[0]
-    monkeypatch.setattr(osd, "check_gradients", lambda *_: [check])
+    monkeypatch.setattr(weights, "check_gradients", lambda *_: [check])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         optimizer.step()
     largest = max(event.self_cpu_memory_usage for event in profiler.events())

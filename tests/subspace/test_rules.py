@@ -27,16 +27,12 @@ def optimizer_of(W: nn.Parameter, subspace: str, rank: int = 4, **options) -> OS
 
 def projections(shape: tuple[int, int], subspace: str, steps: int, gradient=None, **options) -> list[Tensor]:
     """P after each step."""
-    from hf_osd.optim.step.plan import rules_of
-    from hf_osd.optim.step.projection import projection_of
-
     W = nn.Parameter(torch.zeros(shape, dtype=F64))
     optimizer, found = optimizer_of(W, subspace, **options), []
     for _ in range(steps):
         W.grad = torch.randn(shape, dtype=F64) if gradient is None else gradient.clone()
         optimizer.step()
-        rules = rules_of(optimizer.param_groups[0])
-        found.append(projection_of(optimizer.state[W], optimizer.plan_of(W), rules).clone())
+        found.append(optimizer.weight_of(W).P.read().clone())
     return found
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hf_osd.optim.selection.targets import select
-from hf_osd.optim.step.plan import ProjectedPlan, StackedPlan
+from hf_osd.optim.step.geometry import ProjectedGeometry
 
 
 H, I, L, V, HEADS, EXPERTS = 32, 48, 2, 80, 4, 3  # noqa: E741 - sizes as in the formulas below
@@ -197,14 +197,14 @@ def test_trains_resumes_and_says_what_is_projected(name: str, tmp_path: Path, ca
     start = {key: p.detach().clone() for key, p in run.model.named_parameters()}
     run.train()
     optimizer = run.optimizer.optimizer
-    plans = [(optimizer.plan_of(p), p) for group in optimizer.param_groups for p in group["params"]]
-    projected = [(plan, p) for plan, p in plans if isinstance(plan, ProjectedPlan)]
+    found = [(optimizer.weight_of(p).geometry, p) for group in optimizer.param_groups for p in group["params"]]
+    projected = [(geometry, p) for geometry, p in found if isinstance(geometry, ProjectedGeometry)]
 
     # the projected share, against the sizes of the configuration
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     assert sum(p.numel() for _, p in projected) == elements
-    assert sum(plan.matrices for plan, _ in projected) == matrices
-    assert sum(p.numel() for _, p in plans) == trainable
+    assert sum(geometry.matrices for geometry, _ in projected) == matrices
+    assert sum(p.numel() for _, p in found) == trainable
     (line,) = [record.getMessage() for record in caplog.records if record.name == "hf_osd"]
     assert "\n" not in line and f"OSD: {matrices} matrices projected to rank {RANK} " in line
     assert f"({elements / 1e6:.1f}M parameters: " in line
@@ -213,12 +213,12 @@ def test_trains_resumes_and_says_what_is_projected(name: str, tmp_path: Path, ca
 
     # every trainable parameter has moved, but an expert without tokens
     for key, p in run.model.named_parameters():
-        if p.requires_grad and not isinstance(optimizer.plan_of(p), StackedPlan) and p.grad is not None:
+        if p.requires_grad and not optimizer.weight_of(p).geometry.stacked and p.grad is not None:
             assert not torch.equal(p, start[key]), key
-    stacks = [(plan, p) for plan, p in projected if isinstance(plan, StackedPlan)]
+    stacks = [(geometry, p) for geometry, p in projected if geometry.stacked]
     assert len(stacks) == (2 * L if name in MIXTURES else 0)
-    for plan, p in stacks:
-        moved = [not torch.equal(p[e], start[plan.name][e]) for e in range(EXPERTS)]
+    for geometry, p in stacks:
+        moved = [not torch.equal(p[e], start[geometry.name][e]) for e in range(EXPERTS)]
         assert moved == [True, True, False] and optimizer.state[p]["step"].tolist() == [STEPS, STEPS, 0]
         assert optimizer.state[p]["idle_steps"].tolist()[IDLE] == STEPS
         assert all(not value[IDLE].any() for key, value in optimizer.state[p].items() if key != "idle_steps")
@@ -229,7 +229,7 @@ def test_trains_resumes_and_says_what_is_projected(name: str, tmp_path: Path, ca
     other.train(resume_from_checkpoint=str(checkpoint))
     for (key, p), q in zip(run.model.named_parameters(), other.model.parameters(), strict=True):
         assert torch.equal(p, q), key
-    for (_, p), q in zip(plans, (q for group in other.optimizer.param_groups for q in group["params"]), strict=True):
+    for (_, p), q in zip(found, (q for group in other.optimizer.param_groups for q in group["params"]), strict=True):
         left, right = optimizer.state[p], other.optimizer.optimizer.state[q]
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
@@ -255,12 +255,12 @@ def test_every_subspace_with_the_residual(number: int, name: str, tmp_path: Path
     optimizer = run.optimizer.optimizer
     for group in optimizer.param_groups:
         for p in group["params"]:
-            plan = optimizer.plan_of(p)
-            moved = [not torch.equal(W, V) for W, V in zip(p, start[plan.name], strict=True)]
-            if isinstance(plan, StackedPlan):
+            geometry = optimizer.weight_of(p).geometry
+            moved = [not torch.equal(W, V) for W, V in zip(p, start[geometry.name], strict=True)]
+            if geometry.stacked:
                 assert moved == [True, True, False]  # the last expert has no tokens
             elif p.grad is not None:
-                assert any(moved) and p.isfinite().all(), plan.name
+                assert any(moved) and p.isfinite().all(), geometry.name
     checkpoint = tmp_path / f"checkpoint-{SAVED_AT}"
     other = trainer(family, tmp_path, checkpoint, options)
     other.train(resume_from_checkpoint=str(checkpoint))

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_osd import OSD, OSDCallback, OSDTrainer, OSDTrainingArguments, register
 from hf_osd.optim import OPTIM_NAMES
-from hf_osd.optim.step.plan import ProjectedPlan
+from hf_osd.optim.step.geometry import ProjectedGeometry
 from reference.tiny_models import tiny_llama
 
 
@@ -39,9 +39,9 @@ def test_every_name_builds_its_optimizer_in_a_stock_trainer(name, stock):
     assert type(optimizer) is OSD
     assert {group["weight_rule"] for group in optimizer.param_groups} == {OPTIM_NAMES[name]}
     assert {group["lr"] for group in optimizer.param_groups} == {2e-3}
-    plans = {id(p): optimizer.plan_of(p) for group in optimizer.param_groups for p in group["params"]}
-    assert plans.keys() == {id(p) for p in model.parameters()}
-    assert sum(isinstance(plan, ProjectedPlan) and plan.rank == 4 for plan in plans.values()) == 14
+    found = {id(p): optimizer.weight_of(p).geometry for group in optimizer.param_groups for p in group["params"]}
+    assert found.keys() == {id(p) for p in model.parameters()}
+    assert sum(isinstance(geometry, ProjectedGeometry) and geometry.rank == 4 for geometry in found.values()) == 14
 
 
 @pytest.mark.parametrize("name", OPTIM_NAMES)

@@ -73,7 +73,7 @@ def test_each_value_is_that_of_its_own_matrix():
         before = {p: state["projection"].double().clone() for p, state in optimizer.state.items()}
         optimizer.collect_statistics = observed
         optimizer.step()
-    means, each = summarize_each(optimizer)
+    means, each = summarize_each(optimizer.weights)
     assert list(each) == ["a", "b", "stack"] and means == optimizer.statistics()
 
     def outside(G: Tensor, P: Tensor) -> float:
@@ -87,7 +87,7 @@ def test_each_value_is_that_of_its_own_matrix():
     assert each["stack"]["pca_loss"] == pytest.approx(sum(of_experts) / 3, abs=1e-5)
     weights["a"].grad[0, 0] = math.nan
     optimizer.step()
-    _, each = summarize_each(optimizer)
+    _, each = summarize_each(optimizer.weights)
     assert math.isnan(each["a"]["pca_loss"]) and each["b"]["pca_loss"] > 0
 
 

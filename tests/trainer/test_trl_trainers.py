@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_osd import OSD, OSDTrainingArguments
-from hf_osd.optim.step.plan import ProjectedPlan
+from hf_osd.optim.step.geometry import ProjectedGeometry
 
 
 trl = pytest.importorskip("trl")
@@ -144,7 +144,7 @@ def test_two_steps_with_trls_defaults(case, folders, tmp_path):
         name
         for group in osd.param_groups
         for name, p in zip(group["param_names"], group["params"], strict=True)
-        if isinstance(osd.plan_of(p), ProjectedPlan)
+        if isinstance(osd.weight_of(p).geometry, ProjectedGeometry)
     }
     assert len(projected) == 14 and all(".layers." in name for name in projected)  # seven in each of two blocks
     after = dict(trainer.model.named_parameters())

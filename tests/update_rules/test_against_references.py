@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 from hf_osd.optim.step.gradients import check_gradients
-from hf_osd.update_rules import build_rule
+from hf_osd.update_rules import RuleStep, build_rule
 
 
 # From 4096 elements on moments have 8 bits; 67 * 71 and 17 * 300 are no multiples of the block of 256. The last one
@@ -133,7 +133,7 @@ def test_a_direction_is_what_the_reference_moves_by_at_lr_1(name, shape):
     reference = reference_for(name, [p])
     for step in range(1, 11):
         G = torch.randn(shape)
-        D = rule.direction(G, moments, torch.tensor(float(step)), check_gradients([G])[0])
+        D = rule.direction(G, RuleStep(moments, torch.tensor(float(step)), check_gradients([G])[0]))
         with torch.no_grad():
             p.zero_()
         p.grad = G.clone()

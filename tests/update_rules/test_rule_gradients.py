@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_osd import OSD
 from hf_osd.optim.step.gradients import check_gradients
-from hf_osd.update_rules import RULES, build_rule
+from hf_osd.update_rules import RULES, RuleStep, build_rule
 
 
 def mixed_layout(step: int, G: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def test_a_direction_has_the_shape_and_dtype_of_the_gradient_and_leaves_it_alone
     moments = {moment.name: torch.zeros(moment.shape, dtype=dtype) for moment in rule.moments(shape)}
     G = torch.randn(shape, dtype=dtype)
     kept = G.clone()
-    D = rule.direction(G, moments, torch.tensor(1.0), check_gradients([G])[0])
+    D = rule.direction(G, RuleStep(moments, torch.tensor(1.0), check_gradients([G])[0]))
     assert D.shape == G.shape and D.dtype == dtype
     assert (D * G).sum() > 0  # its negative descends
     assert torch.equal(G, kept)

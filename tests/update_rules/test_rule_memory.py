@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_osd import OSD
 from hf_osd.optim import state_bytes
-from hf_osd.optim.step import algorithm
+from hf_osd.optim.step import full_weight
 from hf_osd.update_rules import RULES, build_rule, build_storage, require_bitsandbytes
 
 
@@ -21,9 +21,9 @@ def test_pieces_change_nothing(rule, monkeypatch):
     # 8-bit codes do not show that they were decoded in pieces only where a piece starts at a block.
     shape, options = (67, 71), {"weight_decay": 0.1}
     whole, optimizer = train(osd(rule, **options), shape, steps=20)
-    monkeypatch.setattr(algorithm, "PIECE", 512)
+    monkeypatch.setattr(full_weight, "PIECE", 512)
     pieces, other = train(osd(rule, **options), shape, steps=20)
-    slices = list(algorithm._pieces(pieces, pieces, build_rule(rule)))
+    slices = list(full_weight.flat_pieces(pieces, pieces, build_rule(rule).elementwise))
     assert len(slices) == 10 and slices[-1] == slice(4608, 4757)
     # The kernels are elementwise and pieces start at multiples of the vector length.
     assert torch.equal(whole, pieces)
@@ -32,9 +32,9 @@ def test_pieces_change_nothing(rule, monkeypatch):
 
 
 def test_adafactor_is_never_cut_into_pieces(monkeypatch):
-    monkeypatch.setattr(algorithm, "PIECE", 512)
+    monkeypatch.setattr(full_weight, "PIECE", 512)
     p = torch.zeros(67, 71)
-    assert list(algorithm._pieces(p, p, build_rule("adafactor"))) == [None]
+    assert list(full_weight.flat_pieces(p, p, build_rule("adafactor").elementwise)) == [None]
 
 
 @pytest.mark.parametrize("rule", ["adamw", "lion", "sgd", "adafactor"])
@@ -60,7 +60,7 @@ def test_storages_of_the_table():
     for name, entry in RULES.items():
         assert isinstance(build_rule(name), entry.rule)
         moment = build_rule(name).moments((64, 80))[0]
-        dtypes = [spec.dtype for spec in build_storage(name).spec(moment, "", torch.float32).values()]
+        dtypes = [spec.dtype for spec in build_storage(name).spec(moment.kept("", torch.float32)).values()]
         assert dtypes == ([torch.uint8, torch.float32] if entry.eight_bit else [torch.float32])
 
 

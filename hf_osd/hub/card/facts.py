@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ...optim import ALL_LINEAR, OPTIM_NAMES, OSD, adamw_state_bytes, predicted_state_bytes
+from ...optim.options.rules import rules_of
 from ...optim.options.table import DEFAULTS
-from ...optim.step.plan import ProjectedPlan, rules_of
+from ...optim.step.geometry import ProjectedGeometry
 from ...subspace import SUBSPACES
 from ..config import group_options, versions
 
@@ -123,8 +124,8 @@ class CardFacts:
         for own, group in zip(groups, projected, strict=bool(projected)):
             if group["subspace"] in SUBSPACES:
                 own["update_interval"] = getattr(rules_of(group).subspace, "update_interval", None)
-        plans = [(osd.plan_of(p), p.numel()) for group in osd.param_groups for p in group["params"]]
-        low_rank = [(plan, numel) for plan, numel in plans if isinstance(plan, ProjectedPlan)]
+        sizes = [(osd.weight_of(p).geometry, p.numel()) for group in osd.param_groups for p in group["params"]]
+        low_rank = [(geometry, numel) for geometry, numel in sizes if isinstance(geometry, ProjectedGeometry)]
         asked = str(getattr(args.optim, "value", args.optim)) in OPTIM_NAMES  # else the optimizer was passed in
         name = (repo_id or args.hub_model_id or Path(str(args.output_dir)).absolute().name).split("/")[-1]
         repo_id = next((given for given in (repo_id, args.hub_model_id) if given and "/" in given), f"user/{name}")
@@ -134,10 +135,12 @@ class CardFacts:
             repo_id=repo_id,
             optim=groups[0]["optim"],
             options=_options(groups) if projected else {},
-            ranks=tuple(sorted({plan.rank for plan, _ in low_rank})),
-            matrices=sum(plan.matrices for plan, _ in low_rank),
+            ranks=tuple(sorted({geometry.rank for geometry, _ in low_rank})),
+            matrices=sum(geometry.matrices for geometry, _ in low_rank),
             projected_parameters=sum(numel for _, numel in low_rank),
-            full_size_parameters=sum(numel for plan, numel in plans if not isinstance(plan, ProjectedPlan)),
+            full_size_parameters=sum(
+                numel for geometry, numel in sizes if not isinstance(geometry, ProjectedGeometry)
+            ),
             state_bytes=predicted_state_bytes(osd),
             adamw_bytes=adamw_state_bytes(osd),
             learning_rate=osd.param_groups[0].get("initial_lr", osd.param_groups[0]["lr"]),

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..step.algorithm import LowRankGradient
-from ..step.plan import Plan, ProjectedPlan
+from ..step.geometry import Geometry, ProjectedGeometry
+from ..step.low_rank import LowRank
 
 
 def world_size() -> int:
@@ -40,41 +40,41 @@ def average_(*tensors: Tensor) -> None:
 
 
 def average_projected(
-    lows: Sequence[LowRankGradient | None],  # of this process; A is made anew
+    lows: Sequence[LowRank | None],  # of this process; A is made anew
     G: Tensor,  # (m, n) gradient of this process, or a stack (E, m, n)
     energy: Tensor,  # ||G_i||², () or (E,)
-    plan: ProjectedPlan,
-) -> tuple[list[LowRankGradient | None], Tensor]:
+    geometry: ProjectedGeometry,
+) -> tuple[list[LowRank | None], Tensor]:
     """R and A of the averaged gradient, and the stand-in for its squared norm."""
     own = [low for low in lows if low is not None]
-    assert len(own) == plan.matrices  # those without a P are exchanged whole
+    assert len(own) == geometry.matrices  # those without a P are exchanged whole
     norms = torch.stack([energy, squared_norms_of_R(lows, energy)])
     Rs = [low.R.to(G.dtype, copy=True) for low in own]  # in the precision that G would be exchanged in
     average_(*Rs)
     average_(norms)
-    matrices = G.unbind() if plan.stacked else (G,)
-    As = [plan.op.correlate(G_e, R) for low, G_e, R in zip(own, matrices, Rs, strict=True) if low.A is not None]
+    matrices = G.unbind() if geometry.stacked else (G,)
+    As = [geometry.op.correlate(G_e, R) for low, G_e, R in zip(own, matrices, Rs, strict=True) if low.A is not None]
     if As:
         average_(*As)
     made = iter(As)
-    averaged: list[LowRankGradient | None] = []
+    averaged: list[LowRank | None] = []
     for low, R in zip(own, Rs, strict=True):
-        averaged.append(LowRankGradient(R.to(low.R.dtype), None if low.A is None else next(made).to(low.A.dtype)))
+        averaged.append(LowRank(R.to(low.R.dtype), None if low.A is None else next(made).to(low.A.dtype)))
     return averaged, norm_stand_in(norms[0], averaged, norms[1])
 
 
-def average_window_(lows: Sequence[LowRankGradient | None], energy: Tensor, R_energy: Tensor) -> None:
+def average_window_(lows: Sequence[LowRank | None], energy: Tensor, R_energy: Tensor) -> None:
     """Average R, A and the energies of an accumulation window, whose A each process has made with its own R."""
     average_(*(X for low in lows if low is not None for X in low if X is not None), energy, R_energy)
 
 
-def squared_norms_of_R(lows: Sequence[LowRankGradient | None], like: Tensor) -> Tensor:
+def squared_norms_of_R(lows: Sequence[LowRank | None], like: Tensor) -> Tensor:
     """||R||² of each matrix, zero without one, in the shape of `like`: () or (E,)."""
     zero = like.new_zeros(())
     return torch.stack([zero if low is None else low.R.square().sum() for low in lows]).view_as(like)
 
 
-def norm_stand_in(energy: Tensor, lows: Sequence[LowRankGradient | None], R_energy: Tensor) -> Tensor:
+def norm_stand_in(energy: Tensor, lows: Sequence[LowRank | None], R_energy: Tensor) -> Tensor:
     """||G||² of a mean or sum of gradients, from the mean or sum of their ||G_i||² and ||R_i||² and its R."""
     # Where nothing lies in the subspace (0 / 0) the parts' own; a broken gradient stays one.
     return torch.where(R_energy == 0, energy, energy * (squared_norms_of_R(lows, energy) / R_energy))
@@ -129,21 +129,21 @@ def include_in_ddp(model: nn.Module) -> None:
         model._ddp_params_and_buffers_to_ignore = sorted(ignored - names)  # type: ignore[assignment]
 
 
-def exchange_bytes(plans: Iterable[Plan], dtypes: Iterable[torch.dtype]) -> tuple[int, int]:
+def exchange_bytes(geometries: Iterable[Geometry], dtypes: Iterable[torch.dtype]) -> tuple[int, int]:
     """Bytes that one process contributes to a step's exchanges: in the subspace, and of whole gradients.
 
     Args:
-        plans (`Iterable[Plan]`): The parameters' plans, `OSD.plan_of`.
+        geometries (`Iterable[Geometry]`): The parameters', `OSD.weight_of(p).geometry`.
         dtypes (`Iterable[torch.dtype]`): Their gradients' dtypes.
     """
     compressed = whole = 0
-    for plan, dtype in zip(plans, dtypes, strict=True):
-        numel = torch.Size(plan.shape).numel() * dtype.itemsize
+    for geometry, dtype in zip(geometries, dtypes, strict=True):
+        numel = torch.Size(geometry.shape).numel() * dtype.itemsize
         whole += numel
-        if isinstance(plan, ProjectedPlan):
-            numbers, norms = plan.rank * sum(plan.size), 3 if plan.stacked else 2
+        if isinstance(geometry, ProjectedGeometry):
+            numbers, norms = geometry.rank * sum(geometry.size), 3 if geometry.stacked else 2
             wide = torch.promote_types(dtype, torch.float32)
-            compressed += plan.matrices * (numbers * dtype.itemsize + norms * wide.itemsize)
+            compressed += geometry.matrices * (numbers * dtype.itemsize + norms * wide.itemsize)
         else:
             compressed += numel
     return compressed, whole

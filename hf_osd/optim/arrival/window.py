@@ -1,4 +1,4 @@
-"""What is kept of a parameter's gradients between the backward pass and its step.
+"""The part of a parameter's gradients that is kept between the backward pass and its step.
 
 Letters and shapes as in `subspace.operators`; G_i is the gradient of micro-batch i.
 """
@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..step.algorithm import LowRankGradient
+from ..step.algorithm import FIRST, LATER, Turn
+from ..step.low_rank import LowRank
 from . import exchange
 
 
-Lows = list[LowRankGradient | None]  # of a matrix one, of a stack one for each expert; None without a P as yet
+Lows = list[LowRank | None]  # of a matrix one, of a stack one for each expert; None without a P as yet
 
 
 class Arrived(NamedTuple):
@@ -45,9 +46,9 @@ class Window:
         self.energy, self.R_energy = self.energy + energy, self.R_energy + R_energy
         self.lows = [_sum(a, b) for a, b in zip(self.lows, lows, strict=True)]
 
-    def may_make_projection(self, matrices: int) -> list[bool]:
-        """For each of so many matrices whether it has no image here yet, so that its P may be replaced."""
-        return [True] * matrices if self.lows is None else [low is None for low in self.lows]
+    def turns(self, matrices: int) -> list[Turn]:
+        """Of the next gradient of each of so many matrices: the first one with an image may replace P."""
+        return [FIRST] * matrices if self.lows is None else [FIRST if low is None else LATER for low in self.lows]
 
     def nbytes(self) -> int:
         """Bytes held."""
@@ -66,8 +67,8 @@ class Window:
         return Arrived(self.lows, self.energy, norm2)
 
 
-def _sum(a: LowRankGradient | None, b: LowRankGradient | None) -> LowRankGradient | None:
+def _sum(a: LowRank | None, b: LowRank | None) -> LowRank | None:
     if a is None or b is None:
         return a or b
     # a P that was made in this window is not moved in it: the first has no A
-    return LowRankGradient(a.R.add_(b.R), None if a.A is None or b.A is None else a.A.add_(b.A))
+    return LowRank(a.R.add_(b.R), None if a.A is None or b.A is None else a.A.add_(b.A))

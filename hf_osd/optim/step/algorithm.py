@@ -1,199 +1,288 @@
-"""One step for one parameter: Algorithm 1 of the paper, or its weight rule alone at full size.
+"""One step of one weight: Algorithm 1 of the paper.
 
-Letters and shapes as in `subspace.operators`.
+Letters and shapes as in `subspace.operators`, written for the left side. W (m, n) is the weight, G its gradient, P
+(m, r) its projection. The first half of a step reads G and leaves what is small enough to be kept, added up or sent:
+
+    R   = PᵀG                                                            R = down(G, P)
+    A   = G Rᵀ                                                           all that P learns of G
+
+the second half moves the weight, and then P, which was used before it moves:
+
+    D   = weight_rule(R)                                                 its moments are shaped like R
+    W  <- (1 - lr weight_decay) W - lr scale (P D + S)                   S: the residual's part, if one is asked for
+    P  <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)
+
+where gP is the gradient of Eq. 6 at P, made of P and A (`subspace.pca`). Another rule than online PCA puts something
+else in the place of the last line, or nothing.
 """
 
-import math
-from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...subspace.precision import reduced_precision
-from ...update_rules import GradientCheck, UpdateRule
-from .moments import Role, cast, direction, load_moments, update_
-from .movement import Movements, Moving
-from .plan import Plan, ProjectedPlan, Rules
-from .projection import moves, projection_of, refresh_projection, renewal_due, start_projection, weight_role
-from .residual import Residual, pieces, residual_update
-from .rounding import PIECE, add_rounded_, rounding_noise
+from ...update_rules import GradientCheck
+from ..options.rules import Rules
+from .geometry import Geometry, ProjectedGeometry
+from .low_rank import LowRank, Update
+from .moments import Moments
+from .movement import Movements
+from .observation import observation
+from .projection import LiveProjection, Make, usable
+from .residual import RESIDUALS, Residual, pieces
+from .rounding import Rounding, add_rounded_, noise_of
 
 
-def step_full(
-    p: Tensor,
-    grad: Tensor,
-    state: dict,
-    group: Mapping[str, Any],
-    plan: Plan,
-    rules: Rules,
-    check: GradientCheck,
-) -> None:
-    """W <- (1 - lr weight_decay) W - lr rule(G), in pieces where the rule works element by element."""
-    role = Role(rules.weight, rules.weight_storage, plan.update_shape, sharding=plan.sharding)
-    _count(state, "step", check)
-    plan.count += 1
-    lr, noise = group["lr"], rounding_noise(p, group, plan)
-    for piece in _pieces(p, grad, role.rule):
-        W, G = (p, grad) if piece is None else (p.view(-1)[piece], grad.view(-1)[piece])
-        G = cast(G, plan.compute_dtype)
-        if noise is None:
-            update_(role, state, W, G, check, lr, group["weight_decay"], piece)
-        else:
-            D = torch.atleast_1d(direction(role, state, G, check, piece))
-            add_rounded_(W, partial(_add_rows, D, -lr), _decay(group, check), noise)
+State = dict[str, Tensor]
+Turn = Enum("Turn", "ONLY FIRST LATER")  # of a gradient among those of one step: P may be replaced before it is used
+ONLY, FIRST, LATER = Turn
 
 
-class LowRankGradient(NamedTuple):
-    """All that a step needs of a gradient, so that G itself can go: it adds up over micro-batches and processes."""
-
-    R: Tensor  # down(G, P)
-    A: Tensor | None  # correlate(G, Z, P), shaped like P; None where P does not move
-    G: Tensor | None = None  # the gradient itself, where its residual is used: then nothing is added up
-
-
-def project_gradient(
-    G: Tensor,
-    state: dict,
-    group: Mapping[str, Any],
-    plan: ProjectedPlan,
-    rules: Rules,
-    check: GradientCheck,
-    given: Tensor | None,
-    first: bool | None = None,
-) -> LowRankGradient | None:
-    """Start P, or renew it where that is due, and take the products of a step that read G, (m, n).
+class Weight:
+    """A parameter with what it is stepped by. Derived from group and state, and never saved.
 
     Args:
-        given (`torch.Tensor`, *optional*): P_0 where the user gave one.
-        first (`bool`, *optional*):
-            Of one of several gradients of this step, whether none of them has been projected yet, so that P may still
-            be replaced.
+        p (`torch.Tensor`): The parameter, or this process's part of it.
+        geometry ([`Geometry`]): Its facts.
+        group (`dict`): Its group, live: schedulers change it between steps.
 
-    Returns:
-        `LowRankGradient`: Without A where P was just made from this gradient and is stationary there, or does not move
-        at this step; `None` before the first gradient of any use, as long as there is no P, and of one of several
-        where an expert is found without tokens: the next one may be its first.
+    Attributes:
+        state (`dict[str, torch.Tensor]`): Its state; of a sharded one this process's parts. Set by `bind`.
+        count (`int`): Steps so far, skipped ones included; what the host knows without asking the device.
     """
-    fresh = False
-    if not plan.started:
-        fresh = start_projection(G, state, group, plan, rules, check, given)
-        if not plan.started:
-            return None
-    elif first is not False and renewal_due(state, plan, rules, check):
-        refresh_projection(G, state, group, plan, rules, check)
-    moving = not fresh and moves(state, plan, rules, check, first)
-    if first and plan.doubtful:
-        return None
-    P = cast(projection_of(state, plan, rules), G.dtype)
-    R = plan.op.down(G, P)
-    A = _correlate(G, R, P, state, plan, rules) if moving else None
-    return LowRankGradient(cast(R, plan.compute_dtype), A, G if rules.residual != "none" else None)
+
+    def __init__(self, p: Tensor, geometry: Geometry, group: Mapping[str, Any]):
+        self.p, self.geometry, self.group = p, geometry, group
+        self.state: State = {}
+        self.count = 0
+        self.seen: State | None = None  # the state in the optimizer, and its `step`, that `state` is made of
+        self.mark: Tensor | None = None
+
+    def follow(self, rules: Rules) -> None:
+        """Go by these rules from now on; `bind` comes next."""
+        geometry = self.geometry
+        self.rules = rules
+        self.moments = Moments(
+            rules.weight,
+            rules.weight_storage,
+            geometry.update_shape,
+            geometry.compute_dtype,
+            sharding=geometry.sharding,
+        )
+
+    def bind(self, state: State) -> None:
+        """Work on this state, which belongs to the same training as the last one."""
+        self.state = self.moments.state = state
+
+    def begin(self) -> None:
+        """Forget all steps: the state is empty."""
+        self.count = 0
+
+    def resume(self) -> None:
+        """Go on from a state that has been loaded. Reads the device."""
+        self.count = sum(int(self.state[name]) for name in ("step", "skipped_steps"))
+
+    def _decay(self, check: GradientCheck) -> Tensor | None:
+        """Factor on W, 1 where the step is skipped; `None` without weight decay."""
+        lr, weight_decay = self.group["lr"], self.group["weight_decay"]
+        return 1 - lr * weight_decay * check.keep if weight_decay else None
+
+    def _rounding(self, check: GradientCheck) -> Rounding:
+        """How to round the update at random."""
+        return Rounding(noise_of(self.p.device, self.geometry.seed, self.count), self._decay(check))
 
 
-def _correlate(G: Tensor, R: Tensor, P: Tensor, state: dict, plan: ProjectedPlan, rules: Rules) -> Tensor:
-    """A = correlate(rho M + (1 - rho) G, Z), with M = up(m) and Z = rho m + (1 - rho) R; rho is 0 for most rules."""
-    rho, op = rules.subspace.mixes, plan.op
-    with reduced_precision(G):
-        if rho:
-            m = cast(load_moments(weight_role(plan, rules), state, plan.compute_dtype)["exp_avg"], R.dtype)
-            Z = torch.lerp(R, m, rho)
-            A = op.correlate(G, Z, P).mul_(1 - rho).add_(op.correlate_up(m, Z, P), alpha=rho)
-        else:
-            A = op.correlate(G, R, P)
-    A = cast(A, plan.compute_dtype)
-    return A if plan.sharding is None else plan.sharding.sum(A)
+class ProjectedWeight(Weight):
+    """A matrix W (m, n) whose moments live in a subspace.
+
+    Attributes:
+        P ([`LiveProjection`]): Its projection.
+        given (`dict[str, torch.Tensor]`): P_0 by parameter name, where the user gave one, until it is used.
+    """
+
+    geometry: ProjectedGeometry
+
+    def __init__(
+        self, p: Tensor, geometry: ProjectedGeometry, group: Mapping[str, Any], given: dict[str, Tensor] | None = None
+    ):
+        super().__init__(p, geometry, group)
+        self.op, self.given = geometry.op, {} if given is None else given
+        self.P = LiveProjection(geometry, group)
+
+    def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
+        kind = RESIDUALS.get(rules.residual)
+        self.residual: Residual | None = None if kind is None else kind(self.geometry, self.group)
+        super().follow(rules)
+        self.P.follow(rules, self.moments)
+        self.source = GradientSource(self.P, self.moments, keeps_G=kind is not None)
+
+    def bind(self, state: State) -> None:  # noqa: D102
+        super().bind(state)
+        self.P.bind(state)
+        if self.residual is not None:
+            self.residual.state = state
+
+    def begin(self) -> None:  # noqa: D102
+        super().begin()
+        self.P.started = False
+        self.P.forget()
+
+    def resume(self) -> None:  # noqa: D102
+        super().resume()
+        # P may have been made in a step that was skipped in the end
+        self.P.started = bool(self.state["step"] > 0) or bool(self.state[self.P.key].any())
+        self.P.forget()
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a P."""
+        return self.P.started
+
+    @property
+    def projection(self) -> Tensor:
+        """P as the state keeps it, or as it is made of what the state keeps instead."""
+        return self.P.read() if self.rules.subspace.code is not None else self.state["projection"]
+
+    @property
+    def steps(self) -> int:
+        """Steps that rules count by, as far as the host knows."""
+        return self.count
+
+    def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
+        """The half of a step that reads G; starts P first, or renews it where that is due.
+
+        Returns:
+            `LowRank`: Without A where P does not move at this step, or was just made from this gradient and is
+                stationary there; `None` before the first gradient of any use, as long as there is no P.
+        """
+        fresh = False
+        if not self.P.started:
+            fresh = self._start(G, check)
+            if not self.P.started:
+                return None
+        elif turn is not LATER and self.renews(check):
+            self._renew(G, check)
+        return self.source.low_rank(G, not fresh and self.moves(check, turn))
+
+    def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
+        """The half that moves W, and P, whose movement may wait for that of others."""
+        if low is None:
+            return
+        self.count += 1
+        self.state["step"].add_(check.keep)
+        # D = weight_rule(R)
+        update = Update(self.moments.direction(low.R, check), self.P.read())
+        if self.residual is not None:
+            update = self.residual.extend(update, low, check)
+        self._add_(update, check)
+        if low.A is not None:
+            movements.add(self.P, low.A, check)
+
+    def _add_(self, update: Update, check: GradientCheck) -> None:
+        """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S)."""
+        W, op, alpha, (D, P, add_rest) = self.p, self.op, -self.group["lr"] * self.group["scale"], update
+        if self.group["stochastic_rounding"] and W.dtype == torch.bfloat16:
+
+            def add_(X: Tensor, rows: slice) -> None:
+                op.add_up_(X, *op.factors(D, P, rows), alpha=alpha)
+                if add_rest is not None:
+                    add_rest(X, rows, alpha)
+
+            add_rounded_(W, add_, self._rounding(check))
+            return
+        decay = self._decay(check)
+        if decay is not None:
+            W.mul_(decay)
+        if W.dtype != P.dtype:
+            D, P = D.to(W.dtype), P.to(W.dtype)
+        op.add_up_(W, D, P, alpha=alpha)
+        if add_rest is not None:
+            for rows in pieces(W):
+                add_rest(W[rows], rows, alpha)
+
+    def observe(self, low: LowRank | None, check: GradientCheck) -> tuple[Tensor, Tensor] | None:
+        """Share of the gradient outside the subspace and error of P's orthogonality; `None` without a P."""
+        return None if low is None else observation(self.P, low.R, check)
+
+    def renews(self, check: GradientCheck) -> bool:
+        """Whether P is to be made anew from the coming gradient."""
+        return self.rules.subspace.refresh_due(self.count)
+
+    def moves(self, check: GradientCheck, turn: Turn) -> bool:
+        """Whether P moves after the coming step."""
+        return self.rules.subspace.moves_at(self.count)
+
+    def may_renew(self, turns: Sequence[Turn]) -> bool:
+        """Whether the next gradient, whose turn it is, may make a P, as far as the host knows."""
+        return turns[0] is not LATER and (not self.started or self.rules.subspace.refresh_due(self.steps))
+
+    def recount(self, check: GradientCheck) -> None:
+        """Bring `count` up to date before P starts. Reads the device: this happens once."""
+        self.count = int(self.state["skipped_steps"])
+
+    def _start(self, G: Tensor, check: GradientCheck) -> bool:
+        """Set P_0, unless the gradient is zero or not finite. Reads the device: this happens once.
+
+        Returns:
+            `bool`: Whether P_0 was made from this gradient, which then has nothing to teach it.
+        """
+        if not usable(check):
+            return False
+        self.recount(check)
+        init = self.group["init"]
+        if init == "given":
+            given = self.given.pop(self.geometry.name, None)
+            if given is None:
+                raise ValueError(
+                    f"The P given as `init` for {self.geometry.name} is gone: a state was loaded before it was used. "
+                    "Give `init` again."
+                )
+            if given.any():
+                self.state["projection"].copy_(given)
+            else:  # a saved state has zero for an expert that had no tokens yet
+                init = "auto"
+        if init != "given":
+            init = self.P.make(G, Make(init, self.steps, first=True))
+        self.P.started = True
+        return init not in ("given", "orthonormal")
+
+    def _renew(self, G: Tensor, check: GradientCheck) -> None:
+        """Make P anew from G, if it is neither zero nor broken. Reads the device, as an SVD does anyway."""
+        if not usable(check):
+            return
+        old = self.P.read().clone() if self.group["carry_moments"] else None
+        init = self.group["init"] if self.group["init"] in ("svd", "randomized_svd") else "auto"
+        self.P.make(G, Make(init, self.steps, first=False))
+        if old is not None:
+            self.P.carry(self.P.read(), old, check.skip)
 
 
-def step_projected(
-    p: Tensor,
-    low: LowRankGradient,
-    state: dict,
-    group: Mapping[str, Any],
-    plan: ProjectedPlan,
-    rules: Rules,
-    check: GradientCheck,
-    movements: Movements,
-) -> None:
-    """One step of Algorithm 1 from a projected gradient. P is used here, and then left to `movements`."""
-    plan.end_step()
-    P = projection_of(state, plan, rules)
-    _count(state, "step", check)
-    # D = weight_rule(R)
-    D = direction(weight_role(plan, rules), state, low.R, check)
-    residual = None if low.G is None else residual_update(low.G, low.R, D, P, state, group, plan, check)
-    # W <- (1 - lr weight_decay) W - lr scale (up(D, P) + residual)
-    _update_projected(p, D, P, residual, group, plan, check)
-    if low.A is not None:
-        movements.add(Moving(P, low.A, state, plan, check), group, rules)
+class GradientSource:
+    """Where a step's R and A come from: here the gradient G. A source that has no G leaves `LowRank.G` at `None`."""
 
+    def __init__(self, P: LiveProjection, moments: Moments, keeps_G: bool):
+        self.P, self.moments, self.keeps_G, self.rho = P, moments, keeps_G, P.rule.mixes
+        self.op, self.dtype, self.sharding = P.geometry.op, P.geometry.compute_dtype, P.geometry.sharding
 
-def _add_rows(D: Tensor, alpha: float, X: Tensor, rows: slice) -> None:
-    X.add_(D[rows], alpha=alpha)
+    def low_rank(self, G: Tensor, moves: bool) -> LowRank:
+        """R = down(G, P), and A where P moves."""
+        P, A = self.P.read(), None
+        if P.dtype != G.dtype:
+            P = P.to(G.dtype)
+        R = self.op.down(G, P)
+        if moves:
+            with reduced_precision(G):
+                A = self._mixed(G, R, P) if self.rho else self.op.correlate(G, R, P)
+            A = A.to(self.dtype)
+            if self.sharding is not None:
+                A = self.sharding.sum(A)
+        return LowRank(R.to(self.dtype), A, G if self.keeps_G else None)
 
-
-def _update_projected(
-    p: Tensor,
-    D: Tensor,
-    P: Tensor,
-    residual: Residual | None,
-    group: Mapping[str, Any],
-    plan: ProjectedPlan,
-    check: GradientCheck,
-) -> None:
-    """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + residual)."""
-    op, alpha = plan.op, -group["lr"] * group["scale"]
-    decay, noise = _decay(group, check), rounding_noise(p, group, plan)
-    if residual is not None:
-        D = residual.D
-    if noise is not None:
-
-        def add_(X: Tensor, rows: slice) -> None:
-            op.add_up_(X, *op.factors(D, P, rows), alpha=alpha)
-            if residual is not None:
-                residual.add_(X, rows, alpha)
-
-        add_rounded_(p, add_, decay, noise)
-        return
-    if decay is not None:
-        p.mul_(decay)
-    op.add_up_(p, cast(D, p.dtype), cast(P, p.dtype), alpha=alpha)
-    if residual is not None:
-        for rows in pieces(p):
-            residual.add_(p[rows], rows, alpha)
-
-
-def _decay(group: Mapping[str, Any], check: GradientCheck) -> Tensor | None:
-    """Factor on W, 1 where the step is skipped; `None` without weight decay."""
-    return 1 - group["lr"] * group["weight_decay"] * check.keep if group["weight_decay"] else None
-
-
-def observation(
-    state: dict, R: Tensor, plan: ProjectedPlan, rules: Rules, check: GradientCheck
-) -> tuple[Tensor, Tensor]:
-    """Share of the gradient's energy outside the subspace, and ||PᵀP - I|| / sqrt(r), as 0-dim tensors."""
-    P, factors = projection_of(state, plan, rules), plan.op.split
-    errors = []
-    for factor in factors(P):
-        C = factor.mT @ factor
-        C.diagonal().sub_(1)
-        errors.append(torch.linalg.matrix_norm(C) / math.sqrt(plan.rank))
-    K = plan.op.gram(R)
-    if plan.sharding is not None:
-        K = plan.sharding.sum(K)
-    error = errors[0] if len(errors) == 1 else torch.stack(errors).mean()
-    return plan.op.pca_loss(P, K, check.inv_norm2), error
-
-
-def _count(state: dict, name: str, check: GradientCheck) -> None:
-    state[name].add_(check.keep)
-
-
-def _pieces(p: Tensor, grad: Tensor, rule: UpdateRule) -> Iterator[slice | None]:
-    whole = p.numel() <= PIECE or not rule.elementwise
-    if whole or not (p.is_contiguous() and grad.is_contiguous()):
-        yield None
-        return
-    for start in range(0, p.numel(), PIECE):
-        yield slice(start, min(start + PIECE, p.numel()))
+    def _mixed(self, G: Tensor, R: Tensor, P: Tensor) -> Tensor:
+        """A = correlate(rho M + (1 - rho) G, Z), with M = up(m) and Z = rho m + (1 - rho) R: momentum mixed in."""
+        rho, op, m = self.rho, self.op, self.moments.load()[0]["exp_avg"].to(R.dtype)
+        Z = torch.lerp(R, m, rho)
+        return op.correlate(G, Z, P).mul_(1 - rho).add_(op.correlate_up(m, Z, P), alpha=rho)

@@ -1,4 +1,4 @@
-"""The halves of a projected parameter's step: of a matrix, or of a stack of experts', each a parameter of its own.
+"""Weights of experts in one parameter (E, m, n), each a matrix that is stepped by itself.
 
 An expert that had no tokens has a zero gradient, and is left alone, as a module without gradient is: nothing of its
 weights, moments and P changes. Only `idle_steps` counts, so that the host, which has counted on, agrees with the state
@@ -12,87 +12,183 @@ import torch
 from torch import Tensor
 
 from ...update_rules import GradientCheck
-from .algorithm import LowRankGradient, observation, project_gradient, step_projected
+from ..options.rules import Rules
+from .algorithm import LATER, ONLY, ProjectedWeight, State, Turn, Weight
+from .geometry import ProjectedGeometry
+from .low_rank import LowRank
 from .movement import Movements
-from .plan import ProjectedPlan, Rules, StackedPlan
 from .projection import usable
+from .state import state_spec
 
 
-def project_matrices(
-    G: Tensor,  # (m, n), or (E, m, n)
-    state: dict[str, Tensor],  # of a stack entries (E, ...)
-    group: Mapping[str, Any],
-    plan: ProjectedPlan,
-    rules: Rules,
-    check: GradientCheck,  # of a stack tensors (E,)
-    given: Tensor | None,  # like P, where the user gave P_0; zero for an expert that is to start from its gradient
-    first: Sequence[bool] | None = None,  # for each matrix, as `project_gradient` takes it
-) -> list[LowRankGradient | None]:
-    """`project_gradient` for the matrix of a projected weight, or for each expert's in a stack.
+class ExpertWeight(ProjectedWeight):
+    """One expert's matrix. It knows how many of the host's steps were without tokens, and asks where that decides.
 
-    Experts that have not started are asked in one transfer whether they can: nothing is read back once all have.
+    Attributes:
+        idle (`int`): Steps without tokens, of the `count`, as far as the host knows.
+        doubtful (`bool`):
+            Whether `idle` counts the coming step, of which so far only gradients without tokens are known.
     """
-    if not isinstance(plan, StackedPlan):
-        return [project_gradient(G, state, group, plan, rules, check, given, None if first is None else first[0])]
-    ready = [True] * plan.matrices
-    if not plan.complete:
-        ready = [expert.started or fit for expert, fit in zip(plan.experts, usable(check).tolist(), strict=True)]
-    own_states, checks = _by_expert(state), _checks_by_expert(check)
-    lows: list[LowRankGradient | None] = [None] * plan.matrices
-    for e, (G_e, expert) in enumerate(zip(G.unbind(), plan.experts, strict=True)):
-        if ready[e]:
-            P, own_first = None if given is None else given[e], None if first is None else first[e]
-            lows[e] = project_gradient(G_e, own_states[e], group, expert, rules, checks[e], P, own_first)
-    plan.started = any(expert.started for expert in plan.experts)
-    return lows
+
+    idle, doubtful = 0, False
+
+    @property
+    def steps(self) -> int:
+        """Steps with tokens: no less than the expert's own."""
+        return self.count - self.idle
+
+    def begin(self) -> None:  # noqa: D102 - see Weight
+        super().begin()
+        self.idle, self.doubtful = 0, False
+
+    def resume(self) -> None:  # noqa: D102
+        super().resume()
+        self.idle, self.doubtful = int(self.state["idle_steps"]), False
+        self.count += self.idle
+
+    def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
+        """As of every matrix; of several gradients the first that may have had tokens decides over P."""
+        low = super().project(G, check, turn)
+        return None if turn is Turn.FIRST and self.doubtful else low
+
+    def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
+        """As of every matrix; a step in all of whose gradients the expert had no tokens is counted, too."""
+        if self.started:
+            self.doubtful = False
+            self.count += low is None
+        super().update(low, check, movements)
+
+    def renews(self, check: GradientCheck) -> bool:
+        """Whether P is to be made anew. Reads the device where the expert's own count decides."""
+        due = self.rules.subspace.refresh_due
+        if self.doubtful or due(self.steps):
+            self.ask(check)
+        return due(self.steps)
+
+    def moves(self, check: GradientCheck, turn: Turn) -> bool:
+        """Whether P moves. Reads the device where the expert's own count decides."""
+        moves_at = self.rules.subspace.moves_at
+        if turn is not LATER and (self.doubtful or (moves_at(self.steps) and not moves_at(self.steps - 1))):
+            self.ask(check)
+        return moves_at(self.steps)
+
+    def may_renew(self, turns: Sequence[Turn]) -> bool:  # noqa: D102
+        due = not self.started or self.rules.subspace.refresh_due(self.steps + self.doubtful)
+        return turns[0] is not LATER and due
+
+    def recount(self, check: GradientCheck) -> None:  # noqa: D102
+        self.ask(check)
+        super().recount(check)
+        self.count += self.idle
+
+    def ask(self, check: GradientCheck) -> None:
+        """Bring `idle` up to date, with the coming step: without tokens, as far as is known now."""
+        past, coming = torch.stack([self.state["idle_steps"], check.found_inf - check.broken]).tolist()
+        self.idle, self.doubtful = int(past + coming), coming > 0
 
 
-def step_matrices(
-    p: Tensor,  # (m, n), or (E, m, n)
-    lows: Sequence[LowRankGradient | None],  # as `project_matrices` gave them
-    state: dict[str, Tensor],
-    group: Mapping[str, Any],
-    plan: ProjectedPlan,
-    rules: Rules,
-    check: GradientCheck,
-    movements: Movements,
-) -> None:
-    """`step_projected` for each matrix that has a P."""
-    if not isinstance(plan, StackedPlan):
-        (low,) = lows
-        if low is not None:
-            step_projected(p, low, state, group, plan, rules, check, movements)
-        return
-    state["idle_steps"].add_(check.found_inf - check.broken)
-    parts = zip(p.unbind(), lows, _by_expert(state), plan.experts, _checks_by_expert(check), strict=True)
-    for W, low, own, expert, own_check in parts:
-        if low is not None:
-            step_projected(W, low, own, group, expert, rules, own_check, movements)
-        elif expert.started:  # without tokens in all of the step's gradients
-            expert.end_step()
+class ExpertWeights(Weight):
+    """A stack (E, m, n). Its state has the entries of one matrix with a leading dimension E, and `idle_steps`.
+
+    Attributes:
+        experts (`list[ExpertWeight]`): E weights, whose parameters and states are views made for each use.
+    """
+
+    geometry: ProjectedGeometry
+
+    def __init__(self, p: Tensor, geometry: ProjectedGeometry, group: Mapping[str, Any], given: dict[str, Tensor]):
+        super().__init__(p, geometry, group)
+        self.given = given
+        self.experts = [ExpertWeight(p, geometry.expert(e), group) for e in range(geometry.matrices)]
+
+    def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
+        self.rules, self._entries = rules, tuple(state_spec(self.geometry, rules))
+        for expert in self.experts:
+            expert.follow(rules)
+
+    def bind(self, state: State) -> None:  # noqa: D102
+        self.state = state
+
+    def begin(self) -> None:  # noqa: D102
+        for expert in self.experts:
+            expert.begin()
+
+    def resume(self) -> None:
+        """Go on from a state that has been loaded. Reads the device."""
+        self._open()
+        for expert in self.experts:
+            expert.resume()
+
+    @property
+    def started(self) -> bool:
+        """Whether any expert has a P."""
+        return any(expert.started for expert in self.experts)
+
+    @property
+    def projection(self) -> Tensor:
+        """P of all experts, zero of those that have none yet, as `ProjectedWeight.projection`."""
+        if self.rules.subspace.code is None:
+            return self.state["projection"]
+        self._open()
+        geometry = self.geometry
+        zero = torch.zeros(geometry.projection_shape, dtype=geometry.compute_dtype, device=self.p.device)
+        return torch.stack([expert.P.read() if expert.started else zero for expert in self.experts])
+
+    def may_renew(self, turns: Sequence[Turn]) -> bool:
+        """Whether the next gradient may make a P of any expert, as far as the host knows."""
+        return any(expert.may_renew([turn]) for expert, turn in zip(self.experts, turns, strict=True))
+
+    def project(
+        self,
+        G: Tensor,  # (E, m, n)
+        check: GradientCheck,  # its tensors are (E,)
+        turns: Sequence[Turn] | None = None,  # of each expert's gradient
+    ) -> list[LowRank | None]:
+        """The first half of each expert's step.
+
+        Experts that have not started are asked in one transfer whether they can: nothing is read back once all have.
+        """
+        ready = [True] * len(self.experts)
+        if not all(expert.started for expert in self.experts):
+            fit = usable(check).tolist()
+            ready = [expert.started or own for expert, own in zip(self.experts, fit, strict=True)]
+            self._hand_out_given()
+        self._open()
+        turns = [ONLY] * len(self.experts) if turns is None else turns
+        parts = zip(self.experts, G.unbind(), checks_by_expert(check), turns, ready, strict=True)
+        lows = [expert.project(own, check, turn) if fit else None for expert, own, check, turn, fit in parts]
+        if all(expert.started for expert in self.experts):
+            self.given.pop(self.geometry.name, None)  # copied into the state: not kept twice
+        return lows
+
+    def update(self, lows: Sequence[LowRank | None], check: GradientCheck, movements: Movements) -> None:
+        """The second half of each expert's step."""
+        self.state["idle_steps"].add_(check.found_inf - check.broken)
+        self._open()
+        for expert, low, own in zip(self.experts, lows, checks_by_expert(check), strict=True):
+            expert.update(low, own, movements)
+
+    def observe(self, lows: Sequence[LowRank | None], check: GradientCheck) -> tuple[Tensor, Tensor] | None:
+        """What `ProjectedWeight.observe` sees of every expert that has started, (started,) each."""
+        self._open()
+        parts = zip(self.experts, lows, checks_by_expert(check), strict=True)
+        seen = [seen for expert, low, own in parts if (seen := expert.observe(low, own)) is not None]
+        return (torch.stack([loss for loss, _ in seen]), torch.stack([error for _, error in seen])) if seen else None
+
+    def _open(self) -> None:
+        """Give each expert its part of the parameter and of the state, as they are now."""
+        entries = (self.state[name].unbind() for name in self._entries)
+        for expert, p, *values in zip(self.experts, self.p.unbind(), *entries, strict=True):
+            expert.p = p
+            expert.bind(dict(zip(self._entries, values, strict=True)))
+
+    def _hand_out_given(self) -> None:
+        given = self.given.get(self.geometry.name)
+        for expert, P in zip(self.experts, () if given is None else given, strict=given is not None):
+            if not expert.started:
+                expert.given = {expert.geometry.name: P}
 
 
-def observe_matrices(
-    lows: Sequence[LowRankGradient | None],
-    state: dict[str, Tensor],
-    plan: ProjectedPlan,
-    rules: Rules,
-    check: GradientCheck,
-) -> tuple[Tensor, Tensor] | None:
-    """What `observation` sees, of a stack for every expert that has started."""
-    if not isinstance(plan, StackedPlan):
-        return None if lows[0] is None else observation(state, lows[0].R, plan, rules, check)
-    parts = zip(lows, _by_expert(state), plan.experts, _checks_by_expert(check), strict=True)
-    seen = [
-        observation(own, low.R, expert, rules, own_check) for low, own, expert, own_check in parts if low is not None
-    ]
-    return (torch.stack([loss for loss, _ in seen]), torch.stack([error for _, error in seen])) if seen else None
-
-
-def _by_expert(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    entries = {name: value.unbind() for name, value in state.items()}
-    return [dict(zip(entries, values, strict=True)) for values in zip(*entries.values(), strict=True)]
-
-
-def _checks_by_expert(check: GradientCheck) -> list[GradientCheck]:
+def checks_by_expert(check: GradientCheck) -> list[GradientCheck]:
+    """The check of each expert's gradient: 0-dim tensors."""
     return [GradientCheck(*row) for row in zip(*(field.unbind() for field in check), strict=True)]

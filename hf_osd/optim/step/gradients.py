@@ -35,16 +35,20 @@ def check_gradients(
         over = None if sharding is None or sharding.dim is None else (sharding.mesh, sharding.copies)
         alike[G.device, torch.promote_types(G.dtype, torch.float32), bool(stacked and stacked[i]), over].append(i)
     for (device, dtype, are_stacks, over), members in alike.items():
-        matrices = [G for i in members for G in (grads[i].unbind() if are_stacks else grads[i : i + 1])]
+        matrices: list[Tensor] = []
+        for i in members:
+            matrices += grads[i].unbind() if are_stacks else (grads[i],)
         norm2 = _squared_norms(matrices, device, dtype)
         if over is not None:
             norm2 = cast(Sharding, shardings[members[0]]).sum(norm2)
-        fields = check_of(norm2, are_stacks)
-        sizes = [len(grads[i]) for i in members] if are_stacks else []
-        rows = zip(*(field.split(sizes) if are_stacks else field.unbind() for field in fields), strict=True)
+        check = check_of(norm2, are_stacks)
+        if are_stacks:
+            rows = zip(*(field.split([len(grads[i]) for i in members]) for field in check), strict=True)
+        else:
+            rows = zip(*map(torch.unbind, check), strict=True)
         for i, row in zip(members, rows, strict=True):
             checks[i] = GradientCheck(*row)
-    return [checks[i] for i in range(len(grads))]
+    return list(map(checks.__getitem__, range(len(grads))))
 
 
 def check_of(norm2: Tensor, stacked: bool) -> GradientCheck:
@@ -72,23 +76,20 @@ def clip_coefficient(norm2: Tensor, max_norm: float) -> Tensor:
 
 
 def _squared_norms(grads: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    if device.type == "cpu":
-        # On the CPU a dot product is several times faster than a norm, which runs on one thread.
-        return torch.stack([_dot(G) if G.dtype == dtype else _norm(G, dtype).square_() for G in grads])
-    return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).square_()
-
-
-def _dot(G: Tensor) -> Tensor:
-    flat = G.reshape(-1)
-    return torch.dot(flat, flat)
-
-
-def _norm(G: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(G, dtype=dtype)
+    if device.type != "cpu":
+        return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).square_()
+    found = []
+    for G in grads:
+        if G.dtype == dtype:  # a dot product is several times faster there than a norm, which runs on one thread
+            flat = G.reshape(-1)
+            found.append(torch.dot(flat, flat))
+        else:
+            found.append(torch.linalg.vector_norm(G, dtype=dtype).square_())
+    return torch.stack(found)
 
 
 def refuse_unsupported(G: Tensor, name: str) -> None:
-    """Raise `ValueError` for a gradient that no rule here is defined for."""
+    """Raise `ValueError` for a sparse or complex gradient."""
     if G.layout != torch.strided:
         raise ValueError(f"{name} has a sparse gradient, which OSD does not support: use dense embeddings.")
     if G.is_complex():

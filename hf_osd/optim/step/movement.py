@@ -4,19 +4,15 @@ What a rule computes for one P is r wide, too little to fill a processor; for th
 transformer has, it is one batched product. Letters and shapes as in `subspace.operators`.
 """
 
-from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from ...subspace import Movement
 from ...update_rules import GradientCheck
-from ..options import table as options
-from .moments import Role, update_
-from .plan import ProjectedPlan, Rules
-from .projection import carry, usable
+from .projection import LiveProjection, usable
 
 
 # Entries of a stack of P, 4 MiB in float32: as much again of A and of copies of both is held while it fills.
@@ -28,32 +24,30 @@ ALONE_UP_TO = 16**3
 class Moving(NamedTuple):
     """A P that is to move."""
 
-    P: Tensor  # (s, r), in the precision of the computation
+    projection: LiveProjection
     A: Tensor  # (s, r), as `Movement` has it
-    state: dict
-    plan: ProjectedPlan
     check: GradientCheck
 
 
 class Movements:
-    """What a step's weights have left to be done together: `finish` does the last of it."""
+    """All that a step's weights have left to be done together: `finish` does the last of it."""
 
     def __init__(self) -> None:
-        self._waiting: dict[tuple, tuple[list[Moving], Mapping[str, Any], Rules]] = {}
+        self._waiting: dict[tuple, list[Moving]] = {}
         self._counters: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, moving: Moving, group: Mapping[str, Any], rules: Rules) -> None:
+    def add(self, projection: LiveProjection, A: Tensor, check: GradientCheck) -> None:
         """Move P now, or when as many of its shape have come as may wait."""
-        A, r = moving.A, moving.plan.rank
-        alone = moving.plan.two_sided or group["carry_moments"] or not rules.subspace.stackable
-        if alone or A.numel() * r <= ALONE_UP_TO:
-            _move([moving], group, rules)
+        geometry, group = projection.geometry, projection.group
+        alone = geometry.side == "two_sided" or group["carry_moments"] or not projection.rule.stackable
+        if alone or A.numel() * geometry.rank <= ALONE_UP_TO:
+            _move(projection, A, check)
             return
         key = (id(group), A.shape, A.dtype, A.device)
-        waiting, _, _ = self._waiting.setdefault(key, ([], group, rules))
-        waiting.append(moving)
+        waiting = self._waiting.setdefault(key, [])
+        waiting.append(Moving(projection, A, check))
         if (len(waiting) + 1) * A.numel() > STACK_LIMIT:
-            _move(*self._waiting.pop(key))
+            _move_all(self._waiting.pop(key))
 
     def count(self, counter: Tensor, number: Tensor) -> None:
         """Add to a counter that nothing else in this step reads."""
@@ -61,52 +55,56 @@ class Movements:
 
     def finish(self) -> None:
         """Move those that still wait, and count."""
-        for waiting, group, rules in self._waiting.values():
-            _move(waiting, group, rules)
+        for waiting in self._waiting.values():
+            _move_all(waiting)
         self._waiting.clear()
-        _count(self._counters)
-        self._counters.clear()
+        if self._counters:
+            torch._foreach_add_(*map(list, zip(*self._counters, strict=True)))  # one launch for many
+            self._counters.clear()
 
 
-def _move(all_moving: list[Moving], group: Mapping[str, Any], rules: Rules) -> None:
-    """One movement of each P; several are told to the rule as one stack."""
-    rule, op, check = rules.subspace, all_moving[0].plan.op, all_moving[0].check
-    olds = [moving.P.clone() if group["carry_moments"] else None for moving in all_moving]
-    if len(all_moving) == 1:
-        P, A, inv_norm2 = all_moving[0].P, all_moving[0].A, check.inv_norm2
-    else:
-        P, A = torch.stack([moving.P for moving in all_moving]), torch.stack([moving.A for moving in all_moving])
-        all_moving[:] = [moving._replace(A=own) for moving, own in zip(all_moving, A, strict=True)]  # frees the others
-        inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in all_moving])[:, None, None]
+def _move(projection: LiveProjection, A: Tensor, check: GradientCheck) -> None:
+    """One movement of one P."""
+    P, carries = projection.read(), projection.group["carry_moments"]
+    old = P.clone() if carries else None
 
     def descend(gP: Tensor) -> None:
-        if rules.projection is None:
-            raise ValueError(
-                f"{type(rule).__name__}.advance_ calls `descend`, but P has no optimizer: set `learns = True` in its "
-                "class."
-            )
-        _count([(moving.state["projection_step"], moving.check.keep) for moving in all_moving])
-        for moving, own in zip(all_moving, [gP] if gP.ndim == 2 else gP.unbind(), strict=True):
-            _descend(moving, own, group, rules)
+        if projection.moments is None:
+            _refuse_without_optimizer(projection)
+        projection.state["projection_step"].add_(check.keep)
+        projection.descend(P, gP, check)
 
-    rule.advance_(P, Movement(A, inv_norm2, partial(usable, check), op, descend))
-    for moving, old in zip(all_moving, olds, strict=True):
-        P, state, plan = moving.P, moving.state, moving.plan
-        if P is not state["projection"]:
-            state["projection"].copy_(P)
-        if old is not None:
-            carry(state, plan, rules, P, old, moving.check.skip)
+    move = Movement(A, check.inv_norm2, partial(usable, check), projection.geometry.op, descend)
+    projection.rule.advance_(P, move)
+    projection.write(P)
+    if old is not None:
+        projection.carry(P, old, check.skip)
 
 
-def _count(counters: Sequence[tuple[Tensor, Tensor]]) -> None:
-    if counters:
-        torch._foreach_add_(*map(list, zip(*counters, strict=True)))  # one launch for many
+def _move_all(waiting: list[Moving]) -> None:
+    """One movement of each P of one shape and group, told to the rule as one stack."""
+    if len(waiting) == 1:
+        _move(*waiting[0])
+        return
+    first, Ps = waiting[0].projection, [moving.projection.read() for moving in waiting]
+    A = torch.stack([moving.A for moving in waiting])
+    waiting[:] = [moving._replace(A=own) for moving, own in zip(waiting, A, strict=True)]  # frees the others
+    inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in waiting])[:, None, None]
+
+    def descend(gP: Tensor) -> None:
+        if first.moments is None:
+            _refuse_without_optimizer(first)
+        counters = [moving.projection.state["projection_step"] for moving in waiting]
+        torch._foreach_add_(counters, [moving.check.keep for moving in waiting])
+        for moving, P, own in zip(waiting, Ps, gP.unbind(), strict=True):
+            moving.projection.descend(P, own, moving.check)
+
+    unusable = partial(usable, waiting[0].check)  # a stackable rule does not ask
+    first.rule.advance_(torch.stack(Ps), Movement(A, inv_norm2, unusable, first.geometry.op, descend))
+    for moving, P in zip(waiting, Ps, strict=True):
+        moving.projection.write(P)
 
 
-def _descend(moving: Moving, gP: Tensor, group: Mapping[str, Any], rules: Rules) -> None:
-    # P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)
-    P, _, state, plan, check = moving
-    assert rules.projection is not None
-    role = Role(rules.projection, rules.projection_storage, plan.projection_shape, "projection_")
-    lr_P, decay = options.projection_step_size(group), options.projection_weight_decay(group)
-    update_(role, state, P, gP, check, lr_P, decay)
+def _refuse_without_optimizer(projection: LiveProjection) -> NoReturn:
+    name = type(projection.rule).__name__
+    raise ValueError(f"{name}.advance_ calls `descend`, but P has no optimizer: set `learns = True` in its class.")

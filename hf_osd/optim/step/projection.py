@@ -1,164 +1,152 @@
-"""P between steps: how it starts, is made anew, and is read from the state.
+"""P of one weight between steps: how it starts, is made anew, and is read from the state.
 
 Letters and shapes as in `subspace.operators`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...subspace import OPERATORS, Start, choose_init
+from ...subspace import OPERATORS, Start, SubspaceRule, choose_init
 from ...update_rules import GradientCheck
+from ..options.rules import Rules
+from .geometry import ProjectedGeometry
 from .gradients import EPS
-from .moments import Role, carry_moments, cast
-from .plan import ProjectedPlan, Rules
+from .moments import Moments, Pace
 
 
 FACTORS_APART = 7_368_787  # between the seeds of a weight's two factors: far from other weights'
 
 
-def projection_of(state: Mapping[str, Tensor], plan: ProjectedPlan, rules: Rules) -> Tensor:
-    """P in the precision of the computation: the tensor in the state itself where that has it."""
-    rule = rules.subspace
-    if rule.code is None:
-        return cast(state["projection"], plan.compute_dtype)
-    if plan.expanded is not None:
-        return plan.expanded
-    codes = state[rule.code].unbind() if plan.two_sided else (state[rule.code],)
-    parts = [
-        rule.expand(code, rows, plan.rank, plan.compute_dtype)
-        for code, rows in zip(codes, plan.factor_rows, strict=True)
-    ]
-    P = torch.cat(parts) if plan.two_sided else parts[0]
-    if rule.keeps_expanded:
-        plan.expanded = P
-    return P
+_PACE = itemgetter("lr", "alpha", "projection_weight_decay")
+
+
+class Make(NamedTuple):
+    """How a P is to be made from a gradient.
+
+    Attributes:
+        init (`str`): As the group has it.
+        steps (`int`): Steps of the weight so far.
+        first (`bool`): Whether there is no P yet.
+    """
+
+    init: str
+    steps: int
+    first: bool
+
+
+class LiveProjection:
+    """P of one matrix, or what a rule keeps instead of it, and P's own optimizer.
+
+    Args:
+        geometry ([`ProjectedGeometry`]): Of the weight.
+        group (`dict`): The weight's group, live.
+
+    Attributes:
+        started (`bool`): Whether P has been initialised.
+        state (`dict`): State of the parameter; set before each use.
+        rule ([`SubspaceRule`]): How P moves.
+    """
+
+    def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any]):
+        self.geometry, self.group = geometry, group
+        self.state: dict[str, Tensor] = {}
+        self.started = False
+        self.forget()
+
+    def follow(self, rules: Rules, carried: Moments) -> None:
+        """Go by these rules from now on; `carried` are the weight's moments, which live in P's coordinates."""
+        geometry = self.geometry
+        self.rule, self._carried = rules.subspace, carried
+        self.key = rules.subspace.code or "projection"
+        self.moments: Moments | None = None
+        if rules.projection is not None:
+            shape, dtype = geometry.projection_shape, geometry.compute_dtype
+            self.moments = Moments(rules.projection, rules.projection_storage, shape, dtype, "projection_")
+
+    def bind(self, state: dict[str, Tensor]) -> None:
+        """Work on this state."""
+        self.state = state
+        if self.moments is not None:
+            self.moments.state = state
+
+    def forget(self) -> None:
+        """Drop what was derived from the state."""
+        self._expanded: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """P in the precision of the computation: the tensor in the state itself where that has it."""
+        if self.rule.code is not None:
+            return self._expand(self.rule)
+        P = self.state["projection"]
+        return P if P.dtype == self.geometry.compute_dtype else P.to(self.geometry.compute_dtype)
+
+    def _expand(self, rule: SubspaceRule) -> Tensor:
+        if self._expanded is not None:
+            return self._expanded
+        geometry = self.geometry
+        codes = self.state[self.key].unbind() if geometry.two_sided else (self.state[self.key],)
+        parts = [
+            rule.expand(code, rows, geometry.rank, geometry.compute_dtype)
+            for code, rows in zip(codes, geometry.factor_rows, strict=True)
+        ]
+        P = torch.cat(parts) if geometry.two_sided else parts[0]
+        if rule.keeps_expanded:
+            self._expanded = P
+        return P
+
+    def write(self, P: Tensor) -> None:
+        """Keep a P that has moved; nothing to do where it is the tensor in the state."""
+        if P is not self.state["projection"]:
+            self.state["projection"].copy_(P)
+
+    def make(self, G: Tensor, how: Make) -> str:
+        """A new P from the gradient G, (m, n) or this process's part of it; the settled `init` it was made by."""
+        rule, geometry = self.rule, self.geometry
+        init = choose_init(*geometry.size, geometry.rank, how.init) if rule.uses_init else how.init
+        if geometry.sharding is not None and init != "orthonormal" and rule.reads_gradient:
+            G = geometry.sharding.full(G, geometry.shape)
+        stored = self.state[self.key]
+        olds = None if how.first or rule.code is None else stored.unbind() if geometry.two_sided else (stored,)
+        sides = tuple(OPERATORS) if geometry.two_sided else (geometry.side,)
+        # Orthonormal factors of a square weight must not be the same; singular vectors must be drawn in pairs.
+        apart = FACTORS_APART if init == "orthonormal" else 0
+        made = [
+            rule.make(
+                G,
+                Start(side, geometry.rank, init, geometry.seed + i * apart, how.steps, geometry.compute_dtype),
+                None if olds is None else olds[i],
+            )
+            for i, side in enumerate(sides)
+        ]
+        new = made[0]
+        if geometry.two_sided:
+            new = torch.cat(made) if rule.code is None else torch.stack(made)
+        stored.copy_(new if geometry.sharding is None else geometry.sharding.agree(new))
+        self.forget()
+        return init
+
+    def descend(self, P: Tensor, gP: Tensor, check: GradientCheck) -> None:
+        """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)."""
+        assert self.moments is not None
+        lr, alpha, decay = _PACE(self.group)
+        # the weights' own decay, unless P is given one (the remark of Algorithm 1)
+        decay_P = self.group["weight_decay"] if decay is None else decay
+        self.moments.update_(P, gP, Pace(check, alpha * lr, decay_P))
+
+    def carry(self, P: Tensor, old: Tensor, skip: Tensor) -> None:
+        """Turn the weight's moments from the coordinates of the old P into those of P."""
+        op = self.geometry.op
+
+        def turn(X: Tensor, square: bool = False) -> Tensor:
+            return op.carry(X, P, old, square)
+
+        self._carried.carry(turn, skip)
 
 
 def usable(check: GradientCheck) -> Tensor:
     """bool: whether P can be made from the gradient, which is neither zero nor broken."""
     return ~check.skip & (check.inv_norm2 < 1 / EPS)
-
-
-def start_projection(
-    G: Tensor,
-    state: dict,
-    group: Mapping[str, Any],
-    plan: ProjectedPlan,
-    rules: Rules,
-    check: GradientCheck,
-    given: Tensor | None,
-) -> bool:
-    """Set P_0, unless the gradient is zero or not finite. Reads the device: this happens once.
-
-    Args:
-        given (`torch.Tensor`, *optional*):
-            P_0 where the user gave one. Zero is what a saved state has for an expert that had no tokens yet: then P
-            starts from the gradient.
-
-    Returns:
-        `bool`: Whether P_0 was made from this gradient, which then has nothing to teach it.
-    """
-    if not usable(check):
-        return False
-    ask_idle(state, plan, check)
-    plan.count = int(state["skipped_steps"]) + plan.idle
-    init = group["init"]
-    if init == "given":
-        if given is None:
-            raise ValueError(
-                f"The tensor given as `init` for {plan.name} is gone: this state was loaded before it was used. Give "
-                "`init` again."
-            )
-        if given.any():
-            state["projection"].copy_(given)
-        else:
-            init = "auto"
-    if init != "given":
-        init = _make_projection(G, state, plan, rules, init, first=True)
-    plan.started = True
-    return init not in ("given", "orthonormal")
-
-
-def refresh_projection(
-    G: Tensor, state: dict, group: Mapping[str, Any], plan: ProjectedPlan, rules: Rules, check: GradientCheck
-) -> None:
-    """Compute P anew from this gradient, if it is neither zero nor broken. Reads the device, as an SVD does anyway."""
-    if not usable(check):
-        return
-    old = projection_of(state, plan, rules).clone() if group["carry_moments"] else None
-    init = group["init"] if group["init"] in ("svd", "randomized_svd") else "auto"
-    _make_projection(G, state, plan, rules, init, first=False)
-    if old is not None:
-        carry(state, plan, rules, projection_of(state, plan, rules), old, check.skip)
-
-
-def moves(state: dict, plan: ProjectedPlan, rules: Rules, check: GradientCheck, first: bool | None) -> bool:
-    """Whether P moves after the coming step. Reads the device for an expert, where its own count decides.
-
-    Args:
-        first (`bool`, *optional*): As `project_gradient` takes it.
-    """
-    rule, count = rules.subspace, plan.count - plan.idle  # no less than the expert's own
-    if "idle_steps" in state and first is not False:
-        if plan.doubtful or (rule.moves_at(count) and not rule.moves_at(count - 1)):
-            ask_idle(state, plan, check)
-    return rule.moves_at(plan.count - plan.idle)
-
-
-def renewal_due(state: dict, plan: ProjectedPlan, rules: Rules, check: GradientCheck) -> bool:
-    """Whether P is to be made anew from the coming gradient. Reads the device for an expert, like `moves`."""
-    due = rules.subspace.refresh_due
-    if plan.doubtful or due(plan.count - plan.idle):
-        ask_idle(state, plan, check)
-    return due(plan.count - plan.idle)
-
-
-def ask_idle(state: Mapping[str, Tensor], plan: ProjectedPlan, check: GradientCheck) -> None:
-    """Bring `plan.idle` up to date, for an expert with the coming step: without tokens, as far as is known now."""
-    if "idle_steps" in state:
-        past, coming = torch.stack([state["idle_steps"], check.found_inf - check.broken]).tolist()
-        plan.idle, plan.doubtful = int(past + coming), coming > 0
-
-
-def _make_projection(G: Tensor, state: dict, plan: ProjectedPlan, rules: Rules, init: str, first: bool) -> str:
-    rule, sharding = rules.subspace, plan.sharding
-    init = choose_init(*plan.size, plan.rank, init) if rule.uses_init else init
-    if sharding is not None and init != "orthonormal" and rule.reads_gradient:
-        G = sharding.full(G, plan.shape)
-    stored = state[rule.code or "projection"]
-    olds = None if first or rule.code is None else (stored.unbind() if plan.two_sided else (stored,))
-    sides = tuple(OPERATORS) if plan.two_sided else (plan.side,)
-    # Orthonormal factors of a square weight must not be the same; singular vectors must be drawn in pairs.
-    apart = FACTORS_APART if init == "orthonormal" else 0
-    made = [
-        rule.make(
-            G,
-            Start(side, plan.rank, init, plan.seed + i * apart, plan.count - plan.idle, plan.compute_dtype),
-            None if olds is None else olds[i],
-        )
-        for i, side in enumerate(sides)
-    ]
-    if plan.two_sided:
-        new = torch.cat(made) if rule.code is None else torch.stack(made)
-    else:
-        new = made[0]
-    stored.copy_(new if sharding is None else sharding.agree(new))
-    plan.expanded = None
-    return init
-
-
-def carry(state: dict, plan: ProjectedPlan, rules: Rules, P: Tensor, old: Tensor, skip: Tensor) -> None:
-    """Move the weight's moments from the coordinates of the old P into those of P."""
-
-    def turn(X: Tensor, square: bool = False) -> Tensor:
-        return plan.op.carry(X, P, old, square)
-
-    carry_moments(weight_role(plan, rules), state, plan.compute_dtype, turn, skip)
-
-
-def weight_role(plan: ProjectedPlan, rules: Rules) -> Role:
-    """Whose moments live in the subspace."""
-    return Role(rules.weight, rules.weight_storage, plan.update_shape, sharding=plan.sharding)

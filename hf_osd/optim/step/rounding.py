@@ -6,12 +6,10 @@ Rounded up or down at random, with probabilities that make the mean exact, steps
 
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from .plan import Plan
 
 
 PIECE = 2**22  # elements of a full-size parameter worked on at a time: bounds its float32 temporaries to 16 MiB each
@@ -27,24 +25,38 @@ def refuse_without_bfloat16(groups: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def rounding_noise(p: Tensor, group: Mapping[str, Any], plan: Plan) -> torch.Generator | None:
-    """The random numbers of this step of this parameter, `None` where its update is not rounded stochastically.
+class Rounding(NamedTuple):
+    """How an update is rounded into a weight.
+
+    Attributes:
+        noise (`torch.Generator`): The random numbers of this step of this parameter.
+        decay (`torch.Tensor`, *optional*): Factor on W, 0-dim.
+    """
+
+    noise: torch.Generator
+    decay: Tensor | None
+
+
+def noise_of(device: torch.device, seed: int, count: int) -> torch.Generator:
+    """The random numbers of a parameter's step.
 
     They depend on seed, position and step alone: the same on all processes and after a resume, from what the host
     knows, and the global generators are not touched.
+
+    Args:
+        device (`torch.device`): Of the parameter.
+        seed (`int`): The parameter's.
+        count (`int`): Its steps so far, skipped ones included.
     """
-    if not group["stochastic_rounding"] or p.dtype != torch.bfloat16:
-        return None
     # Hashed, because a generator on the CPU looks at the low 32 bits of its seed only.
-    digest = blake2b(f"{plan.seed} {plan.count}".encode(), digest_size=8).digest()
-    return torch.Generator(p.device).manual_seed(int.from_bytes(digest, "little"))
+    digest = blake2b(f"{seed} {count}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
 def add_rounded_(
     W: Tensor,  # bfloat16
     add_: Callable[[Tensor, slice], object],  # adds the update of the rows W[slice] to its first argument, in place
-    decay: Tensor | None,  # () factor on W
-    noise: torch.Generator,
+    rounding: Rounding,
 ) -> None:
     """W <- round(decay W + update), rounded once, with float32 temporaries of a few rows."""
     W = torch.atleast_1d(W)
@@ -52,10 +64,10 @@ def add_rounded_(
     for start in range(0, W.shape[0], rows):
         piece = slice(start, min(start + rows, W.shape[0]))
         X = W[piece].to(torch.float32)
-        if decay is not None:
-            X.mul_(decay)
+        if rounding.decay is not None:
+            X.mul_(rounding.decay)
         add_(X, piece)
-        round_into_(W[piece], X, noise)
+        round_into_(W[piece], X, rounding.noise)
 
 
 def round_into_(W: Tensor, X: Tensor, noise: torch.Generator) -> None:

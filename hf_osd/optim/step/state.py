@@ -2,60 +2,72 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ...update_rules import MIN_8BIT_SIZE, MIN_BLOCK_SIZE, BlockWise8bit, TensorSpec
-from .plan import Plan, ProjectedPlan, Rules, StackedPlan, make_plan, names_of, rules_of
-from .sharding import divided, is_sharded
+from ..options.rules import Rules
+from .geometry import Geometry, ProjectedGeometry
+from .sharding import divided
 
 
-def state_spec(plan: Plan, rules: Rules) -> dict[str, TensorSpec]:
-    """Every entry of a parameter's state: what is allocated, what a checkpoint must hold, what `memory` adds up."""
-    if isinstance(plan, StackedPlan):
-        one = state_spec(plan.experts[0], rules) | {"idle_steps": TensorSpec((), torch.float32)}
-        return {name: TensorSpec((plan.matrices, *entry.shape), entry.dtype) for name, entry in one.items()}
+# Counters of a state: all the steps that the host has counted.
+COUNTERS = ("step", "skipped_steps", "idle_steps")
+
+
+def state_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
+    """Every entry of a parameter's state: what is allocated, what a checkpoint must hold, what `memory` adds up.
+
+    Of a stack the entries of one matrix with a leading dimension E, and `idle_steps`.
+    """
+    spec = _matrix_spec(geometry, rules)
+    if not geometry.stacked:
+        return spec
+    assert isinstance(geometry, ProjectedGeometry)
+    spec["idle_steps"] = TensorSpec((), torch.float32)
+    return {name: TensorSpec((geometry.matrices, *entry.shape), entry.dtype) for name, entry in spec.items()}
+
+
+def _matrix_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
     spec = {"step": TensorSpec((), torch.float32), "skipped_steps": TensorSpec((), torch.float32)}
-    for moment in rules.weight.moments(plan.update_shape):
-        spec |= rules.weight_storage.spec(
-            moment, "", plan.compute_dtype, divided(moment, plan.sharding, len(plan.update_shape))
-        )
-    if not isinstance(plan, ProjectedPlan):
+    for moment in rules.weight.moments(geometry.update_shape):
+        dim = divided(moment, geometry.sharding, len(geometry.update_shape))
+        spec |= rules.weight_storage.spec(moment.kept("", geometry.compute_dtype), dim)
+    if not isinstance(geometry, ProjectedGeometry):
         return spec
     if rules.subspace.code is None:
-        spec["projection"] = TensorSpec(plan.projection_shape, plan.projection_dtype)
+        spec["projection"] = TensorSpec(geometry.projection_shape, geometry.projection_dtype)
     else:
-        shape, dtype = rules.subspace.code_spec(plan.rank)
-        spec[rules.subspace.code] = TensorSpec((2, *shape) if plan.two_sided else shape, dtype)
+        shape, dtype = rules.subspace.code_spec(geometry.rank)
+        spec[rules.subspace.code] = TensorSpec((2, *shape) if geometry.two_sided else shape, dtype)
     if rules.residual == "scaled":
-        spec["residual_norm"] = TensorSpec((), plan.compute_dtype)
+        spec["residual_norm"] = TensorSpec((), geometry.compute_dtype)
     if rules.projection is not None:
         spec["projection_step"] = TensorSpec((), torch.float32)
-        for moment in rules.projection.moments(plan.projection_shape):
-            spec |= rules.projection_storage.spec(moment, "projection_", plan.compute_dtype)
+        for moment in rules.projection.moments(geometry.projection_shape):
+            spec |= rules.projection_storage.spec(moment.kept("projection_", geometry.compute_dtype))
     return spec
 
 
-def create_state(p: Tensor, plan: Plan, rules: Rules) -> dict[str, Tensor]:
-    """Zeros for everything in `state_spec`, on the parameter's device: DTensors where they are divided."""
-    state, spec = {}, state_spec(plan, rules)
-    _warn_dense(plan, rules, spec)
+def create_state(device: torch.device, geometry: Geometry, rules: Rules) -> dict[str, Tensor]:
+    """Zeros for everything in `state_spec`: DTensors where they are divided."""
+    state, spec = {}, state_spec(geometry, rules)
+    _warn_dense(geometry, rules, spec)
     for name, entry in spec.items():
-        value = torch.zeros(local_shape(entry, plan), dtype=entry.dtype, device=p.device)
-        if plan.sharding is not None and entry.divided is not None:
-            value = plan.sharding.wrap(value, entry.shape, entry.divided)
+        value = torch.zeros(local_shape(entry, geometry), dtype=entry.dtype, device=device)
+        if geometry.sharding is not None and entry.divided is not None:
+            value = geometry.sharding.wrap(value, entry.shape, entry.divided)
         state[name] = value
     return state
 
 
-def _warn_dense(plan: Plan, rules: Rules, spec: Mapping[str, TensorSpec]) -> None:
+def _warn_dense(geometry: Geometry, rules: Rules, spec: Mapping[str, TensorSpec]) -> None:
     """Say once where sharding costs a projected weight its 8-bit moments."""
-    if not isinstance(plan, ProjectedPlan) or not isinstance(rules.weight_storage, BlockWise8bit):
+    if not isinstance(geometry, ProjectedGeometry) or not isinstance(rules.weight_storage, BlockWise8bit):
         return
-    moments = [m for m in rules.weight.moments(plan.update_shape) if divided(m, plan.sharding, 2) is not None]
+    moments = [m for m in rules.weight.moments(geometry.update_shape) if divided(m, geometry.sharding, 2) is not None]
     if any(spec[m.name].dtype != torch.uint8 and math.prod(m.shape) >= MIN_8BIT_SIZE for m in moments):
         warnings.warn(
             "Moments of weights that are sharded stay in float32: to be kept in 8 bits, their rows must be whole and "
@@ -64,39 +76,6 @@ def _warn_dense(plan: Plan, rules: Rules, spec: Mapping[str, TensorSpec]) -> Non
         )
 
 
-def local_shape(entry: TensorSpec, plan: Plan) -> tuple[int, ...]:
+def local_shape(entry: TensorSpec, geometry: Geometry) -> tuple[int, ...]:
     """Shape of this process's part of a state entry."""
-    return entry.shape if plan.sharding is None else plan.sharding.local_shape(entry.shape, entry.divided)
-
-
-def check_state_dict(
-    groups: Sequence[Mapping[str, Any]], states: Mapping[str, Mapping[str, Tensor]], params: Mapping[str, Tensor]
-) -> None:
-    """Raise `ValueError` unless every saved entry has the shape and dtype that the saved options ask for.
-
-    Args:
-        groups (`list[dict]`): The saved groups.
-        states (`dict`): Saved state by parameter name; an empty one is that of a parameter that was never stepped.
-        params (`dict[str, torch.Tensor]`): The parameters by name.
-    """
-    position = 0
-    for group in groups:
-        for index, name in enumerate(names_of(group, position)):
-            if states.get(name):
-                plan = make_plan(group, index, params[name], position + index)
-                spec = state_spec(plan, rules_of(group))
-                expected = {name: (entry.shape, entry.dtype) for name, entry in spec.items()}
-                got = {name: (tuple(value.shape), value.dtype) for name, value in states[name].items()}
-                if got != expected:
-                    raise ValueError(
-                        f"The saved state of {plan.name} does not fit: it has {got}, expected {expected}."
-                    )
-                if any(
-                    (entry.divided is not None) != is_sharded(states[plan.name][key]) for key, entry in spec.items()
-                ):
-                    kinds = ("whole", "sharded") if plan.sharding else ("sharded", "whole")
-                    raise ValueError(
-                        f"The saved state of {plan.name} is {kinds[0]} and the parameter is {kinds[1]}: load it with "
-                        "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
-                    )
-        position += len(group["params"])
+    return entry.shape if geometry.sharding is None else geometry.sharding.local_shape(entry.shape, entry.divided)

@@ -1,162 +1,148 @@
-"""The step of one parameter in two halves: what reads its gradient, and what moves its weight and P.
+"""All weights of an optimizer by parameter: made when a parameter is first met, derived, and never saved."""
 
-Between the two lies what is small enough to be kept, or sent: a `LowRankGradient` for each matrix.
-"""
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import Any
 
-import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
+import torch
 from torch import Tensor
 
 from ...update_rules import GradientCheck
-from .algorithm import LowRankGradient, step_full
-from .experts import observe_matrices, project_matrices, step_matrices
-from .gradients import refuse_unsupported
-from .movement import Movements
-from .plan import (
-    Plan,
-    ProjectedPlan,
-    Rules,
-    StackedPlan,
-    make_plan,
-    names_of,
-    resume_plan,
-    rules_of,
-    settle_sides,
-)
-from .sharding import local
+from ..options.rules import rule_options_of, rules_of
+from .algorithm import ProjectedWeight
+from .experts import ExpertWeights
+from .full_weight import FullWeight
+from .geometry import Geometry, ProjectedGeometry, geometry_of, names_of
+from .gradients import check_gradients, refuse_unsupported
+from .sharding import Sharding, local
+from .sides import settle_sides
 from .state import create_state
 
 
-if TYPE_CHECKING:
-    from ..osd import OSD
+Group = dict[str, Any]
+AnyWeight = FullWeight | ProjectedWeight | ExpertWeights
 
 
-class ParameterSteps:
-    """Steps of an [`OSD`]'s parameters, and what is derived for them: rebuilt at will and never saved.
+class Weights:
+    """The weights of some groups, which go by the groups' options and by the state as they are at each step.
+
+    Args:
+        groups (`list[dict]`): Parameter groups that have been settled.
+        state (`dict`): State by parameter, of the optimizer.
+        given (`dict[str, torch.Tensor]`): P_0 by parameter name, where the user gave one; emptied as it is used.
 
     Attributes:
-        observations (`dict`): What `observation` saw in the last step of each projected parameter.
+        observing (`bool`): Whether the coming step is observed.
+        observations (`dict`): By weight, what `observe` saw in the last step that was.
     """
 
-    def __init__(self, optimizer: "OSD"):
-        self._optimizer = weakref.ref(optimizer)  # no cycle: its state is freed with the last reference to it
-        self.observations: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        self._plans: dict[Tensor, Plan] = {}
+    def __init__(self, groups: list[Group], state: MutableMapping[Tensor, dict], given: dict[str, Tensor]):
+        self.groups, self.state, self.given = groups, state, given
+        self.observing = False
+        self.observations: dict[AnyWeight, tuple[Tensor, Tensor]] = {}
+        self._weights: dict[Tensor, AnyWeight] = {}
+        self._options: list[Any] = [None] * len(groups)  # of each group, as its weights go by them
 
-    @property
-    def optimizer(self) -> "OSD":
-        """Whose steps these are."""
-        optimizer = self._optimizer()
-        assert optimizer is not None
-        return optimizer
+    def __iter__(self) -> Iterator[AnyWeight]:
+        """In the order of the groups."""
+        return (self.of(p) for group in self.groups for p in group["params"])
 
-    def observed(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        """`observations` in the order of the groups, whatever order the steps had: their mean is one in every mode."""
-        params = (p for group in self.optimizer.param_groups for p in group["params"])
-        return {p: self.observations[p] for p in params if p in self.observations}
+    def of(self, p: Tensor) -> AnyWeight:
+        """The weight of a parameter, with the state that it has now, if any."""
+        # Parameters may be exchanged behind the optimizer's back (accelerate's FSDP2 path does), and so may states and
+        # their tensors, to start anew or by a user's own loading.
+        weight = self._weights.get(p)
+        if weight is None:
+            self.meet()
+            weight = self._weights[p]
+        state = self.state.get(p, {})
+        mark = state.get("step")
+        if mark is None:
+            if weight.state:
+                weight.bind({})
+                weight.begin()
+        elif state is not weight.seen or mark is not weight.mark:
+            weight.seen, weight.mark = state, mark
+            self._bind(weight, p, state)
+            weight.resume()
+        elif weight.geometry.sharding is not None:
+            self._bind(weight, p, state)
+        return weight
 
-    def plan_of(self, p: Tensor) -> Plan:
-        """How `p` is stepped."""
-        # Parameters may be exchanged behind the optimizer's back (accelerate's FSDP2 path does), so plans are made
-        # when a parameter is first met, and read the state, which may have been loaded, at that moment only.
-        plan = self._plans.get(p)
-        if plan is None:
-            self.make_plans()
-            plan = self._plans[p]
-        return plan
+    def ready(self, p: Tensor) -> AnyWeight:
+        """The weight of a parameter, with a state to step with."""
+        weight = self.of(p)
+        if not weight.state:
+            state = self.state.setdefault(p, {})
+            state.update(create_state(p.device, weight.geometry, weight.rules))
+            weight.seen, weight.mark = state, state["step"]
+            self._bind(weight, p, state)
+        return weight
 
-    def make_plans(self) -> None:
-        """Plans for all parameters as they are now, and for no others."""
-        known, self._plans, position = self._plans, {}, 0
-        for group in self.optimizer.param_groups:
+    def _bind(self, weight: AnyWeight, p: Tensor, state: dict[str, Tensor]) -> None:
+        if weight.geometry.sharding is not None:  # FSDP2 may have moved its part
+            weight.p = local(p)
+            state = {name: local(value) for name, value in state.items()}
+        weight.bind(state)
+
+    def meet(self) -> None:
+        """Make weights for all parameters as they are now, and for no others."""
+        known, self._weights, position = self._weights, {}, 0
+        for group in self.groups:
             if group["rank"] is not None:
                 settle_sides(group, names_of(group, position))
             for index, p in enumerate(group["params"]):
-                plan = known.get(p)
-                if plan is None:
-                    plan = resume_plan(
-                        make_plan(group, index, p, position), self.optimizer.state.get(p), rules_of(group)
-                    )
-                self._plans[p] = plan
+                self._weights[p] = known.get(p) or self._make(p, geometry_of(group, index, p, position), group)
                 position += 1
+        self._options = [None] * len(self.groups)
+        self.follow()
 
-    def gradients(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """Parameters that have a gradient, all that this process has of it, and their groups."""
-        found = []
-        for group in self.optimizer.param_groups:
+    def _make(self, p: Tensor, geometry: Geometry, group: Group) -> AnyWeight:
+        if not isinstance(geometry, ProjectedGeometry):
+            return FullWeight(local(p), geometry, group)
+        return (ExpertWeights if geometry.stacked else ProjectedWeight)(local(p), geometry, group, self.given)
+
+    def follow(self) -> None:
+        """Go by the groups' options as they are now: schedulers change betas between steps."""
+        for index, group in enumerate(self.groups):
+            options = rule_options_of(group)
+            if options != self._options[index]:
+                self._options[index] = options
+                rules = rules_of(group)
+                for p in group["params"]:
+                    weight = self._weights.get(p)
+                    if weight is not None:  # else it will, once it is met
+                        weight.follow(rules)
+                        weight.bind(weight.state)
+
+    def with_gradients(self) -> Iterable[tuple[AnyWeight, Tensor, GradientCheck]]:
+        """The weights that have a gradient, all that this process has of it, and its check."""
+        self.follow()
+        params: list[Tensor] = []
+        for group in self.groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    plan = self.plan_of(p)
-                    refuse_unsupported(p.grad, plan.name)
-                    found.append((p, p.grad if plan.sharding is None else plan.sharding.unwrap(p.grad), group))
-        return found
+                    if p.grad.layout is not torch.strided or p.grad.is_complex():
+                        refuse_unsupported(p.grad, self.of(p).geometry.name)
+                    params.append(p)
+        weights: list[AnyWeight] = []
+        grads: list[Tensor] = []
+        stacked: list[bool] = []
+        shardings: list[Sharding | None] = []
+        for p in params:
+            weight = self.ready(p)
+            sharding = weight.geometry.sharding
+            weights.append(weight)
+            grads.append(p.grad if sharding is None else sharding.unwrap(p.grad))  # type: ignore[arg-type]
+            stacked.append(isinstance(weight, ExpertWeights))
+            shardings.append(sharding)
+        return zip(weights, grads, check_gradients(grads, stacked, shardings), strict=True)
 
-    def makes_projection(self, p: Tensor, group: dict[str, Any], first: Sequence[bool] | None) -> bool:
-        """Whether the next gradient of a projected parameter makes a P; `first` as in `project`."""
-        plan = self.plan_of(p)
-        assert isinstance(plan, ProjectedPlan)
-        due = rules_of(group).subspace.refresh_due
-        matrices = plan.experts if isinstance(plan, StackedPlan) else [plan]
-        renewed = [True] * len(matrices) if first is None else first
-        return any(
-            may and (not matrix.started or due(matrix.count - matrix.idle + matrix.doubtful))
-            for matrix, may in zip(matrices, renewed, strict=True)
-        )
+    def observe(self, weight: AnyWeight, arrived: Any, check: GradientCheck) -> None:
+        """See how P fares, before the step; `arrived` is what `weight.project` gave."""
+        seen = None if isinstance(weight, FullWeight) else weight.observe(arrived, check)
+        if seen is not None:
+            self.observations[weight] = seen
 
-    def project(
-        self, p: Tensor, G: Tensor, group: dict[str, Any], check: GradientCheck, first: Sequence[bool] | None = None
-    ) -> list[LowRankGradient | None]:
-        """The half of a projected parameter's step that reads G; a matrix without a P, as yet, has nothing to give.
-
-        Args:
-            first (`list[bool]`, *optional*):
-                Of one of several gradients of this step, for each matrix whether none has been projected yet.
-        """
-        plan, rules, given = self.plan_of(p), rules_of(group), self.optimizer._given_projections
-        assert isinstance(plan, ProjectedPlan)
-        state = self._state_of(p, plan, rules)
-        lows = project_matrices(G, state, group, plan, rules, check, given.get(plan.name), first)
-        if plan.complete:
-            given.pop(plan.name, None)  # copied into the state: not kept twice
-        return lows
-
-    def apply(
-        self,
-        p: Tensor,
-        gradient: Tensor | Sequence[LowRankGradient | None],
-        group: dict[str, Any],
-        check: GradientCheck,
-        norm_check: GradientCheck | None = None,
-        movements: Movements | None = None,
-    ) -> None:
-        """The half that moves the weight, and P.
-
-        Args:
-            gradient (`torch.Tensor` or `list`): Whole for a full-size parameter; what `project` gave else.
-            check (`GradientCheck`): Of the gradients that A is made of.
-            norm_check (`GradientCheck`, *optional*): Of the gradient that R is made of, where that is another.
-            movements (`Movements`, *optional*): Takes what is better done for many parameters at once.
-        """
-        plan, rules = self.plan_of(p), rules_of(group)
-        state = self._state_of(p, plan, rules)
-        later = Movements() if movements is None else movements
-        later.count(state["skipped_steps"], check.broken)
-        if isinstance(gradient, Tensor):
-            step_full(local(p), gradient, state, group, plan, rules, check)
-        else:
-            assert isinstance(plan, ProjectedPlan)
-            if self.optimizer.collect_statistics:
-                seen = observe_matrices(gradient, state, plan, rules, norm_check or check)
-                if seen is not None:
-                    self.observations[p] = seen
-            step_matrices(local(p), gradient, state, group, plan, rules, check, later)
-        if movements is None:
-            later.finish()
-
-    def _state_of(self, p: Tensor, plan: Plan, rules: Rules) -> dict[str, Tensor]:
-        state = self.optimizer.state[p]
-        if not state:
-            state.update(create_state(p, plan, rules))
-        return state if plan.sharding is None else {name: local(value) for name, value in state.items()}
+    def observed(self) -> dict[AnyWeight, tuple[Tensor, Tensor]]:
+        """`observations` in the order of the groups, whatever order the steps had: their mean is one in every mode."""
+        return {weight: self.observations[weight] for weight in self if weight in self.observations}

@@ -1,0 +1,51 @@
+"""One step of a parameter that is not projected: W <- (1 - lr weight_decay) W - lr weight_rule(G)."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...update_rules import GradientCheck
+from .algorithm import ONLY, Turn, Weight
+from .moments import Pace
+from .movement import Movements
+from .rounding import PIECE, add_rounded_
+
+
+class FullWeight(Weight):
+    """A parameter of any shape that is stepped at full size."""
+
+    def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> Tensor:
+        """G itself."""
+        return G
+
+    def update(self, G: Tensor, check: GradientCheck, movements: Movements) -> None:
+        """W <- (1 - lr weight_decay) W - lr rule(G), in pieces where the rule works element by element."""
+        self.state["step"].add_(check.keep)
+        self.count += 1
+        lr, weight_decay = self.group["lr"], self.group["weight_decay"]
+        rounds = self.group["stochastic_rounding"] and self.p.dtype == torch.bfloat16
+        rounding = self._rounding(check) if rounds else None
+        for piece in flat_pieces(self.p, G, self.moments.rule.elementwise):
+            W, part = (self.p, G) if piece is None else (self.p.view(-1)[piece], G.view(-1)[piece])
+            part = part.to(self.geometry.compute_dtype)
+            if rounding is None:
+                self.moments.update_(W, part, Pace(check, lr, weight_decay, piece))
+            else:
+                D = torch.atleast_1d(self.moments.direction(part, check, piece))
+                add_rounded_(W, partial(_add_rows, D, -lr), rounding)
+
+
+def _add_rows(D: Tensor, alpha: float, X: Tensor, rows: slice) -> None:
+    X.add_(D[rows], alpha=alpha)
+
+
+def flat_pieces(p: Tensor, G: Tensor, elementwise: bool) -> Iterator[slice | None]:
+    """Flat slices to work through a large parameter by; `None` where it is taken whole."""
+    whole = p.numel() <= PIECE or not elementwise
+    if whole or not (p.is_contiguous() and G.is_contiguous()):
+        yield None
+        return
+    for start in range(0, p.numel(), PIECE):
+        yield slice(start, min(start + PIECE, p.numel()))

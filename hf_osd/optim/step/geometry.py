@@ -1,0 +1,143 @@
+"""Facts of a parameter that are settled before its first step: shape, side, rank, precision and seed.
+
+They follow from its group and tensor, so they are never saved. Letters and shapes as in `subspace.operators`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...subspace import LinearOperator, effective_rank, operator_of
+from .sharding import Sharding, sharding_of
+
+
+SEEDS_APART = 1_000_003  # between the seeds of two groups' parameters of one position
+# Far from other parameters' seeds, and different in the 32 bits that torch's generator takes.
+EXPERTS_APART = 15_485_863
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Facts of a parameter that is stepped at full size, unless it is a [`ProjectedGeometry`].
+
+    Attributes:
+        name (`str`): Its name where the groups have names, else its position.
+        shape (`tuple[int, ...]`): Its shape, of all processes together.
+        compute_dtype (`torch.dtype`): float32, or float64 for a float64 parameter.
+        seed (`int`): Seed of all that is random for this parameter, the same on all processes.
+        sharding ([`Sharding`], *optional*): How it is divided among processes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    compute_dtype: torch.dtype
+    seed: int
+    sharding: Sharding | None = field(default=None, kw_only=True)
+
+    @property
+    def update_shape(self) -> tuple[int, ...]:
+        """Shape that the weight's rule works in."""
+        return self.shape
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it holds the matrices of several experts."""
+        return False
+
+
+@dataclass(frozen=True)
+class ProjectedGeometry(Geometry):
+    """Facts of a projected weight (m, n), or of a stack (E, m, n) of experts' weights.
+
+    Apart from `shape`, `matrices` and `stacked`, everything tells of one matrix.
+
+    Attributes:
+        side (`str`): `"left"`, `"right"` or `"two_sided"`.
+        rank (`int`): r.
+        projection_dtype (`torch.dtype`): How P is kept between steps.
+    """
+
+    side: str
+    rank: int
+    projection_dtype: torch.dtype
+
+    @cached_property
+    def op(self) -> LinearOperator:
+        """The operator of the side."""
+        return operator_of(self.side, self.size[0])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(m, n)."""
+        m, n = self.shape[-2:]
+        return m, n
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a stack."""
+        return len(self.shape) == 3
+
+    @property
+    def matrices(self) -> int:
+        """E, or 1."""
+        return self.shape[0] if self.stacked else 1
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether both dimensions are projected, by two factors that lie below each other in P."""
+        return self.side == "two_sided"
+
+    @property
+    def factor_rows(self) -> tuple[int, ...]:
+        """Rows of each factor of P."""
+        return self.size if self.two_sided else (self.op.projected_size(*self.size),)
+
+    @property
+    def update_shape(self) -> tuple[int, ...]:
+        """Shape of R."""
+        return self.op.low_rank_shape(*self.size, self.rank)
+
+    @property
+    def projection_shape(self) -> tuple[int, int]:
+        """Shape of P."""
+        return (self.op.projected_size(*self.size), self.rank)
+
+    def expert(self, e: int) -> "ProjectedGeometry":
+        """Facts of one expert's matrix in a stack."""
+        return replace(self, name=f"{self.name}[{e}]", shape=self.size, seed=self.seed + e * EXPERTS_APART)
+
+
+def names_of(group: Mapping[str, Any], position: int) -> list[str]:
+    """The names of a group's parameters; by position over all groups where it has none."""
+    names = group.get("param_names")
+    return list(names) if names else [f"parameter {position + index}" for index in range(len(group["params"]))]
+
+
+def geometry_of(group: Mapping[str, Any], index: int, p: Tensor, position: int) -> Geometry:
+    """The geometry of `p`, which is, or was when the group was saved, `group["params"][index]`.
+
+    Args:
+        group (`dict`): A group that has been settled, live or saved.
+        index (`int`): Place in the group.
+        p (`torch.Tensor`): The parameter, on any device.
+        position (`int`): Place over all groups.
+    """
+    name = names_of(group, position - index)[index]
+    compute_dtype, sharding = torch.promote_types(p.dtype, torch.float32), sharding_of(p, name)
+    seed = group["seed"] * SEEDS_APART + position
+    if group["rank"] is None:
+        return Geometry(name, tuple(p.shape), compute_dtype, seed, sharding=sharding)
+    return ProjectedGeometry(
+        name,
+        tuple(p.shape),
+        compute_dtype,
+        seed,
+        side=group["sides"][index],
+        rank=effective_rank(group["rank"], *p.shape[-2:]),
+        projection_dtype=getattr(torch, group["projection_dtype"]) if group["projection_dtype"] else compute_dtype,
+        sharding=sharding,
+    )

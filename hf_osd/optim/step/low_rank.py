@@ -1,0 +1,31 @@
+"""Between the two halves of a step: all that is needed of a gradient, and all that is done to a weight.
+
+Letters and shapes as in `subspace.operators`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LowRank(NamedTuple):
+    """All that a step needs of a gradient, so that G itself can go: it adds up over micro-batches and processes."""
+
+    R: Tensor  # down(G, P)
+    A: Tensor | None  # correlate(G, Z, P), shaped like P; None where P does not move
+    G: Tensor | None = None  # the gradient itself, where its residual is used: then nothing is added up
+
+
+class Update(NamedTuple):
+    """A step of a weight, up to learning rate and scale: up(D, P) + S.
+
+    Attributes:
+        D (`torch.Tensor`): Low-rank direction.
+        P (`torch.Tensor`): The projection.
+        add_rest (`Callable`, *optional*): Adds `alpha` times the rows of S to its first argument, `(X, rows, alpha)`.
+    """
+
+    D: Tensor
+    P: Tensor
+    add_rest: Callable[[Tensor, slice, float], object] | None = None

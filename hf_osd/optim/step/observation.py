@@ -1,0 +1,26 @@
+"""How P fares at one step, as 0-dim tensors on the device: computed in steps that are logged only.
+
+Letters and shapes as in `subspace.operators`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...update_rules import GradientCheck
+from .projection import LiveProjection
+
+
+def observation(projection: LiveProjection, R: Tensor, check: GradientCheck) -> tuple[Tensor, Tensor]:
+    """Share of the gradient's energy outside the subspace, and ||PᵀP - I|| / sqrt(r)."""
+    geometry, P, errors = projection.geometry, projection.read(), []
+    for factor in geometry.op.split(P):
+        C = factor.mT @ factor
+        C.diagonal().sub_(1)
+        errors.append(torch.linalg.matrix_norm(C) / math.sqrt(geometry.rank))
+    K = geometry.op.gram(R)
+    if geometry.sharding is not None:
+        K = geometry.sharding.sum(K)
+    error = errors[0] if len(errors) == 1 else torch.stack(errors).mean()
+    return geometry.op.pca_loss(P, K, check.inv_norm2), error

@@ -1,0 +1,48 @@
+"""The side of each matrix of a group: decided once, and again where a parameter is sharded after that."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...subspace import choose_side
+from .sharding import FLAT, sharding_of
+
+
+def settle_sides(group: dict[str, Any], names: Sequence[str]) -> None:
+    """Store the side of each matrix of a group. A plain tensor's never changes; a sharded one's comes when it is met.
+
+    Raises:
+        ValueError: For a side that would divide P, and for what has become of a matrix in an engine that flattens.
+    """
+    stored = group.get("sides") or [None] * len(names)
+    sides = [
+        _side(name, p, group["side"], before) for name, p, before in zip(names, group["params"], stored, strict=True)
+    ]
+    if group["init"] == "given":
+        for name, side, before in zip(names, sides, stored, strict=True):
+            if before is not None and side != before:
+                raise ValueError(
+                    f"The P given as `init` for {name} is one of the {before} side, but the parameter is sharded and "
+                    f"projected on the {side}. Give P of that side, and side={side!r}."
+                )
+    group["sides"] = sides
+
+
+def _side(name: str, p: Tensor, asked: str, before: str | None) -> str:
+    if p.ndim not in (2, 3):
+        raise ValueError(f"{name} was a matrix and has the shape {tuple(p.shape)} now. {FLAT}")
+    sharding = sharding_of(p, name)
+    if sharding is None:
+        return before or choose_side(p.shape[-2], p.shape[-1], asked)
+    if p.ndim == 3:
+        raise ValueError(
+            f"{name} is a sharded stack of experts' matrices, not supported as yet: leave it out (`exclude_modules`), "
+            "or use DDP."
+        )
+    side = choose_side(p.shape[-2], p.shape[-1], asked, sharding.dim)
+    if side == "two_sided":
+        raise ValueError(f"{name} is sharded, which side='two_sided' does not support: leave `side` out, or use DDP.")
+    if (sharding.dim, side) in ((0, "left"), (1, "right")):  # the dimension that the side projects: P would be divided
+        raise ValueError(f"{name} is sharded in the dimension that side={side!r} projects. Leave `side` out.")
+    return side
