@@ -15,7 +15,8 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from hf_osd.subspace import Additive, Left, Right, TwoSided, pca_gradient
+from hf_osd.subspace import Left, Right, TwoSided, pca_gradient
+from lyapunov_additive import Additive
 from lyapunov_systems import Adam, LionK, Momentum, State, WavyBowl, gaussian, orthonormal
 
 

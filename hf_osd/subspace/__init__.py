@@ -1,6 +1,5 @@
 """The paper's subspaces: linear operators, rules that choose P, and ways to start it. Pure functions, torch only."""
 
-from .additive import Additive
 from .cosine import Cosine
 from .importance import Importance
 from .initialization import choose_init, initial_projection, randomized_svd
@@ -32,7 +31,6 @@ __all__ = [
     "RULE_OPTIONS",
     "SIDES",
     "SUBSPACES",
-    "Additive",
     "Cosine",
     "Importance",
     "Left",

@@ -1,10 +1,11 @@
-"""The additive operator of the paper's section 4.3, P X + X Q: for study, not selectable in the optimizer.
+"""The additive operator of the paper's section 4.3, P X + X Q: which the optimizer does not offer.
 
     up(X)   = P X + X Q
     down(G) = Pᵀ G + G Qᵀ
 
 It saves no memory: X, and so every moment, is as large as the weight, and P (m, m) and Q (n, n) come on top. What it
-shows is that the theorem needs an adjoint pair and nothing else. Letters and shapes otherwise as in `operators`.
+shows is that the theorem needs an adjoint pair and nothing else. Letters and shapes otherwise as in
+`hf_osd.subspace.operators`.
 """
 
 from torch import Tensor
@@ -13,13 +14,12 @@ from torch import Tensor
 class Additive:
     """The adjoint pair of P X + X Q, with P (m, m), Q (n, n) and full-size X (m, n).
 
-    A step of gradient descent with it is G -> P (PᵀG + G Qᵀ) + (PᵀG + G Qᵀ) Q. It is not one of `OPERATORS`: its
-    state is of full size, so no preset could gain from it.
+    A step of gradient descent with it is G -> P (PᵀG + G Qᵀ) + (PᵀG + G Qᵀ) Q.
 
     Example:
     ```python
     >>> import torch
-    >>> from hf_osd.subspace import Additive
+    >>> from lyapunov_additive import Additive
 
     >>> P, Q, G = torch.randn(4, 4), torch.randn(6, 6), torch.randn(4, 6)
     >>> X = Additive.down(G, P, Q)  # (4, 6), no smaller than G
