@@ -1,5 +1,6 @@
 """`OSD`: Online Subspace Descent as an ordinary `torch.optim.Optimizer`."""
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -186,7 +187,7 @@ class OSD(torch.optim.Optimizer):
         warn_clipped(self._clipped)
         self._simplify_defaults()
         if self.mode.takes_gradients:
-            self._stream = GradientStream(self.weights, self.mode)
+            self._stream = GradientStream(self._weights_now(), self.mode)
             self._stream.attach()
 
     def _simplify_defaults(self) -> None:
@@ -211,9 +212,12 @@ class OSD(torch.optim.Optimizer):
             observing = weights is not None and weights.observing
             weights = self._weights = Weights(self.param_groups, self.state, self._given_projections)
             weights.observing = observing
-            if self._stream is not None:
-                self._stream.weights = weights
         return weights
+
+    def _weights_now(self) -> Callable[[], Weights]:
+        """A way to `weights` that does not keep the optimizer alive, so that one that is dropped steps no more."""
+        reference = weakref.ref(self)
+        return lambda: reference().weights  # type: ignore[union-attr]
 
     @property
     def stream(self) -> GradientStream | None:
@@ -256,7 +260,6 @@ class OSD(torch.optim.Optimizer):
         self._clipped += clipped
         self._weights = None
         if self._stream is not None and self._stream.attached:
-            self._stream.weights = self.weights
             self._stream.attach()
 
     @torch.no_grad()
@@ -306,7 +309,6 @@ class OSD(torch.optim.Optimizer):
     def attach(self) -> None:
         """Put the hooks of `layerwise` or `ddp_compression` on the parameters again, after `remove`."""
         if self._stream is not None:
-            self._stream.weights = self.weights
             self._stream.attach()
 
     def remove(self) -> None:
@@ -350,7 +352,6 @@ class OSD(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update(state)
         if self._stream is not None:
-            self._stream.weights = self.weights
             self._stream.clipping.set_norm(clip_norm2, self.param_groups[0]["params"][0].dtype)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -367,4 +368,4 @@ class OSD(torch.optim.Optimizer):
             for name, default in options.DEFAULTS.items():
                 group.setdefault(name, default)  # saved before there was the option
         if state.get("_stream") is not None:
-            state["_stream"].restore(self.weights)
+            state["_stream"].restore(self._weights_now())

@@ -37,7 +37,7 @@ class GradientStream:
     """Hooks of a mode that takes gradients, and all that is known between them and `step()`.
 
     Args:
-        weights ([`Weights`]): The optimizer's; it gives new ones where it makes them anew.
+        weights (`Callable`): Gives the [`Weights`] that the optimizer has now.
         mode ([`Mode`]): The optimizer's.
 
     Attributes:
@@ -45,12 +45,17 @@ class GradientStream:
         grad_norm2 (`torch.Tensor`): Squared norm of the last step's gradients before clipping, 0-dim; `None` before.
     """
 
-    def __init__(self, weights: Weights, mode: Mode):
-        self.weights, self.mode, self.clipping = weights, mode, Clipping(mode)
+    def __init__(self, weights: Callable[[], Weights], mode: Mode):
+        self._weights, self.mode, self.clipping = weights, mode, Clipping(mode)
         self.grad_norm2: Tensor | None = None
         self._handles: list[RemovableHandle] = []
         self._windows: dict[Tensor, Window] = {}
         self._norms2: dict[Tensor, Tensor] = {}  # of the parameters stepped since the last `step()`
+
+    @property
+    def weights(self) -> Weights:
+        """The optimizer's, as they are now."""
+        return self._weights()
 
     @property
     def attached(self) -> bool:
@@ -235,9 +240,9 @@ class GradientStream:
         empty: dict[str, Any] = {"_handles": [], "_windows": {}, "_norms2": {}}
         return kept | empty | {"_was_attached": self.attached}
 
-    def restore(self, weights: Weights) -> None:
+    def restore(self, weights: Callable[[], Weights]) -> None:
         """Belong to the copy of the optimizer; put the hooks on again if the original had them."""
-        self.weights = weights
+        self._weights = weights
         if self.__dict__.pop("_was_attached", False):
             self.attach()
 

@@ -26,73 +26,47 @@ from torch import Tensor
 from ...subspace.precision import reduced_precision
 from ...update_rules import GradientCheck
 from ..options.rules import Rules
-from .geometry import Geometry, ProjectedGeometry
+from .geometry import ProjectedGeometry
 from .low_rank import LowRank, Update
 from .moments import Moments
 from .movement import Movements
 from .observation import observation
 from .projection import LiveProjection, Make, usable
 from .residual import RESIDUALS, Residual, pieces
-from .rounding import Rounding, add_rounded_, noise_of
+from .rounding import add_rounded_
+from .weight import State, Weight
 
 
-State = dict[str, Tensor]
 Turn = Enum("Turn", "ONLY FIRST LATER")  # of a gradient among those of one step: P may be replaced before it is used
 ONLY, FIRST, LATER = Turn
 
 
-class Weight:
-    """A parameter with what it is stepped by. Derived from group and state, and never saved.
+class GradientSource:
+    """Where a step's R and A come from: here the gradient G. A source that has no G leaves `LowRank.G` at `None`."""
 
-    Args:
-        p (`torch.Tensor`): The parameter, or this process's part of it.
-        geometry ([`Geometry`]): Its facts.
-        group (`dict`): Its group, live: schedulers change it between steps.
+    def __init__(self, P: LiveProjection, moments: Moments, keeps_G: bool):
+        self.P, self.moments, self.keeps_G, self.rho = P, moments, keeps_G, P.rule.mixes
+        self.op, self.dtype, self.sharding = P.geometry.op, P.geometry.compute_dtype, P.geometry.sharding
 
-    Attributes:
-        state (`dict[str, torch.Tensor]`): Its state; of a sharded one this process's parts. Set by `bind`.
-        count (`int`): Steps so far, skipped ones included; what the host knows without asking the device.
-    """
+    def low_rank(self, G: Tensor, moves: bool) -> LowRank:
+        """R = down(G, P), and A where P moves."""
+        P, A = self.P.read(), None
+        if P.dtype != G.dtype:
+            P = P.to(G.dtype)
+        R = self.op.down(G, P)
+        if moves:
+            with reduced_precision(G):
+                A = self._mixed(G, R, P) if self.rho else self.op.correlate(G, R, P)
+            A = A.to(self.dtype)
+            if self.sharding is not None:
+                A = self.sharding.sum(A)
+        return LowRank(R.to(self.dtype), A, G if self.keeps_G else None)
 
-    def __init__(self, p: Tensor, geometry: Geometry, group: Mapping[str, Any]):
-        self.p, self.geometry, self.group = p, geometry, group
-        self.state: State = {}
-        self.count = 0
-        self.seen: State | None = None  # the state in the optimizer, and its `step`, that `state` is made of
-        self.mark: Tensor | None = None
-
-    def follow(self, rules: Rules) -> None:
-        """Go by these rules from now on; `bind` comes next."""
-        geometry = self.geometry
-        self.rules = rules
-        self.moments = Moments(
-            rules.weight,
-            rules.weight_storage,
-            geometry.update_shape,
-            geometry.compute_dtype,
-            sharding=geometry.sharding,
-        )
-
-    def bind(self, state: State) -> None:
-        """Work on this state, which belongs to the same training as the last one."""
-        self.state = self.moments.state = state
-
-    def begin(self) -> None:
-        """Forget all steps: the state is empty."""
-        self.count = 0
-
-    def resume(self) -> None:
-        """Go on from a state that has been loaded. Reads the device."""
-        self.count = sum(int(self.state[name]) for name in ("step", "skipped_steps"))
-
-    def _decay(self, check: GradientCheck) -> Tensor | None:
-        """Factor on W, 1 where the step is skipped; `None` without weight decay."""
-        lr, weight_decay = self.group["lr"], self.group["weight_decay"]
-        return 1 - lr * weight_decay * check.keep if weight_decay else None
-
-    def _rounding(self, check: GradientCheck) -> Rounding:
-        """How to round the update at random."""
-        return Rounding(noise_of(self.p.device, self.geometry.seed, self.count), self._decay(check))
+    def _mixed(self, G: Tensor, R: Tensor, P: Tensor) -> Tensor:
+        """A = correlate(rho M + (1 - rho) G, Z), with M = up(m) and Z = rho m + (1 - rho) R: momentum mixed in."""
+        rho, op, m = self.rho, self.op, self.moments.load()[0]["exp_avg"].to(R.dtype)
+        Z = torch.lerp(R, m, rho)
+        return op.correlate(G, Z, P).mul_(1 - rho).add_(op.correlate_up(m, Z, P), alpha=rho)
 
 
 class ProjectedWeight(Weight):
@@ -111,45 +85,6 @@ class ProjectedWeight(Weight):
         super().__init__(p, geometry, group)
         self.op, self.given = geometry.op, {} if given is None else given
         self.P = LiveProjection(geometry, group)
-
-    def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
-        kind = RESIDUALS.get(rules.residual)
-        self.residual: Residual | None = None if kind is None else kind(self.geometry, self.group)
-        super().follow(rules)
-        self.P.follow(rules, self.moments)
-        self.source = GradientSource(self.P, self.moments, keeps_G=kind is not None)
-
-    def bind(self, state: State) -> None:  # noqa: D102
-        super().bind(state)
-        self.P.bind(state)
-        if self.residual is not None:
-            self.residual.state = state
-
-    def begin(self) -> None:  # noqa: D102
-        super().begin()
-        self.P.started = False
-        self.P.forget()
-
-    def resume(self) -> None:  # noqa: D102
-        super().resume()
-        # P may have been made in a step that was skipped in the end
-        self.P.started = bool(self.state["step"] > 0) or bool(self.state[self.P.key].any())
-        self.P.forget()
-
-    @property
-    def started(self) -> bool:
-        """Whether there is a P."""
-        return self.P.started
-
-    @property
-    def projection(self) -> Tensor:
-        """P as the state keeps it, or as it is made of what the state keeps instead."""
-        return self.P.read() if self.rules.subspace.code is not None else self.state["projection"]
-
-    @property
-    def steps(self) -> int:
-        """Steps that rules count by, as far as the host knows."""
-        return self.count
 
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
         """The half of a step that reads G; starts P first, or renews it where that is due.
@@ -193,19 +128,14 @@ class ProjectedWeight(Weight):
 
             add_rounded_(W, add_, self._rounding(check))
             return
-        decay = self._decay(check)
-        if decay is not None:
-            W.mul_(decay)
+        if self.group["weight_decay"]:
+            W.mul_(1 - self.group["lr"] * self.group["weight_decay"] * check.keep)
         if W.dtype != P.dtype:
             D, P = D.to(W.dtype), P.to(W.dtype)
         op.add_up_(W, D, P, alpha=alpha)
         if add_rest is not None:
             for rows in pieces(W):
                 add_rest(W[rows], rows, alpha)
-
-    def observe(self, low: LowRank | None, check: GradientCheck) -> tuple[Tensor, Tensor] | None:
-        """Share of the gradient outside the subspace and error of P's orthogonality; `None` without a P."""
-        return None if low is None else observation(self.P, low.R, check)
 
     def renews(self, check: GradientCheck) -> bool:
         """Whether P is to be made anew from the coming gradient."""
@@ -259,30 +189,46 @@ class ProjectedWeight(Weight):
         if old is not None:
             self.P.carry(self.P.read(), old, check.skip)
 
+    def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
+        kind = RESIDUALS.get(rules.residual)
+        self.residual: Residual | None = None if kind is None else kind(self.geometry, self.group)
+        super().follow(rules)
+        self.P.follow(rules, self.moments)
+        self.source = GradientSource(self.P, self.moments, keeps_G=kind is not None)
 
-class GradientSource:
-    """Where a step's R and A come from: here the gradient G. A source that has no G leaves `LowRank.G` at `None`."""
+    def bind(self, state: State) -> None:  # noqa: D102
+        super().bind(state)
+        self.P.bind(state)
+        if self.residual is not None:
+            self.residual.state = state
 
-    def __init__(self, P: LiveProjection, moments: Moments, keeps_G: bool):
-        self.P, self.moments, self.keeps_G, self.rho = P, moments, keeps_G, P.rule.mixes
-        self.op, self.dtype, self.sharding = P.geometry.op, P.geometry.compute_dtype, P.geometry.sharding
+    def begin(self) -> None:  # noqa: D102
+        super().begin()
+        self.P.started = False
+        self.P.forget()
 
-    def low_rank(self, G: Tensor, moves: bool) -> LowRank:
-        """R = down(G, P), and A where P moves."""
-        P, A = self.P.read(), None
-        if P.dtype != G.dtype:
-            P = P.to(G.dtype)
-        R = self.op.down(G, P)
-        if moves:
-            with reduced_precision(G):
-                A = self._mixed(G, R, P) if self.rho else self.op.correlate(G, R, P)
-            A = A.to(self.dtype)
-            if self.sharding is not None:
-                A = self.sharding.sum(A)
-        return LowRank(R.to(self.dtype), A, G if self.keeps_G else None)
+    def resume(self) -> None:  # noqa: D102
+        super().resume()
+        # P may have been made in a step that was skipped in the end, and zero is no P, but may be a code of one
+        code = self.rules.subspace.code is not None and bool(self.state["step"] > 0)
+        self.P.started = code or bool(self.state[self.P.key].any())
+        self.P.forget()
 
-    def _mixed(self, G: Tensor, R: Tensor, P: Tensor) -> Tensor:
-        """A = correlate(rho M + (1 - rho) G, Z), with M = up(m) and Z = rho m + (1 - rho) R: momentum mixed in."""
-        rho, op, m = self.rho, self.op, self.moments.load()[0]["exp_avg"].to(R.dtype)
-        Z = torch.lerp(R, m, rho)
-        return op.correlate(G, Z, P).mul_(1 - rho).add_(op.correlate_up(m, Z, P), alpha=rho)
+    @property
+    def started(self) -> bool:
+        """Whether there is a P."""
+        return self.P.started
+
+    @property
+    def projection(self) -> Tensor:
+        """P as the state keeps it, or as it is made of what the state keeps instead."""
+        return self.P.read() if self.rules.subspace.code is not None else self.state["projection"]
+
+    @property
+    def steps(self) -> int:
+        """Steps that rules count by, as far as the host knows."""
+        return self.count
+
+    def observe(self, low: LowRank | None, check: GradientCheck) -> tuple[Tensor, Tensor] | None:
+        """Share of the gradient outside the subspace and error of P's orthogonality; `None` without a P."""
+        return None if low is None else observation(self.P, low.R, check)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ...update_rules import GradientCheck
 from ..options.rules import Rules
-from .algorithm import LATER, ONLY, ProjectedWeight, State, Turn, Weight
+from .algorithm import LATER, ONLY, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
 from .low_rank import LowRank
 from .movement import Movements
 from .projection import usable
 from .state import state_spec
+from .weight import State, Weight
 
 
 class ExpertWeight(ProjectedWeight):

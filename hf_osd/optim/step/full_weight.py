@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ...update_rules import GradientCheck
-from .algorithm import ONLY, Turn, Weight
+from .algorithm import ONLY, Turn
 from .moments import Pace
 from .movement import Movements
 from .rounding import PIECE, add_rounded_
+from .weight import Weight
 
 
 class FullWeight(Weight):

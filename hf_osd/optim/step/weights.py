@@ -57,7 +57,8 @@ class Weights:
         state = self.state.get(p, {})
         mark = state.get("step")
         if mark is None:
-            if weight.state:
+            if weight.mark is not None:
+                weight.mark = None
                 weight.bind({})
                 weight.begin()
         elif state is not weight.seen or mark is not weight.mark:
@@ -71,7 +72,7 @@ class Weights:
     def ready(self, p: Tensor) -> AnyWeight:
         """The weight of a parameter, with a state to step with."""
         weight = self.of(p)
-        if not weight.state:
+        if weight.mark is None:
             state = self.state.setdefault(p, {})
             state.update(create_state(p.device, weight.geometry, weight.rules))
             weight.seen, weight.mark = state, state["step"]
