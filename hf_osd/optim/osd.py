@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..subspace import SubspaceRule
+from ..subspace.precision import own_precision
 from .arrival.clipping import CLIP_NORM2, take_norm
 from .arrival.stream import GradientStream
 from .groups import refuse_same_names, settle_group, warn_clipped
@@ -269,7 +270,6 @@ class OSD(torch.optim.Optimizer):
         Args:
             closure (`Callable`, *optional*): Evaluates the model again and returns the loss.
         """
-        weights = self.weights
         if self._stream is not None:
             self._refuse_scaler()
             self._stream.finish(closure)
@@ -278,19 +278,19 @@ class OSD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        weights, movements = self.weights, Movements()
         if weights.observing:
             weights.observations.clear()
-        work = weights.with_gradients()
-        movements = Movements()
-        try:
-            for weight, G, check in work:
-                arrived: Any = weight.project(G, check)
-                if weights.observing:
-                    weights.observe(weight, arrived, check)
-                movements.count(weight.state["skipped_steps"], check.broken)
-                weight.update(arrived, check, movements)
-        finally:  # where one cannot be stepped, the others before it have made whole steps
-            movements.finish()
+        with own_precision(weights.device_types):
+            try:
+                for weight, G, check in weights.with_gradients():
+                    arrived: Any = weight.project(G, check)
+                    if weights.observing:
+                        weights.observe(weight, arrived, check)
+                    movements.count(weight.state["skipped_steps"], check.broken)
+                    weight.update(arrived, check, movements)
+            finally:  # where one cannot be stepped, the others before it have made whole steps
+                movements.finish()
         return loss
 
     def _refuse_scaler(self) -> None:

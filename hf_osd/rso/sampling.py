@@ -32,9 +32,9 @@ def sample(
     """
     n, r = shape
     digest = hashlib.sha256(f"{seed}/{interval}/{matrix}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big", signed=True))
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    X = torch.randn(n, r, generator=generator, dtype=precise).to(device)
+    X = torch.randn(n, r, generator=generator, dtype=precise, device="cpu").to(device)
     if sampling == "gaussian":
         return (X / r**0.5).to(dtype)
     return (torch.linalg.qr(X).Q * (n / r) ** 0.5).to(dtype)

@@ -68,7 +68,8 @@ def cosine_energies(X: Tensor, dtype: torch.dtype) -> Tensor:
     """||q_kᵀ X||² for every k, (s,), of X (s, l), in slices of columns."""
     s = X.shape[0]
     # Makhoul 1980: the DCT-II of x is the real part of exp(-i pi k / 2 s) FFT(x_0, x_2, x_4, ..., x_5, x_3, x_1)
-    order = torch.cat([torch.arange(0, s, 2), torch.arange(1, s, 2).flip(0)]).to(X.device)
+    order = torch.cat([torch.arange(i, s, 2, device=X.device) for i in (0, 1)])
+    order[-(s // 2) :] = order[-(s // 2) :].flip(0)
     angle = torch.arange(s, dtype=dtype, device=X.device) * (math.pi / (2 * s))
     twist = torch.polar(torch.ones_like(angle), -angle).unsqueeze(1)
     energies = torch.zeros(s, dtype=dtype, device=X.device)

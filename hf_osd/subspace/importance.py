@@ -39,6 +39,6 @@ class Importance(SubspaceRule):
         U, S = singular_vectors(X, min(2 * start.rank, *G.shape), start.init, start.seed)
         # Drawn on the CPU: one seed gives the same draw on every device. Vectors without weight come last.
         weights = S.double().div(S.max()).clamp(min=1e-12).cpu()
-        generator = torch.Generator().manual_seed((start.seed + start.steps) % 2**63)
+        generator = torch.Generator("cpu").manual_seed((start.seed + start.steps) % 2**63)
         drawn = torch.multinomial(weights, start.rank, generator=generator).sort().values
         return U[:, drawn.to(U.device)].contiguous()

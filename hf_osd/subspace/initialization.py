@@ -103,5 +103,5 @@ def _roughly_orthonormal(Y: Tensor) -> Tensor:
 def gaussian(rows: int, columns: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Standard normal numbers, the same on every device."""
     # Drawn on the CPU: generators of different devices give different numbers for one seed.
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, dtype=dtype).to(device)
+    generator = torch.Generator("cpu").manual_seed(seed)  # whatever torch.set_default_device says
+    return torch.randn(rows, columns, generator=generator, dtype=dtype, device="cpu").to(device)

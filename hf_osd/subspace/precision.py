@@ -1,10 +1,11 @@
-"""Products that only P sees, in bfloat16 where the processor is made for it.
+"""The precision of a step: its own, and of products that only P sees bfloat16 where the processor is made for it.
 
 P is one of many that serve (paper, section 4: any smooth rule converges), and its gradient comes from one batch: a
 relative error of 2e-3 in it is far below its noise. The products that the weights see stay in full precision.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -24,6 +25,20 @@ def reduced_precision(X: Tensor) -> AbstractContextManager[Any]:
     """
     wide = X.shape[-1] > _NARROW  # torch itself leaves narrower products as they are, but for batches of them
     return _IN_BFLOAT16 if wide and X.dtype == torch.float32 and X.is_cpu and _has_bfloat16_units() else _AS_IT_IS
+
+
+def own_precision(device_types: Iterable[str]) -> AbstractContextManager[Any]:
+    """Inside, autocast does not touch products on these devices: it would round R, P and moments to half precision.
+
+    Args:
+        device_types (`Iterable[str]`): Such as `"cpu"` and `"cuda"`.
+    """
+    stack = None
+    for kind in device_types:
+        if torch.is_autocast_enabled(kind):
+            stack = stack or ExitStack()
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack or _AS_IT_IS
 
 
 class _InBfloat16:

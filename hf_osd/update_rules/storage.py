@@ -53,15 +53,17 @@ class Dense:
 
     Args:
         dtype (`torch.dtype`, *optional*):
-            Defaults to the precision of the computation (float32; float64 for float64 weights), in which case the
-            rule works on the stored tensor itself.
+            Of moments with a sign. Defaults to the precision of the computation (float32; float64 for float64
+            weights), in which case the rule works on the stored tensor itself. Second moments always have that
+            precision: bfloat16 rounds 0.999 v back to v, so they could never fall.
     """
 
     dtype: torch.dtype | None = None
 
     def spec(self, kept: KeptMoment, divided: int | None = None) -> dict[str, TensorSpec]:
         """One entry."""
-        return {kept.key: TensorSpec(kept.shape, self.dtype or kept.dtype, divided)}
+        dtype = self.dtype if self.dtype is not None and kept.signed else kept.dtype
+        return {kept.key: TensorSpec(kept.shape, dtype, divided)}
 
     def load(self, state: dict[str, Tensor], kept: KeptMoment, piece: slice | None) -> tuple[Tensor, Tensor | None]:
         """The stored tensor itself where the dtypes agree."""
@@ -137,12 +139,18 @@ class BlockWise8bit:
         if isinstance(stored, Tensor):
             return _DENSE.store(stored, value, skip)
         codes, absmax, block, signed = stored
+        value = value.to(torch.float32)
         new_codes, new_absmax = _kernels().quantize_blockwise(
-            A=value.to(torch.float32),
+            A=value,
             code=_code_book(signed, codes.device),
             blocksize=block,
         )
-        torch.where(skip, codes, new_codes.view_as(codes), out=codes)
+        new_codes = new_codes.view_as(codes)
+        if (
+            codes.device.type == "cpu"
+        ):  # its kernel gives zero a code beside it, and what never had a gradient would move
+            new_codes.masked_fill_(value.view_as(codes) == 0, _zero_code(signed))
+        torch.where(skip, codes, new_codes, out=codes)
         torch.where(skip, absmax, new_absmax, out=absmax)
 
 
@@ -182,3 +190,9 @@ def _code_book(signed: bool, device: torch.device) -> Tensor:
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map(signed=signed).to(device)
+
+
+@cache
+def _zero_code(signed: bool) -> int:
+    """The code that stands for 0 exactly."""
+    return int((_code_book(signed, torch.device("cpu")) == 0).nonzero().item())

@@ -81,7 +81,7 @@ class Clipping:
     def set_norm(self, clip_norm2: float | None, dtype: torch.dtype) -> None:
         """The norm that the next step is clipped by, as a state dict has it; `dtype`: of the parameters."""
         wide = torch.promote_types(dtype, torch.float32)
-        self.before2 = None if clip_norm2 is None else torch.tensor(clip_norm2, dtype=wide)
+        self.before2 = None if clip_norm2 is None else torch.tensor(clip_norm2, dtype=wide, device="cpu")
 
 
 def take_norm(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float | None]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...subspace.precision import own_precision
 from ..options.mode import Mode
 from ..step.algorithm import ONLY
 from ..step.full_weight import FullWeight
@@ -111,6 +112,10 @@ class GradientStream:
     @torch.no_grad()
     def on_gradient(self, p: Tensor) -> None:
         """The hook: this backward pass has nothing more to add to the gradient of `p`."""
+        with own_precision(self.weights.device_types):
+            self._take(p)
+
+    def _take(self, p: Tensor) -> None:
         G, p.grad = p.grad, None
         assert G is not None
         self.weights.follow()
@@ -185,6 +190,10 @@ class GradientStream:
         if closure is not None:
             raise ValueError("A `closure` evaluates the model several times in a step, which this mode cannot undo.")
         self._check_processes()
+        with own_precision(self.weights.device_types):
+            self._finish()
+
+    def _finish(self) -> None:
         self.weights.follow()
         if self.weights.observing and not (self.mode.layerwise and self._norms2):
             self.weights.observations.clear()

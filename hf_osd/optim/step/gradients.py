@@ -11,6 +11,7 @@ from ...update_rules import GradientCheck
 from .sharding import Sharding
 
 
+PIECE = 2**22  # entries worked on at a time: bounds float32 temporaries to 16 MiB
 EPS = 1e-30  # below this ||G||² counts as zero; float32 holds its inverse
 
 
@@ -80,12 +81,23 @@ def _squared_norms(grads: list[Tensor], device: torch.device, dtype: torch.dtype
         return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).square_()
     found = []
     for G in grads:
+        flat = G.view(-1) if G.is_contiguous() else _in_memory_order(G)
         if G.dtype == dtype:  # a dot product is several times faster there than a norm, which runs on one thread
-            flat = G.reshape(-1)
             found.append(torch.dot(flat, flat))
         else:
-            found.append(torch.linalg.vector_norm(G, dtype=dtype).square_())
+            found.append(_wide_dot(flat, dtype))
     return torch.stack(found)
+
+
+def _in_memory_order(G: Tensor) -> Tensor:
+    """The entries of G, a view where they fill a piece of memory in some order."""
+    return G.permute(sorted(range(G.ndim), key=G.stride, reverse=True)).reshape(-1)
+
+
+def _wide_dot(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """||G||² in `dtype`, of which copies are made in pieces."""
+    parts = (part.to(dtype) for part in flat.split(PIECE))
+    return torch.stack([torch.dot(part, part) for part in parts]).sum()
 
 
 def refuse_unsupported(G: Tensor, name: str) -> None:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
-PIECE = 2**22  # elements of a full-size parameter worked on at a time: bounds its float32 temporaries to 16 MiB each
+from .gradients import PIECE
 
 
 def refuse_without_bfloat16(groups: Sequence[Mapping[str, Any]]) -> None:

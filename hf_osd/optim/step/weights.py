@@ -31,6 +31,7 @@ class Weights:
         given (`dict[str, torch.Tensor]`): P_0 by parameter name, where the user gave one; emptied as it is used.
 
     Attributes:
+        device_types (`set[str]`): Of the parameters, as they were at first.
         observing (`bool`): Whether the coming step is observed.
         observations (`dict`): By weight, what `observe` saw in the last step that was.
     """
@@ -39,6 +40,7 @@ class Weights:
         self.groups, self.state, self.given = groups, state, given
         self.observing = False
         self.observations: dict[AnyWeight, tuple[Tensor, Tensor]] = {}
+        self.device_types = {p.device.type for group in groups for p in group["params"]}
         self._weights: dict[Tensor, AnyWeight] = {}
         self._options: list[Any] = [None] * len(groups)  # of each group, as its weights go by them
 
