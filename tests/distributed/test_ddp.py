@@ -140,7 +140,7 @@ def test_bytes_on_the_wire_are_the_predicted_ones(ranks: list[dict[str, Any]]):
 
 def test_what_cannot_work_is_refused(ranks: list[dict[str, Any]]):
     for rank in ranks:
-        assert "before its gradient is averaged over the processes" in rank["refusals"]["layerwise"]
+        assert "before gradients are averaged over the processes" in rank["refusals"]["layerwise"]
         assert "ddp_compression='subspace'" in rank["refusals"]["layerwise"]
         assert "create the optimizer from the bare model" in rank["refusals"]["wrapped"]
 

@@ -136,7 +136,7 @@ def refused(rank: int, world: int, folder: Path):
         with pytest.raises(ValueError, match="these are sharded"):
             optimizer.step()
     experts = nn.Parameter(distribute_tensor(torch.zeros(4, 6, 8), init_device_mesh("cpu", (world,)), [Shard(0)]))
-    with pytest.raises(ValueError, match="stack of experts.*sharded"):
+    with pytest.raises(ValueError, match="sharded stack of experts"):
         OSD([{"params": [experts], "rank": 2}])
 
 

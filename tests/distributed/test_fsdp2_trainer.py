@@ -105,4 +105,6 @@ def test_two_processes_train_what_one_trains(tmp_path):
     expected = ProjectionState.from_optimizer(single.optimizer)
     assert set(saved) == set(expected) and {entry.side for entry in saved.values()} == {"right"}
     for name, entry in saved.items():
-        torch.testing.assert_close(entry.projection, expected[name].projection, rtol=0, atol=1e-2)
+        P, Q = entry.projection, expected[name].projection
+        P = P * (P * Q).sum(dim=0).sign()  # of the first gradient's singular vectors, whose sign is the processor's
+        torch.testing.assert_close(P, Q, rtol=0, atol=1e-2)

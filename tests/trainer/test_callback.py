@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_osd import OSD
-from hf_osd.optim.step import experts
+from hf_osd.optim.step import algorithm
 from hf_osd.trainer.summary import summary
 from reference.tiny_models import tiny_llama
 
@@ -130,13 +130,13 @@ def test_the_values_equal_a_direct_computation_for_one_matrix(trainer):
 )
 def test_statistics_are_collected_in_logged_steps_only(given, steps, trainer, monkeypatch):
     observed: list[int] = []
-    original = experts.observation
+    original = algorithm.observation
 
     def count(*arguments):
         observed.append(run.state.global_step + 1)
         return original(*arguments)
 
-    monkeypatch.setattr(experts, "observation", count)
+    monkeypatch.setattr(algorithm, "observation", count)
     run = trainer(**given)
     run.train()
     assert observed == [step for step in steps for _ in range(14)]  # 14 matrices
