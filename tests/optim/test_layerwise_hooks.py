@@ -149,3 +149,26 @@ def test_an_optimizer_pickled_before_there_were_modes_steps():
 def test_clipping_without_layerwise_says_what_is_missing():
     with pytest.raises(ValueError, match="`layerwise_clipping` has no effect without `layerwise`"):
         Mode(layerwise_clipping="parameter")
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_parameter_that_is_unfrozen_later_is_stepped_in_its_hook_like_the_others(projected: bool):
+    model, other = Net(), Net()
+    other.load_state_dict(model.state_dict())
+    late = next(p for p in model.parameters() if (p.ndim == 2) == projected)
+    twin = next(p for p in other.parameters() if (p.ndim == 2) == projected)
+    late.requires_grad_(False), twin.requires_grad_(False)
+
+    def of_all(net: Net, layerwise: bool) -> OSD:  # frozen parameters too
+        matrices, others = ([p for p in net.parameters() if (p.ndim == 2) == kind] for kind in (True, False))
+        return OSD([{"params": matrices, "rank": 6}, {"params": others}], lr=1e-2, layerwise=layerwise)
+
+    optimizer, ordinary = of_all(model, True), of_all(other, False)
+    train(model, optimizer, range(2)), train(other, ordinary, range(2))
+    late.requires_grad_(True), twin.requires_grad_(True)
+    train(model, optimizer, range(2, 3)), train(other, ordinary, range(2, 3))
+    model(inputs(3)).backward()
+    assert late.grad is None  # no gradients pile up
+    optimizer.step()
+    train(other, ordinary, range(3, 4))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))

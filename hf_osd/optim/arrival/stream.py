@@ -49,7 +49,8 @@ class GradientStream:
     def __init__(self, weights: Callable[[], Weights], mode: Mode):
         self._weights, self.mode, self.clipping = weights, mode, Clipping(mode)
         self.grad_norm2: Tensor | None = None
-        self._handles: list[RemovableHandle] = []
+        self._attached = False
+        self._handles: dict[Tensor, RemovableHandle] = {}
         self._windows: dict[Tensor, Window] = {}
         self._norms2: dict[Tensor, Tensor] = {}  # of the parameters stepped since the last `step()`
 
@@ -61,26 +62,32 @@ class GradientStream:
     @property
     def attached(self) -> bool:
         """Whether the hooks are on."""
-        return bool(self._handles)
+        return self._attached
 
     def attach(self) -> None:
         """Put the hooks on. They replace those of another optimizer."""
         self.remove()
         self._check_processes()
+        self._attached = True
+        self._attach_missing()
+
+    def _attach_missing(self) -> None:
+        """Put hooks on parameters that need them and have none, as those that were unfrozen since."""
         for group in self.weights.groups:
-            for p in group["params"]:
-                if p.requires_grad and self._takes(group):
+            for p in group["params"] if self._takes(group) else ():
+                if p.requires_grad and p not in self._handles:
                     owner = _OWNERS[p]() if p in _OWNERS else None
                     if owner is not None and owner is not self:
                         owner.remove()
                     _OWNERS[p] = weakref.ref(self)
-                    self._handles.append(p.register_post_accumulate_grad_hook(_hook(self)))
+                    self._handles[p] = p.register_post_accumulate_grad_hook(_hook(self))
 
     def remove(self) -> None:
         """Take the hooks off, and forget what has not been stepped with."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+        self._attached = False
         self.discard()
 
     def discard(self) -> None:
@@ -212,6 +219,7 @@ class GradientStream:
             self.grad_norm2 = total2
             self.clipping.note(total2)
         self.discard()
+        self._attach_missing()
 
     def _window(self, p: Tensor, group: dict[str, Any]) -> Window | None:
         """What waits for `step()`; with several processes, something does for every projected parameter."""
@@ -246,7 +254,7 @@ class GradientStream:
     def __getstate__(self) -> dict[str, Any]:
         """Hooks are not kept, only that they were there; nor gradients, as parameters do not keep theirs."""
         kept = {name: self.__dict__[name] for name in ("mode", "clipping", "grad_norm2")}
-        empty: dict[str, Any] = {"_handles": [], "_windows": {}, "_norms2": {}}
+        empty: dict[str, Any] = {"_attached": False, "_handles": {}, "_windows": {}, "_norms2": {}}
         return kept | empty | {"_was_attached": self.attached}
 
     def restore(self, weights: Callable[[], Weights]) -> None:
