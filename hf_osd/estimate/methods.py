@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..optim import OSD, create_osd_optimizer, select
 from ..optim.memory import predicted_entry_bytes
+from ..optim.options.rules import rules_of
 from ..optim.step.movement import STACK_LIMIT
-from ..optim.step.plan import ProjectedPlan, rules_of
+from ..optim.step.plan import ProjectedPlan
 from .models import explained
 from .trace import LiveBytes, meta_device
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ..optim import OSD
-from ..optim.step.plan import ProjectedPlan, rules_of
+from ..optim.options.rules import rules_of
+from ..optim.step.plan import ProjectedPlan
 from ..version import __version__
 from .checks import ProjectionFileError
 from .config import CONFIG_NAME, FORMAT_VERSION, check_config, options_config, versions

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 
 from ..optim.options import table as options
-from ..optim.step.plan import ProjectedPlan, make_plan, rules_of
+from ..optim.options.rules import rules_of
+from ..optim.step.plan import ProjectedPlan, make_plan
 from ..optim.step.state import state_spec
 from ..subspace import choose_side
 from ..update_rules import TensorSpec

@@ -4,8 +4,8 @@ from collections import Counter
 
 import torch
 
+from .options.rules import rules_of
 from .osd import OSD
-from .step.plan import rules_of
 from .step.sharding import local
 from .step.state import local_shape, state_spec
 

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from ...optim import ALL_LINEAR, OPTIM_NAMES, OSD, adamw_state_bytes, predicted_state_bytes
+from ...optim.options.rules import rules_of
 from ...optim.options.table import DEFAULTS
-from ...optim.step.plan import ProjectedPlan, rules_of
+from ...optim.selection.targets import parse_modules
+from ...optim.step.plan import ProjectedPlan
 from ...subspace import SUBSPACES
 from ..config import group_options, versions
 
@@ -182,9 +184,7 @@ def _last(state: "TrainerState", key: str) -> float | None:
 
 
 def _targets(args: "TrainingArguments") -> str | list[str]:
-    own = getattr(args, "osd_target_modules", None)
-    given = own if own is not None else args.optim_target_modules
-    return ALL_LINEAR if given is None else given
+    return ALL_LINEAR if args.optim_target_modules is None else parse_modules(args.optim_target_modules)
 
 
 def _perplexity(loss: float | None) -> float | None:

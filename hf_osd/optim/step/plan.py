@@ -2,70 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from typing import Any, ClassVar, NamedTuple
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...subspace import (
-    RULE_OPTIONS,
     LinearOperator,
-    SubspaceRule,
-    build_subspace,
     choose_side,
     effective_rank,
     operator_of,
-    user_rule,
 )
-from ...update_rules import MomentStorage, UpdateRule, build_rule, build_storage
-from ..options import table as options
+from ..options.rules import Rules, rules_of  # noqa: F401 - `rules_of` for the rest of this folder
 from .sharding import FLAT, Sharding, local, sharding_of
 
 
-_RULE_OPTIONS = tuple(sorted(RULE_OPTIONS))
 COUNTERS = ("step", "skipped_steps", "idle_steps")  # of a state: all the steps that the host has counted
-
-
-class Rules(NamedTuple):
-    """The rules of a group: the axes that its options name."""
-
-    weight: UpdateRule
-    weight_storage: MomentStorage
-    subspace: SubspaceRule
-    projection: UpdateRule | None  # None where P is not learned
-    projection_storage: MomentStorage
-    residual: str
-
-
-def rules_of(group: Mapping[str, Any]) -> Rules:
-    """The rules of a group as its options are now: schedulers may change `betas` between steps."""
-    betas = tuple(group["betas"]) if group["betas"] is not None else None
-    return _rules(
-        group["weight_rule"],
-        options.projection_rule(group),
-        group["subspace"],
-        user_rule(group["subspace"]),
-        tuple(group[name] for name in _RULE_OPTIONS),
-        betas,
-        group["eps"],
-        group["momentum"],
-        group["moment_dtype"],
-        group["residual"],
-    )
-
-
-@lru_cache(maxsize=256)
-def _rules(weight, projection, subspace, own, settings, betas, eps, momentum, moment_dtype, residual) -> Rules:
-    dtype = getattr(torch, moment_dtype) if moment_dtype else None
-    return Rules(
-        weight=build_rule(weight, betas, eps, momentum),
-        weight_storage=build_storage(weight, dtype),
-        subspace=own or build_subspace(subspace, dict(zip(_RULE_OPTIONS, settings, strict=True))),
-        projection=build_rule(projection, betas, eps, momentum) if projection else None,
-        projection_storage=build_storage(projection or weight),
-        residual=residual,
-    )
 
 
 @dataclass

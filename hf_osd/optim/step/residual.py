@@ -53,7 +53,7 @@ def residual_update(
     check: GradientCheck,
 ) -> Residual:
     """The residual's part of a step; `state["residual_norm"]` moves on with `residual="scaled"`."""
-    scaling = scaling_of(group, plan)
+    scaling = scaling_of(plan)
     outside = _outside(G, R, P, plan, scaling)
     if group["residual"] == "sign":
         return Residual(D, _sign_step(G, R, P, outside > 0, plan, check, group["residual_scale"]))
@@ -61,7 +61,7 @@ def residual_update(
     norm2 = (phi.square() * outside).sum()
     if plan.sharding is not None and scaling == "column":
         norm2 = plan.sharding.sum(norm2)
-    phi = (phi * _limit(norm2, state, group, check)).masked_fill(check.skip, 0.0)
+    phi = (phi * _limit(norm2, state, check)).masked_fill(check.skip, 0.0)
 
     def add_(X: Tensor, rows: slice, alpha: float) -> None:
         part = G[rows] * _rows_of(phi, rows, plan)
@@ -70,9 +70,9 @@ def residual_update(
     return Residual(D - torch.where(check.skip, 0.0, phi * R), add_)
 
 
-def scaling_of(group: Mapping[str, Any], plan: ProjectedPlan) -> str:
-    """`column` unless the group says otherwise; the two-sided R has no columns of G."""
-    return group["residual_scaling"] or ("column" if plan.op.long_dim is not None else "matrix")
+def scaling_of(plan: ProjectedPlan) -> str:
+    """`column`, as Fira's; the two-sided R has no columns of G."""
+    return "column" if plan.op.long_dim is not None else "matrix"
 
 
 def pieces(G: Tensor) -> Iterator[slice]:
@@ -110,7 +110,7 @@ def _outside(G: Tensor, R: Tensor, P: Tensor, plan: ProjectedPlan, scaling: str)
             K, energy = plan.sharding.sum(K), plan.sharding.sum(energy)
         outside = energy * plan.op.pca_loss(P, K, 1 / energy.clamp(min=EPS))
     else:
-        short = 1 - plan.op.long_dim  # type: ignore[operator]  # refused at construction where it is None
+        short = 1 - plan.op.long_dim  # type: ignore[operator]
         # ||G_j||² - 2 ||R_j||² + R_jᵀ C R_j
         C = P.t() @ P
         CR = C @ R if short == 0 else R @ C
@@ -119,13 +119,12 @@ def _outside(G: Tensor, R: Tensor, P: Tensor, plan: ProjectedPlan, scaling: str)
     return torch.where(outside > rounding * energy, outside, 0.0)
 
 
-def _limit(norm2: Tensor, state: dict, group: Mapping[str, Any], check: GradientCheck) -> Tensor:
+def _limit(norm2: Tensor, state: dict, check: GradientCheck) -> Tensor:
     """min(1, gamma ||S_{t-1}|| / ||S_t||), 0-dim; the first residual is the measure of the next."""
-    gamma = GROWTH_LIMIT if group["residual_limit"] is None else group["residual_limit"]
     norm, before = norm2.sqrt(), state["residual_norm"].to(norm2.dtype)
-    limit = torch.ones_like(norm)
-    if gamma:
-        limit = torch.where((before > 0) & (norm > 0), (gamma * before / norm).clamp(max=1.0), limit)
+    limit = torch.where(
+        (before > 0) & (norm > 0), (GROWTH_LIMIT * before / norm).clamp(max=1.0), torch.ones_like(norm)
+    )
     state["residual_norm"].copy_(torch.where(check.skip, before, norm * limit))
     return limit
 
