@@ -22,8 +22,9 @@ from ..estimate import (
     osd,
 )
 from ..optim import ALL_LINEAR, DEFAULT_RANK, resolve, select
-from ..optim.options.mode import LAYERWISE_SUFFIX
+from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
 from ..optim.options.presets import KEYWORDS
+from ..optim.options.table import OPTIONS
 from ..optim.selection.targets import parse_modules
 from ..trainer.settings import parse_optim_args
 from .show import size_text, table
@@ -43,9 +44,9 @@ The columns are each part's most, "step" the temporaries of a parameter's step; 
 RESERVE = "1GB"
 # Of `optim_args`, what has an option of its own here, or nothing to do with memory.
 NOT_HERE = {
+    **{own.key: "it takes no memory" for own in (*MODE_OPTIONS.values(), OPTIONS["init"], OPTIONS["seed"])},
     "rank": "use --rank",
     "ddp_compression": "one device is estimated",
-    **dict.fromkeys(("init", "partial_load", "layerwise_clipping", "seed"), "it takes no memory"),
 }
 LABELS = {
     "adamw_torch_fused": "AdamW",

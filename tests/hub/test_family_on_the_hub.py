@@ -183,6 +183,16 @@ def test_options_are_in_the_config_where_they_differ(tmp_path):
     assert config["residual"] is None  # groups differ
 
 
+def test_a_config_with_options_that_are_gone_is_read(tmp_path, capsys):
+    ProjectionState.from_optimizer(stepped(residual="scaled")[1]).save_pretrained(tmp_path)
+    path = tmp_path / "osd_config.json"
+    former = {"residual_scaling": "matrix", "residual_limit": 0.0, "projection_schedule": "constant", "betas": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | former))
+    assert former.items() <= ProjectionState.from_pretrained(tmp_path).config.items()
+    main(["show", str(tmp_path)])
+    assert "residual scaled" in capsys.readouterr().out
+
+
 CARDS = [
     ({"subspace": "random", "distribution": "gaussian"}, {"distribution of P": "`gaussian`"}, "draws at random"),
     ({"subspace": "cosine"}, {"subspace": "`cosine`, every 200 steps"}, "among those of cosines"),

@@ -150,8 +150,12 @@ def in_effect(group: Mapping[str, Any], name: str) -> Any:
         return projection_weight_decay(group)
     if value is not None or not own.owners:
         return own.unset if value is None else value
-    owner = next(rule for rule in (group["subspace"], *used_rules(group)) if rule in own.owners)
-    return options_of(SUBSPACES.get(owner) or RULES[owner].rule)[name].default
+    return rule_default(next(rule for rule in (group["subspace"], *used_rules(group)) if rule in own.owners), name)
+
+
+def rule_default(rule: str, name: str) -> Any:
+    """The default that a rule has declared for an option."""
+    return options_of(SUBSPACES.get(rule) or RULES[rule].rule)[name].default
 
 
 def check_lr(value: Any, where: str) -> None:

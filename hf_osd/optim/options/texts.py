@@ -10,12 +10,10 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from ...declare import Option, options_of
-from ...subspace import SUBSPACES
-from ...update_rules import RULES
+from ...declare import Option
 from .mode import MODE_OPTIONS
 from .presets import KEYS
-from .table import OPTIONS
+from .table import OPTIONS, rule_default
 
 
 PACKAGE = Path(__file__).parents[2]
@@ -24,11 +22,8 @@ WIDTH = 119
 
 def make_texts() -> dict[Path, str]:
     """Every file as it should be, by its path; the README only where there is one, beside the package."""
-    osd, arguments, readme = (
-        PACKAGE / "optim" / "osd.py",
-        PACKAGE / "trainer" / "arguments.py",
-        PACKAGE.parent / "README.md",
-    )
+    osd, arguments = PACKAGE / "optim" / "osd.py", PACKAGE / "trainer" / "arguments.py"
+    readme = PACKAGE.parent / "README.md"
     text = osd.read_text(encoding="utf-8")
     text = _between(text, "        lr (`float`", "        maximize (`bool`", docstring())
     text = _between(text, "        # options: ", "        # end of options", signature())
@@ -121,8 +116,7 @@ def _default(own: Option, in_code: bool = False) -> str:
         return _code(own.default) if own.default is not None else _name(own.unset)
     defaults: dict[str, list[str]] = {}
     for rule in own.owners:
-        default = options_of(SUBSPACES.get(rule) or RULES[rule].rule)[own.name].default
-        defaults.setdefault(_code(default), []).append(f"`{rule}`")
+        defaults.setdefault(_code(rule_default(rule, own.name)), []).append(f"`{rule}`")
     if len(defaults) == 1:
         return next(iter(defaults))
     return ", ".join(f"{value} with {_and(rules)}" for value, rules in defaults.items())
