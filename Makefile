@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test quality format clean
+.PHONY: help install quickstart test quality options format clean
 
 help:
 	@echo "make quickstart   pretrain a small LLaMA with Online Subspace Descent on this machine (about 5 minutes)"
 	@echo "make test         run the tests (about 10 minutes on two cores)"
 	@echo "make quality      formatting, lint and types"
+	@echo "make options      after an option is added or changed: write what the code declares into signatures and README"
 	@echo "make format       let ruff rewrite the files"
 
 install: $(VENV)/.installed
@@ -33,6 +34,9 @@ quality: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+options: install
+	$(BIN)/python -m hf_osd.optim.options.texts
 
 format: install
 	$(BIN)/ruff format .

@@ -108,11 +108,6 @@ class GlueArguments:
         if self.class_weights == "balanced" and any(not TASKS[name].labels for name in self.task):
             raise ValueError("--class_weights balanced needs classes: stsb is a regression.")
 
-    @property
-    def layers(self) -> str | list[str]:
-        """`target_modules` in the form that the optimizer takes."""
-        return "all-linear" if self.target_modules == ["all-linear"] else self.target_modules
-
 
 def parse_arguments(argv: list[str] | None) -> tuple[GlueArguments, OSDTrainingArguments]:
     """Parses the command line (`sys.argv` for `None`); the method fills in its optimizer."""
@@ -182,7 +177,7 @@ def run_task(name: str, args: GlueArguments, training_args: OSDTrainingArguments
         model = load_model(args.model_name_or_path, task)
         base = copy.deepcopy(model) if args.extract_lora else None
         model = prepare_model(
-            model, args.method, own, rank=args.rank, lora_alpha=args.lora_alpha, target_modules=args.layers
+            model, args.method, own, rank=args.rank, lora_alpha=args.lora_alpha, target_modules=args.target_modules
         )
         clock = TrainingClock()
         patience = args.early_stopping_patience

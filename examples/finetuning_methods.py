@@ -56,7 +56,7 @@ def method_options(method: str, rank: int | None, given: Mapping[str, Any]) -> d
         raise ValueError(f"--rank has no effect with --method {method}: leave it out.")
     if rank is not None and rank < 1:
         raise ValueError(f"--rank must be at least 1, got {rank}.")
-    for name in ("osd_rank", "osd_target_modules", "optim_target_modules"):
+    for name in ("osd_rank", "optim_target_modules"):
         if given[name] is not None:
             raise ValueError(
                 f"--{name} is set by this script: use --rank, and --target_modules for the layers of every method."
@@ -88,7 +88,7 @@ def prepare_model(
         args (`TrainingArguments`): Gets the layers where Trainer's own argument holds them.
         rank (`int`, *optional*): r; defaults to 8.
         lora_alpha (`int`, *optional*): LoRA's updates are scaled by `lora_alpha / rank`; defaults to `2 * rank`.
-        target_modules (`str` or `list[str]`): As in `OSDTrainingArguments`.
+        target_modules (`str` or `list[str]`): As `optim_target_modules`.
 
     Returns:
         `nn.Module`: The model to train; a `PeftModel` for LoRA.
@@ -96,7 +96,7 @@ def prepare_model(
     if method == "full":
         return model
     if method == "osd":
-        args.osd_target_modules = target_modules  # type: ignore[attr-defined]
+        args.optim_target_modules = target_modules
         return model
     names = [name.removesuffix(".weight") for name in select(model, target_modules).projected]
     if method == "galore":

@@ -15,12 +15,12 @@ PACKAGE = Path(hf_osd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What each folder may import of the package; `None`: anything.
 ALLOWED: dict[str, set[str] | None] = {
-    "subspace": {"subspace"},
-    "update_rules": {"update_rules"},
-    "optim": {"optim", "update_rules", "subspace"},
+    "subspace": {"subspace", "declare"},
+    "update_rules": {"update_rules", "declare"},
+    "optim": {"optim", "update_rules", "subspace", "declare"},
     "estimate": {"estimate", "optim", "update_rules", "subspace"},
     "rso": {"rso", "optim"},
-    "trainer": {"trainer", "rso", "hub", "optim", "update_rules", "subspace"},
+    "trainer": {"trainer", "rso", "hub", "optim", "update_rules", "subspace", "declare"},
     "hub": {"hub", "optim", "update_rules", "subspace", "version"},
     "interop": {"interop", "hub", "optim", "update_rules", "subspace", "version"},
     "report": {"report", "trainer", "hub", "optim", "update_rules", "subspace", "version"},
@@ -97,6 +97,11 @@ def test_subspace_needs_torch_only(file):
     for name in imports(parse(file), file):
         top = name.split(".")[0]
         assert top in {"torch", "hf_osd"} or top in sys.stdlib_module_names, name
+
+
+def test_declarations_need_the_standard_library_only():
+    file = PACKAGE / "declare.py"
+    assert {name.split(".")[0] for name in imports(parse(file), file)} <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

@@ -112,7 +112,7 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
             "exact; resharded",
             [f"{SAVED}::test_two_processes[load_sharded]", f"{SAVED}::test_other_numbers_of_processes"],
         ),
-        ("yes", [f"{SHARDED}::test_two_processes[{name}]" for name in ("scaled_column", "scaled_matrix", "sign")]),
+        ("yes", [f"{SHARDED}::test_two_processes[{name}]" for name in ("scaled_column", "scaled_svd", "sign")]),
         ("refused", [f"{SHARDED}::test_scenario[two_sided_is_refused]"]),
         ("yes", [f"{SHARDED}::test_two_processes[power]"]),
     ],

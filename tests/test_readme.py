@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_osd import create_osd_optimizer
 from hf_osd.optim import DEFAULT_RANK, OPTIM_NAMES, PRESETS, predicted_state_bytes
 from hf_osd.optim.options.mode import LAYERWISE_SUFFIX
+from hf_osd.optim.options.presets import KEYS
 from hf_osd.optim.options.table import DEFAULTS
-from hf_osd.trainer.optim_args import SETTINGS
 
 
 ROOT = Path(__file__).parents[1]
@@ -119,12 +119,11 @@ def test_the_figures_of_llama_7b_are_what_the_shapes_give():
 
 def test_the_options_table_is_complete_and_right():
     table = README.split("### Options")[1].split("**What is projected**")[0]
-    named = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE))))
-    assert named == {"optim_args", "osd_"} - {"osd_"} | SETTINGS.keys()
+    named = set(re.findall(r"^\| `([a-z_]+)` \|", table, flags=re.MULTILINE))
+    assert named == KEYS.keys()
     rows = dict(re.findall(r"^\| `([a-z_]+)` \| `?([^|`]+?)`? \|", table, flags=re.MULTILINE))
     assert float(rows["rank"]) == DEFAULT_RANK
-    for key, option in (("alpha", "alpha"), ("lambda", "lambda_"), ("scale", "scale")):
-        assert float(rows[key]) == DEFAULTS[option]
+    assert [float(rows[key]) for key in ("alpha", "lambda", "scale", "update_interval")] == [5, 0.1, 1, 200]
     assert rows["subspace"] == DEFAULTS["subspace"] and rows["init"] == DEFAULTS["init"]
     assert all(f"`{name}`" in README for name in PRESETS)
     assert all(f"`{name}`" in README or name.removesuffix(LAYERWISE_SUFFIX) != name for name in OPTIM_NAMES)

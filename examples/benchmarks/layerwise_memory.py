@@ -89,8 +89,10 @@ def gradient_memory(model_name: str, rank: int, sequence: int) -> list[dict[str,
     for mode, micro in (("ordinary", 1), ("layerwise", 1), ("ordinary", 2), ("layerwise", 2)):
         model = make_model(model_name, torch.float32)
         live = LiveGradients(model)
-        options = {"layerwise": True, "gradient_accumulation": micro > 1} if mode == "layerwise" else {}
-        optimizer = hf_osd.create_osd_optimizer(model, rank=rank, init="orthonormal", **options)
+        optim, options = "osd_adamw", {}
+        if mode == "layerwise":
+            optim, options = "osd_adamw_layerwise", {"gradient_accumulation": micro > 1}
+        optimizer = hf_osd.create_osd_optimizer(model, optim, rank=rank, init="orthonormal", **options)
         held = 0
         for _ in range(2):  # P moves from the second step on
             for _ in range(micro):

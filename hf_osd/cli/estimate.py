@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import shlex
 from dataclasses import asdict
 from functools import cache
@@ -23,9 +22,11 @@ from ..estimate import (
     osd,
 )
 from ..optim import ALL_LINEAR, DEFAULT_RANK, resolve, select
-from ..optim.options.mode import LAYERWISE_SUFFIX
-from ..optim.selection.targets import normalise
-from ..trainer.optim_args import SETTINGS, parse_optim_args
+from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
+from ..optim.options.presets import KEYWORDS
+from ..optim.options.table import OPTIONS
+from ..optim.selection.targets import parse_modules
+from ..trainer.settings import parse_optim_args
 from .show import size_text, table
 
 
@@ -43,10 +44,9 @@ The columns are each part's most, "step" the temporaries of a parameter's step; 
 RESERVE = "1GB"
 # Of `optim_args`, what has an option of its own here, or nothing to do with memory.
 NOT_HERE = {
+    **{own.key: "it takes no memory" for own in (*MODE_OPTIONS.values(), OPTIONS["init"], OPTIONS["seed"])},
     "rank": "use --rank",
-    "layerwise": "use --layerwise",
     "ddp_compression": "one device is estimated",
-    **dict.fromkeys(("init", "partial_load", "layerwise_clipping", "seed"), "it takes no memory"),
 }
 LABELS = {
     "adamw_torch_fused": "AdamW",
@@ -191,19 +191,12 @@ def _optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]
     for key in given:
         if key in NOT_HERE:
             raise ValueError(f"{key!r} has no effect in --optim_args of an estimate: {NOT_HERE[key]}.")
-    options = {SETTINGS[key].option: value for key, value in given.items()}
-    if "projection_rule" in options:
-        options["projection_optim"] = options.pop("projection_rule")
-    options["target_modules"] = target_modules(arguments.target_modules)
+    keywords = {own.key: keyword for keyword, own in KEYWORDS.items()}
+    options: dict[str, Any] = {keywords[key]: value for key, value in given.items()}
+    words = arguments.target_modules or [ALL_LINEAR]
+    options["target_modules"] = parse_modules(words[0] if len(words) == 1 else words)
     layerwise = arguments.layerwise or arguments.preset.endswith(LAYERWISE_SUFFIX)
     return arguments.preset.removesuffix(LAYERWISE_SUFFIX), layerwise, options
-
-
-def target_modules(words: list[str] | None) -> str | list[str]:
-    """`--target_modules` as `select` takes it: a single word that cannot be a name is a regular expression."""
-    if words is None:
-        return ALL_LINEAR
-    return words[0] if len(words) == 1 and not re.fullmatch(r"[\w.-]+", words[0]) else normalise(words)
 
 
 def usable_memory(arguments: argparse.Namespace) -> int | None:
@@ -243,17 +236,14 @@ def suggestion(report: dict[str, Any], modules: Any) -> dict[str, Any] | None:
     optim_args = ",".join(filter(None, [f"rank={rank}", report["optim_args"]]))
     words = ["hf-osd", "run", "train.py", "--model_name_or_path", report["model"]]
     words += ["--dtype", str(DTYPES[report["dtype"]]).removeprefix("torch."), "--optim", found["method"]]
-    words += ["--optim_args", optim_args, "--optim_target_modules", one_word(modules)]
+    words += [
+        "--optim_args",
+        optim_args,
+        "--optim_target_modules",
+        modules if isinstance(modules, str) else ",".join(modules),
+    ]
     words += ["--per_device_train_batch_size", str(batch), *(["--gradient_checkpointing"] if checkpointing else [])]
     return {"rank": rank, "batch": batch, "gradient_checkpointing": checkpointing, "command": shlex.join(words)}
-
-
-def one_word(modules: str | list[str]) -> str:
-    """What selects the same as the one value that `--optim_target_modules` takes: names as a regular expression."""
-    if isinstance(modules, str):
-        return modules
-    names = "|".join(map(re.escape, modules))
-    return rf"(.*\.)?({names})" if len(modules) > 1 else rf"(.*\.)?{names}"
 
 
 def report_text(report: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """`osd_config.json`: what stands in it, made from an optimizer and checked when it is read.
 
 Top level: `format_version`, the versions of hf_osd, torch and transformers, `optim`, `step`, and the options of the
-projected groups (`null` where groups differ, or where the subspace does not use an option), of which those in
-`FURTHER_OPTIONS` are there only if they differ from their defaults. `parameters`: for each
+projected groups (`null` where groups differ, or where an option has no effect), of which those in `FURTHER_OPTIONS`
+are there only if they differ from their defaults. `parameters`: for each
 name `side`, `rank`, `shape` (m, n), or (E, m, n) of a stack of experts' matrices, and the names of its `moments`.
 `files`: `size` and `sha256` of each data file.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from ..optim import OPTIM_NAMES
 from ..optim.options import table as options
-from ..subspace import LEARNING_OPTIONS, RULE_OPTIONS, SIDES, subspace_options
+from ..subspace import SIDES
 from ..version import __version__
 from .checks import MAX_DIMENSION, ProjectionFileError, is_count, is_shape, name_fault
 
@@ -25,40 +25,17 @@ DATA_NAME = "osd_projection.safetensors"
 INDEX_NAME = DATA_NAME + ".index.json"
 SHARD_PATTERN = re.compile(r"osd_projection-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 
-# Options of a group that tell what P was learned with -> what they may be in JSON, apart from null.
-OPTION_TYPES: dict[str, type] = {
-    "optim": str,
-    "weight_rule": str,
-    "projection_rule": str,
-    "subspace": str,
-    "side": str,
-    "rank": int,
-    "step": int,
-    "seed": int,
-    "update_interval": int,
-    "alpha": float,
-    "lambda": float,
-    "scale": float,
-    "weight_decay": float,
-    "projection_weight_decay": float,
-    "eps": float,
-    "momentum": float,
-}
-FURTHER_OPTIONS: dict[str, type] = {
-    "projection_lr": float,
-    "projection_schedule": str,
-    "projection_interval": int,
-    "distribution": str,
-    "mixing": float,
-    "carry_moments": bool,
-    "residual": str,
-    "residual_scaling": str,
-    "residual_limit": float,
-    "residual_scale": float,
-    "projection_dtype": str,
-    "moment_dtype": str,
-    "stochastic_rounding": bool,
-}
+
+def config_name(option: str) -> str:
+    """The name in the file of an option of a group, whose underscore only Python's keywords ask for."""
+    return option.rstrip("_")
+
+
+# What P was learned with -> what it may be in JSON, apart from null.
+OPTION_TYPES: dict[str, type] = {"optim": str, "step": int}
+OPTION_TYPES |= {config_name(name): own.check.kind for name, own in options.OPTIONS.items() if own.card is None}
+FURTHER_OPTIONS = {config_name(name): own.check.kind for name, own in options.OPTIONS.items() if own.card is not None}
+DEFAULTS = {config_name(name): default for name, default in options.DEFAULTS.items()}
 
 
 def options_config(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -66,35 +43,23 @@ def options_config(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     every = [group_options(group) for group in groups]
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for own in every for name in own):
-        first, *others = (own.get(name, options.DEFAULTS.get(name)) for own in every)
+        first, *others = (own.get(name, DEFAULTS.get(name)) for own in every)
         found[name] = first if all(other == first for other in others) else None
     return found
 
 
 def group_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of one group, as `options_config` has them."""
-    unused = (LEARNING_OPTIONS | RULE_OPTIONS) - subspace_options(group["subspace"])
-    values = {name: None if name in unused else group[name] for name in ("alpha", "lambda_", "update_interval")}
-    learns = "projection_rule" not in unused
-    return {
-        "optim": next((name for name, rule in OPTIM_NAMES.items() if rule == group["weight_rule"]), None),
-        "weight_rule": group["weight_rule"],
-        "projection_rule": options.projection_rule(group),
-        "subspace": group["subspace"],
-        "side": group["side"],
-        "rank": group["rank"],
-        "alpha": values["alpha"],
-        "lambda": values["lambda_"],
-        "update_interval": values["update_interval"],
-        "scale": group["scale"],
-        "weight_decay": group["weight_decay"],
-        "projection_weight_decay": options.projection_weight_decay(group) if learns else None,
-        "betas": list(group["betas"]) if group["betas"] is not None else None,
-        "eps": group["eps"],
-        "momentum": group["momentum"],
-        "seed": group["seed"],
-        **{name: group[name] for name in FURTHER_OPTIONS if group[name] != options.DEFAULTS[name]},
+    found: dict[str, Any] = {
+        "optim": next((name for name, rule in OPTIM_NAMES.items() if rule == group["weight_rule"]), None)
     }
+    for name, own in options.OPTIONS.items():
+        if own.card is None:
+            value = options.in_effect(group, name)
+            found[config_name(name)] = list(value) if isinstance(value, tuple) else value
+        elif not own.has_default(group[name]):
+            found[config_name(name)] = group[name]
+    return found
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -107,10 +72,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     for name, kind in (OPTION_TYPES | FURTHER_OPTIONS).items():
         value = config.get(name)
         if value is not None and not _has_type(value, kind):
-            raise ProjectionFileError(f"{name!r} in {where} must be of type {kind.__name__} or null, got {value!r}.")
-    betas = config.get("betas")
-    if betas is not None and not (isinstance(betas, list) and all(_has_type(beta, float) for beta in betas)):
-        raise ProjectionFileError(f"'betas' in {where} must be a list of numbers or null, got {betas!r}.")
+            text = "a list of numbers" if kind is list else f"of type {kind.__name__}"
+            raise ProjectionFileError(f"{name!r} in {where} must be {text} or null, got {value!r}.")
     parameters = config.get("parameters")
     if not isinstance(parameters, dict) or not parameters:
         raise ProjectionFileError(f"{where} has no 'parameters', an object with an entry for each P.")
@@ -131,6 +94,8 @@ def versions() -> dict[str, str]:
 
 
 def _has_type(value: Any, kind: type) -> bool:
+    if kind is list:
+        return isinstance(value, list) and all(_has_type(one, float) for one in value)
     if kind in (str, bool):
         return isinstance(value, kind)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):

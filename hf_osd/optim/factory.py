@@ -6,17 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..declare import refuse_unknown
 from .arrival.exchange import exclude_from_ddp, include_in_ddp
+from .options.general import DEFAULT_RANK
 from .options.mode import MODE_DEFAULTS, mode_of
-from .options.presets import resolve
-from .options.table import DEFAULTS, refuse_unknown
+from .options.presets import BY_NAME, KEYWORDS, resolve
 from .osd import OSD
 from .selection.adapters import module_names
 from .selection.rank_pattern import parse_rank_pattern, ranks_of
 from .selection.targets import ALL_LINEAR, Selection, select
-
-
-DEFAULT_RANK = 128  # GaLore's and APOLLO's in transformers
 
 
 def build_param_groups(
@@ -68,7 +66,7 @@ def osd_kwargs(
 
     Args:
         model (`nn.Module`): The model.
-        settings (`dict`): All options, as `presets.resolve` gives them; `rank` may be `None` for the default.
+        settings (`dict`): All options, as `presets.resolve` gives them.
         target_modules, exclude_modules: See [`~optim.selection.targets.select`].
         decay_names (`Collection[str]`, *optional*): Defaults to what `Trainer` decides.
         ddp_compression (`str`, *optional*): See [`OSD`]. Where it is set, DDP is told to leave what is projected.
@@ -77,8 +75,7 @@ def osd_kwargs(
     include_in_ddp(model)
     whole, model = model, getattr(model, "_orig_mod", model)  # torch.compile's wrapper: its prefix is in no name
     pattern = parse_rank_pattern(rank_pattern)
-    rank = DEFAULT_RANK if settings["rank"] is None else settings["rank"]
-    selection = select(model, target_modules, exclude_modules, rank)
+    selection = select(model, target_modules, exclude_modules, settings["rank"])
     if selection.ignored:
         warnings.warn(
             f"{len(selection.ignored)} modules match but are not projected, because they are no linear layers: "
@@ -90,7 +87,7 @@ def osd_kwargs(
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
     if decay_names is None:
         decay_names = decay_parameter_names(model)
-    ranks = ranks_of(selection.projected, rank, pattern, module_names(model).plain)
+    ranks = ranks_of(selection.projected, settings["rank"], pattern, module_names(model).plain)
     groups = build_param_groups(selection, decay_names, ranks, settings["init"], settings["weight_decay"])
     return {"params": groups, **own}
 
@@ -101,13 +98,10 @@ def create_osd_optimizer(
     lr: float = 1e-3,
     *,
     rank: int = DEFAULT_RANK,
-    rank_pattern: str | Mapping[str, int] | None = None,
     target_modules: str | Iterable[str] = ALL_LINEAR,
     exclude_modules: str | Iterable[str] | None = None,
-    projection_optim: str | None = None,
     preset: str | None = None,
     init: str | Mapping[str, Tensor] | Sequence[Tensor] = "auto",
-    partial_load: bool = False,
     **options: Any,
 ) -> OSD:
     """An [`OSD`] optimizer for a model, with the same groups as in a Trainer.
@@ -119,16 +113,15 @@ def create_osd_optimizer(
             with `_layerwise`.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate.
         rank (`int`, *optional*, defaults to 128): r.
-        rank_pattern (`Mapping[str, int]` or `str`, *optional*):
-            Other ranks for some modules: regular expressions for the end of a module's name, of which the first that
-            matches counts. `{"q_proj": 64, "layers.0.mlp.*": 32}`, or `"q_proj:64;layers.0.mlp.*:32"`.
         target_modules, exclude_modules: What is projected, see [`~optim.selection.targets.select`].
-        projection_optim (`str`, *optional*): The rule that P moves by; defaults to the weights' own.
         preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.
         init (`str`, `ProjectionState` or `Mapping[str, torch.Tensor]`, *optional*, defaults to `"auto"`):
             P_0, see [`OSD`]; with a [`ProjectionState`], the subspaces that another run has learned.
-        partial_load (`bool`, *optional*, defaults to `False`): See [`OSD`].
-        options: Any other option of [`OSD`], by name.
+        options:
+            Any other option of [`OSD`], by name (`projection_optim` for its `projection_rule`), and `rank_pattern`
+            (`Mapping[str, int]` or `str`), other ranks for some modules: regular expressions for the end of a module's
+            name, of which the first that matches counts. `{"q_proj": 64, "layers.0.mlp.*": 32}`, or
+            `"q_proj:64;layers.0.mlp.*:32"`.
 
     Raises:
         ValueError: For an unknown name or option, with the nearest one, or an empty selection.
@@ -145,20 +138,12 @@ def create_osd_optimizer(
     ```
     """
     where = "create_osd_optimizer"
-    named = {"rank": rank, "init": init}
-    if projection_optim is not None:
-        named["projection_rule"] = projection_optim
-    allowed = DEFAULTS.keys() - named.keys() - {"weight_rule", "projection_rule"}
-    refuse_unknown(options, allowed | MODE_DEFAULTS.keys(), where)
-    mode = {name: options.pop(name) for name in MODE_DEFAULTS if name in options}
-    settings = resolve(optim, named | options, preset, where)
-    mode = mode_of(optim, mode)
-    kwargs = osd_kwargs(
-        model,
-        settings,
-        target_modules,
-        exclude_modules,
-        ddp_compression=mode["ddp_compression"],
-        rank_pattern=rank_pattern,
-    )
-    return OSD(lr=lr, partial_load=partial_load, **mode, **kwargs)
+    for name in options.keys() & BY_NAME.keys():
+        raise ValueError(f"Give {BY_NAME[name].argument} instead of `{name}` of {where}.")
+    refuse_unknown(options, KEYWORDS, where)
+    given = {KEYWORDS[name].name: value for name, value in options.items()}
+    rank_pattern = given.pop("rank_pattern", None)
+    mode = mode_of(optim, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
+    settings = resolve(optim, {"rank": rank, "init": init, **given}, preset, where)
+    kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, None, mode["ddp_compression"], rank_pattern)
+    return OSD(lr=lr, **mode, **kwargs)

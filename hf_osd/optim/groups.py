@@ -56,13 +56,6 @@ def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -
             )
     settle_sides(group, names)
     group["alpha"] = options.projection_alpha(group, group["lr"])
-    if group["projection_schedule"] == "constant":
-        if not group["lr"] > 0:
-            raise ValueError(
-                f"projection_schedule='constant' of {where} keeps P's learning rate at what it is at the start, and "
-                "lr=0 makes that 0. Give the `lr` that the schedule starts from."
-            )
-        group["projection_lr"] = group["alpha"] * group["lr"]
     clipped = [name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape[-2:])]
     return {} if isinstance(given, str) else given_projections(given, group, names, position), clipped
 

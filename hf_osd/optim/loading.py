@@ -1,4 +1,7 @@
-"""Load a saved state: exactly, or not at all; for the parameters that fit, where the user asks for that."""
+"""Load a saved state: exactly, or not at all; for the parameters that fit, where the user asks for that.
+
+A saved state is compared with the optimizer parameter by parameter; what differs is told as a table.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -6,15 +9,27 @@ from typing import Any
 
 from torch import Tensor
 
-from .compatibility import differences, restored_options, table, traits
 from .options.rules import rules_of
-from .options.table import DEFAULTS
-from .step.geometry import geometry_of, names_of
+from .options.table import DEFAULTS, OPTIONS, in_effect
+from .step.geometry import Geometry, ProjectedGeometry, geometry_of, names_of
 from .step.sharding import is_sharded
 from .step.state import state_spec
 
 
 State = dict[Tensor, dict[str, Tensor]]
+Traits = dict[str, str]  # what must agree between a saved state and the parameter that it is loaded for
+
+# Options that must agree for each parameter; rank and side do as they are settled for it.
+MATCHED = tuple(name for name, own in OPTIONS.items() if own.state and name not in ("rank", "side"))
+# Options that shape the trajectory but not the state: the saved values are restored, as torch restores `lr`.
+RESTORED = tuple(name for name, own in OPTIONS.items() if not own.state)
+# Options that there were once -> the values with which today's code takes the same steps.
+FORMER: dict[str, tuple[Any, ...]] = {
+    "residual_scaling": (None, "column"),
+    "residual_limit": (None, 1.01),
+    "projection_schedule": (None, "lr"),
+}
+ROWS_SHOWN = 12
 
 
 def match_state(
@@ -33,8 +48,7 @@ def match_state(
     Raises:
         ValueError: With a table of what differs, or if an entry is missing or has another shape or dtype.
     """
-    # one that was saved before there was an option had its default
-    saved_groups = [{**DEFAULTS, **group} for group in state_dict["param_groups"]]
+    saved_groups = [as_of_today(group) for group in state_dict["param_groups"]]
     params: dict[str, Tensor] = {}
     for group in live_groups:
         params.update(zip(names_of(group, len(params)), group["params"], strict=True))
@@ -69,6 +83,22 @@ def match_state(
     return state, saved_groups if as_saved else _with_schedule(live_groups, saved_groups)
 
 
+def as_of_today(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group with the options that there are: one that was saved before there was an option had its default.
+
+    Raises:
+        ValueError: If it was trained with an option that there is no longer.
+    """
+    for name, same_steps in FORMER.items():
+        two_sided = name == "residual_scaling" and group.get("side") == "two_sided"  # whose R has no columns of G
+        if group.get(name) not in (same_steps if not two_sided else (None, "matrix")):
+            raise ValueError(
+                f"The state was saved with {name}={group[name]!r}, which hf_osd no longer has: go on with the version "
+                "that saved it, or start a new run."
+            )
+    return DEFAULTS | {name: value for name, value in group.items() if name not in FORMER}
+
+
 def _to_device(entries: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
     # A copy where nothing moves: the state is changed in place, and the saved one must not be.
     return {
@@ -91,6 +121,83 @@ def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[st
         groups.append({**group, **schedule, "params": list(range(position, position + len(names)))})
         position += len(names)
     return groups
+
+
+def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) -> dict[str, Traits | None]:
+    """The traits of every parameter of saved or live groups, `None` for one that this run does not have.
+
+    Args:
+        groups (`list[dict]`): Parameter groups, saved or live.
+        params (`dict[str, torch.Tensor]`): The parameters of this run by name, as `names_of` names them.
+    """
+    found: dict[str, Traits | None] = {}
+    for number, group in enumerate(groups):
+        options = {name: str(in_effect(group, name) or "-") for name in MATCHED}
+        for index, name in enumerate(names_of(group, len(found))):
+            if name not in params:
+                found[name] = None
+                continue
+            geometry = geometry_of(group, index, params[name], len(found))
+            found[name] = {
+                "place": f"group {number} position {index}",  # the groups' options are restored by place
+                "projected": _projected(geometry),
+                **options,
+            }
+    return found
+
+
+def _projected(geometry: Geometry) -> str:
+    return f"rank {geometry.rank} {geometry.side}" if isinstance(geometry, ProjectedGeometry) else "full size"
+
+
+def differences(
+    saved: Mapping[str, Traits | None], current: Mapping[str, Traits | None], placed: bool = True
+) -> list[tuple[str, str, str]]:
+    """(parameter, what the checkpoint has, what this run has) for every parameter that differs.
+
+    Args:
+        saved, current (`dict`): As `traits` gives them.
+        placed (`bool`, *optional*, defaults to `True`): Whether another place in the groups is a difference.
+    """
+    rows = []
+    for name in dict.fromkeys([*current, *saved]):
+        old, new = saved.get(name), current.get(name)
+        if old is None or new is None:
+            rows.append((name, "has it" if name in saved else "-", "has it" if name in current else "-"))
+            continue
+        fields = [field for field in old if old[field] != new[field] and (placed or field != "place")]
+        if fields:
+            rows.append((name, _listed(old, fields), _listed(new, fields)))
+    return rows
+
+
+def _listed(own: Traits, fields: Sequence[str]) -> str:
+    return ", ".join(f"{field}: {own[field]}" for field in fields)
+
+
+def table(rows: Sequence[tuple[str, str, str]]) -> str:
+    """Aligned text, the first rows of it."""
+    shown = [("parameter", "checkpoint", "this run"), *rows[:ROWS_SHOWN]]
+    widths = [max(len(row[column]) for row in shown) for column in range(2)]
+    lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in shown]
+    if len(rows) > ROWS_SHOWN:
+        lines.append(f"  ... and {len(rows) - ROWS_SHOWN} more")
+    return "\n".join(lines)
+
+
+def restored_options(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences for options whose saved value replaces another one."""
+    changed: dict[str, None] = {}
+    for new, old in zip(saved, current, strict=False):
+        for name in RESTORED:
+            a, b = (_plain(in_effect(group, name)) for group in (new, old))
+            if a != b and "given" not in (a, b):  # tensors that P has started from
+                changed[f"{name}={a!r} (checkpoint) instead of {b!r}"] = None
+    return list(changed)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
 def check_state_dict(

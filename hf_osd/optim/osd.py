@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..declare import refuse_unknown
 from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
 from .arrival.clipping import CLIP_NORM2, take_norm
 from .arrival.stream import GradientStream
 from .groups import refuse_same_names, settle_group, warn_clipped
-from .loading import match_state
+from .loading import as_of_today, match_state
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
 from .statistics import summarize
@@ -26,8 +27,8 @@ class OSD(torch.optim.Optimizer):
 
     Groups with a `rank` keep their moments in a subspace of that rank for each weight, which learns by one step of
     online PCA at every step (Algorithm 1); the parameters of the other groups get the same weight rule at full size.
-    Every option up to `seed` may also be given per group. Nothing is read back to the host in a step, except at a
-    parameter's first one and where `subspace="svd"` computes an SVD.
+    Every option before `layerwise` may also be given per group. Nothing is read back to the host in a step, except at
+    a parameter's first one and where `subspace="svd"` computes an SVD.
 
     A gradient that is not finite never enters the state: that parameter's step is skipped, and counted in
     `statistics`. Weight decay is decoupled and acts in the full space.
@@ -36,75 +37,88 @@ class OSD(torch.optim.Optimizer):
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate of the weights.
         rank (`int`, *optional*):
-            r. Groups without it are updated at full size; parameters of groups with it must be matrices (m, n), or
-            stacks (E, m, n) of experts' matrices, of which each is projected by itself and left alone in steps in
-            which its gradient is zero. Clipped to min(m, n), with one warning.
+            Rank r of the subspaces. Groups without it are updated at full size; parameters of groups with it must be
+            matrices (m, n), or stacks (E, m, n) of experts' matrices, of which each is projected by itself and left
+            alone in steps in which its gradient is zero. Clipped to min(m, n), with one warning.
         weight_rule (`str`, *optional*, defaults to `"adamw"`):
-            One of `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd`.
-        projection_rule (`str`, *optional*): Likewise for P; defaults to `weight_rule` (Algorithm 1).
-        subspace (`str`, *optional*, defaults to `"online_pca"`):
-            How P moves: `online_pca` (the paper), `svd` (periodic, GaLore), `random`, `cosine`, `importance`, `power`,
-            `static`, or a [`SubspaceRule`] of your own.
-        alpha (`float`, *optional*, defaults to 5.0): P's learning rate is `alpha * lr`. The paper's default.
-        lambda_ (`float`, *optional*, defaults to 0.1): Weight of the orthogonality term in Eq. 6. The paper's default.
-        scale (`float`, *optional*, defaults to 1.0): Factor on the projected update. The paper's text has none.
+            Update rule of the weights: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd`.
+        alpha (`float`, *optional*, defaults to 5.0): P's learning rate over the weights' (the paper's default).
+        scale (`float`, *optional*, defaults to 1.0):
+            Factor on the projected update (GaLore's 0.25; the paper's text has none).
         weight_decay (`float`, *optional*, defaults to 0.0): Decoupled weight decay.
-        projection_lr (`float`, *optional*):
-            P's learning rate at the initial `lr`, instead of `alpha`; it follows `lr`'s schedule.
-        projection_schedule (`str`, *optional*): `lr`, the default, or `constant`: P's learning rate stays what it is.
-        projection_weight_decay (`float`, *optional*): P's decay; defaults to `weight_decay` (remark of Algorithm 1).
-        betas (`tuple[float, float]`, *optional*):
-            For AdamW and Lion, in both roles; defaults to (0.9, 0.999) and (0.9, 0.99).
-        eps (`float`, *optional*): For AdamW, in both roles; defaults to 1e-8.
-        momentum (`float`, *optional*): For SGD, in both roles; defaults to 0.9.
-        init (`str`, `Sequence[torch.Tensor]` or `Mapping[str, torch.Tensor]`, *optional*, defaults to `"auto"`):
-            P_0: `svd` or `randomized_svd` of the parameter's first gradient that is not zero, `orthonormal` (seeded),
-            or tensors: one for each parameter of the group, or by parameter name. `auto` is `svd` for small matrices
-            and `randomized_svd` for large ones ([`~subspace.choose_init`]).
+        projection_rule (`str`, *optional*):
+            Update rule of P: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd` (every pair of the paper's
+            Table 6). Defaults to the weights' own.
+        subspace (`str` or `SubspaceRule`, *optional*, defaults to `"online_pca"`):
+            How P moves: `online_pca`, `svd`, `random`, `cosine`, `importance`, `power`, `static`. Or a
+            [`SubspaceRule`] of your own.
+        init (`str` or `Sequence[Tensor]` or `Mapping[str, Tensor]`, *optional*, defaults to `"auto"`):
+            P's start: `svd` or `randomized_svd` of the first gradient, `auto`: one of them by size, `orthonormal`, or
+            a saved P. That is tensors here: one for each parameter of the group, or by parameter name. See
+            [`~subspace.choose_init`].
         side (`str`, *optional*, defaults to `"auto"`):
-            `left`, `right`, the shorter (if sharded: whole) dimension, or `two_sided` (paper 4.3: moments are r x r).
-        update_interval (`int`, *optional*):
-            Steps between new P with `svd`, `random`, `cosine` and `importance`; defaults to 200 (GaLore).
-        projection_interval (`int`, *optional*): Steps between moves of P with `online_pca` and `power`; defaults to 1.
-        distribution (`str`, *optional*): For `random`: `orthonormal`, the default, or `gaussian`.
-        mixing (`float`, *optional*): For `power`: share of the momentum; defaults to 0.9.
+            Projected dimension: `left`, `right`, `auto`: the shorter (if sharded: whole) one, or `two_sided` (P X Q of
+            the paper's section 4.3, whose moments are r x r).
+        projection_lr (`float`, *optional*):
+            P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule.
+        projection_weight_decay (`float`, *optional*):
+            P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.
         carry_moments (`bool`, *optional*, defaults to `False`):
-            Whether moments are turned into the new basis when P moves (LDAdam, arXiv 2410.16103). It helps where P is
-            drawn from gradients often: `power`, and `svd` at short intervals.
+            Turn moments into the new basis when P moves (LDAdam, arXiv 2410.16103). It helps where P is drawn from
+            gradients often: `power`, and `svd` at short intervals.
         residual (`str`, *optional*, defaults to `"none"`):
-            What becomes of the gradient outside the subspace: `none` (the paper), `scaled` (Fira, arXiv 2410.01673)
-            or `sign` (FRUGAL, arXiv 2411.07837). See [`~optim.step.residual`].
-        residual_scaling (`str`, *optional*): For `scaled`: by `column` (the default), or by `matrix`.
-        residual_limit (`float`, *optional*):
-            For `scaled`: largest growth of the residual's norm in a step, 0 for no limit; defaults to 1.01 (Fira).
+            The gradient outside the subspace: `none` drops it (the paper), `scaled` adds it in the scale of the inside
+            (Fira, arXiv 2410.01673), `sign` adds its sign (FRUGAL, arXiv 2411.07837). See [`~optim.step.residual`].
         residual_scale (`float`, *optional*, defaults to 1.0): Factor on the residual.
         projection_dtype (`str`, *optional*):
-            How P is kept, `float32` or `bfloat16`; defaults to float32 (float64 for float64 parameters). In bfloat16
-            steps of P below about 1/256 of an entry are lost.
-        moment_dtype (`str`, *optional*): How the weights' moments are kept, likewise; not for 8-bit rules.
+            How P is kept: `float32` or `bfloat16`. Defaults to `float32`. In bfloat16 steps of P below about 1/256 of
+            an entry are lost. Float64 parameters have float64 unless told.
+        moment_dtype (`str`, *optional*):
+            How the weights' moments are kept: `float32` or `bfloat16`; second moments, which could never fall in
+            bfloat16, in float32. Defaults to `float32`.
         stochastic_rounding (`bool`, *optional*, defaults to `False`):
-            Whether bfloat16 weights are rounded at random, so that steps too small for them add up, not vanish.
-        seed (`int`, *optional*, defaults to 0): Seed of all that is random, the same on all processes.
+            Round bfloat16 weights at random: steps too small for them add up instead of vanishing.
+        seed (`int`, *optional*, defaults to 0): Seed of random P and rounding, the same on all processes.
+        projection_interval (`int`, *optional*):
+            Steps between moves of P: a step in between costs two products with the gradient, not three. For
+            `online_pca` and `power`. Defaults to 1.
+        lambda_ (`float`, *optional*):
+            Weight of the orthogonality term of the PCA loss, Eq. 6 (the paper's default). For `online_pca`. Defaults
+            to 0.1.
+        update_interval (`int`, *optional*):
+            Steps between new P (GaLore's `update_proj_gap` and its default). For `svd`, `random`, `cosine` and
+            `importance`. Defaults to 200.
+        distribution (`str`, *optional*):
+            `orthonormal` columns, uniform over all subspaces (GoLore), or `gaussian` entries N(0, 1/s) (Flora). For
+            `random`. Defaults to `orthonormal`.
+        mixing (`float`, *optional*):
+            Share of the momentum in what P follows, rho (Adam's beta1; LDAdam's is 0.908). For `power`. Defaults to
+            0.9. 0 looks at the last gradient alone, and is the only choice with rules that keep no first moment.
+        betas (`tuple[float, float]`, *optional*):
+            Decay rates of the moments, in both roles. For `adamw`, `adamw8bit`, `lion` and `lion8bit`. Defaults to
+            (0.9, 0.999) with `adamw` and `adamw8bit`, (0.9, 0.99) with `lion` and `lion8bit`.
+        eps (`float`, *optional*):
+            Added to the root of the second moment, in both roles. For `adamw` and `adamw8bit`. Defaults to 1e-08.
+        momentum (`float`, *optional*):
+            Decay of SGD's momentum, in both roles; 0 keeps no state. For `sgd`. Defaults to 0.9.
         layerwise (`bool`, *optional*, defaults to `False`):
             Step each parameter as soon as the backward pass has completed its gradient, and free that. `step` then
             only ends the step; a `closure` is refused, and so is a `GradScaler`, whose scale nothing could undo.
         layerwise_clipping (`str`, *optional*):
-            How `max_grad_norm` clips where all gradients are never there at once: `parameter`, each parameter by its
-            own norm, or `previous_norm`, all by the norm of the step before (at the first step each by its own).
-            Defaults to `previous_norm`, which a log line then says.
-        max_grad_norm (`float`, *optional*):
-            Clip gradients, with `layerwise` or `ddp_compression`; elsewhere use `clip_grad_norm_`.
+            How `max_grad_norm` clips when layerwise: by `previous_norm`, the norm of the step before (at the first
+            step each parameter by its own), or by `parameter`, each by its own. Defaults to `previous_norm`.
+        max_grad_norm (`float`, *optional*): Norm that gradients are clipped to, with `layerwise` or `ddp_compression`.
         gradient_accumulation (`bool`, *optional*, defaults to `False`):
-            With `layerwise`, that several backward passes come before a `step`, which then steps. What is projected
-            adds up R, and P learns from each micro-batch; P_0 and SVDs are made from the first. What is not adds up
-            its gradient. Norms are estimated ([`~optim.arrival.exchange.norm_stand_in`]).
+            With `layerwise`: several backward passes come before a `step`, which then steps. What is projected adds up
+            R, and P learns from each micro-batch; P_0 and SVDs are made from the first. What is not adds up its
+            gradient. Norms are estimated ([`~optim.arrival.exchange.norm_stand_in`]).
         ddp_compression (`str`, *optional*):
-            `subspace`: average over data-parallel processes r (m + n) numbers of a projected gradient, not m n; those
-            that make a P whole. Norms are estimated likewise. All processes must use the same parameters; one that no
+            `subspace`: DDP averages r (m + n) numbers of a projected gradient, not m n. The gradients that make a P
+            are exchanged whole. Norms are estimated likewise. All processes must use the same parameters; one that no
             process has used is stepped with a gradient of zero, as if it had been. DDP must leave what is projected:
             [`create_osd_optimizer`], called before the model is wrapped, and Trainer tell it.
         partial_load (`bool`, *optional*, defaults to `False`):
-            Whether `load_state_dict` starts parameters anew that the saved state does not fit, instead of refusing.
+            Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
 
     Raises:
@@ -131,41 +145,40 @@ class OSD(torch.optim.Optimizer):
         params: Iterable,
         lr: float = 1e-3,
         *,
+        # options: written by `make options`
         rank: int | None = None,
         weight_rule: str = "adamw",
-        projection_rule: str | None = None,
-        subspace: str | SubspaceRule = "online_pca",
         alpha: float = 5.0,
-        lambda_: float = 0.1,
         scale: float = 1.0,
         weight_decay: float = 0.0,
-        projection_lr: float | None = None,
-        projection_schedule: str | None = None,
-        projection_weight_decay: float | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float | None = None,
-        momentum: float | None = None,
+        projection_rule: str | None = None,
+        subspace: str | SubspaceRule = "online_pca",
         init: str | Sequence[Tensor] | Mapping[str, Tensor] = "auto",
         side: str = "auto",
-        update_interval: int | None = None,
-        projection_interval: int | None = None,
-        distribution: str | None = None,
-        mixing: float | None = None,
+        projection_lr: float | None = None,
+        projection_weight_decay: float | None = None,
         carry_moments: bool = False,
         residual: str = "none",
-        residual_scaling: str | None = None,
-        residual_limit: float | None = None,
         residual_scale: float = 1.0,
         projection_dtype: str | None = None,
         moment_dtype: str | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        projection_interval: int | None = None,
+        lambda_: float | None = None,
+        update_interval: int | None = None,
+        distribution: str | None = None,
+        mixing: float | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        momentum: float | None = None,
         layerwise: bool = False,
         layerwise_clipping: str | None = None,
         max_grad_norm: float | None = None,
         gradient_accumulation: bool = False,
         ddp_compression: str | None = None,
         partial_load: bool = False,
+        # end of options
         maximize: bool = False,
     ):
         if maximize:
@@ -173,7 +186,7 @@ class OSD(torch.optim.Optimizer):
         given = locals()
         defaults = {name: given[name] for name in options.DEFAULTS} | {"lr": lr}
         self.mode = Mode(**{name: given[name] for name in MODE_DEFAULTS})
-        self.partial_load = partial_load
+        self.partial_load = self.mode.partial_load
         self._given_projections: dict[str, Tensor] = {}
         self._clipped: list[str] = []
         self._stream: GradientStream | None = None
@@ -241,7 +254,7 @@ class OSD(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with the optimizer's options where it has none of its own."""
         own = set(param_group) - {"params", "param_names", "lr", "initial_lr", "name"}
-        options.refuse_unknown(own, options.DEFAULTS, "a parameter group")
+        refuse_unknown(own, options.DEFAULTS, "a parameter group")
         # A copy, for what is settled here is this optimizer's: the same dictionary can make another one.
         shared = options.DEFAULTS | self.defaults
         super().add_param_group(shared | param_group)
@@ -365,7 +378,8 @@ class OSD(torch.optim.Optimizer):
         for name, default in (("mode", Mode()), ("_stream", None), ("_weights", None)):
             self.__dict__.setdefault(name, default)  # the first two were saved before there were modes
         for group in self.param_groups:
-            for name, default in options.DEFAULTS.items():
-                group.setdefault(name, default)  # saved before there was the option
+            today = as_of_today(group)  # may be another version's
+            group.clear()
+            group.update(today)
         if state.get("_stream") is not None:
             state["_stream"].restore(self._weights_now())

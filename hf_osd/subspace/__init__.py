@@ -12,8 +12,6 @@ from .random import Random
 from .static import Static
 from .svd import PeriodicSVD
 from .table import (
-    LEARNING_OPTIONS,
-    RULE_OPTIONS,
     SUBSPACES,
     build_subspace,
     is_rule,
@@ -26,9 +24,7 @@ from .two_sided import OPERATORS, SIDES, TwoSided, operator_of
 
 
 __all__ = [
-    "LEARNING_OPTIONS",
     "OPERATORS",
-    "RULE_OPTIONS",
     "SIDES",
     "SUBSPACES",
     "Cosine",

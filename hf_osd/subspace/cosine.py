@@ -13,31 +13,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .protocol import Start, SubspaceRule
+from .protocol import Renewed, Start
 
 
 COLUMNS_AT_ONCE = 512  # of X: bounds the temporaries of the transform
 
 
 @dataclass(frozen=True)
-class Cosine(SubspaceRule):
+class Cosine(Renewed):
     """The r best columns of the DCT-II basis are chosen anew at steps 0, k, 2k, ....
 
     Choosing costs m n log s by FFT. Its state are the r indices, 8 bytes each; a step makes P of them, s x r cosines.
-
-    Args:
-        update_interval (`int`, *optional*, defaults to 200):
-            k.
     """
 
     uses_init: ClassVar[bool] = False
     code: ClassVar[str | None] = "projection_columns"
-
-    update_interval: int = 200
-
-    def refresh_due(self, count: int) -> bool:
-        """At every `update_interval`-th step."""
-        return count % self.update_interval == 0
 
     def make(self, G: Tensor, start: Start, old: Tensor | None) -> Tensor:
         """The indices k of the columns, (r,) int64; those that stay keep their place, so that moments stay theirs."""

@@ -10,26 +10,16 @@ import torch
 from torch import Tensor
 
 from .initialization import singular_vectors
-from .protocol import Start, SubspaceRule
+from .protocol import Renewed, Start
 
 
 @dataclass(frozen=True)
-class Importance(SubspaceRule):
+class Importance(Renewed):
     """P is drawn from the singular vectors of the gradient at steps 0, k, 2k, ....
 
     An SVD each time, as with `svd`. The exact one draws among all min(m, n) singular vectors, the randomized one
     (`init="randomized_svd"`, and `"auto"` for large matrices) among the top 2 r. The state is P, s x r.
-
-    Args:
-        update_interval (`int`, *optional*, defaults to 200):
-            k.
     """
-
-    update_interval: int = 200
-
-    def refresh_due(self, count: int) -> bool:
-        """At every `update_interval`-th step."""
-        return count % self.update_interval == 0
 
     def make(self, G: Tensor, start: Start, old: Tensor | None) -> Tensor:
         """The vectors drawn, in order of their singular values."""

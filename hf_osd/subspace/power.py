@@ -14,36 +14,31 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .protocol import Movement, SubspaceRule
+from ..declare import number, option
+from .protocol import Moved, Movement
 
 
 @dataclass(frozen=True)
-class PowerIteration(SubspaceRule):
+class PowerIteration(Moved):
     """P follows the dominant subspace of momentum and gradient by one power step and a QR decomposition.
 
     A step costs one product with the gradient and the QR of an s x r matrix. The state is P, s x r.
-
-    Args:
-        mixing (`float`, *optional*, defaults to 0.9):
-            rho, the share of the momentum: Adam's beta1. LDAdam's is 0.908. 0 looks at the last gradient alone, and is
-            the only choice with rules that keep no first moment.
-        projection_interval (`int`, *optional*, defaults to 1):
-            P moves after the steps 0, k, 2k, ... only.
     """
 
     two_sided: ClassVar[bool] = False
 
-    mixing: float = 0.9
-    projection_interval: int = 1
+    mixing: float = option(
+        0.9,
+        "Share of the momentum in what P follows, rho (Adam's beta1; LDAdam's is 0.908).\n\n"
+        "0 looks at the last gradient alone, and is the only choice with rules that keep no first moment.",
+        check=number(0, below=1),
+        card="share of the momentum in what P follows",
+    )
 
     @property
     def mixes(self) -> float:
         """The share of the momentum."""
         return self.mixing
-
-    def moves_at(self, count: int) -> bool:
-        """At every `projection_interval`-th step."""
-        return count % self.projection_interval == 0
 
     def advance_(self, P: Tensor, move: Movement) -> None:
         """Orthonormal columns that span those of A."""

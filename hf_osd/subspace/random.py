@@ -11,26 +11,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..declare import one_of, option
 from .initialization import gaussian
-from .protocol import Start, SubspaceRule
+from .protocol import Renewed, Start
 
 
 DISTRIBUTIONS = ("orthonormal", "gaussian")
 
 
 @dataclass(frozen=True)
-class Random(SubspaceRule):
+class Random(Renewed):
     """P is drawn anew at steps 0, k, 2k, ..., without a look at the gradient.
 
     Its state is a seed of 8 bytes. P itself, s x r, is kept beside the state until the next one is drawn, so that a
     step costs nothing, and is drawn again from the seed after a resume: on the CPU, the same on every device.
-
-    Args:
-        distribution (`str`, *optional*, defaults to `"orthonormal"`):
-            `orthonormal` columns, uniform over all subspaces (GoLore), or `gaussian` entries N(0, 1/s), whose columns
-            have length 1 in the mean square, and which need no QR (Flora).
-        update_interval (`int`, *optional*, defaults to 200):
-            k.
     """
 
     reads_gradient: ClassVar[bool] = False
@@ -38,12 +32,12 @@ class Random(SubspaceRule):
     code: ClassVar[str | None] = "projection_seed"
     keeps_expanded: ClassVar[bool] = True
 
-    distribution: str = "orthonormal"
-    update_interval: int = 200
-
-    def refresh_due(self, count: int) -> bool:
-        """At every `update_interval`-th step."""
-        return count % self.update_interval == 0
+    distribution: str = option(
+        "orthonormal",
+        "`orthonormal` columns, uniform over all subspaces (GoLore), or `gaussian` entries N(0, 1/s) (Flora).",
+        check=one_of(DISTRIBUTIONS),
+        card="distribution of P",
+    )
 
     def make(self, G: Tensor, start: Start, old: Tensor | None) -> Tensor:
         """The seed of the next P, int64, 0-dim."""

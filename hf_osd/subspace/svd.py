@@ -2,23 +2,13 @@
 
 from dataclasses import dataclass
 
-from .protocol import SubspaceRule
+from .protocol import Renewed
 
 
 @dataclass(frozen=True)
-class PeriodicSVD(SubspaceRule):
+class PeriodicSVD(Renewed):
     """P is computed anew from the gradient at steps 0, k, 2k, ... (GaLore, Algorithm 2).
 
     An exact SVD costs about 4 m n min(m, n) multiplications and more, the randomized one (`init="randomized_svd"`,
     and `"auto"` for large matrices) some 6 products with the gradient. The state is P, s x r.
-
-    Args:
-        update_interval (`int`, *optional*, defaults to 200):
-            k, GaLore's `update_proj_gap`.
     """
-
-    update_interval: int = 200
-
-    def refresh_due(self, count: int) -> bool:
-        """At every `update_interval`-th step."""
-        return count % self.update_interval == 0

@@ -1,10 +1,10 @@
 """The subspace rules by name, and those that users bring."""
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from functools import lru_cache
+from dataclasses import is_dataclass
 from typing import Any
 
+from ..declare import build, options_of
 from .cosine import Cosine
 from .importance import Importance
 from .online_pca import OnlinePCA
@@ -25,15 +25,9 @@ SUBSPACES: dict[str, type[SubspaceRule]] = {
     "static": Static,
 }
 
-# Options of the optimizer that only a rule that learns P uses.
-LEARNING_OPTIONS = frozenset(
-    {"alpha", "projection_lr", "projection_schedule", "projection_rule", "projection_weight_decay"}
-)
-RULE_OPTIONS = frozenset({"lambda_", "update_interval", "projection_interval", "distribution", "mixing"})
-
 # Rules that users have passed as objects: groups of parameters name them, for they hold primitives only. The latest of
 # a name counts, as of a class that is defined again in a notebook.
-_USER_RULES: dict[str, SubspaceRule] = {}
+USER_RULES: dict[str, SubspaceRule] = {}
 
 # What is useless alone: a rule that overrides one of these must override the others.
 _TOGETHER = (("moves_at", "advance_"), ("code_spec", "expand"))
@@ -48,7 +42,7 @@ def name_rule(rule: SubspaceRule) -> str:
         )
     _refuse_incomplete(rule)
     name = repr(rule)
-    _USER_RULES[name] = rule
+    USER_RULES[name] = rule
     return name
 
 
@@ -86,12 +80,12 @@ def user_rule(name: str) -> SubspaceRule | None:
     """
     if name in SUBSPACES:
         return None
-    if name not in _USER_RULES:
+    if name not in USER_RULES:
         raise ValueError(
             f"The subspace rule {name} is not known: it is neither one of {', '.join(SUBSPACES)}, nor has it been "
             "given as an object in this process. Construct the optimizer with subspace= that object."
         )
-    return _USER_RULES[name]
+    return USER_RULES[name]
 
 
 def rule_class(name: str) -> type[SubspaceRule]:
@@ -102,25 +96,14 @@ def rule_class(name: str) -> type[SubspaceRule]:
 
 def is_rule(name: Any) -> bool:
     """Whether there is a rule of this name."""
-    return isinstance(name, str) and (name in SUBSPACES or name in _USER_RULES)
+    return isinstance(name, str) and (name in SUBSPACES or name in USER_RULES)
 
 
 def subspace_options(name: str) -> frozenset[str]:
-    """Which of the optimizer's options the rule uses, of those that depend on it. A user's has its own settings."""
-    rule = rule_class(name)
-    own = {field.name for field in fields(rule)} if name in SUBSPACES else set()  # type: ignore[arg-type]
-    return frozenset(own) | (LEARNING_OPTIONS if rule.learns else frozenset())
+    """Which of the optimizer's options the rule declares. A user's has its own settings."""
+    return frozenset(options_of(SUBSPACES[name])) if name in SUBSPACES else frozenset()
 
 
 def build_subspace(name: str, given: Mapping[str, Any]) -> SubspaceRule:
     """The rule of this name with the optimizer's options; one that is `None` takes the rule's default."""
-    rule = user_rule(name)
-    if rule is not None:
-        return rule
-    own = subspace_options(name) & RULE_OPTIONS
-    return _build(name, tuple((key, given[key]) for key in sorted(own) if given[key] is not None))
-
-
-@lru_cache(maxsize=256)
-def _build(name: str, settings: tuple[tuple[str, Any], ...]) -> SubspaceRule:
-    return SUBSPACES[name](**dict(settings))
+    return user_rule(name) or build(SUBSPACES[name], given)

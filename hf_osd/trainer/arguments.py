@@ -1,13 +1,12 @@
 """Typed fields and command-line flags for the optimizer's options."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
-from .optim_args import check_arguments
 from .rso import check_rso_arguments
+from .settings import check_arguments
 
 
 @dataclass
@@ -15,10 +14,11 @@ class OSDTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the options of [`OSD`] as fields; use them with an `osd_` name as `optim`.
 
     `rso_*` are options of `optim="rso_adamw"` and `"rso_adamw8bit"` (see [`~rso.create_rso_model`]), which also take
-    `osd_rank`, `osd_scale`, `osd_seed`, `osd_target_modules` and `osd_exclude_modules`.
+    `osd_rank`, `osd_scale`, `osd_seed` and `osd_exclude_modules`.
 
     A field left at `None` takes the optimizer's default, or the preset's. `learning_rate`, `weight_decay`,
-    `adam_beta1`, `adam_beta2` and `adam_epsilon` keep their meaning.
+    `adam_beta1`, `adam_beta2` and `adam_epsilon` keep their meaning, and `optim_target_modules` says what is projected
+    (see [`~optim.selection.targets.select`]).
 
     Raises:
         ValueError: At construction, for values that are wrong, given twice, or would have no effect.
@@ -28,7 +28,7 @@ class OSDTrainingArguments(TrainingArguments):
     >>> from hf_osd import OSDTrainingArguments
 
     >>> args = OSDTrainingArguments(
-    ...     output_dir="out", optim="osd_adamw", osd_rank=128, osd_target_modules=["q_proj", "v_proj"]
+    ...     output_dir="out", optim="osd_adamw", osd_rank=128, optim_target_modules=["q_proj", "v_proj"]
     ... )
 
     ```
@@ -43,138 +43,177 @@ class OSDTrainingArguments(TrainingArguments):
     ```
     """
 
-    osd_rank: int | None = field(default=None, metadata={"help": "Rank of the projections. Defaults to 128."})
-    osd_rank_pattern: str | None = field(
-        default=None,
-        metadata={
-            "help": "Other ranks for some modules, by regular expressions for the end of their names: "
-            "q_proj:64;v_proj:32."
-        },
-    )
+    # options: written by `make options`
+    osd_rank: int | None = field(default=None, metadata={"help": "Rank r of the subspaces. Defaults to 128."})
     osd_alpha: float | None = field(
-        default=None, metadata={"help": "P's learning rate is this times the learning rate. Defaults to 5."}
-    )
-    osd_lambda: float | None = field(
-        default=None, metadata={"help": "Weight of the orthogonality term of the PCA loss. Defaults to 0.1."}
-    )
-    osd_scale: float | None = field(default=None, metadata={"help": "Factor on the projected update. Defaults to 1."})
-    osd_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Layers to project: names, one regular expression, or all-linear (the default): every linear "
-            "layer inside the model's blocks.",
-            "nargs": "+",
+            "help": "P's learning rate over the weights' (the paper's default). Defaults to 5.",
         },
     )
-    osd_exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers to leave out again: names or one regular expression.", "nargs": "+"}
+    osd_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor on the projected update (GaLore's 0.25; the paper's text has none). Defaults to 1.",
+        },
     )
     osd_projection_optim: str | None = field(
         default=None,
         metadata={
-            "help": "Update rule of P: adamw, adamw8bit, lion, lion8bit, adafactor or sgd. Defaults to the weights'."
+            "help": "Update rule of P: adamw, adamw8bit, lion, lion8bit, adafactor, sgd (every pair of the paper's "
+            "Table 6). Defaults to the weights' own.",
         },
     )
     osd_subspace: str | None = field(
         default=None,
         metadata={
-            "help": "How P moves: online_pca (the default), svd (periodic, as GaLore), random, cosine, importance, "
-            "power or static."
+            "help": "How P moves: online_pca, svd, random, cosine, importance, power, static. Defaults to online_pca.",
         },
     )
     osd_init: str | None = field(
         default=None,
         metadata={
-            "help": "First P: auto (the default), svd, randomized_svd, orthonormal, or a folder or "
-            "repository on the Hub with the P of another run."
+            "help": "P's start: svd or randomized_svd of the first gradient, auto: one of them by size, orthonormal, "
+            "or a saved P. Defaults to auto.",
         },
     )
-    osd_side: str | None = field(default=None, metadata={"help": "auto (the default), left, right or two_sided."})
-    osd_projection_lr: float | None = field(
-        default=None, metadata={"help": "P's learning rate at the initial learning rate, instead of osd_alpha."}
-    )
-    osd_projection_schedule: str | None = field(
+    osd_side: str | None = field(
         default=None,
-        metadata={"help": "lr (the default): P's learning rate follows the schedule; constant: it does not."},
+        metadata={
+            "help": "Projected dimension: left, right, auto: the shorter (if sharded: whole) one, or two_sided (P X Q "
+            "of the paper's section 4.3, whose moments are r x r). Defaults to auto.",
+        },
+    )
+    osd_projection_lr: float | None = field(
+        default=None,
+        metadata={
+            "help": "P's learning rate at the initial learning rate, instead of alpha; it follows the schedule.",
+        },
     )
     osd_projection_weight_decay: float | None = field(
-        default=None, metadata={"help": "Weight decay of P. Defaults to weight_decay."}
-    )
-    osd_projection_dtype: str | None = field(
-        default=None, metadata={"help": "How P is kept: float32 (the default) or bfloat16."}
-    )
-    osd_moment_dtype: str | None = field(
-        default=None, metadata={"help": "How moments are kept: float32 (the default) or bfloat16."}
-    )
-    osd_update_interval: int | None = field(
         default=None,
-        metadata={"help": "Steps between new P with osd_subspace svd, random, cosine or importance. Defaults to 200."},
-    )
-    osd_projection_interval: int | None = field(
-        default=None,
-        metadata={"help": "Steps between moves of P with osd_subspace online_pca or power. Defaults to 1."},
-    )
-    osd_distribution: str | None = field(
-        default=None, metadata={"help": "With osd_subspace=random: orthonormal (the default) or gaussian."}
-    )
-    osd_mixing: float | None = field(
-        default=None, metadata={"help": "With osd_subspace=power: share of the momentum. Defaults to 0.9."}
+        metadata={
+            "help": "P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.",
+        },
     )
     osd_carry_moments: bool | None = field(
-        default=None, metadata={"help": "Turn moments into the new basis when P moves."}
+        default=None,
+        metadata={
+            "help": "Turn moments into the new basis when P moves (LDAdam, arXiv 2410.16103).",
+        },
     )
     osd_residual: str | None = field(
         default=None,
         metadata={
-            "help": "The gradient outside the subspace: none (the default) drops it, scaled adds it in the scale of "
-            "the inside, sign adds its sign."
+            "help": "The gradient outside the subspace: none drops it (the paper), scaled adds it in the scale of the "
+            "inside (Fira, arXiv 2410.01673), sign adds its sign (FRUGAL, arXiv 2411.07837). Defaults to "
+            "none.",
         },
     )
-    osd_residual_scaling: str | None = field(
-        default=None, metadata={"help": "With osd_residual=scaled: by column (the default) or matrix."}
-    )
-    osd_residual_limit: float | None = field(
-        default=None,
-        metadata={"help": "With osd_residual=scaled: largest growth of its norm a step; 0: none. Defaults to 1.01."},
-    )
     osd_residual_scale: float | None = field(default=None, metadata={"help": "Factor on the residual. Defaults to 1."})
-    osd_momentum: float | None = field(default=None, metadata={"help": "Momentum of SGD. Defaults to 0.9."})
+    osd_projection_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "How P is kept: float32 or bfloat16. Defaults to float32.",
+        },
+    )
+    osd_moment_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the weights' moments are kept: float32 or bfloat16; second moments, which could never fall "
+            "in bfloat16, in float32. Defaults to float32.",
+        },
+    )
     osd_stochastic_rounding: bool | None = field(
         default=None,
         metadata={
-            "help": "Round updates of bfloat16 weights at random, so that tiny steps add up instead of vanishing."
+            "help": "Round bfloat16 weights at random: steps too small for them add up instead of vanishing.",
         },
     )
     osd_seed: int | None = field(
-        default=None, metadata={"help": "Seed of random projections and rounding. Defaults to seed."}
-    )
-    osd_preset: str | None = field(
-        default=None, metadata={"help": "reference: the settings of the paper's published code."}
-    )
-
-    osd_partial_load: bool | None = field(
-        default=None,
-        metadata={"help": "Start parameters anew that a resumed checkpoint does not fit, instead of refusing it."},
-    )
-
-    osd_layerwise: bool | None = field(
         default=None,
         metadata={
-            "help": "Step each parameter during the backward pass and free its gradient, as osd_*_layerwise do."
+            "help": "Seed of random P and rounding, the same on all processes. Defaults to the run's.",
+        },
+    )
+    osd_projection_interval: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between moves of P: a step in between costs two products with the gradient, not three. For "
+            "online_pca and power. Defaults to 1.",
+        },
+    )
+    osd_lambda: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the orthogonality term of the PCA loss, Eq. 6 (the paper's default). For online_pca. "
+            "Defaults to 0.1.",
+        },
+    )
+    osd_update_interval: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between new P (GaLore's update_proj_gap and its default). For svd, random, cosine and "
+            "importance. Defaults to 200.",
+        },
+    )
+    osd_distribution: str | None = field(
+        default=None,
+        metadata={
+            "help": "orthonormal columns, uniform over all subspaces (GoLore), or gaussian entries N(0, 1/s) (Flora). "
+            "For random. Defaults to orthonormal.",
+        },
+    )
+    osd_mixing: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the momentum in what P follows, rho (Adam's beta1; LDAdam's is 0.908). For power. "
+            "Defaults to 0.9.",
+        },
+    )
+    osd_momentum: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of SGD's momentum, in both roles; 0 keeps no state. For sgd. Defaults to 0.9.",
         },
     )
     osd_layerwise_clipping: str | None = field(
         default=None,
         metadata={
-            "help": "How max_grad_norm clips when layerwise: previous_norm (the default), by the norm of the step "
-            "before, or parameter, each parameter by its own."
+            "help": "How max_grad_norm clips when layerwise: by previous_norm, the norm of the step before (at the "
+            "first step each parameter by its own), or by parameter, each by its own. Defaults to "
+            "previous_norm.",
         },
     )
     osd_ddp_compression: str | None = field(
         default=None,
         metadata={
-            "help": "subspace: average r (m + n) numbers of a projected gradient over DDP's processes, not m n."
+            "help": "subspace: DDP averages r (m + n) numbers of a projected gradient, not m n.",
         },
+    )
+    osd_partial_load: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.",
+        },
+    )
+    osd_rank_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "Other ranks for some modules, as peft's, by regular expressions for the end of their names, of "
+            "which the first that matches counts: q_proj:64;layers.0.mlp.*:32.",
+        },
+    )
+    osd_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "reference: the settings of the paper's published code, which differ from its text.",
+        },
+    )
+    # end of options
+
+    osd_exclude_modules: None | str | list[str] = field(
+        default=None, metadata={"help": "What optim_target_modules names and is not projected, in the same form."}
     )
 
     rso_interval: int | None = field(
@@ -202,14 +241,5 @@ class OSDTrainingArguments(TrainingArguments):
     def __post_init__(self):
         """Check everything that can be checked without a model."""
         super().__post_init__()
-        for name in ("osd_target_modules", "osd_exclude_modules"):
-            setattr(self, name, _unwrap(getattr(self, name)))
         check_arguments(self)
         check_rso_arguments(self)
-
-
-def _unwrap(modules: list[str] | str | None) -> list[str] | str | None:
-    """A list of one entry that cannot be a module's name is a regular expression: command lines give lists only."""
-    if isinstance(modules, list) and len(modules) == 1 and not re.fullmatch(r"[\w.]+", modules[0]):
-        return modules[0]
-    return modules

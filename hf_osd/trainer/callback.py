@@ -16,10 +16,9 @@ from ..optim.arrival.stream import release
 from ..optim.statistics import summarize_each
 from ..optim.step.full_weight import FullWeight
 from .checkpoints import written_checkpoint
-from .gradient_norm import refuse_ignored_by_mode
-from .optim_args import check_arguments
 from .push import refresh_card
 from .rso import check_rso_arguments
+from .settings import check_arguments, refuse_ignored_by_mode
 from .statistics_file import StatisticsFile
 from .summary import summary
 

@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from ..optim import OSD
 
@@ -31,21 +31,3 @@ def register_clipping() -> None:
 
     clip_grad_norm.leaves_clipping = True  # type: ignore[attr-defined]
     Trainer._clip_grad_norm = clip_grad_norm  # type: ignore[method-assign]
-
-
-def refuse_ignored_by_mode(optimizer: OSD, args: TrainingArguments) -> None:
-    """Raise `ValueError` for arguments that an optimizer of the user's own, which takes gradients, would not hear of.
-
-    One that Trainer builds has been told.
-    """
-    mode = optimizer.mode
-    if mode.takes_gradients and (args.max_grad_norm or None) != mode.max_grad_norm:
-        raise ValueError(
-            f"Trainer would clip by max_grad_norm={args.max_grad_norm}, but this optimizer takes the gradients before "
-            f"it, and clips by max_grad_norm={mode.max_grad_norm}. Give both the same (TrainingArguments: 0 for none)."
-        )
-    if mode.layerwise and args.gradient_accumulation_steps > 1 and not mode.gradient_accumulation:
-        raise ValueError(
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} needs an optimizer with "
-            "`gradient_accumulation=True`: this one steps with the first of them."
-        )

@@ -19,7 +19,7 @@ from ..hub.card.model_card import CARD_NAME, CardFacts, read_card, update_card, 
 from ..hub.card.section import is_generated, split_text
 from ..optim import OSD
 from ..subspace.initialization import INITS
-from .optim_args import parse_optim_args, uses_osd
+from .settings import parse_optim_args, uses_osd
 
 
 logger = logging.getLogger("hf_osd")

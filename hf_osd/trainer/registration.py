@@ -10,11 +10,11 @@ from ..optim import OPTIM_NAMES, OSD
 from ..rso import RSOCallback
 from .callback import OSDCallback
 from .checkpoints import register_last_complete_checkpoint, register_written_checkpoint
-from .construction import constructor_arguments
 from .gradient_norm import register_clipping
 from .partial_load import register_partial_load
 from .push import register_push
 from .rso import RSO_NAMES, build_rso_optimizer_kwargs
+from .settings import constructor_arguments
 
 
 def register() -> None:

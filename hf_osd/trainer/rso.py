@@ -12,12 +12,11 @@ from ..optim import DEFAULT_RANK
 from ..rso.model import create_rso_model, rso_param_groups
 from ..rso.options import DEFAULT_INTERVAL, RSOOptions, check_scale
 from ..update_rules import require_bitsandbytes
-from .engines import engine_of
-from .optim_args import (
+from .settings import (
+    KINDS,
     RSO_NAMES,
-    SETTINGS,
     WITHOUT_OPTIM_ARGS,
-    Setting,
+    engine_of,
     keys_of,
     optim_name,
     parse_optim_args,
@@ -26,14 +25,8 @@ from .optim_args import (
 
 
 # Keys of `optim_args`, and where they are given in `OSDTrainingArguments`.
-RSO_SETTINGS: dict[str, Setting] = {
-    "rank": SETTINGS["rank"],
-    "scale": SETTINGS["scale"],
-    "seed": SETTINGS["seed"],
-    "interval": Setting("interval", int),
-    "eta": Setting("eta", float),
-    "sampling": Setting("sampling", str),
-}
+RSO_KINDS: dict[str, type] = {key: KINDS[key] for key in ("rank", "scale", "seed")}
+RSO_KINDS |= {"interval": int, "eta": float, "sampling": str}
 FIELDS = {"rank": "osd_rank", "scale": "osd_scale", "seed": "osd_seed"}
 FIELDS |= {key: f"rso_{key}" for key in ("interval", "eta", "sampling")}
 
@@ -58,14 +51,14 @@ def read_rso_settings(args: TrainingArguments) -> RSOSettings:
     Raises:
         ValueError: For unknown keys, wrong types and ranges, options given twice, and options without effect.
     """
-    given = parse_optim_args(args.optim_args, RSO_SETTINGS)
+    given = parse_optim_args(args.optim_args, RSO_KINDS)
     for key, field in FIELDS.items():
         value = getattr(args, field, None)
         if value is not None and key in given:
             raise ValueError(f"{key!r} is given twice: in `optim_args` and as `{field}`.")
         if value is not None:
             given[key] = value
-    allowed = {*FIELDS.values(), "osd_target_modules", "osd_exclude_modules"}
+    allowed = {*FIELDS.values(), "osd_exclude_modules"}
     stray = sorted(name for name in _own_fields(args) if name not in allowed)
     if stray:
         raise ValueError(f"{', '.join(stray)} have no effect with optim={optim_name(args)!r}: leave them out.")
@@ -91,7 +84,7 @@ def check_rso_arguments(args: TrainingArguments) -> None:
         raise ValueError(
             f"{', '.join(stray)} need optim={' or '.join(map(repr, RSO_NAMES))}, but optim is {optim_name(args)!r}."
         )
-    if optim_name(args) in WITHOUT_OPTIM_ARGS and keys_of(args.optim_args) & RSO_SETTINGS.keys():
+    if optim_name(args) in WITHOUT_OPTIM_ARGS and keys_of(args.optim_args) & RSO_KINDS.keys():
         raise ValueError(
             f"optim={optim_name(args)!r} ignores optim_args={args.optim_args!r}. For RSO choose one of "
             f"{', '.join(RSO_NAMES)}; else leave `optim_args` out."

@@ -4,8 +4,7 @@ import torch
 from transformers import Trainer
 
 from ..optim import OPTIM_NAMES, OSD
-from .construction import constructor_arguments
-from .optim_args import optim_name, uses_osd
+from .settings import constructor_arguments, optim_name, uses_osd
 
 
 class OSDTrainer(Trainer):

@@ -7,22 +7,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..declare import betas, number, option
 from .protocol import Moment, RuleStep
+
+
+BETAS = "Decay rates of the moments, in both roles."
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """Adam with bias correction.
-
-    Args:
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Decay of the two moments, torch's.
-        eps (`float`, *optional*, defaults to 1e-8): Added to the root of the second moment, torch's default.
-    """
+    """Adam with bias correction. The defaults are torch's."""
 
     elementwise: ClassVar[bool] = True
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[float, float] = option((0.9, 0.999), BETAS, check=betas(), argument="adam_beta1 and adam_beta2")
+    eps: float = option(
+        1e-8, "Added to the root of the second moment, in both roles.", check=number(0), argument="adam_epsilon"
+    )
 
     def moments(self, shape: tuple[int, ...]) -> tuple[Moment, ...]:
         """`exp_avg` and `exp_avg_sq`, both in the shape of the gradient."""

@@ -7,21 +7,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..declare import betas, option
+from .adamw import BETAS
 from .protocol import Moment, RuleStep
 
 
 @dataclass(frozen=True)
 class Lion:
-    """The sign of an interpolated momentum.
-
-    Args:
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.99)`):
-            Interpolation of the direction and decay of the momentum, the paper's.
-    """
+    """The sign of an interpolated momentum. The betas, of that interpolation and of its decay, are the paper's."""
 
     elementwise: ClassVar[bool] = True
 
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = option((0.9, 0.99), BETAS, check=betas(), argument="adam_beta1 and adam_beta2")
 
     def moments(self, shape: tuple[int, ...]) -> tuple[Moment, ...]:
         """`exp_avg`, in the shape of the gradient."""

@@ -6,20 +6,19 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..declare import number, option
 from .protocol import Moment, RuleStep
 
 
 @dataclass(frozen=True)
 class SGD:
-    """Heavy-ball momentum.
-
-    Args:
-        momentum (`float`, *optional*, defaults to 0.9): Decay of the momentum; 0 keeps no state.
-    """
+    """Heavy-ball momentum."""
 
     elementwise: ClassVar[bool] = True
 
-    momentum: float = 0.9
+    momentum: float = option(
+        0.9, "Decay of SGD's momentum, in both roles; 0 keeps no state.", check=number(0, below=1)
+    )
 
     def moments(self, shape: tuple[int, ...]) -> tuple[Moment, ...]:
         """`momentum_buffer`, in the shape of the gradient; nothing without momentum."""

@@ -1,11 +1,12 @@
 """The update rules by name: an algorithm and a storage."""
 
-from dataclasses import fields
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ..declare import build, options_of
 from .adafactor import Adafactor
 from .adamw import AdamW
 from .lion import Lion
@@ -31,9 +32,9 @@ RULES: dict[str, RuleEntry] = {
 }
 
 
-def rule_options(name: str) -> set[str]:
-    """Which of the optimizer's options (`betas`, `eps`, `momentum`) the rule uses."""
-    return {field.name for field in fields(RULES[name].rule)} & {"betas", "eps", "momentum"}
+def rule_options(name: str) -> frozenset[str]:
+    """Which of the optimizer's options the rule declares."""
+    return frozenset(options_of(RULES[name].rule))
 
 
 def has_carry(name: str) -> bool:
@@ -41,13 +42,9 @@ def has_carry(name: str) -> bool:
     return hasattr(RULES[name].rule, "carry")
 
 
-@lru_cache(maxsize=256)
-def build_rule(
-    name: str, betas: tuple[float, float] | None = None, eps: float | None = None, momentum: float | None = None
-) -> UpdateRule:
-    """The rule of this name; an option that is `None` takes the rule's default, one that it does not use is left."""
-    given = {"betas": betas, "eps": eps, "momentum": momentum}
-    return RULES[name].rule(**{key: given[key] for key in rule_options(name) if given[key] is not None})
+def build_rule(name: str, given: Mapping[str, Any] | None = None) -> UpdateRule:
+    """The rule of this name with the optimizer's options; one that is `None` takes the rule's default."""
+    return build(RULES[name].rule, given or {})
 
 
 @lru_cache(maxsize=32)

@@ -77,4 +77,4 @@ def test_other_options_are_one_word_each(suggested):
 def test_a_regular_expression_that_matches_nothing(capsys, tmp_path):
     LlamaConfig(**SMALL).save_pretrained(tmp_path)
     said = refused(capsys, str(tmp_path), "--rank", "8", "--target_modules", "(q|v)_proj")
-    assert "a string is a regular expression for the whole name of a module; names go into a list" in said
+    assert "this string is a regular expression for the whole name of a module" in said

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from hf_osd import OSD, create_osd_optimizer
+from hf_osd.optim.options.mode import LAYERWISE_SUFFIX
 
 
 STEPS, BATCH = 20, 8
@@ -52,14 +53,17 @@ def share() -> slice:
     return slice(dist.get_rank() * part, (dist.get_rank() + 1) * part)
 
 
-def own_model(inner: int = 40, **options: Any) -> tuple[Net, OSD, nn.Module]:
+def own_model(
+    inner: int = 40, optim: str = "osd_adamw", layerwise: bool = False, **options: Any
+) -> tuple[Net, OSD, nn.Module]:
     """A model, its optimizer, and the model in DDP where there are several processes."""
     net = Net(inner)
     if dist.is_initialized() and dist.get_rank() > 0:
         with torch.no_grad():  # the first process's weights count
             for p in net.parameters():
                 p.add_(0.1)
-    optimizer = create_osd_optimizer(net, **({"lr": 1e-2, "rank": 6, "weight_decay": 0.1} | options))
+    optim += LAYERWISE_SUFFIX * layerwise
+    optimizer = create_osd_optimizer(net, optim, **({"lr": 1e-2, "rank": 6, "weight_decay": 0.1} | options))
     return net, optimizer, nn.parallel.DistributedDataParallel(net) if dist.is_initialized() else net
 
 
@@ -226,7 +230,7 @@ OWN_LOOPS: dict[str, dict[str, Any]] = {
     "plain_scaled": {"residual": "scaled"},
     "plain_sign": {"residual": "sign", "residual_scale": 0.1, "subspace": "random", "update_interval": 5},
     "plain_two_sided": {"side": "two_sided", "residual": "scaled"},
-    "plain_power": {"subspace": "power", "residual": "scaled", "residual_scaling": "matrix"},
+    "plain_power": {"subspace": "power", "residual": "scaled"},
     "plain_cosine": {"subspace": "cosine", "update_interval": 5, "carry_moments": True},
     "plain_importance": {"subspace": "importance", "update_interval": 5},
     "random": {"subspace": "random", "update_interval": 5, **COMPRESSED},

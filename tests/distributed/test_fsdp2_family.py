@@ -28,10 +28,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "power": {"subspace": "power"},
     "power_without_momentum": {"subspace": "power", "mixing": 0.0, "weight_rule": "sgd", "lr": 0.1},
     "static": {"subspace": "static"},
-    "projection_interval": {"projection_interval": 2, "projection_schedule": "constant"},
+    "projection_interval": {"projection_interval": 2},
     "scaled_column": SCALED,
-    "scaled_matrix": {**SCALED, "residual_scaling": "matrix"},
-    "scaled_without_limit": {**SCALED, "residual_limit": 0.0, "residual_scale": 0.5, "subspace": "svd", **INTERVAL},
+    "scaled_svd": {**SCALED, "residual_scale": 0.5, "subspace": "svd", **INTERVAL},
     "scaled_adafactor": {**SCALED, "weight_rule": "adafactor"},
     "sign": {"residual": "sign", "residual_scale": 0.1},
     "carried_adamw": {"carry_moments": True, "alpha": 0.5},
@@ -91,7 +90,6 @@ def collectives(rank: int, world: int, folder: Path):
         "random": 0,  # drawn by each process
         "power": 1,
         "scaled_column": 2,  # A, ||S||²
-        "scaled_matrix": 4,  # A, norms, K, ||G||²
         "sign": 1,
         "carried_adamw": 1,
     }

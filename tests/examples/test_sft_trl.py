@@ -158,7 +158,7 @@ def test_packed_conversations_do_not_see_each_other(folder, tmp_path):
 
 
 def test_the_optimizer_and_the_arguments_are_what_was_asked_for(folder, tmp_path):
-    options = ("--osd_target_modules", "q_proj", "--learning_rate", "1e-3", "--model_init_kwargs")
+    options = ("--optim_target_modules", "q_proj", "--learning_rate", "1e-3", "--model_init_kwargs")
     trainer = trainer_of(command(folder, tmp_path, *options, '{"attn_implementation": "eager"}'))
     assert trainer.model.config._attn_implementation == "eager"
     assert trainer.args.gradient_checkpointing and trainer.args.lr_scheduler_type == "cosine"

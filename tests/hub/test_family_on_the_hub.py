@@ -163,10 +163,10 @@ def test_show_tells_of_both_sides_and_codes(capsys, tmp_path):
 
 def test_options_are_in_the_config_where_they_differ(tmp_path):
     assert not {"residual", "mixing", "moment_dtype"} & set(ProjectionState.from_optimizer(stepped()[1]).config)
-    given = {"residual": "scaled", "residual_limit": 0.0, "residual_scale": 0.5, "moment_dtype": "bfloat16"}
+    given = {"residual": "scaled", "residual_scale": 0.5, "moment_dtype": "bfloat16"}
     given |= {"subspace": "power", "mixing": 0.5, "projection_interval": 2, "carry_moments": True}
     config = ProjectionState.from_optimizer(stepped(**given)[1]).config
-    assert given.items() <= config.items() and "residual_scaling" not in config
+    assert given.items() <= config.items() and "stochastic_rounding" not in config
     with pytest.raises(ValueError, match="'carry_moments' in .* must be of type bool"):
         ProjectionState(ProjectionState.from_optimizer(stepped()[1]), {"carry_moments": 1})
     assert ProjectionState.from_optimizer(stepped(**RULES["own"])[1]).config["subspace"] == "Flipped(sign=-1.0)"
@@ -181,6 +181,16 @@ def test_options_are_in_the_config_where_they_differ(tmp_path):
     assert config["residual"] is None  # groups differ
 
 
+def test_a_config_with_options_that_are_gone_is_read(tmp_path, capsys):
+    ProjectionState.from_optimizer(stepped(residual="scaled")[1]).save_pretrained(tmp_path)
+    path = tmp_path / "osd_config.json"
+    former = {"residual_scaling": "matrix", "residual_limit": 0.0, "projection_schedule": "constant", "betas": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | former))
+    assert former.items() <= ProjectionState.from_pretrained(tmp_path).config.items()
+    main(["show", str(tmp_path)])
+    assert "residual scaled" in capsys.readouterr().out
+
+
 CARDS = [
     ({"subspace": "random", "distribution": "gaussian"}, {"distribution of P": "`gaussian`"}, "draws at random"),
     ({"subspace": "cosine"}, {"subspace": "`cosine`, every 200 steps"}, "among those of cosines"),
@@ -190,8 +200,8 @@ CARDS = [
         "by power iteration",
     ),
     (
-        {"side": "two_sided", "residual": "scaled", "residual_limit": 0.0, "projection_schedule": "constant"},
-        {"side": "`two_sided`", "residual": "`scaled`", "growth limit of the residual": "`0`"},
+        {"side": "two_sided", "residual": "scaled", "residual_scale": 0.5},
+        {"side": "`two_sided`", "residual": "`scaled`", "factor on the residual": "`0.5`"},
         'optim_args="rank=4,side=two_sided,init=',
     ),
     ({"subspace": Flipped(2.0)}, {"subspace": "`Flipped(sign=2.0)`"}, "which a rule of the run's own moves"),

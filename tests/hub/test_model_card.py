@@ -74,7 +74,7 @@ def test_nothing_projected_and_an_optimizer_of_ones_own(run, llama, tmp_path):
 def test_targets_are_shown_as_given(run, tmp_path):
     pattern = r".*\.(q_proj|up_proj)"
     args = OSDTrainingArguments(
-        str(tmp_path / "out"), optim="osd_adamw", osd_target_modules=pattern, report_to="none", use_cpu=True
+        str(tmp_path / "out"), optim="osd_adamw", optim_target_modules=pattern, report_to="none", use_cpu=True
     )
     text = update_card(tmp_path, run(args=args, target_modules=pattern).facts).read_text()
     assert "| projected layers | `" + pattern.replace("|", "\\|") + "` |" in text  # a bare bar would end the cell
@@ -93,7 +93,7 @@ def test_the_code_in_the_card_runs(options, run, llama, tmp_path):
     args = OSDTrainingArguments(
         str(tmp_path / "out"),
         optim="osd_adamw",
-        osd_target_modules=options.get("target_modules"),
+        optim_target_modules=options.get("target_modules"),
         report_to="none",
         use_cpu=True,
     )

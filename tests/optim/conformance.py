@@ -34,9 +34,9 @@ ROWS: dict[str, dict[str, Any]] = {
     | CARRY
     | {"weight_rule": "lion", "projection_rule": "adamw", "init": "orthonormal"},
     "online_pca_two_sided_8bit": TWO_SIDED | {"weight_rule": "adamw8bit"} | SCALED,
-    "online_pca_interval": {"projection_interval": 3, "projection_schedule": "constant", "weight_rule": "sgd"},
+    "online_pca_interval": {"projection_interval": 3, "weight_rule": "sgd"},
     "online_pca_scaled": SCALED,
-    "online_pca_scaled_matrix": SCALED | {"residual_scaling": "matrix", "residual_limit": 0.0, "residual_scale": 0.5},
+    "online_pca_scaled_half": SCALED | {"residual_scale": 0.5},
     "online_pca_sign": SIGN | {"residual_scale": 0.1},
     "online_pca_carry": CARRY,
     "online_pca_carry_8bit": CARRY | {"weight_rule": "adamw8bit"},

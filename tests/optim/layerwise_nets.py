@@ -5,6 +5,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_osd import OSD, create_osd_optimizer
+from hf_osd.optim.options.mode import LAYERWISE_SUFFIX
 
 
 class Net(nn.Module):
@@ -34,7 +35,8 @@ def inputs(step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return x.to(dtype).requires_grad_()
 
 
-def optimizer_of(model: nn.Module, optim: str = "osd_adamw", **options) -> OSD:
+def optimizer_of(model: nn.Module, optim: str = "osd_adamw", layerwise: bool = False, **options) -> OSD:
+    optim += LAYERWISE_SUFFIX * layerwise
     return create_osd_optimizer(model, optim, lr=1e-2, **({"rank": 6, "weight_decay": 0.1} | options))
 
 

@@ -27,8 +27,8 @@ from torch import nn
 
 from hf_osd import OSD
 from hf_osd.optim import predicted_state_bytes, state_bytes
+from hf_osd.optim.options.general import RESIDUALS
 from hf_osd.optim.options.rules import rules_of
-from hf_osd.optim.options.table import RESIDUAL_SCALINGS, RESIDUALS, SCHEDULES
 from hf_osd.subspace import SIDES, SUBSPACES
 from hf_osd.subspace.random import DISTRIBUTIONS
 from hf_osd.update_rules import RULES
@@ -44,9 +44,7 @@ def test_the_rows_have_every_entry_of_every_axis():
     assert values("subspace", None) > SUBSPACES.keys() and len(values("subspace", None)) == len(SUBSPACES) + 1
     assert values("side", "auto") == {"auto", *SIDES} and values("weight_rule", "adamw") == RULES.keys()
     assert values("residual", "none") == set(RESIDUALS)
-    assert values("residual_scaling", "column") == set(RESIDUAL_SCALINGS)
     assert values("distribution", "orthonormal") == set(DISTRIBUTIONS)
-    assert values("projection_schedule", "lr") == set(SCHEDULES)
     carried = {options_of(row)["subspace"] for row in ROWS if "carry_moments" in options_of(row)}
     assert carried == values("subspace", None) - {"static"}
 

@@ -46,7 +46,7 @@ def train(model: Model, optimizer: OSD, steps: range) -> None:
 FAMILY = {
     "random": {"subspace": "random", "update_interval": 4, "residual": "scaled"},
     "cosine": {"subspace": "cosine", "update_interval": 4, "residual": "sign", "carry_moments": True},
-    "power": {"subspace": "power", "residual": "scaled", "residual_scaling": "matrix"},
+    "power": {"subspace": "power", "residual": "scaled"},
     "two_sided": {"side": "two_sided", "residual": "scaled"},
 }
 

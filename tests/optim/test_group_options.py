@@ -48,11 +48,6 @@ def test_what_needs_a_rank_is_refused_where_no_group_has_one(given: dict):
         OSD([parameter(8, 12)], **given)
 
 
-def test_a_constant_learning_rate_of_p_needs_one():
-    with pytest.raises(ValueError, match="projection_schedule='constant' of parameter group 0 .* lr=0 makes that 0"):
-        OSD([parameter(8, 12)], rank=2, lr=0.0, projection_schedule="constant")
-
-
 def test_float16_weights_are_refused_where_they_are_projected():
     half = nn.Parameter(torch.randn(8, 12).half())
     with pytest.raises(ValueError, match=r"parameter 0 is float16.*dtype=torch\.bfloat16"):

@@ -113,19 +113,19 @@ def test_a_closure_is_refused():
     [
         ({"layerwise_clipping": "global", "layerwise": True}, "one of parameter, previous_norm, got 'global'"),
         ({"layerwise_clipping": "parameter", "layerwise": True}, "has no effect without a `max_grad_norm`"),
-        ({"max_grad_norm": 1.0}, "clip them with `torch.nn.utils.clip_grad_norm_`"),
-        ({"max_grad_norm": 0.0, "layerwise": True}, "`max_grad_norm` must be a number > 0"),
-        ({"gradient_accumulation": True}, "`gradient_accumulation` has no effect without `layerwise`"),
-        ({"layerwise": 1}, "`layerwise` must be True or False"),
-        ({"ddp_compression": "powersgd"}, "`ddp_compression` must be one of subspace"),
+        ({"max_grad_norm": 1.0}, "and clip with `torch.nn.utils.clip_grad_norm_`"),
+        ({"max_grad_norm": 0.0, "layerwise": True}, "`max_grad_norm` of OSD must be a number > 0"),
+        ({"gradient_accumulation": True}, "`gradient_accumulation` of OSD has no effect without `layerwise`"),
+        ({"layerwise": 1}, "`layerwise` of OSD must be True or False"),
+        ({"ddp_compression": "powersgd"}, "`ddp_compression` of OSD must be one of subspace"),
         ({"layerwise_clipping": "parameter", "ddp_compression": "subspace", "max_grad_norm": 1.0}, "without `layerwi"),
     ],
 )
 def test_wrong_modes_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         Mode(**options)
-    with pytest.raises(ValueError):
-        optimizer_of(Net(), **options)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        OSD([nn.Parameter(torch.zeros(8, 8))], rank=2, **options)
 
 
 def test_the_clip_coefficient_is_torchs():
@@ -147,7 +147,7 @@ def test_an_optimizer_pickled_before_there_were_modes_steps():
 
 
 def test_clipping_without_layerwise_says_what_is_missing():
-    with pytest.raises(ValueError, match="`layerwise_clipping` has no effect without `layerwise`"):
+    with pytest.raises(ValueError, match="`layerwise_clipping` of OSD has no effect without `layerwise`"):
         Mode(layerwise_clipping="parameter")
 
 

@@ -134,3 +134,53 @@ def test_groups_without_names_are_matched_by_position():
     assert torch.equal(a.state[p]["projection"], b.state[q]["projection"])
     with pytest.raises(ValueError, match="parameter 0"):
         OSD([{"params": [q], "rank": 5}], lr=1e-2).load_state_dict(a.state_dict())
+
+
+FORMER = {"residual_scaling": None, "residual_limit": None, "projection_schedule": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "former"),
+    [
+        ({}, FORMER),
+        ({"residual": "scaled"}, {"residual_scaling": "column", "residual_limit": 1.01, "projection_schedule": "lr"}),
+        ({"residual": "scaled", "side": "two_sided"}, FORMER | {"residual_scaling": "matrix"}),
+    ],
+)
+def test_a_state_with_options_that_are_gone_continues(options: dict, former: dict):
+    params, optimizer = make(**options)
+    run(params, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group.update(former | {"lambda_": 0.1})  # what once was the default, and is left to the rule now
+    _, other = make(**options)
+    other.load_state_dict(saved)  # a warning would be an error
+    assert not FORMER.keys() & other.param_groups[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("residual_scaling", "matrix"), ("residual_limit", 0.0), ("projection_schedule", "constant")]
+)
+def test_a_state_that_needs_an_option_that_is_gone_is_refused(name: str, value):
+    params, optimizer = make(residual="scaled")
+    run(params, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0] |= FORMER | {name: value}
+    _, other = make(residual="scaled")
+    with pytest.raises(ValueError, match=f"saved with {name}={value!r}, which hf_osd no longer has"):
+        other.load_state_dict(saved)
+    assert not other.state
+    pickled = optimizer.__getstate__()
+    pickled["param_groups"] = saved["param_groups"]
+    with pytest.raises(ValueError, match=f"saved with {name}={value!r}"):
+        OSD.__new__(OSD).__setstate__(pickled)
+
+
+def test_a_saved_default_is_the_default():
+    params, optimizer = make(subspace="svd", update_interval=200)
+    run(params, optimizer, range(2))
+    _, other = make(subspace="svd")
+    other.load_state_dict(optimizer.state_dict())  # a warning would be an error
+    _, other = make(subspace="svd", seed=3)
+    with pytest.warns(UserWarning, match=r"seed=0 \(checkpoint\) instead of 3"):
+        other.load_state_dict(optimizer.state_dict())

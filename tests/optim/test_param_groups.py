@@ -85,11 +85,11 @@ def test_a_second_group_does_not_warn_again():
     [
         ({"alhpa": 3.0}, "`alhpa` in create_osd_optimizer. Did you mean `alpha`"),
         ({"lambda": 3.0}, "`lambda` in create_osd_optimizer. Did you mean `lambda_`"),
-        ({"weight_rule": "lion"}, "`weight_rule` in create_osd_optimizer"),
+        ({"weight_rule": "lion"}, "instead of `weight_rule` of create_osd_optimizer"),
         ({"maximize": True}, "`maximize` in create_osd_optimizer"),
         ({"optim": "adamw"}, "'adamw'.*Did you mean 'osd_adamw'"),
         ({"optim": "osd_adam8bit"}, "Did you mean 'osd_adamw8bit'"),
-        ({"preset": "refrence"}, "Unknown preset 'refrence'. Known: reference"),
+        ({"preset": "refrence"}, "`preset` of create_osd_optimizer must be one of reference"),
         ({"projection_optim": "adam"}, "must be one of .*did you mean 'adamw'"),
         ({"rank": 0}, "`rank` .* must be an integer >= 1, got 0"),
     ],

@@ -9,7 +9,7 @@ from target_models import LLAMA_LAYERS, MODELS, layers
 from torch import nn
 
 from hf_osd import create_osd_optimizer
-from hf_osd.optim.selection.targets import linear_classes, select
+from hf_osd.optim.selection.targets import linear_classes, parse_modules, select
 from reference.tiny_models import tiny_llama
 
 
@@ -34,7 +34,6 @@ PATTERNS = [
     ["first", "head"],
     r".*_proj",
     r".*\.(q|v)_proj",
-    r"q_proj",
     r"model\.layers\.0\..*",
     r".*(query|key|c_attn|q)$",
     r"lm_head|classifier|head",
@@ -117,9 +116,10 @@ def test_modules_that_match_but_are_not_linear_are_reported():
         ("all-linear", ["v_porj"], "'v_porj' in `exclude_modules` matches no module. Did you mean 'v_proj'"),
         (["q_proj"], ["q_proj"], "Nothing to project"),
         ([], None, "Nothing to project"),
-        ("nothing_like_it", None, "Nothing to project: target_modules='nothing_like_it'"),
-        ("q_proj", None, r"\(a string is a regular expression for the whole name of a module; names go into a list\)"),
-        ("q_proj", ["v_proj"], "names go into a list"),
+        ("nothing_like_it", None, "'nothing_like_it' in `target_modules` matches no module. The model has: .*q_proj"),
+        ("q_proj,v_porj", None, "'v_porj' in `target_modules` matches no module. Did you mean 'v_proj'"),
+        ("q_.*", None, r"\(this string is a regular expression for the whole name of a module\)"),
+        ("q_proj,all-linear", None, "stands alone"),
         (["embed_tokens"], None, "model.embed_tokens matched but are no linear layers"),
         ("(unclosed", None, r"`target_modules` '\(unclosed' is not a regular expression"),
         ("all-linear", "*_proj", r"`exclude_modules` '\*_proj' is not a regular expression"),
@@ -130,6 +130,33 @@ def test_modules_that_match_but_are_not_linear_are_reported():
 def test_a_mistake_is_refused_with_a_telling_message(wanted, unwanted, message):
     with pytest.raises(ValueError, match=message):
         select(tiny_llama(), wanted, unwanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("q_proj", ["q_proj"]),
+        ("q_proj, mlp.up_proj", ["q_proj", "mlp.up_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (("q.*",), ["q.*"]),  # a list holds names
+        ("All_Linear", "all-linear"),
+        (["all-linear"], "all-linear"),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        ("q_proj|v_proj", "q_proj|v_proj"),
+        (".*_pro[jk]{1,2}", ".*_pro[jk]{1,2}"),
+    ],
+)
+def test_a_text_is_read_in_one_place(text, meant):
+    assert parse_modules(text) == meant == parse_modules(meant)
+
+
+@pytest.mark.parametrize("text", ["q_proj,k_proj", "q_proj", r".*\.q_proj"])
+def test_targets_and_exclusions_are_read_alike(text):
+    model = tiny_llama()
+    wanted, others = select(model, text).projected, select(model, exclude_modules=text).projected
+    assert wanted.keys() | others.keys() == select(model).projected.keys() and not wanted.keys() & others.keys()
+    optimizer = create_osd_optimizer(model, rank=4, target_modules=text)
+    assert set(optimizer.param_groups[0]["param_names"]) == set(wanted)
 
 
 def test_names_in_patterns_are_not_regular_expressions():

@@ -78,9 +78,9 @@ def residual_step(G, inside, R, D, kind, scaling, scale):
     return scale * phi * (G - inside)
 
 
-def limited(S, before, limit):
+def limited(S, before, limit=1.01):
     """The norm-growth limiter of Fira (arXiv 2410.01673): the new S."""
-    if limit and before is not None and S.norm() > limit * before:
+    if before is not None and S.norm() > limit * before:
         return S * limit * before / S.norm()
     return S
 
@@ -103,13 +103,10 @@ class Twin:
     weight_decay: float = 0.0
     projection_weight_decay: float | None = None
     projection_lr: float | None = None  # P's learning rate as a fixed number times the schedule, as the paper's code
-    constant: bool = False  # P's learning rate does not follow the schedule
     projection_interval: int = 1
     carry: bool = False
     residual: str = "none"
-    residual_scaling: str = "column"
     residual_scale: float = 1.0
-    residual_limit: float = 1.01
     residual_norm: float | None = None
     steps: int = 0
     P: torch.Tensor | None = None
@@ -117,15 +114,15 @@ class Twin:
     projection_state: dict = field(default_factory=dict)
 
     def step(self, G, lr, schedule=1.0):
-        first_lr, lr = lr, lr * schedule
+        lr = lr * schedule
         fresh = self.P is None
         if fresh:
             self.P = top_singular_vectors(G, self.rank, self.transposed)
         R = self.P.T @ G
         D = RULES[self.rule](self.weight_state, R)
-        S = residual_step(G, self.P @ R, R, D, self.residual, self.residual_scaling, self.residual_scale)
+        S = residual_step(G, self.P @ R, R, D, self.residual, "column", self.residual_scale)
         if self.residual == "scaled":
-            S = limited(S, self.residual_norm, self.residual_limit)
+            S = limited(S, self.residual_norm)
             self.residual_norm = S.norm()
         self.W = (1 - lr * self.weight_decay) * self.W - lr * self.scale * (self.P @ D + S)
         self.steps += 1
@@ -133,8 +130,6 @@ class Twin:
             return
         decay = self.weight_decay if self.projection_weight_decay is None else self.projection_weight_decay
         lr_P = self.alpha * lr if self.projection_lr is None else self.projection_lr * schedule
-        if self.constant:
-            lr_P = self.alpha * first_lr
         gP = autograd(pca_loss, self.P, G, self.lambda_)
         D_P = RULES[self.projection_rule or self.rule](self.projection_state, gP)
         old, self.P = self.P, (1 - lr_P * decay) * self.P - lr_P * D_P
@@ -164,7 +159,7 @@ class TwoSidedTwin:
         D = adamw(self.weight_state, R)
         S = residual_step(G, P @ R @ Q.T, R, D, self.residual, "matrix", 1.0)
         if self.residual == "scaled":
-            S = limited(S, self.residual_norm, 1.01)
+            S = limited(S, self.residual_norm)
             self.residual_norm = S.norm()
         self.W = self.W - lr * (P @ D @ Q.T + S)
         gP = autograd(lambda X: two_sided_loss(X, Q, G, self.lambda_), P)

@@ -1,6 +1,7 @@
 """Training arguments: every mistake is answered before training, and what is given reaches the optimizer."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,9 @@ import pytest
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainer, OSDTrainingArguments
-from hf_osd.optim.options.mode import MODE_DEFAULTS
-from hf_osd.optim.options.presets import OPTIM_NAMES
-from hf_osd.optim.options.table import DEFAULTS
-from hf_osd.trainer.optim_args import SETTINGS, TRAINER_FIELDS, parse_optim_args, read_settings
+from hf_osd.optim.options.presets import KEYS, OPTIM_NAMES
 from hf_osd.trainer.rso import FIELDS
+from hf_osd.trainer.settings import KINDS, TRAINER_FIELDS, parse_optim_args, read_settings
 from reference.tiny_models import tiny_llama
 
 
@@ -64,12 +63,13 @@ MISTAKES = [
     ("projection_optim=adam", "`projection_rule` .* must be one of .*did you mean 'adamw'"),
     ("subspace=online_pc", "must be one of .*did you mean 'online_pca'"),
     ("init=svdd", "`init` .* must be one of .*did you mean 'svd'"),
-    ("preset=referense", "Unknown preset 'referense'. Known: reference"),
+    ("preset=referense", "`preset` of the training arguments must be one of reference"),
     ("subspace=svd,alpha=3", "`alpha` .* no effect with subspace='svd'"),
     ("update_interval=10", "`update_interval` .* no effect with subspace='online_pca'"),
     ("alpha=3,projection_lr=0.1", "set the same thing"),
     ("momentum=0.5", "`momentum` .* no effect with the update rule adamw"),
-    *((f"{key}=0.1", f"Set `{name}` of the training arguments") for key, name in TRAINER_FIELDS.items()),
+    ("residual_limit=0", "Unknown option `residual_limit` in `optim_args`. Did you mean `residual`"),
+    *((f"{key}=0.1", re.escape(f"Set `{name}` of the training arguments")) for key, name in TRAINER_FIELDS.items()),
 ]
 
 
@@ -100,21 +100,37 @@ def test_an_empty_entry_in_optim_args_is_refused_or_works(text, stock):
     assert trainer.create_optimizer().param_groups[0]["rank"] == 8
 
 
-def test_fields_and_settings_agree():
+def test_the_keys_are_these():
+    keys = "rank rank_pattern alpha lambda scale projection_optim subspace init side projection_lr partial_load preset"
+    keys += " projection_weight_decay projection_dtype moment_dtype update_interval projection_interval distribution"
+    keys += " mixing carry_moments residual residual_scale momentum stochastic_rounding seed layerwise_clipping"
+    assert {*keys.split(), "ddp_compression"} == KEYS.keys() == KINDS.keys()
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
-    expected = {f"osd_{key}" for key in SETTINGS} | {"osd_target_modules", "osd_exclude_modules"}
-    assert own == expected | set(FIELDS.values())  # RSO's own and those that it shares
+    # RSO's own fields, and those that it shares
+    assert own == {f"osd_{key}" for key in KEYS} | {"osd_exclude_modules"} | set(FIELDS.values())
     assert all(OSDTrainingArguments.__dataclass_fields__[name].default is None for name in own)
-    options = {
-        setting.option for key, setting in SETTINGS.items() if key not in ("preset", "partial_load", "rank_pattern")
+
+
+def test_what_a_key_sets_and_its_type():
+    renamed = {key: own.name for key, own in KEYS.items() if own.name != key}
+    assert renamed == {"lambda": "lambda_", "projection_optim": "projection_rule"}
+    whole, texts = {"rank", "update_interval", "projection_interval", "seed"}, {"subspace", "init", "preset"}
+    assert {key for key, kind in KINDS.items() if kind is int} == whole
+    assert {key for key, kind in KINDS.items() if kind is bool} == {
+        "carry_moments",
+        "stochastic_rounding",
+        "partial_load",
     }
-    # Every option of the optimizer is a key, but for those that `optim` and Trainer's own fields set.
-    assert DEFAULTS.keys() - options == {"weight_rule", "weight_decay", "betas", "eps"}
-    # Trainer's own fields say how gradients are clipped and accumulated.
-    assert options - DEFAULTS.keys() == MODE_DEFAULTS.keys() - {"max_grad_norm", "gradient_accumulation"}
-    for key, setting in SETTINGS.items():
-        annotation = OSDTrainingArguments.__annotations__[f"osd_{key}"]
-        assert annotation == setting.type | None, key
+    assert {KINDS[key] for key in texts} == {str} and KINDS["alpha"] is KINDS["mixing"] is float
+    for key, kind in KINDS.items():
+        assert OSDTrainingArguments.__annotations__[f"osd_{key}"] == kind | None, key
+
+
+def test_what_arguments_of_transformers_set_has_no_key():
+    expected = {"weight_decay": "weight_decay", "eps": "adam_epsilon", "max_grad_norm": "max_grad_norm"}
+    expected |= {"weight_rule": "optim='osd_*'", "layerwise": "optim='osd_*_layerwise'"}
+    expected |= {"lr": "learning_rate", "target_modules": "optim_target_modules"}
+    assert expected.items() <= TRAINER_FIELDS.items() and not TRAINER_FIELDS.keys() & KEYS.keys()
 
 
 EVERY: dict[str, Any] = {
@@ -129,8 +145,6 @@ EVERY: dict[str, Any] = {
     "projection_interval": 3,
     "carry_moments": True,
     "residual": "scaled",
-    "residual_scaling": "matrix",
-    "residual_limit": 1.5,
     "residual_scale": 0.25,
     "projection_weight_decay": 0.05,
     "projection_dtype": "bfloat16",
@@ -149,7 +163,7 @@ def test_every_key_reaches_the_optimizer_from_both_entrances(stock, typed):
         assert settings == {key: value for key, value in other.items() if key != "params"}
         assert settings == {key: value for key, value in third.items() if key != "params"}
     group = by_text.param_groups[0]
-    assert {key: group[SETTINGS[key].option] for key in EVERY} == EVERY
+    assert {key: group[KEYS[key].name] for key in EVERY} == EVERY
 
 
 @pytest.mark.parametrize(
@@ -173,15 +187,8 @@ def test_the_same_option_twice_is_refused(key, typed):
         typed(optim_args=f"{key}={EVERY[key]}", **{f"osd_{key}": EVERY[key]})
 
 
-def test_target_modules_twice_are_refused(typed):
-    with pytest.raises(ValueError, match="as `optim_target_modules` and as `osd_target_modules`"):
-        typed(optim_target_modules=["q_proj"], osd_target_modules=["v_proj"])
-
-
 @pytest.mark.parametrize("optim", ["adamw_torch", "galore_adamw"])
-@pytest.mark.parametrize(
-    "given", [{"osd_rank": 4}, {"osd_target_modules": ["q_proj"]}, {"osd_exclude_modules": ["q_proj"]}]
-)
+@pytest.mark.parametrize("given", [{"osd_rank": 4}, {"osd_exclude_modules": ["q_proj"]}])
 def test_our_fields_with_another_optimizer_are_refused(optim, given, typed):
     name = next(iter(given))
     with pytest.raises(ValueError, match=f"{name} need an OSD optimizer, but optim is '{optim}'. .*osd_adamw"):
@@ -248,24 +255,20 @@ def test_the_reference_preset_works_with_every_name(optim, stock, typed):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected", "count"),
+    ("text", "expected", "count"),
     [
-        (["q_proj", "v_proj"], ["q_proj", "v_proj"], 4),
-        (["q_proj"], ["q_proj"], 2),
-        (["layers.0.mlp.up_proj"], ["layers.0.mlp.up_proj"], 1),
-        ([r".*\.0\..*_proj"], r".*\.0\..*_proj", 7),
-        (["all-linear"], "all-linear", 14),
-        (["all_linear"], ["all_linear"], 14),
+        ("q_proj,v_proj", ["q_proj", "v_proj"], 4),
+        ("q_proj", ["q_proj"], 2),
+        ("layers.0.mlp.up_proj", ["layers.0.mlp.up_proj"], 1),
+        (r".*\.0\..*_proj", r".*\.0\..*_proj", 7),
+        ("all-linear", "all-linear", 14),
+        ("all_linear", "all-linear", 14),
     ],
 )
-def test_target_modules_on_a_command_line(words, expected, count, tmp_path):
-    line = (
-        f"--output_dir {tmp_path} --use_cpu --report_to none --optim osd_adamw --osd_rank 4 --osd_lambda 0.2".split()
-    )
-    (args,) = HfArgumentParser(OSDTrainingArguments).parse_args_into_dataclasses(
-        [*line, "--osd_target_modules", *words]
-    )
-    assert args.osd_target_modules == expected
+def test_target_modules_on_a_command_line(text, expected, count, tmp_path):
+    line = f"--output_dir {tmp_path} --use_cpu --report_to none --optim osd_adamw --osd_rank 4 --osd_lambda 0.2"
+    line += f" --optim_target_modules {text}"
+    (args,) = HfArgumentParser(OSDTrainingArguments).parse_args_into_dataclasses(line.split())
     assert (args.osd_rank, args.osd_lambda, args.osd_alpha) == (4, 0.2, None)
     settings = read_settings(args)
     assert settings.options["lambda_"] == 0.2 and settings.target_modules == expected
@@ -273,30 +276,30 @@ def test_target_modules_on_a_command_line(words, expected, count, tmp_path):
     assert len(optimizer.param_groups[0]["params"]) == count
 
 
-def test_exclude_modules_on_a_command_line(tmp_path):
-    line = f"--output_dir {tmp_path} --use_cpu --report_to none --optim osd_adamw --osd_rank 4".split()
-    (args,) = HfArgumentParser(OSDTrainingArguments).parse_args_into_dataclasses(
-        [*line, "--osd_exclude_modules", "q_proj", "mlp.up_proj"]
-    )
-    assert len(optimizer_of(args).param_groups[0]["params"]) == 14 - 4
+@pytest.mark.parametrize(("text", "count"), [("q_proj,mlp.up_proj", 4), (r".*\.(q|k)_proj", 4), ("down_proj", 2)])
+def test_exclude_modules_on_a_command_line(text, count, tmp_path):
+    line = f"--output_dir {tmp_path} --use_cpu --report_to none --optim osd_adamw --osd_rank 4"
+    line += f" --osd_exclude_modules {text}"
+    (args,) = HfArgumentParser(OSDTrainingArguments).parse_args_into_dataclasses(line.split())
+    assert len(optimizer_of(args).param_groups[0]["params"]) == 14 - count
 
 
-@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], r".*q_proj", "all-linear", None])
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], "q_proj,v_proj", r".*q_proj", "all-linear", None])
 def test_json_round_trip(modules, typed, tmp_path):
-    args = typed(osd_rank=4, osd_target_modules=modules, osd_exclude_modules=["k_proj"], osd_seed=5, osd_alpha=2.0)
+    args = typed(osd_rank=4, optim_target_modules=modules, osd_exclude_modules=["k_proj"], osd_seed=5, osd_alpha=2.0)
     path = Path(tmp_path) / "args.json"
     path.write_text(args.to_json_string())
     (again,) = HfArgumentParser(OSDTrainingArguments).parse_json_file(str(path))
-    assert again.optim == "osd_adamw" and again.osd_target_modules == modules
+    assert again.optim == "osd_adamw" and again.optim_target_modules == modules
     assert read_settings(again) == read_settings(args)
 
 
 def test_a_json_file_written_by_hand(tmp_path):
     path = Path(tmp_path) / "args.json"
     written = {"output_dir": str(tmp_path), "use_cpu": True, "optim": "osd_lion", "osd_rank": 4}
-    path.write_text(json.dumps(written | {"osd_target_modules": [r".*q_proj"]}))
+    path.write_text(json.dumps(written | {"optim_target_modules": r".*q_proj"}))
     (args,) = HfArgumentParser(OSDTrainingArguments).parse_json_file(str(path))
-    assert args.osd_target_modules == ".*q_proj" and args.osd_rank == 4
+    assert read_settings(args).target_modules == ".*q_proj" and args.osd_rank == 4
     path.write_text(json.dumps(written | {"osd_rnak": 4}))
     with pytest.raises(ValueError, match="osd_rnak"):
         HfArgumentParser(OSDTrainingArguments).parse_json_file(str(path))

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainingArguments
-from hf_osd.trainer.optim_args import check_arguments
+from hf_osd.trainer.settings import check_arguments
 
 
 def arguments(folder, kind=OSDTrainingArguments, **options):

@@ -24,9 +24,6 @@ def optimizer_of(args: TrainingArguments) -> OSD:
         ("distribution", "gaussian", {"subspace": "random"}),
         ("mixing", 0.5, {"subspace": "power"}),
         ("projection_interval", 3, {"subspace": "power"}),
-        ("projection_schedule", "constant", {"side": "two_sided"}),
-        ("residual_limit", 0.0, {"residual": "scaled"}),
-        ("residual_scaling", "matrix", {"residual": "scaled"}),
         ("residual_scale", 0.1, {"residual": "sign"}),
         ("carry_moments", True, {"subspace": "svd"}),
     ],
@@ -38,7 +35,7 @@ def test_reaches_the_optimizer_and_is_refused_alone(key: str, value: Any, others
     for args in (TrainingArguments(**given, optim_args=text), OSDTrainingArguments(**given, **fields)):
         group = optimizer_of(args).param_groups[0]
         assert {name: group[name] for name in {key: value, **others}} == {key: value, **others}
-    if key not in ("projection_interval", "projection_schedule", "carry_moments"):  # which work with the defaults
+    if key not in ("projection_interval", "carry_moments"):  # which work with the defaults
         with pytest.raises(ValueError, match=f"`{key}` of .* has no effect"):
             OSDTrainingArguments(**given, osd_rank=4, **{f"osd_{key}": value})
 
@@ -53,7 +50,6 @@ def test_the_family_on_a_command_line(tmp_path):
     flags |= {
         "osd_side": "two_sided",
         "osd_residual": "scaled",
-        "osd_residual_limit": "1.1",
         "osd_residual_scale": "0.5",
     }
     line = f"--output_dir {tmp_path} --use_cpu --report_to none --optim osd_lion --osd_rank 4".split()

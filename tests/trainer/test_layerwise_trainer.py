@@ -178,25 +178,28 @@ def test_fp16_is_refused(tmp_path: Path):
         make_trainer(tmp_path, "osd_adamw_layerwise", fp16=True)
 
 
-def test_the_name_and_the_option_are_one(tmp_path: Path):
-    for optim, text in (("osd_adamw", "rank=4,layerwise=true"), ("osd_adamw_layerwise", "rank=4")):
-        optimizer = make_trainer(tmp_path, optim, optim_args=text).create_optimizer()
-        assert isinstance(optimizer, OSD) and optimizer.mode.layerwise and optimizer.mode.max_grad_norm == 1.0
-    with pytest.raises(ValueError, match="'osd_adamw_layerwise' is layerwise, but `layerwise` is False"):
-        make_trainer(tmp_path, "osd_adamw_layerwise", optim_args="layerwise=false")
-    with pytest.raises(ValueError, match="`layerwise_clipping` has no effect"):
+def test_the_name_says_it_and_no_option(tmp_path: Path):
+    optimizer = make_trainer(tmp_path, "osd_adamw_layerwise", optim_args="rank=4").create_optimizer()
+    assert isinstance(optimizer, OSD) and optimizer.mode.layerwise and optimizer.mode.max_grad_norm == 1.0
+    with pytest.raises(
+        ValueError, match=r"Set `optim='osd_\*_layerwise'` of the training arguments instead of 'layer"
+    ):
+        make_trainer(tmp_path, "osd_adamw", optim_args="layerwise=true")
+    with pytest.raises(ValueError, match="`layerwise_clipping` of OSD has no effect without `layerwise`"):
         make_trainer(tmp_path, "osd_adamw", optim_args="layerwise_clipping=parameter")
 
 
 def test_every_mode_reaches_the_optimizer_from_fields_and_text(tmp_path: Path):
-    common = {"output_dir": str(tmp_path), "use_cpu": True, "optim": "osd_adamw", "gradient_accumulation_steps": 2}
-    mode = {"layerwise": True, "layerwise_clipping": "parameter", "ddp_compression": "subspace"}
+    optim = "osd_adamw_layerwise"
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "optim": optim, "gradient_accumulation_steps": 2}
+    mode = {"layerwise_clipping": "parameter", "ddp_compression": "subspace", "partial_load": True}
     text = "rank=4," + ",".join(f"{key}={value}" for key, value in mode.items())
     fields = {f"osd_{key}": value for key, value in mode.items()}
     for given in ({"optim_args": text}, {"osd_rank": 4, **fields}):
         args = OSDTrainingArguments(**common, **given, max_grad_norm=0.25)
         optimizer = Trainer(make_trainer(tmp_path, "osd_adamw").model, args).create_optimizer()
-        assert optimizer.mode == Mode(max_grad_norm=0.25, gradient_accumulation=True, **mode)
+        assert optimizer.mode == Mode(layerwise=True, max_grad_norm=0.25, gradient_accumulation=True, **mode)
+        assert optimizer.partial_load
 
 
 def test_nothing_trains_after_the_training_and_a_second_one_does(tmp_path: Path):

@@ -165,8 +165,8 @@ def test_typed_fields_join_any_config_and_its_defaults_stay(name, tmp_path):
     config = getattr(trl, name)
     joined = dataclasses.make_dataclass("Joined", [], bases=(config, OSDTrainingArguments))
     plain = config(output_dir=str(tmp_path), use_cpu=True)
-    args = joined(output_dir=str(tmp_path), use_cpu=True, optim="osd_adamw", osd_rank=4, osd_target_modules=[".*q_.*"])
-    assert args.osd_rank == 4 and args.osd_target_modules == ".*q_.*"
+    args = joined(output_dir=str(tmp_path), use_cpu=True, optim="osd_adamw", osd_rank=4, osd_exclude_modules=".*q_.*")
+    assert args.osd_rank == 4 and args.osd_exclude_modules == ".*q_.*"
     both, own = args.to_dict(), plain.to_dict()
     assert {key for key in own if both[key] != own[key]} == {"optim"}
     with pytest.raises(ValueError, match="osd_rank need an OSD optimizer"):

@@ -37,15 +37,16 @@ def test_adafactor_is_never_cut_into_pieces(monkeypatch):
     assert list(full_weight.flat_pieces(p, p, build_rule("adafactor").elementwise)) == [None]
 
 
-@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd", "adafactor"])
-def test_bfloat16_moments_take_half_the_bytes_and_stay_close(rule):
+@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd"])
+def test_bfloat16_moments_take_half_the_bytes_but_for_second_ones_and_stay_close(rule):
     shape = (24, 40)
     p, optimizer = train(osd(rule), shape)
     q, half = train(osd(rule, moment_dtype="bfloat16"), shape)
     counters = 2 * 4  # step and skipped_steps
+    narrow = {name: value for name, value in half.state[q].items() if value.ndim and "_sq" not in name}
+    assert all(value.dtype == torch.bfloat16 for value in narrow.values())
     moments = state_bytes(optimizer) - counters
-    assert moments > 0 and (state_bytes(half) - counters) * 2 == moments
-    assert all(value.dtype == torch.bfloat16 for value in half.state[q].values() if value.ndim)
+    assert state_bytes(half) - counters == moments - sum(2 * value.numel() for value in narrow.values())
     start = train(osd(rule), shape, steps=0)[0]
     relative = ((q - p).norm() / (p - start).norm()).item()
     # bfloat16 keeps 8 bits: a moment is off by up to 2^-9 after each step, and remembers the last 10 or so, with

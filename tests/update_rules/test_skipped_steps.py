@@ -30,7 +30,7 @@ def test_a_skipped_direction_is_zero_and_keeps_the_moments(name, shape):
 @pytest.mark.parametrize("moment_dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("rule", list(RULES))
 def test_a_skipped_step_changes_no_bit(rule, moment_dtype, value):
-    if moment_dtype and RULES[rule].eight_bit:
+    if moment_dtype and (RULES[rule].eight_bit or rule == "adafactor"):
         moment_dtype = None
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape)) for shape in [(67, 71), (24, 40), (33,)]]

@@ -14,6 +14,7 @@ from torch import nn
 from ...optim import ALL_LINEAR, OPTIM_NAMES, OSD, adamw_state_bytes, predicted_state_bytes
 from ...optim.options.rules import rules_of
 from ...optim.options.table import DEFAULTS
+from ...optim.selection.targets import parse_modules
 from ...optim.step.geometry import ProjectedGeometry
 from ...subspace import SUBSPACES
 from ..config import group_options, versions
@@ -185,9 +186,7 @@ def _last(state: "TrainerState", key: str) -> float | None:
 
 
 def _targets(args: "TrainingArguments") -> str | list[str]:
-    own = getattr(args, "osd_target_modules", None)
-    given = own if own is not None else args.optim_target_modules
-    return ALL_LINEAR if given is None else given
+    return ALL_LINEAR if args.optim_target_modules is None else parse_modules(args.optim_target_modules)
 
 
 def _perplexity(loss: float | None) -> float | None:

@@ -2,11 +2,13 @@
 
 import hashlib
 import re
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
-from ...optim.options.table import DEFAULTS
+from ...optim.options.table import DEFAULTS, OPTIONS
 from ...subspace import SUBSPACES, rule_class
+from ..config import FURTHER_OPTIONS, group_options
 from .facts import CardFacts
 
 
@@ -24,21 +26,6 @@ MOVEMENTS = {
     "importance": "which it draws again and again from singular vectors of the gradients",
     "power": "which follow momentum and gradients by power iteration",
     "static": "which do not change",
-}
-# option -> its row, where it is not the default
-FURTHER_ROWS = {
-    "projection_interval": "steps between moves of P",
-    "projection_schedule": "schedule of P's learning rate",
-    "distribution": "distribution of P",
-    "mixing": "share of the momentum in what P follows",
-    "carry_moments": "moments carried into a new basis",
-    "residual": "residual",
-    "residual_scaling": "residual scaled by",
-    "residual_limit": "growth limit of the residual",
-    "residual_scale": "factor on the residual",
-    "projection_dtype": "dtype of P",
-    "moment_dtype": "dtype of the moments",
-    "stochastic_rounding": "stochastic rounding",
 }
 
 
@@ -140,11 +127,10 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("subspace", f"`{option('subspace')}`{interval}" if facts.matrices else ""),
         ("rule of P", f"`{option('projection_rule')}`" if option("projection_rule") else ""),
         ("alpha (learning rate of P over the weights')", option("alpha")),
-        ("learning rate of P", option("projection_lr")),
         ("lambda (orthogonality)", option("lambda")),
         ("scale", option("scale")),
         ("side", f"`{option('side')}`" if option("side") != "auto" and facts.matrices else ""),
-        *((row, _cell(option(name))) for name, row in FURTHER_ROWS.items() if option(name)),
+        *((own.card, _cell(option(name))) for name, own in OPTIONS.items() if own.card is not None and option(name)),
         ("start of P", _cell(facts.init) if facts.init else ""),
         ("projected layers", _cell(facts.targets) if facts.targets and facts.matrices else ""),
         ("except", _cell(facts.exclude) if facts.exclude else ""),
@@ -188,27 +174,31 @@ def _code(facts: CardFacts, projections: bool) -> str:
 def _arguments(facts: CardFacts) -> list[str]:
     """The arguments of `create_osd_optimizer` that are not its defaults, where all groups agree."""
     given = {name: values[0] for name, values in facts.options.items() if len(values) == 1}
-    further = {name: DEFAULTS[name] for name in FURTHER_ROWS}
-    defaults = {"subspace": "online_pca", "side": "auto", "alpha": 5.0, "lambda": 0.1, "scale": 1.0, **further}
+    subspace = given.get("subspace", DEFAULTS["subspace"])
+    defaults = group_options(DEFAULTS | {"rank": 1, "subspace": subspace})
     found = {"rank": given.get("rank")}
     if facts.targets not in (None, "all-linear"):
         found["target_modules"] = facts.targets
     found["exclude_modules"] = facts.exclude
-    found |= {name: given[name] for name, default in defaults.items() if given.get(name, default) != default}
-    if given.get("projection_lr") is not None:
-        found["projection_lr"] = given["projection_lr"]
+    found["subspace"] = subspace if subspace != DEFAULTS["subspace"] else None
+    told = [name for name in ("side", "alpha", "lambda", "scale", *FURTHER_OPTIONS) if name in given]
+    found |= {name: given[name] for name in told if given[name] != defaults.get(name)}
+    if found.get("projection_lr") is not None:
         found.pop("alpha", None)  # that follows from it
     if given.get("projection_rule") not in (None, given.get("weight_rule")):
         found["projection_optim"] = given["projection_rule"]
     found["update_interval"] = given.get("update_interval")
-    found = {("lambda_" if name == "lambda" else name): value for name, value in found.items() if value is not None}
-    arguments = [f"{name}={_literal(value)}" for name, value in found.items()]
-    if given.get("subspace", "online_pca") not in SUBSPACES:  # a user's rule, named by how it is made
-        rule = given["subspace"].rsplit("<locals>.")[-1]
+    arguments = [
+        f"{name}_={_literal(value)}" if iskeyword(name) else f"{name}={_literal(value)}"
+        for name, value in found.items()
+        if value is not None
+    ]
+    if subspace not in SUBSPACES:  # a user's rule, named by how it is made
+        rule = subspace.rsplit("<locals>.")[-1]
         arguments = [f"subspace={rule}" if one.startswith("subspace=") else one for one in arguments]
     if not _takes_init(facts):
         return arguments
-    if "rank" not in found:
+    if found["rank"] is None:
         arguments.append('rank_pattern={name.removesuffix(".weight"): P.rank for name, P in projections.items()}')
     return [*arguments, "init=projections"]
 

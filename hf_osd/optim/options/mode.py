@@ -1,20 +1,33 @@
 """How steps are made: all at once or as gradients arrive, over micro-batches and processes. Options of the optimizer.
 
-Unlike the options of `options.py` they are not for single groups, and they do not shape the state: a checkpoint of one
+Unlike the options of `table.py` they are not for single groups, and they do not shape the state: a checkpoint of one
 mode continues in another.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...declare import (
+    Need,
+    Option,
+    boolean,
+    check_values,
+    number,
+    one_of,
+    option,
+    options_of,
+    refuse_unknown,
+    refuse_without_effect,
+)
 from ...subspace import build_subspace
-from .table import CHECKS, refuse_unknown
 
 
 CLIPPINGS = ("parameter", "previous_norm")
 COMPRESSIONS = ("subspace",)
 LAYERWISE_SUFFIX = "_layerwise"
+
+_LAYERWISE = Need(lambda mode: mode["layerwise"], "without `layerwise`")
 
 
 @dataclass(frozen=True)
@@ -25,37 +38,66 @@ class Mode:
         ValueError: For a value that is wrong or would have no effect.
     """
 
-    layerwise: bool = False
-    layerwise_clipping: str | None = None
-    max_grad_norm: float | None = None
-    gradient_accumulation: bool = False
-    ddp_compression: str | None = None
+    layerwise: bool = option(
+        False,
+        "Step each parameter as soon as the backward pass has completed its gradient, and free that.\n\n"
+        "`step` then only ends the step; a `closure` is refused, and so is a `GradScaler`, whose scale nothing could "
+        "undo.",
+        check=boolean(),
+        argument="optim='osd_*_layerwise'",
+    )
+    layerwise_clipping: str | None = option(
+        None,
+        "How `max_grad_norm` clips when layerwise: by `previous_norm`, the norm of the step before (at the first step "
+        "each parameter by its own), or by `parameter`, each by its own.",
+        check=one_of(CLIPPINGS),
+        needs=(
+            _LAYERWISE,
+            Need(lambda mode: mode["max_grad_norm"] is not None, "without a `max_grad_norm` above 0"),
+        ),
+        unset="previous_norm",
+    )
+    max_grad_norm: float | None = option(
+        None,
+        "Norm that gradients are clipped to, with `layerwise` or `ddp_compression`.",
+        check=number(0, open_below=True),
+        needs=(
+            Need(
+                lambda mode: mode["layerwise"] or mode["ddp_compression"] is not None,
+                "without `layerwise` or `ddp_compression`",
+                ", and clip with `torch.nn.utils.clip_grad_norm_`",
+            ),
+        ),
+        argument="max_grad_norm",
+    )
+    gradient_accumulation: bool = option(
+        False,
+        "With `layerwise`: several backward passes come before a `step`, which then steps.\n\n"
+        "What is projected adds up R, and P learns from each micro-batch; P_0 and SVDs are made from the first. What "
+        "is not adds up its gradient. Norms are estimated ([`~optim.arrival.exchange.norm_stand_in`]).",
+        check=boolean(),
+        needs=(_LAYERWISE,),
+        argument="gradient_accumulation_steps",
+    )
+    ddp_compression: str | None = option(
+        None,
+        "`subspace`: DDP averages r (m + n) numbers of a projected gradient, not m n.\n\n"
+        "The gradients that make a P are exchanged whole. Norms are estimated likewise. All processes must use the "
+        "same parameters; one that no process has used is stepped with a gradient of zero, as if it had been. DDP "
+        "must leave what is projected: [`create_osd_optimizer`], called before the model is wrapped, and Trainer tell "
+        "it.",
+        check=one_of(COMPRESSIONS),
+    )
+    partial_load: bool = option(
+        False,
+        "Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.",
+        check=boolean(),
+    )
 
     def __post_init__(self):
         """Check the values, alone and together."""
-        for name in ("layerwise", "gradient_accumulation"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        for name, allowed in (("layerwise_clipping", CLIPPINGS), ("ddp_compression", COMPRESSIONS)):
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
-        complaint = None if self.max_grad_norm is None else CHECKS["scale"](self.max_grad_norm)
-        if complaint:
-            raise ValueError(f"`max_grad_norm` must be {complaint}, got {self.max_grad_norm!r}.")
-        self._refuse_without_effect()
-
-    def _refuse_without_effect(self) -> None:
-        if self.max_grad_norm is not None and not self.takes_gradients:
-            raise ValueError(
-                "`max_grad_norm` has no effect without `layerwise` or `ddp_compression`: the gradients are all there "
-                "before the step, so clip them with `torch.nn.utils.clip_grad_norm_`."
-            )
-        for name in ("layerwise_clipping", "gradient_accumulation"):
-            if getattr(self, name) and not self.layerwise:
-                raise ValueError(f"`{name}` has no effect without `layerwise`. Leave it out.")
-        if self.layerwise_clipping is not None and self.max_grad_norm is None:
-            raise ValueError("`layerwise_clipping` has no effect without a `max_grad_norm` above 0.")
+        check_values(MODE_OPTIONS, asdict(self), "OSD")
+        refuse_without_effect(MODE_OPTIONS, asdict(self), "OSD")
 
     @property
     def takes_gradients(self) -> bool:
@@ -68,6 +110,10 @@ class Mode:
         if self.max_grad_norm is None:
             return None
         return (self.layerwise_clipping or "previous_norm") if self.layerwise else "norm"
+
+
+MODE_OPTIONS: dict[str, Option] = options_of(Mode)
+MODE_DEFAULTS: dict[str, Any] = {name: own.default for name, own in MODE_OPTIONS.items()}
 
 
 def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
@@ -90,20 +136,10 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
         raise ValueError(f"`{name}` is not for {where}: {reason}. Leave one of them out.")
 
 
-MODE_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Mode)}
-
-
 def mode_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All mode options for an `optim` name; `ValueError` where the name and an option disagree."""
-    refuse_unknown(given, MODE_DEFAULTS, "the mode")
-    if name.endswith(LAYERWISE_SUFFIX):
-        if given.get("layerwise") is False:
-            raise ValueError(
-                f"{name!r} is layerwise, but `layerwise` is False: leave it out, or use "
-                f"{name.removesuffix(LAYERWISE_SUFFIX)!r}."
-            )
-        given = {**given, "layerwise": True}
-    return asdict(Mode(**given))
+    """All mode options for an `optim` name, which says whether they are layerwise."""
+    refuse_unknown(given, MODE_DEFAULTS.keys() - {"layerwise"}, "the mode")
+    return asdict(Mode(layerwise=name.endswith(LAYERWISE_SUFFIX), **given))
 
 
 def refuse_without_projection(mode: Mode) -> None:

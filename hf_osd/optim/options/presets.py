@@ -1,12 +1,16 @@
-"""The names that users choose, and what each stands for."""
+"""The names that users choose, what each stands for, and the keys that go with them."""
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
+from ...declare import Check, Option, check_values, one_of, option, options_of, refuse_unknown
 from ...subspace import is_rule, rule_class
-from .mode import LAYERWISE_SUFFIX
-from .table import DEFAULTS, RULES, refuse_unknown
+from .general import DEFAULT_RANK
+from .mode import LAYERWISE_SUFFIX, MODE_OPTIONS
+from .table import DEFAULTS, OPTIONS, RULES
 
 
 # `optim` name -> rule of the weights. P moves by the same rule unless `projection_optim` names another
@@ -28,24 +32,61 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class NameOptions:
+    """What the names take beside the options of groups and of the mode."""
+
+    rank_pattern: str | Mapping[str, int] | None = option(
+        None,
+        "Other ranks for some modules, as peft's, by regular expressions for the end of their names, of which the "
+        "first that matches counts: `q_proj:64;layers.0.mlp.*:32`.",
+        check=Check("modules and their ranks", lambda value: isinstance(value, (str, Mapping)), str),
+    )
+    preset: str | None = option(
+        None,
+        "`reference`: the settings of the paper's published code, which differ from its text.",
+        check=one_of(PRESETS),
+    )
+
+
+NAME_OPTIONS: dict[str, Option] = options_of(NameOptions)
+# Public name -> option: keys of `optim_args`, and with the prefix `osd_` fields of `OSDTrainingArguments`.
+KEYS: dict[str, Option] = {
+    own.key: own for own in (OPTIONS | MODE_OPTIONS | NAME_OPTIONS).values() if own.argument is None
+}
+
+
+# What the names themselves say.
+BY_NAME: dict[str, Option] = {
+    own.key: own for own in (OPTIONS | MODE_OPTIONS).values() if (own.argument or "").startswith("optim=")
+}
+# Keyword arguments of `create_osd_optimizer`: the keys, and what a Trainer's own arguments would say.
+KEYWORDS: dict[str, Option] = {
+    f"{own.key}_" if iskeyword(own.key) else own.key: own
+    for own in (OPTIONS | MODE_OPTIONS | NAME_OPTIONS).values()
+    if own not in BY_NAME.values()
+}
+
+
 def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str) -> dict[str, Any]:
     """All options for an `optim` name: defaults, then the preset, then what was given.
 
     Args:
         name (`str`): A key of `OPTIM_NAMES`.
-        given (`dict`): Options by their names in `Options`, those that the user gave and no others.
+        given (`dict`): Options by their names in groups, those that the user gave and no others.
         preset (`str`, *optional*): A key of `PRESETS`.
         where (`str`): What an error message calls the place where they were given.
 
     Returns:
-        `dict`: Every option of `Options`.
+        `dict`: Every option of a group.
     """
     if name not in OPTIM_NAMES:
         close = difflib.get_close_matches(name, OPTIM_NAMES, n=1, cutoff=0.4)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"Unknown optimizer {name!r}.{hint} Known: {', '.join(OPTIM_NAMES)}.")
     refuse_unknown(given, DEFAULTS.keys() - {"weight_rule"}, where)
-    settings = dict(PRESETS[_known_preset(preset)]) if preset else {}
+    check_values({"preset": NAME_OPTIONS["preset"]}, {"preset": preset}, where)
+    settings = dict(PRESETS[preset]) if preset else {}
     subspace = given.get("subspace", DEFAULTS["subspace"])
     if settings and is_rule(subspace) and not rule_class(subspace).learns:
         raise ValueError(
@@ -53,10 +94,4 @@ def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str)
         )
     if "alpha" in given:  # both set P's learning rate; the user's word counts
         settings.pop("projection_lr", None)
-    return {**DEFAULTS, **settings, **given, "weight_rule": OPTIM_NAMES[name]}
-
-
-def _known_preset(preset: str) -> str:
-    if preset not in PRESETS:
-        raise ValueError(f"Unknown preset {preset!r}. Known: {', '.join(PRESETS)}.")
-    return preset
+    return {**DEFAULTS, "rank": DEFAULT_RANK, **settings, **given, "weight_rule": OPTIM_NAMES[name]}

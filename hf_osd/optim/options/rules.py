@@ -1,4 +1,4 @@
-"""The rules that a group's options name, built once for each set of options."""
+"""The rules that a group's options name, as objects."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...subspace import RULE_OPTIONS, SubspaceRule, build_subspace, user_rule
+from ...subspace import SubspaceRule, build_subspace
+from ...subspace.table import USER_RULES
 from ...update_rules import MomentStorage, UpdateRule, build_rule, build_storage
-from .table import projection_rule
-
-
-_RULE_OPTIONS = tuple(sorted(RULE_OPTIONS))
+from .table import OPTIONS, projection_rule
 
 
 class Rules(NamedTuple):
@@ -26,38 +24,31 @@ class Rules(NamedTuple):
     residual: str
 
 
+# What the rules are made of: their names, and the options that they declare.
+_NAMES: tuple[str, ...] = ("rank", "weight_rule", "projection_rule", "subspace", "moment_dtype", "residual")
+_NAMES += tuple(name for name, own in OPTIONS.items() if own.owners)
 # A group's options that its rules are made of. No function of ours, because every step asks whether they changed.
-rule_options_of = itemgetter(
-    *("rank", "weight_rule", "projection_rule", "subspace", *_RULE_OPTIONS),
-    *("betas", "eps", "momentum", "moment_dtype", "residual"),
-)
+rule_options_of = itemgetter(*_NAMES)
 
 
 def rules_of(group: Mapping[str, Any]) -> Rules:
     """The rules of a group as its options are now: schedulers may change `betas` between steps."""
-    betas = tuple(group["betas"]) if group["betas"] is not None else None
-    return _rules(
-        group["weight_rule"],
-        projection_rule(group),
-        group["subspace"],
-        user_rule(group["subspace"]),
-        tuple(group[name] for name in _RULE_OPTIONS),
-        betas,
-        group["eps"],
-        group["momentum"],
-        group["moment_dtype"],
-        group["residual"],
-    )
+    values, own = rule_options_of(group), USER_RULES.get(group["subspace"])
+    try:
+        return _rules(values, own)
+    except TypeError:  # a loaded state may have lists, which a cache does not take
+        return _rules(tuple(tuple(value) if isinstance(value, list) else value for value in values), own)
 
 
 @lru_cache(maxsize=256)
-def _rules(weight, projection, subspace, own, settings, betas, eps, momentum, moment_dtype, residual) -> Rules:
-    dtype = getattr(torch, moment_dtype) if moment_dtype else None
+def _rules(values: tuple[Any, ...], own: SubspaceRule | None) -> Rules:
+    group = dict(zip(_NAMES, values, strict=True))
+    weight, projection, moment_dtype = group["weight_rule"], projection_rule(group), group["moment_dtype"]
     return Rules(
-        weight=build_rule(weight, betas, eps, momentum),
-        weight_storage=build_storage(weight, dtype),
-        subspace=own or build_subspace(subspace, dict(zip(_RULE_OPTIONS, settings, strict=True))),
-        projection=build_rule(projection, betas, eps, momentum) if projection else None,
+        weight=build_rule(weight, group),
+        weight_storage=build_storage(weight, getattr(torch, moment_dtype) if moment_dtype else None),
+        subspace=own or build_subspace(group["subspace"], group),
+        projection=build_rule(projection, group) if projection else None,
         projection_storage=build_storage(projection or weight),
-        residual=residual,
+        residual=group["residual"],
     )

@@ -1,114 +1,80 @@
-"""Every option of the optimizer: its type, default and check, in one table that all entrances share.
+"""Every option of a parameter group: the general ones, and those that the rules declare.
 
-The entrances are the constructor and groups of `OSD`, `create_osd_optimizer`, `optim_args` and
-`OSDTrainingArguments`. Whoever misspells a name, or gives an option that would have no effect, gets a `ValueError`.
+All entrances share them: the constructor and groups of `OSD`, `create_osd_optimizer`, `optim_args` and
+`OSDTrainingArguments`. A group is a flat dictionary of primitives in which `None` leaves an option to its rule.
 """
 
-import difflib
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-from ...subspace import (
-    LEARNING_OPTIONS,
-    RULE_OPTIONS,
-    SIDES,
-    SUBSPACES,
-    SubspaceRule,
-    build_subspace,
-    is_rule,
-    rule_class,
-    subspace_options,
-)
-from ...subspace.initialization import INITS
-from ...subspace.random import DISTRIBUTIONS
-from ...update_rules import RULES, build_rule, has_carry, rule_options
+from ...declare import Need, Option, check_values, number, options_of, refuse_without_effect, same
+from ...subspace import SUBSPACES, build_subspace, rule_class
+from ...update_rules import RULES, build_rule
+from .general import RANK, Options, in_subspace
 
 
-FLOAT_DTYPES = ("float32", "bfloat16")
-SCHEDULES = ("lr", "constant")
-RESIDUALS = ("none", "scaled", "sign")
-RESIDUAL_SCALINGS = ("column", "matrix")
-RESIDUAL_OPTIONS = {"residual_scaling": "scaled", "residual_limit": "scaled", "residual_scale": "scaled or sign"}
+def used_rules(group: Mapping[str, Any]) -> list[str]:
+    """The update rules of a group; of one without a rank those of the groups that share its options, too."""
+    return sorted({group["weight_rule"], projection_rule({**group, "rank": 1})} - {None})
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of one parameter group, with their defaults. `OSD` documents them."""
-
-    rank: int | None = None
-    weight_rule: str = "adamw"
-    projection_rule: str | None = None
-    subspace: Any = "online_pca"
-    alpha: float = 5.0
-    projection_lr: float | None = None
-    projection_schedule: str | None = None
-    lambda_: float = 0.1
-    scale: float = 1.0
-    weight_decay: float = 0.0
-    projection_weight_decay: float | None = None
-    betas: tuple[float, float] | None = None
-    eps: float | None = None
-    momentum: float | None = None
-    init: Any = "auto"
-    side: str = "auto"
-    update_interval: int | None = None
-    projection_interval: int | None = None
-    distribution: str | None = None
-    mixing: float | None = None
-    carry_moments: bool = False
-    residual: str = "none"
-    residual_scaling: str | None = None
-    residual_limit: float | None = None
-    residual_scale: float = 1.0
-    projection_dtype: str | None = None
-    moment_dtype: str | None = None
-    stochastic_rounding: bool = False
-    seed: int = 0
+def _declared_by_rules() -> dict[str, Option]:
+    """The options of all rules; several may declare one, whose first declaration counts but for the default."""
+    subspaces = {name: options_of(rule) for name, rule in SUBSPACES.items()}
+    updates = {name: options_of(entry.rule) for name, entry in RULES.items()}
+    found: dict[str, Option] = {}
+    for rules, needs in ((subspaces, _owned_by_subspaces), (updates, _owned_by_updates)):
+        for name in dict.fromkeys(name for own in rules.values() for name in own):
+            owners = tuple(rule for rule, own in rules.items() if name in own)
+            first = rules[owners[0]][name]
+            assert name not in found and all(rules[rule][name].check.text == first.check.text for rule in owners)
+            found[name] = replace(
+                first, type=first.type | None, default=None, owners=owners, needs=(*needs(owners), *first.needs)
+            )
+    return found
 
 
-DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Options)}
-# What only projected groups use
-PROJECTED_OPTIONS = sorted(
-    {"subspace", "scale", "side", "init", "projection_dtype", "carry_moments", "residual", *RESIDUAL_OPTIONS}
-    | LEARNING_OPTIONS
-    | RULE_OPTIONS
-)
+def _owned_by_subspaces(owners: tuple[str, ...]) -> tuple[Need, ...]:
+    others = ", ".join(map(repr, owners))
+    return RANK, Need(lambda group: group["subspace"] in owners, in_subspace(), f", or use subspace={others}")
 
 
-def refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str) -> None:
-    """Raise `ValueError` for the first name that is not allowed, with the nearest one and all of them."""
-    allowed = sorted(allowed)
-    for name in given:
-        if name not in allowed:
-            close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
-            raise ValueError(f"Unknown option `{name}` in {where}.{hint} Allowed: {', '.join(allowed)}.")
+def _owned_by_updates(owners: tuple[str, ...]) -> tuple[Need, ...]:
+    return (
+        Need(
+            lambda group: not set(owners).isdisjoint(used_rules(group)),
+            lambda group: f"with the update rule {' and '.join(used_rules(group))}",
+        ),
+    )
+
+
+# name in a group -> its option
+OPTIONS: dict[str, Option] = options_of(Options) | _declared_by_rules()
+DEFAULTS: dict[str, Any] = {name: own.default for name, own in OPTIONS.items()}
+PROJECTED = frozenset(name for name, own in OPTIONS.items() if RANK in own.needs)  # what only projected groups use
 
 
 def validate(options: Mapping[str, Any], where: str = "OSD") -> None:
     """Raise `ValueError` unless every value has the right type and range and has an effect.
 
     Args:
-        options (`dict`): All options of `Options`, complete.
+        options (`dict`): All options, complete.
         where (`str`, *optional*): What the message calls the place where they were given.
     """
-    for name, check in CHECKS.items():
-        value = options[name]
-        if value is None and DEFAULTS[name] is None:
-            continue
-        complaint = check(value)
-        if complaint:
-            raise ValueError(f"`{name}` of {where} must be {complaint}, got {value!r}.")
-    if options["rank"] is not None:
-        _refuse_without_effect(options, where)
-    _refuse_unused_rule_options(options, where)
+    check_values(OPTIONS, options, where)
+    # a group without a rank may share the options of those with one
+    projects = options["rank"] is not None
+    used = {name: own for name, own in OPTIONS.items() if projects or name not in PROJECTED}
+    refuse_without_effect(used, options, where)
+    if projects:
+        _refuse_impossible_rule(options, where)
 
 
 def refuse_without_rank(options: Mapping[str, Any]) -> None:
     """Raise `ValueError` for options that only projected groups use, where no group has a `rank`."""
-    for name in PROJECTED_OPTIONS:
-        if not _same(options[name], DEFAULTS[name]):
+    for name in sorted(PROJECTED):
+        if not OPTIONS[name].has_default(options[name]):
             raise ValueError(
                 f"`{name}` of OSD has no effect: no parameter group has a `rank`, so nothing is projected."
             )
@@ -125,77 +91,25 @@ def refuse_own_without_rank(
         shared (`dict`): The optimizer's options: a group may repeat them.
         where (`str`): What the message calls the group.
     """
-    for name in PROJECTED_OPTIONS if group["rank"] is None else ():
-        if name in own and not _same(group[name], DEFAULTS[name]) and not _same(group[name], shared[name]):
-            raise ValueError(f"`{name}` of {where} has no effect without a `rank`. Leave it out.")
-
-
-def _same(a: Any, b: Any) -> bool:
-    plain = (str, int, float)  # not tensors, which `init` may be
-    return a is b or (isinstance(a, plain) and isinstance(b, plain) and a == b)
-
-
-def _refuse_without_effect(options: Mapping[str, Any], where: str) -> None:
-    for name in sorted((LEARNING_OPTIONS | RULE_OPTIONS) - subspace_options(options["subspace"])):
-        if options[name] != DEFAULTS[name]:
-            others = ", ".join(repr(other) for other in SUBSPACES if name in subspace_options(other))
-            raise ValueError(
-                f"`{name}` of {where} has no effect with subspace={options['subspace']!r}. Leave it out, or use "
-                f"subspace={others}."
-            )
-    for name, values in RESIDUAL_OPTIONS.items():
-        if options[name] != DEFAULTS[name] and options["residual"] not in values.split(" or "):
-            raise ValueError(f"`{name}` of {where} has no effect without residual={values}. Leave it out.")
-    _refuse_impossible_rule(options, where)
-    if options["projection_lr"] is not None and options["alpha"] != DEFAULTS["alpha"]:
-        raise ValueError(
-            f"`alpha` and `projection_lr` of {where} set the same thing, P's learning rate: give one of them."
-        )
+    if group["rank"] is None:
+        given = {name: OPTIONS[name] for name in PROJECTED.intersection(own) if not same(group[name], shared[name])}
+        refuse_without_effect(given, group, where)
 
 
 def _refuse_impossible_rule(options: Mapping[str, Any], where: str) -> None:
-    """What a subspace rule cannot do with the other options."""
+    """Raise `ValueError` for options that cannot be together."""
     name, weight = options["subspace"], options["weight_rule"]
-    rule = rule_class(name)
-    if rule.code is not None and options["projection_dtype"] is not None:
-        raise ValueError(f"`projection_dtype` of {where} has no effect with subspace={name!r}, which keeps no P.")
-    if not rule.uses_init and options["init"] != "auto":
-        raise ValueError(f"`init` of {where} has no effect with subspace={name!r}, which makes its own P.")
-    if options["side"] == "two_sided":
-        if not rule.two_sided:
-            raise ValueError(f"subspace={name!r} of {where} is not for side='two_sided'.")
-        if options["residual_scaling"] == "column":
-            raise ValueError(
-                f"`residual_scaling` of {where} must be 'matrix' with side='two_sided', whose R has no columns of G."
-            )
+    if options["side"] == "two_sided" and not rule_class(name).two_sided:
+        raise ValueError(f"subspace={name!r} of {where} is not for side='two_sided'. Leave one of them out.")
     if build_subspace(name, options).mixes and "exp_avg" not in {m.name for m in build_rule(weight).moments((2, 2))}:
         raise ValueError(
             f"subspace={name!r} of {where} mixes in the momentum, which weight_rule={weight!r} does not keep as an "
             "average: set `mixing` to 0."
         )
-    if not options["carry_moments"]:
-        return
-    if name == "static":
-        raise ValueError(f"`carry_moments` of {where} has no effect with subspace='static', whose P never moves.")
-    if not has_carry(weight):
+    if options["projection_lr"] is not None and not OPTIONS["alpha"].has_default(options["alpha"]):
         raise ValueError(
-            f"`carry_moments` of {where} is not for weight_rule={weight!r}, whose moments are means over rows and "
-            "columns. Leave it out."
+            f"`alpha` and `projection_lr` of {where} set the same thing, P's learning rate: give one of them."
         )
-
-
-def _refuse_unused_rule_options(options: Mapping[str, Any], where: str) -> None:
-    if options["moment_dtype"] is not None and RULES[options["weight_rule"]].eight_bit:
-        raise ValueError(
-            f"`moment_dtype` of {where} has no effect with the 8-bit rule {options['weight_rule']!r}. Leave it out, "
-            f"or use weight_rule={options['weight_rule'].removesuffix('8bit')!r}."
-        )
-    # Groups without a rank share the options of those with one, whose P may need them.
-    rules = {options["weight_rule"], projection_rule({**options, "rank": 1})} - {None}
-    used = set().union(*(rule_options(rule) for rule in rules))
-    for name in ("betas", "eps", "momentum"):
-        if options[name] is not None and name not in used:
-            raise ValueError(f"`{name}` of {where} has no effect with the update rule {' and '.join(sorted(rules))}.")
 
 
 def projection_rule(options: Mapping[str, Any]) -> str | None:
@@ -212,8 +126,8 @@ def projection_weight_decay(options: Mapping[str, Any]) -> float:
 
 
 def projection_step_size(group: Mapping[str, Any]) -> float:
-    """P's learning rate at this step: alpha lr, or a constant one."""
-    return group["projection_lr"] if group["projection_schedule"] == "constant" else group["alpha"] * group["lr"]
+    """P's learning rate at this step: alpha lr."""
+    return group["alpha"] * group["lr"]
 
 
 def projection_alpha(options: Mapping[str, Any], lr: float) -> float:
@@ -225,96 +139,27 @@ def projection_alpha(options: Mapping[str, Any], lr: float) -> float:
     return options["projection_lr"] / lr
 
 
-def _number(low: float, *, open_below: bool = False, below: float = float("inf")) -> Callable[[Any], str | None]:
-    limits = f"a number {'>' if open_below else '>='} {low}" + (f" and < {below}" if below < float("inf") else "")
-
-    def check(value: Any) -> str | None:
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and value < below
-        return None if fine and (value > low if open_below else value >= low) else limits
-
-    return check
-
-
-def _integer(low: int, below: int | None = None) -> Callable[[Any], str | None]:
-    limits = f"an integer >= {low}" + (f" and < {below}" if below is not None else "")
-
-    def check(value: Any) -> str | None:
-        fine = isinstance(value, int) and not isinstance(value, bool) and value >= low
-        return None if fine and (below is None or value < below) else limits
-
-    return check
-
-
-def _one_of(names: Iterable[str]) -> Callable[[Any], str | None]:
-    names = tuple(names)
-
-    def check(value: Any) -> str | None:
-        if isinstance(value, str) and value in names:
-            return None
-        close = difflib.get_close_matches(str(value), names, n=1)
-        return f"one of {', '.join(names)}" + (f" (did you mean {close[0]!r}?)" if close else "")
-
-    return check
-
-
-def _subspace(value: Any) -> str | None:
-    if isinstance(value, SubspaceRule) or is_rule(value):
+def in_effect(group: Mapping[str, Any], name: str) -> Any:
+    """The value that an option has in a group's steps, whoever set it; `None` where it has no effect."""
+    own, value = OPTIONS[name], group[name]
+    if own.unmet(group) is not None:
         return None
-    complaint = _one_of(SUBSPACES)(value)
-    return f"{complaint}, or an instance of a SubspaceRule" if complaint else None
+    if name == "projection_rule":
+        return projection_rule(group)
+    if name == "projection_weight_decay":
+        return projection_weight_decay(group)
+    if value is not None or not own.owners:
+        return own.unset if value is None else value
+    return rule_default(next(rule for rule in (group["subspace"], *used_rules(group)) if rule in own.owners), name)
 
 
-def _boolean(value: Any) -> str | None:
-    return None if isinstance(value, bool) else "True or False"
-
-
-def _betas(value: Any) -> str | None:
-    fine = isinstance(value, (tuple, list)) and len(value) == 2
-    fine = fine and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in value)
-    return None if fine else "two numbers >= 0 and < 1"
-
-
-def _init(value: Any) -> str | None:
-    if isinstance(value, (Mapping, list, tuple)):  # of tensors, which the optimizer checks against its parameters
-        return None
-    return _one_of(INITS)(value) if isinstance(value, str) else f"one of {', '.join(INITS)}, or tensors"
+def rule_default(rule: str, name: str) -> Any:
+    """The default that a rule has declared for an option."""
+    return options_of(SUBSPACES.get(rule) or RULES[rule].rule)[name].default
 
 
 def check_lr(value: Any, where: str) -> None:
     """Raise `ValueError` unless `value` is a finite number >= 0."""
-    complaint = _number(0, below=float("inf"))(value) or (None if value < float("inf") else "finite")
+    complaint = number(0).complaint(value)
     if complaint:
         raise ValueError(f"`lr` of {where} must be {complaint}, got {value!r}.")
-
-
-CHECKS: dict[str, Callable[[Any], str | None]] = {
-    "rank": _integer(1),
-    "weight_rule": _one_of(RULES),
-    "projection_rule": _one_of(RULES),
-    "subspace": _subspace,
-    "alpha": _number(0),
-    "projection_lr": _number(0),
-    "projection_schedule": _one_of(SCHEDULES),
-    "lambda_": _number(0),
-    "scale": _number(0, open_below=True),
-    "weight_decay": _number(0),
-    "projection_weight_decay": _number(0),
-    "betas": _betas,
-    "eps": _number(0),
-    "momentum": _number(0, below=1),
-    "init": _init,
-    "side": _one_of(("auto", *SIDES)),
-    "update_interval": _integer(1),
-    "projection_interval": _integer(1),
-    "distribution": _one_of(DISTRIBUTIONS),
-    "mixing": _number(0, below=1),
-    "carry_moments": _boolean,
-    "residual": _one_of(RESIDUALS),
-    "residual_scaling": _one_of(RESIDUAL_SCALINGS),
-    "residual_limit": _number(0),
-    "residual_scale": _number(0, open_below=True),
-    "projection_dtype": _one_of(FLOAT_DTYPES),
-    "moment_dtype": _one_of(FLOAT_DTYPES),
-    "stochastic_rounding": _boolean,
-    "seed": _integer(0, below=2**32),
-}

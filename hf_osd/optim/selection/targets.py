@@ -13,6 +13,7 @@ from .quantised import WAY_OUT, is_quantised
 
 
 ALL_LINEAR = "all-linear"
+PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass
@@ -50,9 +51,10 @@ def select(
             `"all-linear"`: every linear layer and every layer of experts inside the model's blocks (the elements of
             its `nn.ModuleList`s; of a model without any, every one), neither the output head nor gates of a single
             row; and of a `PeftModel` the linear layers that `modules_to_save` trains wherever they are, if `rank` is
-            low for them. A list: modules with that name or whose name ends in `.` + it, and experts' parameters such
-            as `experts.gate_up_proj`. Another string: a regular expression that must match the whole name. Names are
-            those that the model has without peft's wrappers, or with them.
+            low for them. A list, or a string of plain names with commas between them: modules with that name or whose
+            name ends in `.` + it, and experts' parameters such as `experts.gate_up_proj`. Another string: a regular
+            expression that must match the whole name. Names are those that the model has without peft's wrappers, or
+            with them.
         exclude_modules (`str` or `list[str]`, *optional*): What to leave out again, matched likewise.
         rank (`int`, *optional*): r, for the choice among `modules_to_save`: a classifier of two rows stays whole.
 
@@ -64,8 +66,8 @@ def select(
     Raises:
         ValueError: If nothing is selected, a name in a list matches no module, or a quantised layer is named.
     """
-    wanted = normalise(target_modules)
-    unwanted = None if exclude_modules is None else normalise(exclude_modules)
+    wanted = parse_modules(target_modules)
+    unwanted = None if exclude_modules is None else parse_modules(exclude_modules)
     if unwanted == ALL_LINEAR:
         raise ValueError(f"exclude_modules={ALL_LINEAR!r} would leave nothing to project: name what to leave out.")
     known = module_names(model)
@@ -169,16 +171,22 @@ def _join(owner: str, name: str) -> str:
     return f"{owner}.{name}".removeprefix(".")
 
 
-def normalise(modules: str | Iterable[str]) -> str | list[str]:
-    """A string or a list of names; `all-linear` in any spelling, alone in a list too, as the string."""
-    if not isinstance(modules, str):
-        modules = list(modules)
-        if [ALL_LINEAR] != [_shorthand(name) for name in modules]:
-            if any(_shorthand(name) == ALL_LINEAR for name in modules):
-                raise ValueError(f"{ALL_LINEAR!r} stands alone: it cannot be combined with other names.")
+def parse_modules(modules: str | Iterable[str]) -> str | list[str]:
+    """What a user means: `all-linear`, a list of names, or a text that is a regular expression for whole names.
+
+    A text of plain names with commas between them is a list of names, and one plain name is one too.
+    """
+    if isinstance(modules, str):
+        names = [name.strip() for name in modules.split(",")]
+        if not all(map(PLAIN_NAME.fullmatch, names)):
             return modules
-        modules = modules[0]
-    return _shorthand(modules)
+    else:
+        names = list(modules)
+    if ALL_LINEAR not in map(_shorthand, names):
+        return names
+    if len(names) > 1:
+        raise ValueError(f"{ALL_LINEAR!r} stands alone: it cannot be combined with other names, got {names}.")
+    return ALL_LINEAR
 
 
 def _shorthand(name: str) -> str:
@@ -222,7 +230,7 @@ def _refuse_empty(
         raise ValueError(f"Nothing to project: {count} layers are quantised, and cannot be trained. {WAY_OUT}")
     reasons = []
     if unmatched and isinstance(target_modules, str) and target_modules != ALL_LINEAR:
-        reasons.append("a string is a regular expression for the whole name of a module; names go into a list")
+        reasons.append("this string is a regular expression for the whole name of a module")
     if selection.frozen:
         reasons.append(f"{len(selection.frozen)} matching layers are frozen")
     if selection.ignored:

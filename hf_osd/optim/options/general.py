@@ -1,0 +1,192 @@
+"""The options of a parameter group that belong to no rule."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...declare import Need, boolean, integer, number, one_of, option
+from ...subspace import SIDES, SUBSPACES, SubspaceRule, is_rule, rule_class
+from ...subspace.initialization import INITS
+from ...subspace.static import Static
+from ...update_rules import RULES, build_rule, has_carry
+
+
+DEFAULT_RANK = 128  # of a run with a name: GaLore's and APOLLO's in transformers
+FLOAT_DTYPES = ("float32", "bfloat16")
+RESIDUALS = ("none", "scaled", "sign")
+
+
+def _rule(holds: Callable[[type[SubspaceRule]], bool]) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether something holds of a group's subspace rule; not of one that is unknown in this process."""
+    return lambda group: is_rule(group["subspace"]) and holds(rule_class(group["subspace"]))
+
+
+def in_subspace(text: str = "") -> Callable[[Mapping[str, Any]], str]:
+    """Text of a need that the subspace rule does not meet."""
+    return lambda group: f"with subspace={group['subspace']!r}{text}"
+
+
+def _names(rules: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in rules)
+
+
+RANK = Need(lambda group: group["rank"] is not None, "without a `rank`")
+LEARNED = Need(_rule(lambda rule: rule.learns), in_subspace(), ", or use subspace='online_pca'")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that belong to no rule. `OSD` documents them."""
+
+    rank: int | None = option(
+        None,
+        "Rank r of the subspaces.\n\n"
+        "Groups without it are updated at full size; parameters of groups with it must be matrices (m, n), or stacks "
+        "(E, m, n) of experts' matrices, of which each is projected by itself and left alone in steps in which its "
+        "gradient is zero. Clipped to min(m, n), with one warning.",
+        check=integer(1),
+        state=True,
+        in_run=str(DEFAULT_RANK),
+    )
+    weight_rule: str = option(
+        "adamw",
+        f"Update rule of the weights: {_names(RULES)}.",
+        check=one_of(RULES),
+        state=True,
+        argument="optim='osd_*'",
+    )
+    alpha: float = option(
+        5.0, "P's learning rate over the weights' (the paper's default).", check=number(0), needs=(RANK, LEARNED)
+    )
+    scale: float = option(
+        1.0,
+        "Factor on the projected update (GaLore's 0.25; the paper's text has none).",
+        check=number(0, open_below=True),
+        needs=(RANK,),
+    )
+    weight_decay: float = option(0.0, "Decoupled weight decay.", check=number(0), argument="weight_decay")
+    projection_rule: str | None = option(
+        None,
+        f"Update rule of P: {_names(RULES)} (every pair of the paper's Table 6).",
+        check=one_of(RULES),
+        key="projection_optim",
+        needs=(RANK, LEARNED),
+        state=True,
+        unset="the weights' own",
+    )
+    subspace: str | SubspaceRule = option(
+        "online_pca",
+        f"How P moves: {_names(SUBSPACES)}.\n\nOr a [`SubspaceRule`] of your own.",
+        check=one_of(
+            SUBSPACES,
+            lambda value: isinstance(value, SubspaceRule) or is_rule(value),
+            "an instance of a SubspaceRule",
+        ),
+        needs=(RANK,),
+        state=True,
+    )
+    init: str | Sequence[Tensor] | Mapping[str, Tensor] = option(
+        "auto",
+        "P's start: `svd` or `randomized_svd` of the first gradient, `auto`: one of them by size, `orthonormal`, or a "
+        "saved P.\n\nThat is tensors here: one for each parameter of the group, or by parameter name. See "
+        "[`~subspace.choose_init`].",
+        check=one_of(INITS, lambda value: isinstance(value, (Mapping, list, tuple)), "tensors"),
+        needs=(RANK, Need(_rule(lambda rule: rule.uses_init), in_subspace(", which makes its own P"))),
+    )
+    side: str = option(
+        "auto",
+        "Projected dimension: `left`, `right`, `auto`: the shorter (if sharded: whole) one, or `two_sided` (P X Q of "
+        "the paper's section 4.3, whose moments are r x r).",
+        check=one_of(("auto", *SIDES)),
+        needs=(RANK,),
+        state=True,
+    )
+    projection_lr: float | None = option(
+        None,
+        "P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule.",
+        check=number(0),
+        needs=(RANK, LEARNED),
+        card="learning rate of P",
+    )
+    projection_weight_decay: float | None = option(
+        None,
+        "P's decoupled decay (remark of Algorithm 1).",
+        check=number(0),
+        needs=(RANK, LEARNED),
+        unset="the weights' own",
+    )
+    carry_moments: bool = option(
+        False,
+        "Turn moments into the new basis when P moves (LDAdam, arXiv 2410.16103).\n\n"
+        "It helps where P is drawn from gradients often: `power`, and `svd` at short intervals.",
+        check=boolean(),
+        needs=(
+            RANK,
+            Need(_rule(lambda rule: not issubclass(rule, Static)), in_subspace(", whose P never moves")),
+            Need(
+                lambda group: has_carry(group["weight_rule"]),
+                lambda group: f"with weight_rule={group['weight_rule']!r}, whose moments are means",
+            ),
+        ),
+        card="moments carried into a new basis",
+    )
+    residual: str = option(
+        "none",
+        "The gradient outside the subspace: `none` drops it (the paper), `scaled` adds it in the scale of the inside "
+        "(Fira, arXiv 2410.01673), `sign` adds its sign (FRUGAL, arXiv 2411.07837).\n\nSee [`~optim.step.residual`].",
+        check=one_of(RESIDUALS),
+        needs=(RANK,),
+        state=True,
+        card="residual",
+    )
+    residual_scale: float = option(
+        1.0,
+        "Factor on the residual.",
+        check=number(0, open_below=True),
+        needs=(RANK, Need(lambda group: group["residual"] != "none", "without residual='scaled' or 'sign'")),
+        card="factor on the residual",
+    )
+    projection_dtype: str | None = option(
+        None,
+        "How P is kept: `float32` or `bfloat16`.\n\n"
+        "In bfloat16 steps of P below about 1/256 of an entry are lost. Float64 parameters have float64 unless told.",
+        check=one_of(FLOAT_DTYPES),
+        needs=(RANK, Need(_rule(lambda rule: rule.code is None), in_subspace(", which keeps no P"))),
+        state=True,
+        card="dtype of P",
+        unset="float32",
+    )
+    moment_dtype: str | None = option(
+        None,
+        "How the weights' moments are kept: `float32` or `bfloat16`; second moments, which could never fall in "
+        "bfloat16, in float32.",
+        check=one_of(FLOAT_DTYPES),
+        needs=(
+            Need(
+                lambda group: not RULES[group["weight_rule"]].eight_bit,
+                lambda group: f"with the 8-bit rule {group['weight_rule']!r}",
+                ", or use a rule without `8bit`",
+            ),
+            Need(
+                lambda group: any(m.signed for m in build_rule(group["weight_rule"], group).moments((2, 2))),
+                lambda group: f"with weight_rule={group['weight_rule']!r}, which has second moments or none",
+            ),
+        ),
+        state=True,
+        card="dtype of the moments",
+        unset="float32",
+    )
+    stochastic_rounding: bool = option(
+        False,
+        "Round bfloat16 weights at random: steps too small for them add up instead of vanishing.",
+        check=boolean(),
+        card="stochastic rounding",
+    )
+    seed: int = option(
+        0,
+        "Seed of random P and rounding, the same on all processes.",
+        check=integer(0, below=2**32),
+        in_run="the run's",
+    )

@@ -1,0 +1,273 @@
+"""From training arguments to an optimizer, strictly: one reading of `optim_args`, `osd_*` fields and Trainer's own."""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import TrainingArguments
+
+from ..declare import check_values, refuse_unknown
+from ..hub import ProjectionState
+from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
+from ..optim.options.mode import MODE_DEFAULTS, MODE_OPTIONS, Mode, mode_of
+from ..optim.options.presets import KEYS
+from ..optim.options.table import OPTIONS, used_rules, validate
+from ..optim.selection.rank_pattern import parse_rank_pattern
+from ..optim.selection.targets import parse_modules
+from ..optim.step.sharding import FLAT
+from ..subspace.initialization import INITS
+from ..update_rules import rule_options
+from .gradient_norm import CAN_LEAVE_CLIPPING
+
+
+RSO_NAMES = ("rso_adamw", "rso_adamw8bit")  # of `rso.py`, which shares some settings
+KINDS: dict[str, type] = {key: own.check.kind for key, own in KEYS.items()}  # of `optim_args`
+
+# What users may look for in `optim_args` and an argument of Trainer's sets: that is the one place.
+TRAINER_FIELDS: dict[str, str] = {
+    own.key: own.argument for own in (OPTIONS | MODE_OPTIONS).values() if own.argument is not None
+}
+TRAINER_FIELDS |= {"lr": "learning_rate", "learning_rate": "learning_rate", "target_modules": "optim_target_modules"}
+TRAINER_FIELDS |= {"beta1": "adam_beta1", "beta2": "adam_beta2", "exclude_modules": "osd_exclude_modules"}
+
+# Optimizers of transformers that never look at `optim_args`.
+WITHOUT_OPTIM_ARGS = frozenset(
+    {"adamw_torch", "adamw_torch_fused", "adafactor", "adamw_bnb_8bit", "adamw_8bit", "lion_8bit", "lion_32bit"}
+    | {"paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit"}
+)
+
+
+class OSDSettings(NamedTuple):
+    """What a run's arguments ask of the optimizer."""
+
+    options: dict[str, Any]
+    rank_given: bool  # else the P that a run starts from may say it
+    target_modules: str | list[str]
+    exclude_modules: str | list[str] | None
+    rank_pattern: dict[str, int]
+    mode: dict[str, Any]
+
+
+def optim_name(args: TrainingArguments) -> str:
+    """`args.optim` as a plain string: it is an enum member, or a string after unpickling."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def uses_osd(args: TrainingArguments) -> bool:
+    """Whether the run's optimizer is one of ours."""
+    return optim_name(args) in OPTIM_NAMES
+
+
+def parse_optim_args(text: str | None, kinds: Mapping[str, type] = KINDS) -> dict[str, Any]:
+    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else than these `kinds`."""
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"`optim_args` must be a text, key=value,key=value, got {type(text).__name__}.")
+    values: dict[str, Any] = {}
+    for entry in text.split(",") if text else ():
+        key, equals, value = (part.strip() for part in entry.partition("="))
+        if not equals or not key or not value or "=" in value:
+            raise ValueError(f"`optim_args` must read key=value,key=value, got {entry.strip()!r} in {text!r}.")
+        if key in TRAINER_FIELDS:
+            raise ValueError(
+                f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in `optim_args`."
+            )
+        refuse_unknown([key], kinds, "`optim_args`")
+        if key in values:
+            raise ValueError(f"{key!r} is given twice in `optim_args`: {text!r}.")
+        values[key] = _convert(key, value, kinds[key])
+    return values
+
+
+def read_settings(args: TrainingArguments) -> OSDSettings:
+    """All options of a run with an `osd_` optimizer, complete and validated.
+
+    Raises:
+        ValueError: For unknown keys, wrong types and ranges, options given twice, and options without effect.
+    """
+    given, fields = parse_optim_args(args.optim_args), _fields(args)
+    for key in given.keys() & fields.keys():
+        raise ValueError(f"{key!r} is given twice: in `optim_args` and as `osd_{key}`.")
+    own = {KEYS[key].name: value for key, value in (given | fields).items()}
+    preset, rank_pattern = own.pop("preset", None), parse_rank_pattern(own.pop("rank_pattern", None))
+    mode = _mode(args, {name: own.pop(name) for name in MODE_DEFAULTS if name in own})
+    where = "the training arguments"
+    options = resolve(optim_name(args), {"seed": args.seed, **own, "weight_decay": args.weight_decay}, preset, where)
+    validate(options | ({"init": "auto"} if _is_repository(options["init"]) else {}), where)
+    options |= _adam_fields(args, options, where)
+    return OSDSettings(options, "rank" in own, *target_modules_of(args), rank_pattern, mode)
+
+
+def constructor_arguments(
+    args: TrainingArguments, model: nn.Module, decay_names: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of [`OSD`].
+
+    Args:
+        args (`TrainingArguments`): With an `osd_` name as `optim`.
+        model (`nn.Module`): The model.
+        decay_names (`Collection[str]`, *optional*): Parameters with weight decay; defaults to what `Trainer` decides.
+    """
+    settings = read_settings(args)
+    options = settings.options
+    if options["init"] not in INITS:
+        state = ProjectionState.from_pretrained(options["init"])
+        ranks = {entry.rank for entry in state.values()}
+        options["init"] = state
+        if not settings.rank_given and len(ranks) == 1:
+            options["rank"] = ranks.pop()
+    kwargs = osd_kwargs(
+        model,
+        options,
+        settings.target_modules,
+        settings.exclude_modules,
+        decay_names,
+        ddp_compression=settings.mode["ddp_compression"],
+        rank_pattern=settings.rank_pattern,
+    )
+    return {"lr": args.learning_rate, **settings.mode, **kwargs}
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Raise `ValueError` as early as possible for arguments that are wrong or would be ignored."""
+    if uses_osd(args):
+        refuse_flat_engines(args)
+        read_settings(args)
+        return
+    if optim_name(args) in RSO_NAMES:  # `check_rso_arguments` reads these
+        return
+    stray = sorted(f"osd_{key}" for key in _fields(args))
+    stray += ["osd_exclude_modules"] if getattr(args, "osd_exclude_modules", None) is not None else []
+    if stray:
+        raise ValueError(
+            f"{', '.join(stray)} need an OSD optimizer, but optim is {optim_name(args)!r}. Choose one of "
+            f"{', '.join(OPTIM_NAMES)}."
+        )
+    if optim_name(args) in WITHOUT_OPTIM_ARGS and keys_of(args.optim_args) & KEYS.keys():
+        raise ValueError(
+            f"optim={optim_name(args)!r} ignores optim_args={args.optim_args!r}. For Online Subspace Descent choose "
+            f"one of {', '.join(OPTIM_NAMES)}; else leave `optim_args` out."
+        )
+
+
+def keys_of(text: object) -> set[str]:
+    """The keys of another optimizer's `optim_args`, whatever else is in there."""
+    return {entry.partition("=")[0].strip() for entry in text.split(",")} if isinstance(text, str) else set()
+
+
+def refuse_ignored_by_mode(optimizer: OSD, args: TrainingArguments) -> None:
+    """Raise `ValueError` for arguments that an optimizer of the user's own, which takes gradients, would not hear of.
+
+    One that Trainer builds has been told.
+    """
+    mode = optimizer.mode
+    if mode.takes_gradients and (args.max_grad_norm or None) != mode.max_grad_norm:
+        raise ValueError(
+            f"Trainer would clip by max_grad_norm={args.max_grad_norm}, but this optimizer takes the gradients before "
+            f"it, and clips by max_grad_norm={mode.max_grad_norm}. Give both the same (TrainingArguments: 0 for none)."
+        )
+    if mode.layerwise and args.gradient_accumulation_steps > 1 and not mode.gradient_accumulation:
+        raise ValueError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} needs an optimizer with "
+            "`gradient_accumulation=True`: this one steps with the first of them."
+        )
+
+
+def refuse_flat_engines(args: TrainingArguments) -> None:
+    """Raise `ValueError` where a run is to use DeepSpeed, FSDP1 or XLA's FSDP, all of which flatten parameters."""
+    engine = engine_of(args)
+    if engine is not None:
+        raise ValueError(f"{args.optim} cannot be used with {engine}. {FLAT}")
+
+
+def engine_of(args: TrainingArguments) -> str | None:
+    """DeepSpeed, FSDP1 or XLA's FSDP, if a run is to use one of them."""
+    engine = None
+    if (
+        args.deepspeed
+        or getattr(args, "deepspeed_plugin", None) is not None
+        or _environment("ACCELERATE_USE_DEEPSPEED")
+    ):
+        engine = "DeepSpeed"
+    elif args.fsdp:
+        config: dict[str, Any] = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+        plugin: dict[str, Any] = getattr(args, "fsdp_plugin_args", None) or {}
+        if config.get("xla"):
+            engine = "XLA's FSDP"
+        elif int(plugin.get("fsdp_version", config.get("version", 1))) == 1:
+            engine = "FSDP1"
+    elif _environment("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
+        engine = "FSDP1"
+    return engine
+
+
+def _environment(name: str) -> bool:
+    """What `accelerate launch` tells its processes."""
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def _convert(key: str, value: str, wanted: type) -> Any:
+    kind = {int: "an integer", float: "a number", bool: "true or false"}.get(wanted, "")
+    try:
+        if wanted is bool:
+            return {"true": True, "false": False}[value.lower()]
+        return wanted(value)
+    except (ValueError, KeyError):
+        raise ValueError(f"{key!r} in `optim_args` must be {kind}, got {value!r}.") from None
+
+
+def _is_repository(init: str) -> bool:
+    """Whether `init` names a saved P, on the Hub (`user/name`) or in a folder, and not a way to start one."""
+    return "/" in init or os.path.isdir(init)
+
+
+def _fields(args: TrainingArguments) -> dict[str, Any]:
+    return {key: value for key in KEYS if (value := getattr(args, f"osd_{key}", None)) is not None}
+
+
+def _mode(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:
+    """The mode, with Trainer's own clipping and accumulation where the optimizer has to do them."""
+    mode = Mode(**mode_of(optim_name(args), given | {"layerwise_clipping": None}))
+    if not mode.takes_gradients:
+        return asdict(Mode(**given))
+    if args.fp16:
+        raise ValueError(
+            "fp16 scales the loss, and `layerwise` and `ddp_compression` use gradients before a GradScaler could "
+            "unscale them. Use bf16=True, or leave these options out."
+        )
+    if mode.ddp_compression is not None and args.max_grad_norm and not CAN_LEAVE_CLIPPING:
+        raise ValueError(
+            "This version of transformers clips gradients by itself, and `ddp_compression` leaves it only some of "
+            "them. Set max_grad_norm=0, or install a newer one."
+        )
+    own = {"max_grad_norm": args.max_grad_norm or None}
+    if mode.layerwise:
+        own["gradient_accumulation"] = args.gradient_accumulation_steps > 1
+    return mode_of(optim_name(args), given | own)
+
+
+def target_modules_of(args: TrainingArguments) -> tuple[str | list[str], str | list[str] | None]:
+    """What is projected and what is not, as `parse_modules` reads it."""
+    wanted, unwanted = args.optim_target_modules, getattr(args, "osd_exclude_modules", None)
+    return (
+        parse_modules(ALL_LINEAR if wanted is None else wanted),
+        None if unwanted is None else parse_modules(unwanted),
+    )
+
+
+def _adam_fields(args: TrainingArguments, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Trainer's betas and eps for the rules that use them; a value that was changed and has no user is refused."""
+    rules = used_rules(options)
+    used: frozenset[str] = frozenset().union(*map(rule_options, rules))
+    values: dict[str, Any] = {}
+    for option, names in (("betas", ("adam_beta1", "adam_beta2")), ("eps", ("adam_epsilon",))):
+        if option in used:
+            value = tuple(getattr(args, name) for name in names)
+            values[option] = value if option == "betas" else value[0]
+            continue
+        for name in names:
+            if getattr(args, name) != TrainingArguments.__dataclass_fields__[name].default:
+                raise ValueError(f"`{name}` has no effect with the update rule {' and '.join(rules)}.")
+    check_values({name: OPTIONS[name] for name in values}, values, where)
+    return values
