@@ -338,3 +338,9 @@ class OSD(torch.optim.Optimizer):
     def plan_of(self, p: Tensor) -> Plan:
         """How `p` is stepped: its side, rank and shapes. Read it, do not change it."""
         return self._steps.plan_of(p)
+
+
+def osd_of(optimizer: Any) -> OSD | None:
+    """The [`OSD`] that this optimizer is or, in accelerate's wrapper, holds; `None` for any other."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return optimizer if isinstance(optimizer, OSD) else None
