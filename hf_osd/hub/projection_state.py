@@ -7,9 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..optim import OSD
+from ..optim.osd import osd_of
 from ..optim.step.full_weight import FullWeight
 from ..version import __version__
 from .checks import ProjectionFileError
@@ -95,7 +96,7 @@ class ProjectionState(Mapping[str, Projection]):
         return {"format_version": FORMAT_VERSION, **versions(), **copy.deepcopy(self._config), **fixed}
 
     @classmethod
-    def from_optimizer(cls, optimizer: OSD, include_moments: bool = False) -> "ProjectionState":
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer, include_moments: bool = False) -> "ProjectionState":
         """A copy, on the CPU, of what an optimizer holds now.
 
         Args:
@@ -107,10 +108,10 @@ class ProjectionState(Mapping[str, Projection]):
             ValueError: For another optimizer, parameters without names or with the same name, or when no projected
                 parameter has been stepped yet. Those that have not are left out.
         """
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        if not isinstance(optimizer, OSD):
+        osd = osd_of(optimizer)
+        if osd is None:
             raise ValueError(f"ProjectionState.from_optimizer needs an OSD optimizer, got {type(optimizer).__name__}.")
-        groups = [group for group in optimizer.param_groups if group["rank"] is not None]
+        groups = [group for group in osd.param_groups if group["rank"] is not None]
         if not groups:
             raise ValueError("This optimizer projects nothing: none of its groups has a `rank`.")
         projections: dict[str, Projection] = {}
@@ -122,7 +123,7 @@ class ProjectionState(Mapping[str, Projection]):
                     "(name, parameter) pairs such as model.named_parameters() gives."
                 )
             for name, p in zip(group["param_names"], group["params"], strict=True):
-                weight = optimizer.weight_of(p)
+                weight = osd.weight_of(p)
                 assert not isinstance(weight, FullWeight)
                 if not weight.started:
                     continue
@@ -133,7 +134,7 @@ class ProjectionState(Mapping[str, Projection]):
                     )
                 if name in projections:
                     raise ValueError(f"Two parameters of this optimizer have the name {name}.")
-                state = optimizer.state[p]
+                state = osd.state[p]
                 projections[name] = copy_projection(weight, include_moments)
                 steps = max(steps, int(state["step"].max()))
         if not projections:

@@ -383,3 +383,9 @@ class OSD(torch.optim.Optimizer):
             group.update(today)
         if state.get("_stream") is not None:
             state["_stream"].restore(self._weights_now())
+
+
+def osd_of(optimizer: Any) -> OSD | None:
+    """The [`OSD`] that this optimizer is or, in accelerate's wrapper, holds; `None` for any other."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return optimizer if isinstance(optimizer, OSD) else None

@@ -3,7 +3,7 @@
 from .arguments import OSDTrainingArguments
 from .callback import OSDCallback
 from .checkpoints import last_complete_checkpoint
-from .registration import register
+from .patches import register
 from .trainer import OSDTrainer
 
 

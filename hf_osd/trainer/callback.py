@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
@@ -13,6 +12,7 @@ from ..optim import OSD
 from ..optim.announce import announce
 from ..optim.arrival.exchange import include_in_ddp
 from ..optim.arrival.stream import release
+from ..optim.osd import osd_of
 from ..optim.statistics import summarize_each
 from ..optim.step.full_weight import FullWeight
 from .checkpoints import written_checkpoint
@@ -56,7 +56,7 @@ class OSDCallback(TrainerCallback):
         """Print the one summary line, open the file with the layers' statistics, and put hooks on, ours alone."""
         self._saved.clear()  # a second training counts its steps anew
         self._best = self._statistics = None
-        osd = unwrap(optimizer)
+        osd = osd_of(optimizer)
         if model is not None:
             release(model.parameters(), keep=None if osd is None else osd.stream)
         if osd is not None:
@@ -72,7 +72,7 @@ class OSDCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
     ) -> None:
         """Observe the coming step if it will be logged."""
-        osd = unwrap(optimizer)
+        osd = osd_of(optimizer)
         if osd is not None:
             osd.collect_statistics = _will_log(args, state)
 
@@ -86,7 +86,7 @@ class OSDCallback(TrainerCallback):
         **kwargs,
     ) -> None:
         """Add the statistics to a training step's log, for the callbacks that follow and for the log history."""
-        osd = unwrap(optimizer)
+        osd = osd_of(optimizer)
         if osd is None or not logs or "loss" not in logs:
             return
         means, layers = summarize_each(osd.weights)
@@ -115,17 +115,17 @@ class OSDCallback(TrainerCallback):
         optimizer=None,
         **kwargs: Any,
     ) -> None:
-        """Put P and the model card into what is about to be uploaded: before `on_save`, after which it is too late."""
+        """Put P and news in the model card into what is about to be uploaded: `on_save` would be too late."""
         folder = written_checkpoint(state)
         if folder is not None:  # else one of that name is another training's
             self._save_projections(folder, args, state, optimizer)
+        osd = osd_of(optimizer)
         if self._best is None:
             self._save_projections(_output_dir(args), args, state, optimizer)
-        elif args.should_save and unwrap(optimizer) is not None and (self._best / CONFIG_NAME).is_file():
+        elif args.should_save and osd is not None and (self._best / CONFIG_NAME).is_file():
             ProjectionState.from_pretrained(self._best).save_pretrained(_output_dir(args))
-        osd = unwrap(optimizer)
         if osd is not None and args.should_save:
-            refresh_card(_output_dir(args), osd, args, state, model)
+            refresh_card(osd, args, state, model)
 
     def on_train_end(
         self,
@@ -141,7 +141,7 @@ class OSDCallback(TrainerCallback):
         Hooks of a layerwise optimizer are taken off: a backward pass after the training must not train on. Another
         training of the model may be without `ddp_compression`.
         """
-        osd = unwrap(optimizer)
+        osd = osd_of(optimizer)
         if osd is not None:
             osd.remove()
             if model is not None:
@@ -150,18 +150,12 @@ class OSDCallback(TrainerCallback):
             self._best = Path(state.best_model_checkpoint)
 
     def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, optimizer) -> None:
-        osd = unwrap(optimizer)
+        osd = osd_of(optimizer)
         if osd is None or not args.should_save or not folder.is_dir() or self._saved.get(folder) == state.global_step:
             return
         if has_started(osd):
             ProjectionState.from_optimizer(osd).save_pretrained(folder)
             self._saved[folder] = state.global_step
-
-
-def unwrap(optimizer: torch.optim.Optimizer | None) -> OSD | None:
-    """Our optimizer inside accelerate's wrapper, or `None`."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    return optimizer if isinstance(optimizer, OSD) else None
 
 
 def has_started(optimizer: OSD) -> bool:

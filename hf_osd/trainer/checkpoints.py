@@ -3,15 +3,12 @@
 A run that was killed while saving must not resume from a torn checkpoint; P must not go into one of another run.
 """
 
-import functools
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
-from transformers import Trainer, TrainerState
-from transformers import trainer as transformers_trainer
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -40,29 +37,8 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def register_last_complete_checkpoint() -> None:
-    """Let `Trainer.train(resume_from_checkpoint=True)` pass over torn checkpoints, which it could only fail on."""
-    transformers_trainer.get_last_checkpoint = last_complete_checkpoint
-
-
-def register_written_checkpoint() -> None:
-    """Let every Trainer note the folder that it saves into: in a hyperparameter search it is not in `output_dir`."""
-    original = Trainer._save_checkpoint
-    if getattr(original, "notes_folder", False):
-        return
-
-    @functools.wraps(original)
-    def save_checkpoint(self: Trainer, model: Any, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        self.state.written_checkpoint = folder  # type: ignore[attr-defined]  # no field: it is not saved
-        return original(self, model, trial, *args, **kwargs)
-
-    save_checkpoint.notes_folder = True  # type: ignore[attr-defined]
-    Trainer._save_checkpoint = save_checkpoint  # type: ignore[method-assign]
-
-
 def written_checkpoint(state: TrainerState) -> Path | None:
-    """The checkpoint that this training has written at its current step, or `None`."""
+    """The checkpoint that this training has written at its current step, as `patches.py` notes it, or `None`."""
     folder: Path | None = getattr(state, "written_checkpoint", None)
     return folder if folder is not None and _step(folder) == state.global_step else None
 

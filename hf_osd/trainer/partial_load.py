@@ -1,37 +1,9 @@
 """Resuming with `partial_load` where the run has other parameter groups: its schedule goes on for those of now."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
-from transformers import Trainer
-
-from ..optim import OSD
-
-
-def register_partial_load() -> None:
-    """Let every Trainer with an [`OSD`] that loads partially fit a saved schedule to the groups of now."""
-    original = Trainer._load_optimizer_and_scheduler
-    if getattr(original, "fits_schedule", False):
-        return
-
-    @functools.wraps(original)
-    def load(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        scheduler: Any = self.lr_scheduler
-        osd = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not (isinstance(osd, OSD) and osd.partial_load and hasattr(scheduler, "load_state_dict")):
-            return original(self, *args, **kwargs)
-        load_state_dict = scheduler.load_state_dict
-        # on the object, for this one call: Trainer reads the file itself
-        scheduler.load_state_dict = lambda state: load_state_dict(fitted(state, scheduler, osd))
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            del scheduler.load_state_dict
-
-    load.fits_schedule = True  # type: ignore[attr-defined]
-    Trainer._load_optimizer_and_scheduler = load  # type: ignore[method-assign]
 
 
 def fitted(state: Mapping[str, Any], scheduler: Any, optimizer: Optimizer) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..declare import check_values, refuse_unknown
 from ..hub import ProjectionState
@@ -19,9 +19,9 @@ from ..optim.selection.targets import parse_modules
 from ..optim.step.sharding import FLAT
 from ..subspace.initialization import INITS
 from ..update_rules import rule_options
-from .gradient_norm import CAN_LEAVE_CLIPPING
 
 
+CAN_LEAVE_CLIPPING = hasattr(Trainer, "_clip_grad_norm")  # not yet a method in transformers 5.2
 RSO_NAMES = ("rso_adamw", "rso_adamw8bit")  # of `rso.py`, which shares some settings
 KINDS: dict[str, type] = {key: own.check.kind for key, own in KEYS.items()}  # of `optim_args`
 

@@ -142,7 +142,7 @@ OPTIONS = "--output_dir out --use_cpu --report_to none --optim osd_adamw --optim
 
 
 def test_a_script_that_knows_nothing_of_us_can_use_the_names(script, tmp_path, monkeypatch):
-    # Without us the name is refused: tests/trainer/test_registration.py asks a fresh interpreter.
+    # Without us the name is refused: tests/trainer/test_patches.py asks a fresh interpreter.
     monkeypatch.delenv("RANK", raising=False)
     script.write_text(TRAIN)
     main(["run", str(script), *OPTIONS])

@@ -19,7 +19,6 @@ from hf_osd import OSDTrainingArguments
 from hf_osd.hub import ProjectionState
 from hf_osd.hub.card import picture
 from hf_osd.hub.card.model_card import PICTURE_NAME, CardFacts, update_card
-from hf_osd.hub.card.section import is_generated
 from hf_osd.optim import adamw_state_bytes, state_bytes
 
 
@@ -69,6 +68,34 @@ def test_nothing_projected_and_an_optimizer_of_ones_own(run, llama, tmp_path):
     assert facts.repo_id == "user/out"
     with pytest.raises(ValueError, match="needs an OSD optimizer, got SGD"):
         CardFacts.from_run(torch.optim.SGD(llama.parameters()), args, TrainerState(), llama)
+
+
+@pytest.mark.parametrize(
+    ("optim", "projection_rule", "line"),
+    [
+        ("osd_adamw", None, "pip install ."),
+        ("osd_lion", "adamw8bit", 'pip install ".[8bit]"'),
+        ("osd_adamw8bit", "adamw", 'pip install ".[8bit]"'),
+    ],
+)
+def test_how_to_install_is_what_the_readme_says(optim, projection_rule, line, run, tmp_path):
+    text = update_card(tmp_path, run(optim, projection_optim=projection_rule).facts).read_text()
+    assert f"`{line}` in a clone" in text
+    install = (ROOT / "README.md").read_text().partition("## Install")[2].partition("```\n")[0]
+    assert 'pip install ".[8bit]" ' in install and "in a clone" in install
+
+
+def test_a_base_model_in_a_folder_is_no_link(run, llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("base", "runs/base"):  # both could be names on the Hub
+        llama.save_pretrained(folder)
+        for name, given in ((str(tmp_path / folder), None), (folder, None), ("", folder), ("", f"./{folder}")):
+            llama.config._name_or_path = name
+            text = update_card(tmp_path / "out", run(facts={"base_model": given}).facts).read_text()
+            assert "base_model" not in head(text) and folder not in text and "\nTrained with [Online" in text
+    llama.config._name_or_path = "gpt2"
+    facts = run().facts
+    assert facts.base_model == "gpt2" and "(https://huggingface.co/gpt2)" in update_card(tmp_path, facts).read_text()
 
 
 def test_targets_are_shown_as_given(run, tmp_path):
@@ -182,7 +209,7 @@ def test_the_example_is_what_its_script_renders(tmp_path):
     assert code(made) == code(committed) and head(made) == head(committed)
     assert rows(made)["steps"] == "5" and float(rows(committed)["perplexity (per token)"]) < 64  # of 256 bytes
     headings = re.compile("^#+ .*", re.MULTILINE)
-    assert headings.findall(made) == headings.findall(committed) and is_generated(committed)
+    assert headings.findall(made) == headings.findall(committed)
     for folder in (tmp_path, ROOT / "model_cards"):
         assert (folder / "llama-quickstart-loss.png").read_bytes().startswith(b"\x89PNG")
     assert "](llama-quickstart-loss.png)" in committed and "/tmp" not in committed

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -11,7 +11,9 @@ class Fault:
     left: int  # how many requests it still hits
     status: int | None = None  # answer this, or
     code: str | None = None  # with this error code
-    after_bytes: int = 0  # cut the connection after so many bytes of the body
+    after_bytes: int = 0  # cut the connection after so many bytes of the body, or
+    holds: bool = False  # do not answer until healed
+    healed: threading.Event = field(default_factory=threading.Event)
 
 
 class Faults:
@@ -25,6 +27,8 @@ class Faults:
 
     def clear(self) -> None:
         with self._lock:
+            for fault in self._faults:
+                fault.healed.set()
             self._faults.clear()
 
     def hit(self, line: str) -> Fault | None:

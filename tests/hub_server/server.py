@@ -45,6 +45,7 @@ class HubServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.heal()
         self._http.shutdown()
         self._http.server_close()
         self._http.close_connections()
@@ -83,6 +84,10 @@ class HubServer:
         request without a body, of what is downloaded. Nothing of a cut upload is kept.
         """
         self.faults.add(Fault(re.compile(match), n, after_bytes=after_bytes))
+
+    def hold(self, match: str = "", n: int = 1000) -> None:
+        """The next `n` matching requests are answered no earlier than `heal`."""
+        self.faults.add(Fault(re.compile(match), n, holds=True))
 
     def heal(self) -> None:
         self.faults.clear()
@@ -177,6 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
         line = f"{self.command} {self.path}"
         hub.requests.append(line)
         fault = hub.faults.hit(line)
+        if fault is not None and fault.holds:
+            fault.healed.wait()
+            fault = None
         cut_at = fault.after_bytes if fault is not None and fault.status is None else None
         self.close_connection = self.close_connection or cut_at is not None
         body = bytearray()

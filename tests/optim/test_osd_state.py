@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from hf_osd import OSD
 from hf_osd.optim import predicted_state_bytes, state_bytes
+from hf_osd.optim.osd import osd_of
 from hf_osd.optim.step.geometry import ProjectedGeometry
 from hf_osd.update_rules import RULES
 
@@ -232,3 +234,11 @@ def test_closure_and_add_param_group():
     geometry = optimizer.weight_of(V).geometry
     assert isinstance(geometry, ProjectedGeometry) and geometry.side == "right" and geometry.name == "V"
     assert optimizer.state[V]["projection"].shape == (20, 6)
+
+
+def test_an_optimizer_is_found_inside_accelerates_wrapper():
+    p = nn.Parameter(torch.zeros(4))
+    osd, other = OSD([p]), torch.optim.SGD([p])
+    wrapped, other_wrapped = Accelerator(cpu=True).prepare(osd, other)
+    assert osd_of(osd) is osd_of(wrapped) is osd and wrapped is not osd
+    assert osd_of(other) is osd_of(other_wrapped) is osd_of(None) is None

@@ -14,7 +14,7 @@ from hf_osd import create_osd_optimizer
 from hf_osd.hub.card.model_card import PICTURE_NAME
 from hf_osd.hub.card.section import END, START
 from hf_osd.trainer import push
-from hf_osd.trainer.push import refresh_card, register_push
+from hf_osd.trainer.push import Destination, refresh_card
 from hub_server import HubServer, run_client
 
 
@@ -22,15 +22,10 @@ USERS = "---\nlicense: mit\n---\n\n# Mine\n\nMy own words.\n"
 TRAINERS = "generated automatically according to the information the Trainer had access to"
 
 PUSHES = """
-import sys, types
 from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-from hf_osd.trainer.push import register_push
-
-USERS, stock_push = sys.modules["__main__"].USERS, Trainer.push_to_hub
-register_push()  # importing hf_osd has done it: once is enough
-assert Trainer.push_to_hub is stock_push and not hasattr(stock_push.__wrapped__, "__wrapped__")
+import hf_osd
 from huggingface_hub import HfApi
 api = HfApi()
 
@@ -72,11 +67,12 @@ push("kept", readme=USERS)
 push("started", hub=USERS)
 push("like-trl", LikeTrl, checkpoint_card=True, dataset_name="some/data")
 push("like-trl", LikeTrl, dataset_name="other/data")
-push("like-trl-kept", LikeTrl, readme=USERS)
+push("like-trl-kept", LikeTrl, readme=USERS, checkpoint_card=True)
+push("named", readme=USERS, tags="mine", language="en", license="apache-2.0", dataset_tags="some/data")
 push("adamw", readme=USERS, optim="adamw_torch")
 push("broken", readme=USERS + "<!-- hf_osd:start -->\\n")
 try:
-    push("fails", revision=3, no_such_argument=1)
+    push("fails", no_such_argument=1)
 except TypeError as error:
     assert "no_such_argument" in str(error)
 else:
@@ -90,7 +86,7 @@ def pushed(tmp_path_factory):
     with HubServer(tmp_path_factory.mktemp("hub")) as hub:
         code = f"USERS = {USERS!r}\n{PUSHES}"
         output = run_client(code, hub, HF_HUB_DISABLE_XET="1")
-        names = ("stock", "kept", "started", "like-trl", "like-trl-kept", "adamw", "broken")
+        names = ("stock", "kept", "started", "like-trl", "like-trl-kept", "named", "adamw", "broken")
         files = {name: hub.files(f"tester/{name}") for name in names}
         commits = {name: len(hub.commits(f"tester/{name}")) for name in names}
         yield SimpleNamespace(
@@ -120,7 +116,7 @@ def test_a_stock_trainer_pushes_its_own_card_with_our_section(pushed):
 def test_a_users_text_is_kept(name, pushed):
     card = pushed.cards[name]
     assert "license: mit\n" in card and "\n---\n\n# Mine\n\nMy own words.\n\n" + START in card
-    assert TRAINERS not in card and "Of trl" not in card and "sha256" not in card
+    assert TRAINERS not in card and "Of trl" not in card
     assert (pushed.folder / name / "README.md").read_text() == card
 
 
@@ -128,6 +124,12 @@ def test_a_subclass_writes_its_card_anew_while_nobody_edits_it(pushed):
     card = pushed.cards["like-trl"]
     assert "\n# like-trl\n\nOf trl on other/data.\n\n" + START in card and TRAINERS not in card
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["trl", "online-subspace-descent", "hf_osd"]
+
+
+def test_what_a_push_names_gets_into_a_users_metadata(pushed):
+    data = yaml.safe_load(pushed.cards["named"].split("---")[1])
+    assert data["license"] == "mit" and data["language"] == "en" and data["datasets"] == ["some/data"]
+    assert data["tags"] == ["online-subspace-descent", "hf_osd", "mine"]
 
 
 def test_other_optimizers_push_as_ever(pushed):
@@ -144,107 +146,126 @@ def test_a_text_that_cannot_be_added_to_is_pushed_as_it_is(pushed):
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Everything that `refresh_card` needs, of a run that is offline."""
+def on_hub(monkeypatch):
+    """What the Hub has as README.md: a text, `None`, or an exception."""
+    found = SimpleNamespace(card=None, asked=[])
+
+    def card_on_hub(*access):
+        found.asked.append(access)
+        if isinstance(found.card, Exception):
+            raise found.card
+        return found.card
+
+    monkeypatch.setattr(push, "card_on_hub", card_on_hub)
+    return found
+
+
+@pytest.fixture
+def run(tmp_path, on_hub):
+    """Everything that `refresh_card` needs, of a run that pushes."""
     config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     model: nn.Module = LlamaForCausalLM(config)
     args = TrainingArguments(str(tmp_path / "out"), optim="osd_adamw", report_to="none", use_cpu=True)
     state = TrainerState(global_step=5, log_history=[{"step": 5, "loss": 1.0}])
-    return tmp_path / "out", create_osd_optimizer(model, rank=4), args, state, model
+    state.pushes_to = Destination("tester/out", "hf_tester", "main")
+    return create_osd_optimizer(model, rank=4), args, state, model
 
 
-def test_registering_twice_wraps_once(monkeypatch):
-    monkeypatch.setattr(Trainer, "push_to_hub", Trainer.push_to_hub)
-    register_push()
-    once = Trainer.push_to_hub
-    register_push()
-    assert Trainer.push_to_hub is once and once.__doc__ and once.__name__ == "push_to_hub"
+@pytest.fixture
+def readme(tmp_path):
+    return tmp_path / "out" / "README.md"
 
 
-def test_a_refresh_makes_a_card_and_later_only_its_section(run):
-    folder = run[0]
+def test_a_refresh_makes_a_card_and_later_only_its_section(run, readme):
     refresh_card(*run)
-    card = (folder / "README.md").read_text()
+    card = readme.read_text()
     assert "| steps | 5 |" in card and "\n# out\n" in card
-    run[3].global_step = 6
+    run[2].global_step = 6
     refresh_card(*run)
-    assert (folder / "README.md").read_text() == card.replace("| steps | 5 |", "| steps | 6 |")
+    assert readme.read_text() == card.replace("| steps | 5 |", "| steps | 6 |")
 
 
-def test_a_refresh_starts_from_what_a_user_wrote_on_the_hub(run, monkeypatch):
-    asked = []
-
-    def on_hub(*access):
-        asked.append(access)
-        return USERS
-
-    monkeypatch.setattr(push, "_card_on_hub", on_hub)
+def test_a_refresh_starts_from_what_a_user_wrote_on_the_hub(run, readme, on_hub):
+    on_hub.card = USERS
     for _ in range(2):
-        refresh_card(*run, repo_id="tester/model")
-    assert asked == [("tester/model", None, None)]  # then there is a local one
-    assert "My own words.\n\n" + START in (run[0] / "README.md").read_text()
+        refresh_card(*run)
+    assert on_hub.asked == [("tester/out", "hf_tester", "main")] * 2
+    assert "My own words.\n\n" + START in readme.read_text() and readme.read_text().count(START) == 1
 
 
-def test_a_refresh_never_raises(run, caplog):
-    folder = run[0]
-    folder.mkdir()
+def test_without_a_push_under_way_there_is_nothing_to_refresh(run, readme, on_hub):
+    del run[2].pushes_to
+    refresh_card(*run)
+    assert not on_hub.asked and not readme.exists()
+
+
+@pytest.mark.parametrize("notes", ["", "[1]", "{", '{"a": true}'])
+def test_notes_that_cannot_be_read_keep_every_text(notes, run, readme):
+    readme.parent.mkdir()
+    readme.write_text(USERS)
+    readme.with_name(push.NOTES_NAME).write_text(notes)
+    refresh_card(*run)
+    assert "My own words.\n\n" + START in readme.read_text()
+
+
+def test_a_refresh_never_raises(run, readme, caplog):
+    readme.parent.mkdir()
     broken = "---\ntags: [a\n---\n# Mine\n"
-    (folder / "README.md").write_text(broken)
+    readme.write_text(broken)
     caplog.set_level(logging.WARNING, logger="hf_osd")
     refresh_card(*run)
     (record,) = caplog.records
     assert "README.md is left without news of this run: the metadata at the head" in record.getMessage()
-    assert record.exc_info in (None, False) and (folder / "README.md").read_text() == broken
-
-
-@pytest.fixture
-def uploads(monkeypatch):
-    """Instead of the stock push: makes the card and may fail."""
-    calls = []
-
-    def stock(self, commit_message="End of training", blocking=True, token=None, revision=None, fail=False, **kwargs):
-        calls.append(vars(self).get("create_model_card"))
-        self.create_model_card(model_name="out", **kwargs)
-        if fail:
-            raise ConnectionError("no Hub")
-        return "pushed"
-
-    monkeypatch.setattr(Trainer, "push_to_hub", stock)
-    register_push()
-    return calls
+    assert record.exc_info in (None, False) and readme.read_text() == broken
 
 
 def trainer_of(run, kind=Trainer, optimizer=None):
-    _, osd, args, state, model = run
+    osd, args, state, model = run
     trainer = kind(model, args, optimizers=(optimizer or osd, None))
     trainer.state = state
     trainer.hub_model_id = "tester/out"
-    run[0].mkdir(exist_ok=True)
+    Path(args.output_dir).mkdir(exist_ok=True)
     return trainer
 
 
-def test_the_attribute_is_gone_after_a_failure_and_ones_own_is_back(run, uploads):
-    trainer = trainer_of(run)
-    with pytest.raises(ConnectionError, match="no Hub"):
-        trainer.push_to_hub(fail=True)
-    assert "create_model_card" not in vars(trainer) and uploads[0] is not None
-    made = []
-    own = trainer.create_model_card = lambda **kwargs: made.append(kwargs)
-    assert trainer.push_to_hub("message", tags=["a"]) == "pushed"
-    assert trainer.create_model_card is own and made == [{"model_name": "out", "tags": ["a"]}]
+def test_an_override_that_adds_to_trainers_card_is_made_once_and_renewed(run, readme):
+    class Adds(Trainer):
+        def create_model_card(self, *args, **kwargs):
+            super().create_model_card(*args, **kwargs)
+            with open(Path(self.args.output_dir, "README.md"), "a") as file:
+                file.write("\nAn addition.\n")
+
+    trainer = trainer_of(run, Adds)
+    for step in (5, 6):
+        trainer.state.global_step = step
+        trainer.create_model_card(model_name="out")
+        card = readme.read_text()
+        assert (
+            TRAINERS in card and card.count(START) == card.count("An addition.") == 1 and f"| steps | {step} |" in card
+        )
 
 
-def test_without_our_optimizer_nothing_is_replaced(run, uploads):
-    adamw = torch.optim.AdamW(run[-1].parameters())
-    assert trainer_of(run, optimizer=adamw).push_to_hub() == "pushed"
-    assert uploads == [None] and START not in (run[0] / "README.md").read_text()
+def test_without_our_optimizer_nothing_is_added(run, readme, on_hub):
+    trainer_of(run, optimizer=torch.optim.AdamW(run[-1].parameters())).create_model_card(model_name="out")
+    assert TRAINERS in readme.read_text() and START not in readme.read_text() and not on_hub.asked
 
 
-def test_what_fails_in_our_part_does_not_fail_the_push(run, uploads, monkeypatch, caplog):
+def test_what_fails_in_our_part_does_not_fail_the_push(run, readme, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise RuntimeError("our mistake")
 
     monkeypatch.setattr(push, "update_card", broken)
     caplog.set_level(logging.WARNING, logger="hf_osd")
-    assert trainer_of(run).push_to_hub() == "pushed"
-    assert "our mistake" in caplog.text and TRAINERS in (run[0] / "README.md").read_text()
+    trainer_of(run).create_model_card(model_name="out")
+    assert "our mistake" in caplog.text and TRAINERS in readme.read_text()
+
+
+def test_a_push_tells_its_token_and_revision_while_it_lasts(run, on_hub, monkeypatch):
+    trainer = trainer_of(run)
+    client = SimpleNamespace(upload_folder=lambda **given: "pushed")
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: client)
+    assert trainer.push_to_hub(token="hf_other", revision="side") == "pushed"
+    assert on_hub.asked == [("tester/out", "hf_other", "side")] and not hasattr(trainer.state, "pushes_to")
+    on_hub.card = ConnectionError("no Hub")
+    assert trainer.push_to_hub() == "pushed"
+    assert not Path(trainer.args.output_dir, "README.md").exists()

@@ -14,9 +14,11 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
 
 from hf_osd import OSD, OSDTrainingArguments
+from hf_osd.hub.card.section import START
 from hf_osd.optim.step.geometry import ProjectedGeometry
 
 
@@ -155,6 +157,33 @@ def test_two_steps_with_trls_defaults(case, folders, tmp_path):
     assert [row["step"] for row in logged] == [1, 2]
     assert all(math.isfinite(row["loss"]) and row.keys() >= LOG_KEYS for row in logged)
     assert all(row["grad_norm"] > 0 and row["osd/skipped_steps"] == 0 for row in logged)
+
+
+def test_trls_card_at_every_checkpoint_keeps_ours_and_a_users(folders, tmp_path):
+    readme, seen = tmp_path / "README.md", []
+
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            seen.append(readme.read_text())
+            if state.global_step == 2:
+                readme.write_text("# Mine\n\nMy own words.\n")
+
+    options = {"output_dir": str(tmp_path), "optim": "osd_adamw", "optim_args": "rank=4", "max_steps": 3}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 4}
+    trainer = trl.SFTTrainer(
+        model=folders[LlamaForCausalLM],
+        args=trl.SFTConfig(**options, **quiet, save_steps=1, logging_steps=1),
+        train_dataset=rows(prompt=PROMPTS, completion=GOOD),
+        callbacks=[Look()],
+    )
+    trainer.train()
+    trainer.create_model_card(model_name="run", dataset_name="some/data")
+    made, again, users = seen
+    for step, card in enumerate((made, again), start=1):
+        assert "It has been trained using [TRL]" in card and card.count(START) == 1 and f"| steps | {step} |" in card
+    assert users.count("My own words.") == users.count(START) == 1 and "[TRL]" not in users
+    last = readme.read_text()
+    assert "My own words." in last and "- some/data" in last and last.count(START) == 1
 
 
 CONFIGS = sorted({config for _, config, *_ in CASES.values()})

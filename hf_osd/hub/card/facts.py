@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...optim import ALL_LINEAR, OPTIM_NAMES, OSD, adamw_state_bytes, predicted_state_bytes
+from ...optim import ALL_LINEAR, OPTIM_NAMES, adamw_state_bytes, predicted_state_bytes
 from ...optim.options.rules import rules_of
 from ...optim.options.table import DEFAULTS
+from ...optim.osd import osd_of
 from ...optim.selection.targets import parse_modules
 from ...optim.step.geometry import ProjectedGeometry
 from ...subspace import SUBSPACES
@@ -24,71 +25,40 @@ if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
 
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+HUB_ID = re.compile(r"([A-Za-z0-9_][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
 NLL_LOSSES = (None, "nll", "chunked_nll")  # of trl's SFTConfig
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card tells about a run with [`OSD`].
+    """What a model card tells about a run with [`OSD`]."""
 
-    Attributes:
-        model_name (`str`): Title of a card that is made from nothing.
-        repo_id (`str`): Where the model will be found, such as `user/name`.
-        optim (`str`): Such as `osd_adamw8bit`.
-        options (`dict[str, tuple]`):
-            The distinct values of each option over the projected groups, by its name in `osd_config.json`; an option
-            that has no effect has none.
-        ranks (`tuple[int, ...]`): The effective ranks, ascending.
-        matrices (`int`): How many weights are projected; each expert's counts.
-        projected_parameters (`int`): Elements of these.
-        full_size_parameters (`int`): Elements of all other parameters of the optimizer.
-        state_bytes (`int`): Of the optimizer's state.
-        adamw_bytes (`int`): Of the state that AdamW would hold for the same parameters.
-        learning_rate (`float`): The initial one.
-        lr_scheduler (`str`): Name of the schedule.
-        steps (`int`): Steps so far.
-        targets (`str` or `list[str]`, *optional*): What to project, as the training arguments say.
-        exclude (`str` or `list[str]`, *optional*): What not to project, likewise.
-        preset (`str`, *optional*): Name of the preset.
-        init (`str`, *optional*): Where P started from, if that was asked for.
-        train_loss (`float`, *optional*): The last one that was logged.
-        eval_loss (`float`, *optional*): The last one.
-        perplexity (`float`, *optional*): exp(eval_loss), where that is the mean loss of a causal language model.
-        log_history (`tuple[dict, ...]`): As in `TrainerState`.
-        library_name (`str`): `transformers` or `peft`.
-        model_class (`str`, *optional*): The class that loads the model, such as `transformers.AutoModelForCausalLM`.
-        base_model (`str`, *optional*): The model on the Hub that training started from.
-        datasets (`tuple[str, ...]`): Names of the data sets.
-        versions (`dict[str, str]`): As in `osd_config.json`.
-    """
-
-    model_name: str
-    repo_id: str
-    optim: str
-    options: Mapping[str, tuple[Any, ...]]
-    ranks: tuple[int, ...]
-    matrices: int
-    projected_parameters: int
-    full_size_parameters: int
-    state_bytes: int
-    adamw_bytes: int
-    learning_rate: float
-    lr_scheduler: str
-    steps: int
-    targets: str | list[str] | None
-    exclude: str | list[str] | None
-    preset: str | None
-    init: str | None
-    train_loss: float | None
-    eval_loss: float | None
-    perplexity: float | None
-    log_history: tuple[dict[str, Any], ...]
-    library_name: str
-    model_class: str | None
-    base_model: str | None
-    datasets: tuple[str, ...]
-    versions: Mapping[str, str]
+    model_name: str  # title of a card that is made from nothing
+    repo_id: str  # where the model will be found, such as `user/name`
+    optim: str  # such as `osd_adamw8bit`
+    options: Mapping[str, tuple[Any, ...]]  # name in `osd_config.json` -> its values over the projected groups
+    ranks: tuple[int, ...]  # the effective ranks, ascending
+    matrices: int  # how many weights are projected; each expert's counts
+    projected_parameters: int  # elements of these
+    full_size_parameters: int  # elements of all other parameters of the optimizer
+    state_bytes: int  # of the optimizer's state
+    adamw_bytes: int  # of the state that AdamW would hold for the same parameters
+    learning_rate: float  # the initial one
+    lr_scheduler: str  # name of the schedule
+    steps: int  # so far
+    targets: str | list[str] | None  # what to project, as the training arguments say
+    exclude: str | list[str] | None  # what not to project, likewise
+    preset: str | None  # its name
+    init: str | None  # where P started from, if that was asked for
+    train_loss: float | None  # the last one that was logged
+    eval_loss: float | None  # the last one
+    perplexity: float | None  # exp(eval_loss), where that is the mean loss of a causal language model
+    log_history: tuple[dict[str, Any], ...]  # as in `TrainerState`
+    library_name: str  # `transformers` or `peft`
+    model_class: str | None  # the class that loads the model, such as `transformers.AutoModelForCausalLM`
+    base_model: str | None  # the model on the Hub that training started from
+    datasets: tuple[str, ...]  # names of the data sets
+    versions: Mapping[str, str]  # as in `osd_config.json`
 
     @classmethod
     def from_run(
@@ -111,15 +81,15 @@ class CardFacts:
             args (`TrainingArguments`): The run's arguments.
             state (`TrainerState`): Holds steps and losses.
             model (`nn.Module`): The model.
-            base_model (`str`, *optional*): Defaults to the name that the model was loaded by, if it is not a folder.
+            base_model (`str`, *optional*): Defaults to the name that the model was loaded by; a folder is none.
             dataset (`str` or `list[str]`, *optional*):
                 Names of the data. Those of the form `user/name` get into the metadata as data sets on the Hub.
             repo_id (`str`, *optional*): Defaults to `args.hub_model_id`, or a placeholder with the folder's name.
             preset, init (`str`, *optional*): As the training arguments ask for them.
         """
-        osd = getattr(optimizer, "optimizer", optimizer)
-        if not isinstance(osd, OSD):
-            raise ValueError(f"CardFacts.from_run needs an OSD optimizer, got {type(osd).__name__}.")
+        osd = osd_of(optimizer)
+        if osd is None:
+            raise ValueError(f"CardFacts.from_run needs an OSD optimizer, got {type(optimizer).__name__}.")
         projected = [group for group in osd.param_groups if group["rank"] is not None]
         groups = [group_options(group) for group in projected or osd.param_groups]
         for own, group in zip(groups, projected, strict=bool(projected)):
@@ -157,15 +127,15 @@ class CardFacts:
             log_history=tuple(dict(row) for row in state.log_history),
             library_name="peft" if _base(model) is not model else "transformers",
             model_class=_model_class(model),
-            base_model=base_model or _name_on_hub(model, repo_id),
+            base_model=_on_hub(base_model) or _base_model(model, repo_id),
             datasets=(dataset,) if isinstance(dataset, str) else tuple(dict.fromkeys(dataset or ())),
             versions=versions(),
         )
 
     @property
     def datasets_on_hub(self) -> list[str]:
-        """Those of `datasets` that can be repositories: `user/name`, and nothing on this machine."""
-        return [name for name in self.datasets if HUB_ID.fullmatch(name) and not os.path.exists(name)]
+        """Those of `datasets` that can be repositories of a user."""
+        return [name for name in self.datasets if "/" in name and _on_hub(name)]
 
 
 def _options(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
@@ -222,7 +192,11 @@ def _model_class(model: nn.Module) -> str | None:
     return "transformers.AutoModelForCausalLM" if _is_causal_lm(model) else f"transformers.{kind.__name__}"
 
 
-def _name_on_hub(model: nn.Module, repo_id: str) -> str | None:
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
-    plain = HUB_ID.fullmatch(name) or re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII)  # `gpt2` has no user
-    return name if plain and name != repo_id and not os.path.exists(name) else None
+def _on_hub(name: str | None) -> str | None:
+    """A name that can be a repository's, `user/name` or `gpt2`; not the path of a folder."""
+    return name if name and HUB_ID.fullmatch(name) and not os.path.exists(name) else None
+
+
+def _base_model(model: nn.Module, repo_id: str) -> str | None:
+    name = _on_hub(getattr(getattr(model, "config", None), "_name_or_path", None))
+    return name if name != repo_id else None

@@ -1,7 +1,5 @@
-"""The section of a README.md that is ours: rendered from facts, found and replaced in a text that is not ours."""
+"""Our section of a README.md, rendered from facts."""
 
-import hashlib
-import re
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from .facts import CardFacts
 
 START, END = "<!-- hf_osd:start -->", "<!-- hf_osd:end -->"
 TEMPLATE = Path(__file__).parent / "templates" / "section.md"
-DIGEST = re.compile(r"^<!-- The text around this section was generated \(sha256 ([0-9a-f]{16})\)", re.MULTILINE)
 LINE_LENGTH = 100  # of the code
 
 # subspace -> what the text says of it
@@ -29,68 +26,17 @@ MOVEMENTS = {
 }
 
 
-def split_text(text: str) -> tuple[str, str, str]:
-    """What stands before our section, the section, and what stands behind it; without one, everything is before.
-
-    Raises:
-        ValueError: Unless each marker stands at the start of a line once, in this order, or not at all.
-    """
-    starts, ends = ([match.start() for match in re.finditer(f"^{mark}", text, re.MULTILINE)] for mark in (START, END))
-    if not starts and not ends:
-        return text, "", ""
-    if len(starts) != 1 or len(ends) != 1 or ends[0] < starts[0]:
-        raise ValueError(
-            f"README.md must have the lines {START} and {END} once each, in this order, or neither; found "
-            f"{len(starts)} and {len(ends)}. Remove them: the section is made anew."
-        )
-    stop = ends[0] + len(END)
-    return text[: starts[0]], text[starts[0] : stop], text[stop:]
-
-
-def place_section(text: str, section: str) -> str:
-    """The text with this section instead of the one it has, or at its end; nothing else changes."""
-    line_break = line_break_of(text)
-    section = section.replace("\n", line_break)
-    before, old, behind = split_text(text)
-    if old:
-        return before + section + behind
-    gap = "" if not text else line_break if text.endswith("\n") else 2 * line_break
-    return text + gap + section + line_break
-
-
-def line_break_of(text: str) -> str:
-    """How the lines of a text end."""
-    return "\r\n" if "\r\n" in text else "\n"
-
-
-def digest_around(text: str) -> str:
-    """A short hash of all but our section; line breaks and the gap beside the section do not count."""
-    before, _, behind = split_text(text)
-    around = "\n".join(part.replace("\r\n", "\n").strip() for part in (before, behind))
-    return hashlib.sha256(around.encode()).hexdigest()[:16]
-
-
-def is_generated(text: str) -> bool:
-    """Whether nobody has written in this text: it is empty around our section, or as it was generated."""
-    try:
-        before, section, behind = split_text(text)
-    except ValueError:
-        return False
-    found = DIGEST.search(section)
-    return not (before + behind).strip() or (found is not None and found[1] == digest_around(text))
-
-
-def render_section(facts: CardFacts, *, picture: str | None, projections: bool, digest: str | None = None) -> str:
+def render_section(facts: CardFacts, *, picture: str | None, projections: bool) -> str:
     """Our section, markers included.
 
     Args:
         facts ([`CardFacts`]): The run.
         picture (`str`, *optional*): File name of the picture.
         projections (`bool`): Whether P lies beside the model.
-        digest (`str`, *optional*): Of the text around the section, where that was generated.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    rules = (facts.optim, *facts.options.get("projection_rule", ()))
     values: dict[str, Any] = {
         "base_model": facts.base_model,
         "matrices": facts.matrices,
@@ -105,7 +51,7 @@ def render_section(facts: CardFacts, *, picture: str | None, projections: bool, 
         "projections": projections,
         "optim_args": _optim_args(facts) if projections else "",
         "versions": ", ".join(f"{key.removesuffix('_version')} {value}" for key, value in facts.versions.items()),
-        "digest": digest,
+        "install": "pip install " + ('".[8bit]"' if any("8bit" in str(rule) for rule in rules) else "."),
     }
     # The template has a head, as all templates of model cards; only the text below it is ours to place.
     card = ModelCard.from_template(ModelCardData(tags=["hf_osd"]), template_path=str(TEMPLATE), **values)

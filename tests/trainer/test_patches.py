@@ -1,10 +1,13 @@
-"""The names in transformers: any script can use them, and nothing that it writes needs us to be read."""
+"""What we change in transformers: names that any script can use, and functions that are replaced once."""
 
+import ast
 import copy
+import inspect
 import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ from transformers import trainer as transformers_trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
 
+import hf_osd
 from hf_osd import OSD, OSDCallback, OSDTrainer, OSDTrainingArguments, register
 from hf_osd.optim import OPTIM_NAMES
 from hf_osd.optim.step.geometry import ProjectedGeometry
+from hf_osd.trainer.patches import PATCHES, Patch
 from reference.tiny_models import tiny_llama
 
 
@@ -69,7 +74,8 @@ def test_transformers_own_members_are_untouched():
 def test_registering_twice_changes_nothing():
     def snapshot() -> tuple:
         members = [id(member) for member in OptimizerNames]
-        return members, dict(_OPTIMIZER_HANDLERS), list(transformers_trainer.DEFAULT_CALLBACKS)
+        functions = [getattr(patch.owner, patch.name) for patch in PATCHES]
+        return members, dict(_OPTIMIZER_HANDLERS), list(transformers_trainer.DEFAULT_CALLBACKS), functions
 
     before = snapshot()
     register()
@@ -166,3 +172,115 @@ def test_osd_arguments_work_in_a_stock_trainer(tmp_path: Path):
     )
     group = Trainer(tiny_llama(), args).create_optimizer().param_groups[0]
     assert group["weight_rule"] == "lion" and set(group["sides"]) == {"right"}
+
+
+# Functions that are replaced
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_every_function_is_replaced_once_and_looks_as_before(patch):
+    replaced = getattr(patch.owner, patch.name)
+    original = replaced.__wrapped__
+    assert original.__module__.startswith("transformers.") and not hasattr(original, "__wrapped__")
+    assert replaced.__name__ == patch.name and replaced.__doc__ == original.__doc__ and patch.why
+    assert inspect.signature(replaced) == inspect.signature(original)
+
+
+def test_a_function_that_is_not_there_stays_away():
+    class Old:
+        pass
+
+    Patch(Old, "new", "", lambda original: None).apply()
+    assert not hasattr(Old, "new")
+
+
+def test_the_class_that_makes_a_model_card_is_covered_with_its_first_trainer(stock):
+    class Own(Trainer):
+        def create_model_card(self, model_name=None):
+            """Its own."""
+
+    class Heir(Own):
+        pass
+
+    own = Own.create_model_card
+    for _ in range(2):
+        Heir(tiny_llama(), stock())
+        assert Own.create_model_card.__wrapped__ is own and Own.create_model_card.__doc__ == "Its own."
+    assert "create_model_card" not in vars(Heir)
+
+
+MUTATORS = {"append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "sort", "update"}
+SETTERS = {"setattr", "delattr", "__setattr__", "__delattr__"}
+
+
+def root(node: ast.AST) -> str | None:
+    """The name that `name.a[0].b` begins with."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Starred):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def changes(tree: ast.AST) -> Iterator[int]:
+    """Lines that change what was imported from transformers, or set an attribute of an argument of its types."""
+    nodes = list(ast.walk(tree))
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or "transformers" for alias in node.names if alias.name.startswith("transformers")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
+            names |= {alias.asname or alias.name for alias in node.names}
+    arguments = {
+        node.arg for node in nodes if isinstance(node, ast.arg) and node.annotation and root(node.annotation) in names
+    }
+    for node in nodes:  # `callbacks = trainer.DEFAULT_CALLBACKS` is the same object
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Attribute | ast.Name):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if root(node.value) in names:
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    for node in nodes:
+        targets = []
+        if isinstance(node, ast.Assign | ast.Delete):
+            targets = [one for target in node.targets for one in getattr(target, "elts", [target])]
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        inner = [target for target in targets if not isinstance(target, ast.Name)]
+        if any(root(target) in names | arguments for target in inner):
+            yield node.lineno
+        if isinstance(node, ast.AugAssign) and root(node.target) in names:
+            yield node.lineno
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else root(node.func)
+            if called in SETTERS and node.args and root(node.args[0]) in names | arguments:
+                yield node.lineno
+            if called in MUTATORS and isinstance(node.func, ast.Attribute) and root(node.func.value) in names:
+                yield node.lineno
+
+
+PLANTED = """
+import transformers
+from transformers import Trainer, trainer as module
+from transformers import TrainerState
+def f(state: TrainerState, mine: dict): mine["a"] = state.step; state.log.append(1)
+Trainer.a = 1
+module.b, x = 1, 2
+setattr(Trainer, "c", 1)
+type.__setattr__(Trainer, "d", 1)
+module.TABLE["e"] = 1
+module.TABLE.update(f=1)
+callbacks: list = module.CALLBACKS
+callbacks += [1]
+del transformers.g
+def f(state: TrainerState): state.h = 1
+def f(trainer: Trainer): trainer.state.i = 1
+"""
+
+
+def test_transformers_is_changed_in_one_file():
+    assert sorted(set(changes(ast.parse(PLANTED)))) == [6, 7, 8, 9, 10, 11, 13, 14, 15, 16]
+    package = Path(hf_osd.__file__).parent
+    found = {
+        str(file.relative_to(package)): lines
+        for file in package.rglob("*.py")
+        if (lines := list(changes(ast.parse(file.read_text(encoding="utf-8")))))
+    }
+    assert found.keys() == {"trainer/patches.py"}, found

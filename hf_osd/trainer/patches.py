@@ -1,0 +1,188 @@
+"""Every change that `import hf_osd` makes to transformers: names, callbacks, and one table of what is replaced.
+
+A function that replaces another is called with that one as its first argument. Without [`OSD`] as the optimizer all do
+what the original does.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Trainer
+from transformers import trainer as transformers_trainer
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.training_args import OptimizerNames
+
+from ..optim import OPTIM_NAMES, OSD
+from ..optim.osd import osd_of
+from ..rso import RSOCallback
+from .callback import OSDCallback
+from .checkpoints import last_complete_checkpoint
+from .partial_load import fitted
+from .push import Destination, make_card
+from .rso import RSO_NAMES, build_rso_optimizer_kwargs
+from .settings import constructor_arguments
+
+
+class Patch(NamedTuple):
+    """One function of transformers that is replaced.
+
+    Attributes:
+        owner (`type` or module): Holds it; one that does not have it (in an older transformers) stays as it is.
+        name (`str`): Its name there.
+        why (`str`): The reason.
+        replacement (`Callable`): Called with the original and then with the arguments.
+    """
+
+    owner: Any
+    name: str
+    why: str
+    replacement: Callable[..., Any]
+
+    def apply(self) -> None:
+        """Replace the function, unless that has been done: the replacement carries a mark."""
+        original = getattr(self.owner, self.name, None)
+        if original is None or getattr(original, "replaced_by_hf_osd", False):
+            return
+
+        @functools.wraps(original)
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            return self.replacement(original, *args, **kwargs)
+
+        replaced.replaced_by_hf_osd = True  # type: ignore[attr-defined]
+        setattr(self.owner, self.name, replaced)
+
+
+def _find_complete_checkpoint(original: Callable, folder: str) -> str | None:
+    return last_complete_checkpoint(folder)
+
+
+def _note_checkpoint(original: Callable, self: Trainer, model: Any, trial: Any, *args: Any, **kwargs: Any) -> Any:
+    # On the state, which callbacks see; no fields of it, so they are not saved.
+    folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    self.state.written_checkpoint = folder  # type: ignore[attr-defined]
+    destination = Destination(self.hub_model_id, self.args.hub_token, self.args.hub_revision)
+    self.state.pushes_to = destination  # type: ignore[attr-defined]
+    return original(self, model, trial, *args, **kwargs)
+
+
+def _note_destination(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    token, revision = (given.get(key) or getattr(self.args, f"hub_{key}") for key in ("token", "revision"))
+    state: Any = self.state
+    state.pushes_to = Destination(None, token, revision)
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        vars(state).pop("pushes_to", None)
+
+
+def _cover_model_card(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> None:
+    owner = next(kind for kind in type(self).__mro__ if "create_model_card" in vars(kind))
+    Patch(owner, "create_model_card", "keeps what a user wrote, and adds our section", make_card).apply()
+    original(self, *args, **kwargs)
+
+
+def _fit_schedule(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    scheduler: Any = self.lr_scheduler
+    osd = osd_of(self.optimizer)
+    if osd is None or not osd.partial_load or not hasattr(scheduler, "load_state_dict"):
+        return original(self, *args, **kwargs)
+    load_state_dict = scheduler.load_state_dict
+    # On the object, for this one call: Trainer reads the file itself.
+    scheduler.load_state_dict = lambda state: load_state_dict(fitted(state, scheduler, osd))
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        del scheduler.load_state_dict
+
+
+def _leave_clipping(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    osd = osd_of(self.optimizer)
+    if osd is None or not osd.mode.takes_gradients:
+        return original(self, *args, **kwargs)
+    return torch.zeros(())  # `OSDCallback` logs the true one, which is known after the step
+
+
+PATCHES = (
+    Patch(
+        transformers_trainer,
+        "get_last_checkpoint",
+        "`train(resume_from_checkpoint=True)` could only fail on a torn checkpoint: it passes over them",
+        _find_complete_checkpoint,
+    ),
+    Patch(
+        Trainer,
+        "_save_checkpoint",
+        "P goes into the folder that is saved, which in a hyperparameter search is not in `output_dir`",
+        _note_checkpoint,
+    ),
+    Patch(
+        Trainer,
+        "push_to_hub",
+        "the model card on the Hub is read with the token and at the revision of the push",
+        _note_destination,
+    ),
+    Patch(
+        Trainer,
+        "__init__",
+        "a Trainer's class may make its own model card, as trl's do; it is covered when the first of it is made",
+        _cover_model_card,
+    ),
+    Patch(
+        Trainer,
+        "_load_optimizer_and_scheduler",
+        "with `partial_load` a saved schedule is fitted to the parameter groups of now",
+        _fit_schedule,
+    ),
+    Patch(
+        Trainer,
+        "_clip_grad_norm",
+        "an optimizer that takes gradients clips them: Trainer would see those of full-size parameters alone",
+        _leave_clipping,
+    ),
+)
+
+
+def register() -> None:
+    """Add the names to `OptimizerNames`, their handlers to Trainer's table, the callbacks to every Trainer, and patch.
+
+    `import hf_osd` calls it; calling it again changes nothing.
+    """
+    handlers: dict[str, Any] = dict.fromkeys(OPTIM_NAMES, build_optimizer_kwargs)
+    handlers |= dict.fromkeys(RSO_NAMES, build_rso_optimizer_kwargs)
+    for name, handler in handlers.items():
+        member = _add_member(name)
+        # By member as Trainer looks it up, and by string, which is what arguments hold after unpickling.
+        _OPTIMIZER_HANDLERS[member] = _OPTIMIZER_HANDLERS[name] = handler
+    callbacks: list[Any] = transformers_trainer.DEFAULT_CALLBACKS
+    callbacks += [callback for callback in (OSDCallback, RSOCallback) if callback not in callbacks]
+    for patch in PATCHES:
+        patch.apply()
+
+
+def build_optimizer_kwargs(context: OptimizerContext) -> tuple[type[OSD], dict[str, Any]]:
+    """Trainer's handler: the optimizer's class and everything to construct it with."""
+    if context.model is None:
+        raise ValueError(f"{context.args.optim} needs the model to choose what it projects.")
+    return OSD, constructor_arguments(context.args, context.model)
+
+
+def _add_member(name: str) -> OptimizerNames:
+    if name in OptimizerNames._value2member_map_:
+        return OptimizerNames(name)
+    member = str.__new__(OptimizerNames, name)
+    member._name_ = name.upper()
+    member._value_ = name
+    # An enum member is pickled as a call of its class, which fails where this package is not imported. The arguments
+    # of a run are pickled into every checkpoint and pushed to the Hub, so our members are pickled as plain strings.
+    vars(member).update(__reduce_ex__=lambda protocol: (str, (name,)), __deepcopy__=lambda memo: member)
+    type.__setattr__(OptimizerNames, member._name_, member)
+    OptimizerNames._member_names_.append(member._name_)
+    OptimizerNames._member_map_[member._name_] = member
+    OptimizerNames._value2member_map_[name] = member
+    return member
