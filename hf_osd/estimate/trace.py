@@ -151,8 +151,12 @@ def _as_it_is(func, *args, **kwargs):
 
 
 # What the meta device has not, or has only in part.
-INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
-INDEXING += (torch.ops.aten._index_put_impl_.default,)
+INDEXING = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten._index_put_impl_.default,
+)
 STAND_INS: dict[Any, Callable] = {
     GROUPED_PRODUCT: _grouped_product,
     torch.ops.aten.nonzero.default: _nonzero,
