@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 from dataclasses import asdict
 from functools import cache
 from math import prod
@@ -28,6 +27,7 @@ from ..optim.options.table import OPTIONS
 from ..optim.selection.targets import parse_modules
 from ..trainer.settings import parse_optim_args
 from .show import size_text, table
+from .suggestion import start_of, suggestion
 
 
 DESCRIPTION = """Estimate the memory of training a model, from its config alone: does it fit, and what would?
@@ -37,7 +37,8 @@ DESCRIPTION = """Estimate the memory of training a model, from its config alone:
   hf-osd estimate out/config.json --gpu 80GiB --json
 
 A step is run on the meta device, where tensors have shapes and no memory, and what is alive is counted: with fused
-attention, weights in --dtype, one batch for each step. GaLore and LoRA have the rank of ours; P is with its moments.
+attention, weights in --dtype, one batch for each step. GaLore has the rank of ours, LoRA too without --lora_rank; P is
+with its moments.
 The columns are each part's most, "step" the temporaries of a parameter's step; the peak is what is there at once.
 --reserve is kept free for the driver's context, libraries and fragmentation.
 """
@@ -52,7 +53,7 @@ LABELS = {
     "adamw_torch_fused": "AdamW",
     "adamw_bnb_8bit": "AdamW 8-bit",
     "galore_adamw": "GaLore",
-    "lora": "LoRA, AdamW",
+    "lora": "LoRA {rank}, AdamW",
 }
 COLUMNS = {
     "weights": "weights",
@@ -78,6 +79,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument("--preset", default="osd_adamw8bit", help="our optimizer (default: osd_adamw8bit)")
     parser.add_argument("--rank", type=int, default=DEFAULT_RANK, metavar="R", help=f"default: {DEFAULT_RANK}")
+    parser.add_argument("--lora_rank", type=int, metavar="R", help="of LoRA's row (default: the same)")
     parser.add_argument("--layerwise", action="store_true", help="step in the backward pass, as osd_*_layerwise")
     parser.add_argument("--optim_args", metavar="K=V,...", help="other options of our optimizer, as for a Trainer")
     parser.add_argument(
@@ -106,13 +108,15 @@ def estimate(arguments: argparse.Namespace) -> None:
 
 def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that is told, as JSON values."""
-    for name in ("rank", "seq", "batch"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
+    lora_rank = arguments.rank if arguments.lora_rank is None else arguments.lora_rank
+    numbers = {"rank": arguments.rank, "lora_rank": lora_rank, "seq": arguments.seq, "batch": arguments.batch}
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}.")
     optim, layerwise, options = _optimizer(arguments)
     memory = usable_memory(arguments)
     config = load_config(arguments.model, arguments.revision)
-    work = Workload(config, DTYPES[arguments.dtype], arguments.seq, arguments.rank)
+    work = Workload(config, DTYPES[arguments.dtype], arguments.seq, lora_rank)
     with explained(f"no model can be made of {arguments.model!r}"):
         model = work.model()
     modules = options["target_modules"]
@@ -147,6 +151,7 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
                     )
     report: dict[str, Any] = {
         **{key: getattr(arguments, key) for key in ("model", "rank", "batch", "seq", "dtype", "optim_args")},
+        "lora_rank": lora_rank,
         "parameters": sum(p.numel() for p in model.parameters()),
         "matrices": sum(prod(shape[:-2]) for shape in shapes),
         "clipped": sum(prod(shape[:-2]) for shape in shapes if arguments.rank > min(shape[-2:])),
@@ -155,7 +160,11 @@ def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
     }
     if memory is not None:
-        report |= {"gpu": arguments.gpu, "usable_bytes": memory, "suggestion": suggestion(report, modules)}
+        report |= {
+            "gpu": arguments.gpu,
+            "usable_bytes": memory,
+            "suggestion": suggestion(report, modules, start_of(model)),
+        }
     return report
 
 
@@ -220,32 +229,6 @@ def _size(option: str, text: str) -> int:
         raise ValueError(f"--{option} must be a number with KB, MB, GB, KiB, MiB or GiB, got {text!r}.") from None
 
 
-def suggestion(report: dict[str, Any], modules: Any) -> dict[str, Any] | None:
-    """What to run of ours: as asked, else with checkpointing, a smaller batch or, last, a smaller rank."""
-    ours = [row for row in report["rows"] if row["method"].startswith("osd_")]
-    rank, batch = report["rank"], report["batch"]
-    found = next((row for row in ours if row["fits"]), ours[-1])
-    if not found["fits"]:
-        if found["largest_batch"]:
-            batch = found["largest_batch"]
-        elif found["largest_rank"]:
-            rank = found["largest_rank"]
-        else:
-            return None
-    checkpointing = found["gradient_checkpointing"]
-    optim_args = ",".join(filter(None, [f"rank={rank}", report["optim_args"]]))
-    words = ["hf-osd", "run", "train.py", "--model_name_or_path", report["model"]]
-    words += ["--dtype", str(DTYPES[report["dtype"]]).removeprefix("torch."), "--optim", found["method"]]
-    words += [
-        "--optim_args",
-        optim_args,
-        "--optim_target_modules",
-        modules if isinstance(modules, str) else ",".join(modules),
-    ]
-    words += ["--per_device_train_batch_size", str(batch), *(["--gradient_checkpointing"] if checkpointing else [])]
-    return {"rank": rank, "batch": batch, "gradient_checkpointing": checkpointing, "command": shlex.join(words)}
-
-
 def report_text(report: dict[str, Any]) -> str:
     """Two tables, without and with checkpointing, what fits, and the command."""
     kind = str(DTYPES[report["dtype"]]).removeprefix("torch.")
@@ -263,7 +246,7 @@ def report_text(report: dict[str, Any]) -> str:
             continue
         lines = [
             [
-                LABELS.get(row["method"], row["method"]),
+                LABELS.get(row["method"], row["method"]).format(rank=report["lora_rank"]),
                 *(size_text(row["bytes"][key]) if row["bytes"][key] else "-" for key in COLUMNS),
                 *(["yes" if row["fits"] else "no", str(row["largest_batch"])] if limit else []),
             ]
@@ -281,4 +264,6 @@ def report_text(report: dict[str, Any]) -> str:
     if limit:
         found = report["suggestion"]
         text += ["", "suggested:", f"  {found['command']}"] if found else ["", f"nothing fits {report['gpu']}"]
+        if found and "--learning_rate" in found["command"]:
+            text.append("  The learning rate and the scale are where to start: try a third and three times the rate.")
     return "\n".join(text)

@@ -14,9 +14,10 @@ DESCRIPTION = """Turn what training changed in a model's weights into a PEFT LoR
   hf-osd extract-lora out --base user/base-model --rank 16 --output adapter
   hf-osd extract-lora user/tuned --base user/base-model --energy 0.9 --push user/adapter
 
-kept: share of the change of a layer that its rank keeps, ||BA||^2 / ||dW||^2. Without --output and --push it is shown
-and nothing is written. The adapter is loaded with peft.PeftModel.from_pretrained(base, adapter). It needs a folder or
-repository of its own: one that holds a model is refused.
+kept: share of the change of a layer that its rank keeps, ||BA||^2 / ||dW||^2. In the files all layers have the largest
+rank, filled up with zeros, and alpha is that rank: peft, vLLM and llama.cpp read the same adapter. Without --output
+and --push it is shown and nothing is written. It is loaded with peft.PeftModel.from_pretrained(base, adapter). It
+needs a folder or repository of its own: one that holds a model is refused.
 """
 
 
@@ -40,7 +41,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--carry",
         choices=list(CARRY),
         default="auto",
-        help="what else to take along: the task head; norms and biases too (auto, default); embeddings too (all)",
+        help="what else to take along: nothing, for vLLM and llama.cpp (none); the task head; norms and biases too\n"
+        "(auto, default); embeddings too (all)",
     )
     parser.add_argument("--exact", action="store_true", help="exact SVD of large matrices too")
     parser.add_argument("--output", metavar="DIR", help="write the adapter into this folder")
@@ -63,7 +65,8 @@ def extract(arguments: argparse.Namespace) -> None:
             check_repository(arguments.push, models)
         fixed = 16 if arguments.rank is None else arguments.rank
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The adapter leaves out")  # the table below says it
+            warnings.filterwarnings("ignore", message="The adapter leaves out")  # the text below says it
+            warnings.filterwarnings("ignore", message="vLLM refuses")
             adapter = extract_lora(
                 arguments.tuned,
                 arguments.base,
@@ -73,13 +76,13 @@ def extract(arguments: argparse.Namespace) -> None:
                 carry=arguments.carry,
                 exact=arguments.exact,
             )
-        print(text(adapter, arguments.tuned))
-        if arguments.output:
-            adapter.save_pretrained(arguments.output)
-            print(f"written to {arguments.output}")
-        if arguments.push:
-            commit = adapter.push_to_hub(arguments.push, private=arguments.private or None)
-            print(f"pushed to {arguments.push}: {commit.commit_url}")
+            print(text(adapter, arguments.tuned))
+            if arguments.output:
+                adapter.save_pretrained(arguments.output)
+                print(f"written to {arguments.output}")
+            if arguments.push:
+                commit = adapter.push_to_hub(arguments.push, private=arguments.private or None)
+                print(f"pushed to {arguments.push}: {commit.commit_url}")
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"hf-osd extract-lora: {error}") from error
 
@@ -95,8 +98,10 @@ def text(adapter: ExtractedLora, tuned: str) -> str:
         if found:
             named = ", ".join(f"{name} ({relative_text(change)})" for name, change in found.items())
             lines.append(f"{title}, with the relative change: {named}")
+    if adapter.limits:
+        lines.append(adapter.limits)
     lines.append(
-        f"{len(rows)} layers keep {100 * adapter.kept:.1f}% of their change; {adapter.bytes / 1e6:,.2f} MB for "
-        f"{tuned}, whose weights have {adapter.model_bytes / 1e6:,.2f} MB"
+        f"{len(rows)} layers keep {100 * adapter.kept:.1f}% of their change, stored at rank {adapter.rank}; "
+        f"{adapter.bytes / 1e6:,.2f} MB for {tuned}, whose weights have {adapter.model_bytes / 1e6:,.2f} MB"
     )
     return "\n".join(lines)

@@ -89,7 +89,7 @@ def galore(model: nn.Module, rank: int, target_modules: Any) -> Method:
         method.state += 2 * r * length * size
         method.projection += s * (r * size if size < 4 else s * 4)
         low, cast = r * length * size, p.numel() * 4 if size < 4 else 0
-        svd = cast + 4 * s * (s + length)  # the gradient in float32, U or Vh, and the other
+        svd = cast + 4 * s * (s + 2 * length)  # the gradient in float32, U and Vh, and the copy that the SVD works on
         method.temporaries[name] = max(svd, 3 * low + 2 * p.nbytes)  # lifted to (m, n), and once more times its scale
     return method
 

@@ -1,6 +1,7 @@
 """A model from its config alone, on the meta device, and inputs of the size that is asked for."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..optim.selection.quantised import WAY_OUT
 
 
+CHOICES = 4  # answers to each question of a multiple choice, as SWAG has
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -73,10 +75,15 @@ def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
             model = named._from_config(config, dtype=dtype)
         else:
             model = auto.from_config(config, dtype=dtype)
+    if not all(p.is_meta for p in model.parameters()):  # XLNet's come from torch.FloatTensor, which knows no devices
+        model.to("meta", dtype)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # as Trainer does
     if getattr(model.config, "is_encoder_decoder", False) and not hasattr(model.config, "decoder_start_token_id"):
         model.config.decoder_start_token_id = 0  # T5's files may lack it; no token matters here
+    classifies = type(model).__name__.endswith("SequenceClassification")
+    if classifies and type(config) in AutoModelForCausalLM._model_mapping and model.config.pad_token_id is None:
+        model.config.pad_token_id = 0  # they look for the last token that is none of these
     model.train()
     return model
 
@@ -102,9 +109,22 @@ def inputs_of(model: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:
     if kind != "input_ids":
         raise ValueError(f"{type(model).__name__} takes `{kind}`: only models of text and pictures can be estimated.")
     positions = getattr(config, "max_position_embeddings", None) or sequence
-    if sequence > positions:
+    if sequence > positions > 0:  # -1 of XLNet: any number
         raise ValueError(f"--seq {sequence} is more than the {positions} positions of the model.")
-    ids = torch.empty(batch, sequence, dtype=torch.long, device="meta")
-    rows = ids[:, 0] if "Classification" in type(model).__name__ and "Token" not in type(model).__name__ else ids
+    choices = [CHOICES] if type(model).__name__.endswith("MultipleChoice") else []
+    ids = torch.empty(batch, *choices, sequence, dtype=torch.long, device="meta")
     names = inspect.signature(model.forward).parameters
-    return {"input_ids": ids, **({"labels": torch.empty_like(rows)} if "labels" in names else {})}
+    found = {"input_ids": ids, "labels": _labels(model, ids)}
+    found |= dict.fromkeys(("start_positions", "end_positions"), torch.empty_like(ids[:, 0]))
+    return {name: value for name, value in found.items() if name in names}
+
+
+def _labels(model: nn.Module, ids: Tensor) -> Tensor:
+    """A label for each token, for each sequence, or a number for each of a sequence's labels."""
+    config: Any = model.config
+    if not re.search("SequenceClassification$|SequencePrediction$|SentencePrediction$|Choice$", type(model).__name__):
+        return torch.empty_like(ids)
+    several = (config.num_labels,) if config.num_labels > 1 else ()
+    if getattr(config, "problem_type", None) in ("multi_label_classification", "regression"):
+        return torch.empty(ids.shape[0], *several, device="meta")
+    return torch.empty(ids.shape[0], dtype=torch.long, device="meta")

@@ -1,6 +1,7 @@
 """What changed between two models of one architecture, and in which form an adapter can carry it."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -8,23 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from ..optim.selection.targets import linear_classes
+from .lora_forms import lora_form
 
 
-CARRY = {"head": ("head",), "auto": ("head", "vectors"), "all": ("head", "vectors", "matrices")}
+CARRY = {"none": (), "head": ("head",), "auto": ("head", "vectors"), "all": ("head", "vectors", "matrices")}
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # peft carries modules that are called
+
+Norms = tuple[float, float]  # (||change||², ||base||²)
 
 
 @dataclass
 class Changes:
-    """The modules of a model whose weights differ from the base's, by what an adapter can do for them.
+    """The weights of a model that differ from the base's, by what an adapter can do for them.
 
     Attributes:
-        linear (`list[str]`): Linear layers whose matrix changed: LoRA.
+        linear (`dict[str, str]`): Linear layers that changed, and the form in which peft takes them: LoRA.
         biases (`dict[str, float]`): Biases of these layers that changed, with the relative change: LoRA's `bias`.
         carried (`dict[str, float]`): Modules to carry in full, with their relative change: `modules_to_save`.
-        dropped (`dict[str, float]`): What stays as it is in the base, with the relative change that is lost.
+        dropped (`dict[str, float]`):
+            What stays as it is in the base, with the relative change that is lost: modules, or single weights of what
+            cannot be carried as a whole.
     """
 
-    linear: list[str] = field(default_factory=list)
+    linear: dict[str, str] = field(default_factory=dict)
     biases: dict[str, float] = field(default_factory=dict)
     carried: dict[str, float] = field(default_factory=dict)
     dropped: dict[str, float] = field(default_factory=dict)
@@ -64,51 +71,74 @@ def check_same_architecture(tuned: nn.Module, base: nn.Module) -> None:
 def find_changes(
     tuned: nn.Module, base: nn.Module, carry: str, modules_to_save: Iterable[str] = (), new: Iterable[str] = ()
 ) -> Changes:
-    """Sort every weight that differs.
+    """Sort every weight that differs: each one is in exactly one part of the result, by its name or its module's.
 
     Args:
         tuned (`nn.Module`): The model after training.
         base (`nn.Module`): Before, with the same weights by name and shape.
-        carry (`str`): `"head"`, `"auto"` or `"all"`, see [`extract_lora`].
+        carry (`str`): `"none"`, `"head"`, `"auto"` or `"all"`, see [`extract_lora`].
         modules_to_save (`Iterable[str]`, *optional*): Modules to carry whatever `carry` is.
         new (`Iterable[str]`, *optional*): Names of weights that the base's files lack: they are random in every load.
     """
-    changes, ours, theirs = Changes(), entries(tuned), entries(base)
+    ours, theirs, kinds = entries(tuned), entries(base), CARRY[carry]
     modules = dict(tuned.named_modules(remove_duplicate=False))
-    forced = [*modules_to_save, *{name.rpartition(".")[0] for name in new if "." in name}]
-    heads = _topmost([*forced, *_heads(tuned, ours)])
     embedded = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
-    differing: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in ours:
-        change, size = _norms(ours[name], theirs[name])
-        owner, _, leaf = name.rpartition(".")
-        if not math.isfinite(change):
-            raise ValueError(f"{name} has values that are not finite: there is no change to extract.")
-        if change > 0:
-            owner = next((head for head in heads if _within(name, head)), owner)
-            differing.setdefault(owner, {})[leaf] = (change, size)
-    for owner, found in differing.items():
-        module, is_head = modules[owner], owner in heads
-        weight = getattr(module, "weight", None)
-        if isinstance(module, linear_classes()) and not is_head and id(weight) not in embedded:
-            if "weight" in found:
-                changes.linear.append(owner)
-                found.pop("weight")
-            _sort_bias(changes, owner, found, carry)
+    random = [name.rpartition(".")[0] for name in new if "." in name]
+    forced = [*modules_to_save, *(random if kinds else [])]
+    heads = _topmost(
+        name for name in [*modules_to_save, *random, *_heads(tuned)] if not isinstance(modules[name], CONTAINERS)
+    )
+    differing = _differing(ours, theirs)
+    owners = _by_owner(differing, modules, heads)
+    uses = Counter(map(id, modules.values()))  # peft wraps one that has several names under the first of them only
+
+    changes, carried = Changes(), []
+    for owner, names in owners.items():
+        module = modules[owner]
+        linear = isinstance(module, linear_classes()) and owner not in heads and uses[id(module)] == 1
+        linear = linear and id(module.weight) not in embedded
+        trained = f"{owner}.weight" in names or ("vectors" in kinds and f"{owner}.bias" in names)
+        form = lora_form(base, owner) if linear and trained else None
+        if form:
+            changes.linear[owner] = form
             continue
-        tied = {id(value) for value in module.state_dict(keep_vars=True).values()} & embedded
-        kind = "head" if is_head else "vectors"
-        if tied or (not is_head and any(ours[f"{owner}.{leaf}".lstrip(".")].dim() > 1 for leaf in found)):
+        tied = any(id(value) in embedded for value in entries(module).values())
+        kind = "head" if owner in heads else "vectors"
+        if tied or (kind != "head" and any(ours[name].dim() > 1 for name in names)):
             kind = "matrices"
-        wanted = kind in CARRY[carry] or owner in forced
-        (changes.carried if wanted else changes.dropped)[owner] = relative(found)
-    _settle(changes)
+        if kind in kinds or owner in forced:
+            carried.append(owner)
+    _distribute(changes, owners, differing, carried, "vectors" in kinds)
     return changes
 
 
-def relative(found: Mapping[str, tuple[float, float]]) -> float:
+def _distribute(
+    changes: Changes, owners: dict[str, list[str]], differing: dict[str, Norms], wanted: list[str], biases: bool
+) -> None:
+    """Every weight that differs and that no LoRA layer has: into the biases, the carried modules, or the dropped."""
+    # peft carries every module whose name ends in the given one, and none that holds a LoRA layer.
+    around = {name for layer in changes.linear for name in _upwards(layer)}
+    possible = {owner for owner in owners if owner and not any(name.endswith(owner) for name in around)}
+    carried = _topmost(owner for owner in wanted if owner in possible)
+    parts: dict[str, list[str]] = {}
+    for owner, names in owners.items():
+        top = next((name for name in carried if _within(owner, name)), None)
+        apart = owner not in possible or any(_within(name, owner) for name in carried)
+        for name in names:
+            if owner in changes.linear:
+                if name == f"{owner}.bias" and biases:
+                    changes.biases[name] = relative([differing[name]])
+                elif name != f"{owner}.weight":
+                    parts[name] = [name]
+            else:
+                parts.setdefault(top or (name if apart else owner), []).append(name)
+    for part, names in parts.items():
+        (changes.carried if part in carried else changes.dropped)[part] = relative(differing[name] for name in names)
+
+
+def relative(norms: Iterable[Norms]) -> float:
     """||change|| / ||base|| over several weights; infinite where the base has zeros only."""
-    change, size = (math.sqrt(sum(pair[i] for pair in found.values())) for i in (0, 1))
+    change, size = (math.sqrt(sum(squares)) for squares in zip(*norms, strict=True))
     return change / size if size else math.inf
 
 
@@ -117,30 +147,55 @@ def relative_text(change: float) -> str:
     return f"{100 * change:.2g}%" if math.isfinite(change) else "from zero"
 
 
-def _sort_bias(changes: Changes, owner: str, found: dict[str, tuple[float, float]], carry: str) -> None:
-    for leaf in found:
-        layer = owner in changes.linear and leaf == "bias" and "vectors" in CARRY[carry]
-        (changes.biases if layer else changes.dropped)[f"{owner}.{leaf}"] = relative({leaf: found[leaf]})
+def _differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Norms]:
+    found = {}
+    for name in ours:
+        norms = _norms(ours[name], theirs[name])
+        if not math.isfinite(norms[0]):
+            raise ValueError(f"{name} has values that are not finite: there is no change to extract.")
+        if norms[0] > 0:
+            found[name] = norms
+    return found
 
 
-def _settle(changes: Changes) -> None:
-    """Weights of the model itself, and of modules around a LoRA layer, cannot be carried; parts of others need not."""
-    top = set(_topmost(changes.carried))
-    for name in list(changes.carried):
-        if not name or any(_within(layer, name) for layer in changes.linear):
-            changes.dropped[name or "(the model itself)"] = changes.carried.pop(name)
-        elif name not in top:
-            del changes.carried[name]
+def _by_owner(names: Iterable[str], modules: Mapping[str, nn.Module], heads: list[str]) -> dict[str, list[str]]:
+    """Weights by the head that they are in, or else the smallest module that could be carried for them."""
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owner = next((head for head in heads if _within(name, head)), None)
+        if owner is None:
+            around = _upwards(name.rpartition(".")[0])
+            owner = next(module for module in around if not isinstance(modules[module], CONTAINERS))
+        owners.setdefault(owner, []).append(name)
+    return owners
 
 
-def _heads(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The parts of a transformers model beside its trunk; not an output embedding, which the base has too."""
+def _heads(model: nn.Module) -> list[str]:
+    """The parts of a transformers model beside its trunk; not an output embedding, which the base has too.
+
+    A part that holds the output embedding is taken apart: of BERT's `cls` remains `cls.predictions.transform`.
+    """
     trunk = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     if not isinstance(trunk, nn.Module):
         return []
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    children = {name.partition(".")[0] for name in names if "." in name}
-    return [name for name, child in model.named_children() if name in children and child not in (trunk, output)]
+    return [name for name in _beside(model, output) if name and model.get_submodule(name) is not trunk]
+
+
+def _beside(module: nn.Module, part: nn.Module | None, prefix: str = "") -> list[str]:
+    """The largest submodules that do not hold a part."""
+    found = []
+    for name, child in module.named_children():
+        if child is not part:
+            inside = any(inner is part for inner in child.modules())
+            found += _beside(child, part, f"{prefix}{name}.") if inside else [prefix + name]
+    return found
+
+
+def _upwards(name: str) -> list[str]:
+    """A module and all that are around it, the model itself (`""`) last."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:k]) for k in range(len(parts), -1, -1)]
 
 
 def _topmost(names: Iterable[str]) -> list[str]:
@@ -152,7 +207,7 @@ def _within(name: str, module: str) -> bool:
     return not module or name == module or name.startswith(module + ".")
 
 
-def _norms(after: Tensor, before: Tensor) -> tuple[float, float]:
+def _norms(after: Tensor, before: Tensor) -> Norms:
     """(||after - before||², ||before||²) in float64."""
     old = before.detach().to(after.device, torch.float64)
     return float((after.detach().double() - old).square().sum()), float(old.square().sum())

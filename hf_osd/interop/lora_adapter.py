@@ -5,8 +5,7 @@ Letters: B (m, r), A (r, n) LoRA's factors of a layer with m outputs and n input
 
 import copy
 import os
-import re
-from collections import Counter
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ..version import __version__
 from .changes import Changes, entries
 from .destination import check_folder, check_repository
+from .lora_forms import targets
 
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # B and A by layer
@@ -39,7 +39,7 @@ class ExtractedLayer:
 
     Attributes:
         shape (`tuple[int, int]`): (m, n), outputs and inputs.
-        rank (`int`): r.
+        rank (`int`): r, of its own; the adapter has the largest one for all layers, filled up with zeros.
         kept (`float`): Share of the change that B A keeps, 1 - ||dW - B A||² / ||dW||².
         change (`float`): ||dW||, the Frobenius norm.
     """
@@ -86,7 +86,22 @@ class ExtractedLora:
     def kept(self) -> float:
         """Share of the change of all linear layers together that the adapter keeps."""
         whole = sum(layer.change**2 for layer in self.layers.values())
-        return sum(layer.kept * layer.change**2 for layer in self.layers.values()) / whole
+        return sum(layer.kept * layer.change**2 for layer in self.layers.values()) / whole if whole else 1.0
+
+    @property
+    def rank(self) -> int:
+        """The rank of all layers in the adapter's files: the largest of `layers`. `lora_alpha` is the same."""
+        return self.config.r
+
+    @property
+    def limits(self) -> str:
+        """One sentence on programs that cannot take all of it, empty if all can."""
+        if not self.carried:
+            return ""
+        return (
+            "vLLM refuses an adapter that carries modules or biases in full; llama.cpp drops norms and its converter "
+            "stops at biases and heads: for them extract with carry='none'."
+        )
 
     @property
     def bytes(self) -> int:
@@ -96,14 +111,18 @@ class ExtractedLora:
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write `adapter_model.safetensors`, `adapter_config.json` and peft's README.md into a folder.
 
-        `peft.PeftModel.from_pretrained(base, save_directory)` reads it.
+        `peft.PeftModel.from_pretrained(base, save_directory)` reads it; of `limits`, if any, is warned.
 
         Raises:
             ValueError: If the folder holds a model, which would be loaded with the adapter from then on.
         """
         check_folder(save_directory)
+        self._warn()
+        self._write(save_directory)
+
+    def _write(self, folder: str | os.PathLike) -> None:
         # peft would add the base's embeddings, in full, because of a target such as lm_head
-        self.peft_model.save_pretrained(os.fspath(save_directory), save_embedding_layers=False)
+        self.peft_model.save_pretrained(os.fspath(folder), save_embedding_layers=False)
 
     def push_to_hub(
         self,
@@ -135,6 +154,7 @@ class ExtractedLora:
         from huggingface_hub.errors import EntryNotFoundError
 
         check_repository(repo_id, token=token, revision=revision)
+        self._warn()
         # PeftModel.push_to_hub would put transformers' empty card over peft's
         api = HfApi(token=token, library_name="hf_osd", library_version=__version__)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -146,7 +166,7 @@ class ExtractedLora:
                 Path(folder, "README.md").write_bytes(card)
             except EntryNotFoundError:
                 pass
-            self.save_pretrained(folder)
+            self._write(folder)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -155,32 +175,41 @@ class ExtractedLora:
                 create_pr=create_pr,
             )
 
+    def _warn(self) -> None:
+        if self.limits:
+            warnings.warn(self.limits, stacklevel=3)
+
 
 def build_adapter(tuned: nn.Module, base: nn.Module, changes: Changes, factors: Factors) -> Any:
-    """A PeftModel on an empty copy of the base, whose adapter has these factors, biases and modules."""
+    """A PeftModel on an empty copy of the base, whose adapter has these factors, biases and modules.
+
+    All layers get the largest rank, smaller factors zeros: vLLM and llama.cpp read one `lora_alpha` and one scale, and
+    peft's `rank_pattern` and `alpha_pattern` not at all.
+    """
     from peft import LoraConfig, get_peft_model
 
-    ranks = {name: A.shape[0] for name, (_, A) in factors.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    r = max(A.shape[0] for _, A in factors.values())
     config = LoraConfig(
         task_type=next((task for end, task in TASKS.items() if type(base).__name__.endswith(end)), None),
         r=r,
         lora_alpha=r,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        target_modules=list(ranks),
+        **targets(changes.linear),
         modules_to_save=list(changes.carried) or None,
         bias="lora_only" if changes.biases else "none",
-        fan_in_fan_out=not all(isinstance(base.get_submodule(name), nn.Linear) for name in ranks),
+        fan_in_fan_out=any(not isinstance(base.get_submodule(name), nn.Linear) for name in factors),
     )
     peft_model = get_peft_model(_without_data(base), config, low_cpu_mem_usage=True)
     if config.modules_to_save:  # peft adds the names of usual classifiers, whether they are there or not
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
-    _fill(peft_model, tuned, factors)
+    _fill(peft_model, tuned, {name: _padded(B, A, r) for name, (B, A) in factors.items()})
     if changes.biases:
         _check_biases_are_saved(peft_model, changes)
     return peft_model
+
+
+def _padded(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    more = r - A.shape[0]
+    return nn.functional.pad(B, (0, more)), nn.functional.pad(A, (0, 0, 0, more))
 
 
 def _check_biases_are_saved(peft_model: Any, changes: Changes) -> None:
@@ -197,14 +226,19 @@ def _check_biases_are_saved(peft_model: Any, changes: Changes) -> None:
 
 
 def _fill(peft_model: Any, tuned: nn.Module, factors: Factors) -> None:
+    from peft import __version__
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
-    biases = peft_model.peft_config["default"].bias != "none"
+    biases, filled = peft_model.peft_config["default"].bias != "none", set()
     for name, module in peft_model.base_model.model.named_modules():
         if isinstance(module, LoraLayer):
-            B, A = factors[name]
-            module.lora_B["default"].weight, module.lora_A["default"].weight = nn.Parameter(B), nn.Parameter(A)
+            A: Any = module.lora_A["default"]
+            B: Any = module.lora_B["default"]
+            # peft goes by the end of a name, so it may take a layer more, which did not change
+            zeros = (torch.zeros(B.weight.shape), torch.zeros(A.weight.shape))
+            B.weight, A.weight = map(nn.Parameter, factors.get(name, zeros))
+            filled.add(name)
             bias = getattr(tuned.get_submodule(name), "bias", None)
             if biases and bias is not None:
                 module.get_base_layer().bias = nn.Parameter(bias.detach().to("cpu", copy=True))
@@ -212,6 +246,9 @@ def _fill(peft_model: Any, tuned: nn.Module, factors: Factors) -> None:
             whole = entries(tuned.get_submodule(name))
             copies = {key: value.detach().to("cpu", copy=True) for key, value in whole.items()}
             module.modules_to_save["default"].load_state_dict(copies, assign=True)
+    missing = [name for name in factors if name not in filled]
+    if missing:
+        raise ValueError(f"peft {__version__} makes no LoRA layer of {missing[0]}: name it in `modules_to_save`.")
 
 
 def _without_data(model: nn.Module) -> nn.Module:

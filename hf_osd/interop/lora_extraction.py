@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optim.selection.adapters import rso_loop
-from .changes import CARRY, check_same_architecture, find_changes, relative_text
+from .changes import CARRY, CONTAINERS, check_same_architecture, find_changes, relative_text
 from .loading import Model, load_pair
 from .lora_adapter import ExtractedLayer, ExtractedLora, build_adapter
 from .low_rank import balanced_factors
@@ -36,27 +36,31 @@ def extract_lora(
     """Turn the change of a model's weights since its base into a PEFT LoRA adapter.
 
     Each linear layer (`nn.Linear`, GPT-2's `Conv1D`) whose matrix changed gets the best approximation of rank r of
-    its change, dW ~ B A, with `lora_alpha` = r, so that LoRA's scaling is 1. Models are read matrix by matrix: beside
-    the two of them there is one matrix in float64 at a time. Needs peft.
+    its change, dW ~ B A. All layers are stored with the largest of their ranks, smaller ones filled up with zeros, and
+    `lora_alpha` is that rank: LoRA's scaling is 1 in programs that read one alpha for all. Models are read matrix by
+    matrix: beside the two of them there is one matrix in float64 at a time. Needs peft.
 
     What LoRA cannot express is carried as it is, or reported: LoRA's `bias` holds the biases of these layers, and
     `modules_to_save` other modules in full. An adapter with biases replaces those of the model that it is loaded on;
-    peft allows one such adapter at a time, and some servers take neither (then `carry="head"`).
+    peft allows one such adapter at a time. vLLM refuses both, llama.cpp drops norms and its converter stops at the
+    rest: for them take `carry="none"`.
 
     Args:
         model (`nn.Module`, `str` or `os.PathLike`):
             The model after training: a module, a folder, or a repository on the Hub.
         base (`nn.Module`, `str` or `os.PathLike`): Before training; not modified.
         rank (`int` or `str`, *optional*, defaults to 16):
-            r, clipped to min(m, n). At full rank the adapter is the change. `"auto"`: for each layer the smallest that
-            keeps `energy`.
+            r; of a smaller layer min(m, n). At full rank the adapter is the change. `"auto"`: for each layer the
+            smallest that keeps `energy`.
         energy (`float`, *optional*, defaults to 0.9 with `rank="auto"`):
             Share of ||dW||² of each layer to keep, up to 1.
         max_rank (`int`, *optional*): Limit for `rank="auto"`; layers that it cuts keep less than `energy`.
         carry (`str`, *optional*, defaults to `"auto"`):
-            What else the adapter holds. `"head"`: the task head alone, that is, what stands beside a transformers
-            model's trunk, or what `base`'s files lack. `"auto"`: norms and biases too, which are small. `"all"`:
-            everything, embeddings in full size included (tied ones twice).
+            What else the adapter holds. `"none"`: nothing, so that vLLM and llama.cpp take it. `"head"`: the task
+            head alone, that is, what stands beside a transformers model's trunk and output embedding, or what
+            `base`'s files lack. `"auto"`: norms and biases too, which are small. `"all"`: everything that can be,
+            embeddings in full size included (tied ones twice); single weights of a module that holds LoRA layers
+            cannot.
         modules_to_save (`list[str]`, *optional*):
             More modules to carry in full, by their full names. If `base` is a module, name layers that were random
             when it was loaded ("newly initialized"): a change since a random start means nothing at the next load.
@@ -100,9 +104,12 @@ def extract_lora(
     tuned, before, new = load_pair(model, base)
     check_same_architecture(tuned, before)
     modules_to_save = list(modules_to_save)
-    unknown = set(modules_to_save) - {name for name, _ in before.named_modules()}
-    if unknown:
-        raise ValueError(f"`modules_to_save` names {min(unknown)!r}, which is no module of the base.")
+    for name in modules_to_save:
+        found = dict(before.named_modules(remove_duplicate=False)).get(name)
+        if found is None:
+            raise ValueError(f"`modules_to_save` names {name!r}, which is no module of the base.")
+        if not name or isinstance(found, CONTAINERS):
+            raise ValueError(f"`modules_to_save` names {name!r}, a {type(found).__name__}: name modules inside it.")
     changes = find_changes(tuned, before, carry, modules_to_save, new)
     if not changes.linear:
         others = sorted({*changes.carried, *changes.dropped})
@@ -156,6 +163,6 @@ def _warn(dropped: Mapping[str, float]) -> None:
     more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
     warnings.warn(
         f"The adapter leaves out what changed beside its matrices: {shown}{more}. A wider `carry` ('auto', 'all') "
-        "takes it in; `dropped` of the result lists it.",
+        "takes in what can be carried; `dropped` of the result lists it.",
         stacklevel=3,
     )

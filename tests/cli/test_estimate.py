@@ -54,6 +54,19 @@ def test_the_report(folder, capsys):
     ]
 
 
+def test_lora_has_a_rank_of_its_own(folder, capsys):
+    words = (folder, "--rank", "8", "--seq", "32")
+    same, other = report_of(capsys, *words), report_of(capsys, *words, "--lora_rank", "2")
+    assert (same["lora_rank"], other["lora_rank"]) == (8, 2)
+    for method in ("galore_adamw", "osd_adamw8bit"):
+        assert row_of(same, method) == row_of(other, method)
+    state = [row_of(report, "lora")["bytes"]["state"] for report in (same, other)]
+    factors = 2 * 14 * 2  # counters of A and B of 14 layers, 4 bytes each
+    assert state[0] - 2 * factors == 4 * (state[1] - 2 * factors)
+    assert "LoRA 2, AdamW" in estimate(capsys, *words, "--lora_rank", "2")
+    assert "--lora_rank must be at least 1, got 0" in refused(capsys, *words, "--lora_rank", "0")
+
+
 def test_what_fits_is_the_largest_that_does(folder, capsys):
     """Estimated anew, the largest rank and batch fit, and the next ones do not."""
 
@@ -94,7 +107,7 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
     assert {key: found[key] for key in expected} == expected
     assert f"--per_device_train_batch_size {found['batch']}" in found["command"]
     assert ("--gradient_checkpointing" in found["command"]) == found["gradient_checkpointing"]
-    assert "--optim osd_adamw8bit --optim_args rank=8 --optim_target_modules all-linear" in found["command"]
+    assert "--optim osd_adamw8bit --learning_rate 0.0002 --optim_args rank=8,scale=1 --optim_t" in found["command"]
 
 
 def test_options_of_the_optimizer_count(folder, capsys):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 from estimates import SMALL, refused, report_of
-from transformers import AutoConfig, HfArgumentParser, LlamaConfig, MixtralConfig, TrainingArguments
+from transformers import AutoConfig, BertConfig, HfArgumentParser, LlamaConfig, MixtralConfig, TrainingArguments
 
 from hf_osd.estimate.models import DTYPES, meta_model
 from hf_osd.optim import select
@@ -70,7 +70,7 @@ def test_all_linear(words, suggested):
 def test_other_options_are_one_word_each(suggested):
     given = "alpha=2, projection_dtype=bfloat16"
     _, args, _ = suggested(LlamaConfig(**SMALL), "--optim_args", given)
-    assert args.optim_args == f"rank=8,{given}" and args.optim == "osd_adamw8bit"
+    assert args.optim_args == f"rank=8,scale=1,{given}" and args.optim == "osd_adamw8bit"
     assert not args.gradient_checkpointing and args.per_device_train_batch_size == 1
 
 
@@ -78,3 +78,20 @@ def test_a_regular_expression_that_matches_nothing(capsys, tmp_path):
     LlamaConfig(**SMALL).save_pretrained(tmp_path)
     said = refused(capsys, str(tmp_path), "--rank", "8", "--target_modules", "(q|v)_proj")
     assert "this string is a regular expression for the whole name of a module" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "rate", "optim_args"),
+    [
+        (LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"]), (), 2e-4, "rank=8,scale=1"),
+        (BertConfig(**SMALL, architectures=["BertForSequenceClassification"]), (), 3e-4, "rank=8,scale=4"),
+        (LlamaConfig(**SMALL), ("--optim_args", "scale=0.25"), 2e-4, "rank=8,scale=0.25"),
+        (LlamaConfig(**SMALL), ("--preset", "osd_adamw"), 2e-4, "rank=8,scale=1"),
+        (LlamaConfig(**SMALL), ("--preset", "osd_lion"), TrainingArguments.learning_rate, "rank=8"),
+    ],
+    ids=["generates", "classifies", "given", "adamw", "lion"],
+)
+def test_a_learning_rate_and_a_scale_to_start_from(config, words, rate, optim_args, suggested):
+    """README's "Where to start", which is AdamW's."""
+    _, args, _ = suggested(config, *words)
+    assert args.learning_rate == rate and args.optim_args == optim_args

@@ -8,12 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, GPT2Config, LlamaConfig, Qwen3MoeConfig, T5Config
 
+from hf_osd import OSD
 from hf_osd.estimate import Workload
+from hf_osd.optim import select
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
 import memory  # noqa: E402
+from allocations import counted  # noqa: E402
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -24,6 +27,7 @@ FAMILIES = {
     "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1),
     "qwen3_moe": Qwen3MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16),
 }
+BLOCK = 60 * 60 * 4  # of the CPU's transposing copy
 RUNS = (*memory.PEERS, "osd_adamw", "osd_adamw8bit", "osd_adamw8bit_layerwise")
 
 
@@ -51,8 +55,25 @@ def test_the_prediction_is_what_is_allocated(family: str, run: str, checkpointin
     told, seen = both(FAMILIES[family], run, checkpointing)
     check(told, seen)
     if run == "osd_adamw":
-        # An upper bound: where the SVD of a first step takes most, the state of later parameters is not there yet.
-        assert 0.95 * seen["temporaries"] <= told["temporaries"] <= 1.2 * seen["temporaries"]
+        # Told is the first step of one parameter, with its SVD, as if all state were there. In the run the SVDs come
+        # before it; what is seen then are copies that a library makes for its products, on some processors only.
+        alone = max(
+            first_step(p.shape)
+            for p in select(Workload(FAMILIES[family], torch.float32, 64, 8).model()).projected.values()
+        )
+        assert alone - BLOCK <= told["temporaries"] <= alone
+        assert told["temporaries"] >= 0.95 * seen["temporaries"]
+
+
+def first_step(shape: torch.Size) -> int:
+    """What the first step of one parameter allocates beside its state."""
+    p = torch.nn.Parameter(torch.randn(shape))
+    p.grad = torch.randn(shape)
+    optimizer = OSD([{"params": [("p", p)], "rank": 8}], lr=1e-3)
+    with counted("cpu") as (phase, seen):
+        with phase("step"):
+            optimizer.step()
+    return seen["step"].peak - seen["step"].end
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])

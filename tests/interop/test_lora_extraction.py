@@ -109,17 +109,18 @@ def test_kept_shares_are_those_of_an_independent_svd(name, options, tmp_path):
             wanted = 1 + int((np.cumsum(energies) < 0.8 * energies.sum()).sum())
             assert facts.kept >= 0.8
         A, B = (state[f"base_model.model.{layer}.lora_{x}.weight"].numpy() for x in "AB")
-        assert (facts.shape, facts.rank) == (dW.shape, wanted) and A.shape == (wanted, dW.shape[1])
+        assert (facts.shape, facts.rank) == (dW.shape, wanted) and A.shape == (adapter.rank, dW.shape[1])
+        assert not A[wanted:].any() and not B[:, wanted:].any()
         error = ((dW - B @ A) ** 2).sum()
         assert facts.kept == pytest.approx(energies[:wanted].sum() / energies.sum(), abs=1e-9)
         assert error == pytest.approx((1 - facts.kept) * energies.sum(), abs=1e-9 * energies.sum())
         inside, whole = inside + energies.sum() - error, whole + energies.sum()
     assert adapter.kept == pytest.approx(inside / whole, abs=1e-9)
-    # What peft loads has these ranks, and the scaling 1 everywhere.
+    # What peft loads has one rank, and the scaling 1 everywhere.
     loaded = reloaded(adapter, base, tmp_path).base_model.model
-    for layer, facts in adapter.layers.items():
+    for layer in adapter.layers:
         module = loaded.get_submodule(layer)
-        assert module.r["default"] == facts.rank and module.scaling["default"] == 1
+        assert module.r["default"] == adapter.rank and module.scaling["default"] == 1
 
 
 def test_a_higher_rank_is_nearer(tmp_path):
@@ -239,8 +240,9 @@ BASE = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.LayerNorm(4))
         (change(BASE), {"rank": 4, "energy": 0.5}, "are for rank='auto'"),
         (change(BASE), {"rank": "auto", "energy": 1.5}, "`energy` must be above 0 and at most 1"),
         (change(BASE), {"rank": "auto", "max_rank": 0}, "`max_rank` must be a positive integer"),
-        (change(BASE), {"carry": "some"}, "`carry` must be one of 'head', 'auto', 'all', got 'some'"),
+        (change(BASE), {"carry": "some"}, "`carry` must be one of 'none', 'head', 'auto', 'all', got 'some'"),
         (change(BASE), {"modules_to_save": ["7"]}, "`modules_to_save` names '7', which is no module"),
+        (change(BASE), {"modules_to_save": [""]}, "`modules_to_save` names '', a Sequential: name modules inside it"),
     ],
 )
 def test_what_cannot_be_is_refused(tuned, options, message):

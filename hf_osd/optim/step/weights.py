@@ -31,7 +31,7 @@ class Weights:
         given (`dict[str, torch.Tensor]`): P_0 by parameter name, where the user gave one; emptied as it is used.
 
     Attributes:
-        device_types (`set[str]`): Of the parameters, as they were at first.
+        device_types (`set[str]`): Of the parameters, as they were at first, where there is autocast.
         observing (`bool`): Whether the coming step is observed.
         observations (`dict`): By weight, what `observe` saw in the last step that was.
     """
@@ -40,7 +40,8 @@ class Weights:
         self.groups, self.state, self.given = groups, state, given
         self.observing = False
         self.observations: dict[AnyWeight, tuple[Tensor, Tensor]] = {}
-        self.device_types = {p.device.type for group in groups for p in group["params"]}
+        types = {p.device.type for group in groups for p in group["params"]}
+        self.device_types = set(filter(torch.amp.is_autocast_available, types))
         self._weights: dict[Tensor, AnyWeight] = {}
         self._options: list[Any] = [None] * len(groups)  # of each group, as its weights go by them
 

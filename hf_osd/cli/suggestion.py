@@ -1,0 +1,47 @@
+"""The command that `hf-osd estimate` suggests."""
+
+import re
+import shlex
+from typing import Any
+
+from ..estimate import DTYPES
+from ..trainer.settings import parse_optim_args
+
+
+# Where a search may start with AdamW, (learning rate, scale): README, "Where to start".
+STARTS = {"generates": (2e-4, 1.0), "classifies": (3e-4, 4.0)}
+
+
+def start_of(model: Any) -> tuple[float, float]:
+    """A learning rate and a scale to start a search with."""
+    generates = re.search("CausalLM|LMHead|ConditionalGeneration", type(model).__name__)
+    return STARTS["generates" if generates else "classifies"]
+
+
+def suggestion(report: dict[str, Any], modules: Any, start: tuple[float, float]) -> dict[str, Any] | None:
+    """What to run of ours: as asked, else with checkpointing, a smaller batch or, last, a smaller rank.
+
+    `start` is a learning rate and a scale, for AdamW alone: there are no runs to take other rules' from.
+    """
+    ours = [row for row in report["rows"] if row["method"].startswith("osd_")]
+    rank, batch = report["rank"], report["batch"]
+    found = next((row for row in ours if row["fits"]), ours[-1])
+    if not found["fits"]:
+        if found["largest_batch"]:
+            batch = found["largest_batch"]
+        elif found["largest_rank"]:
+            rank = found["largest_rank"]
+        else:
+            return None
+    checkpointing = found["gradient_checkpointing"]
+    known = "adamw" in found["method"]
+    given = report["optim_args"] or ""
+    scale = f"scale={start[1]:g}" if known and "scale" not in parse_optim_args(given) else ""
+    optim_args = ",".join(filter(None, [f"rank={rank}", scale, given]))
+    words = ["hf-osd", "run", "train.py", "--model_name_or_path", report["model"]]
+    words += ["--dtype", str(DTYPES[report["dtype"]]).removeprefix("torch."), "--optim", found["method"]]
+    words += ["--learning_rate", f"{start[0]:g}"] if known else []
+    words += ["--optim_args", optim_args]
+    words += ["--optim_target_modules", modules if isinstance(modules, str) else ",".join(modules)]
+    words += ["--per_device_train_batch_size", str(batch), *(["--gradient_checkpointing"] if checkpointing else [])]
+    return {"rank": rank, "batch": batch, "gradient_checkpointing": checkpointing, "command": shlex.join(words)}
