@@ -49,9 +49,10 @@ class Projection:
 def copy_projection(weight: ProjectedWeight | ExpertWeights, include_moments: bool) -> Projection:
     """All that the optimizer holds for one weight, copied to the CPU: P itself, whatever it is made of there."""
     own = {"projection", weight.rules.subspace.code}
-    kept = {name: value for name, value in weight.state.items() if include_moments and name not in own}
+    kept = {name: value for name, value in weight.slot.state.items() if include_moments and name not in own}
     values = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
     P, geometry = weight.projection.detach().to("cpu", copy=True), weight.geometry
+    weight.release()
     return Projection(P, geometry.side, geometry.rank, geometry.shape, values)
 
 

@@ -295,15 +295,21 @@ class OSD(torch.optim.Optimizer):
         if weights.observing:
             weights.observations.clear()
         with own_precision(weights.device_types):
+            work = weights.with_gradients()
             try:
-                for weight, G, check in weights.with_gradients():
+                for p, weight, G, check in work:
+                    if weight.mark is None:
+                        weights.create_state(weight, p)
                     arrived: Any = weight.project(G, check)
                     if weights.observing:
                         weights.observe(weight, arrived, check)
-                    movements.count(weight.state["skipped_steps"], check.broken)
+                    movements.counters.append((weight.slot.state["skipped_steps"], check.broken))
                     weight.update(arrived, check, movements)
             finally:  # where one cannot be stepped, the others before it have made whole steps
                 movements.finish()
+                for _, weight, _, _ in work:
+                    for slot in weight.slots:
+                        slot.state = {}
         return loss
 
     def _refuse_scaler(self) -> None:

@@ -69,9 +69,9 @@ def test_p_itself_comes_back_and_starts_another_run(rule, tmp_path):
         expected = optimizer.weight_of(named[name]).P.read()
         assert torch.equal(state[name].projection, expected) and expected.any()
         assert "exp_avg" in state[name].moments and not {"projection", code} & set(state[name].moments)
-    experts = optimizer.weight_of(named["experts"]).experts
+    experts = optimizer.weight_of(named["experts"]).projection
     for e, P in enumerate(state["experts"].projection):
-        assert torch.equal(P, experts[e].P.read()) if e < 2 else not P.any()
+        assert torch.equal(P, experts[e]) and bool(P.any()) == (e < 2)
 
     side = {"side": "two_sided"} if "side" in RULES[rule] else {}
     again, other = stepped(steps=1, init=state.initial_projections(), subspace="static", **side)

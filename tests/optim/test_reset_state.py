@@ -1,5 +1,7 @@
 """A state that is emptied, popped or exchanged between steps: moments and P start anew, as with torch's optimizers."""
 
+import gc
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -106,3 +108,15 @@ def test_an_entry_of_somebody_else_stays_where_it_is():
     run(params, optimizer, range(4)), run(others, other, range(4))
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p, q) and optimizer.state[p].keys() == {"z"} | other.state[q].keys()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_state_that_is_dropped_is_freed(row: str):
+    params = make_params()
+    optimizer = make_optimizer(params, **ROWS[row])
+    run(params, optimizer, range(3))
+    references = [weakref.ref(value) for entries in optimizer.state.values() for value in entries.values()]
+    assert len(references) >= 20
+    optimizer.state.clear()
+    gc.collect()
+    assert not any(reference() is not None for reference in references)

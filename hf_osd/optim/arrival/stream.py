@@ -169,6 +169,7 @@ class GradientStream:
             shared = norm2.clone()
             exchange.average_(shared)
         lows = self._project(self.weights.ready(p), G, shared, turns)
+        weight.release()
         if exchanged and not self.mode.gradient_accumulation:
             lows, norm2 = exchange.average_projected(lows, G, norm2, geometry)
         return Arrived(lows, norm2, norm2)
@@ -186,9 +187,10 @@ class GradientStream:
         own: Any = gradient if stacked or isinstance(gradient, Tensor) else gradient[0]
         if self.weights.observing:
             self.weights.observe(weight, own, check if norm2 is energy else check_of(norm2, stacked))
-        movements.count(weight.state["skipped_steps"], check.broken)
+        movements.counters.append((weight.slot.state["skipped_steps"], check.broken))
         weight.update(own, check, movements)
         movements.finish()
+        weight.release()
 
     def finish(self, closure: object) -> None:
         """What is left for `step()`: to step with what was kept, and to note the norm."""

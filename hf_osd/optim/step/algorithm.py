@@ -34,7 +34,7 @@ from .observation import observation
 from .projection import LiveProjection, Make, usable
 from .residual import RESIDUALS, Residual, pieces
 from .rounding import add_rounded_
-from .weight import State, Weight
+from .weight import Weight
 
 
 Turn = Enum("Turn", "ONLY FIRST LATER")  # of a gradient among those of one step: P may be replaced before it is used
@@ -84,7 +84,7 @@ class ProjectedWeight(Weight):
     ):
         super().__init__(p, geometry, group)
         self.op, self.given = geometry.op, {} if given is None else given
-        self.P = LiveProjection(geometry, group)
+        self.P = LiveProjection(geometry, group, self.slot)
 
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
         """The half of a step that reads G; starts P first, or renews it where that is due.
@@ -107,7 +107,7 @@ class ProjectedWeight(Weight):
         if low is None:
             return
         self.count += 1
-        self.state["step"].add_(check.keep)
+        self.slot.state["step"].add_(check.keep)
         # D = weight_rule(R)
         update = Update(self.moments.direction(low.R, check), self.P.read())
         if self.residual is not None:
@@ -151,7 +151,7 @@ class ProjectedWeight(Weight):
 
     def recount(self, check: GradientCheck) -> None:
         """Bring `count` up to date before P starts. Reads the device: this happens once."""
-        self.count = int(self.state["skipped_steps"])
+        self.count = int(self.slot.state["skipped_steps"])
 
     def _start(self, G: Tensor, check: GradientCheck) -> bool:
         """Set P_0, unless the gradient is zero or not finite. Reads the device: this happens once.
@@ -171,7 +171,7 @@ class ProjectedWeight(Weight):
                     "Give `init` again."
                 )
             if given.any():
-                self.state["projection"].copy_(given)
+                self.slot.state["projection"].copy_(given)
             else:  # a saved state has zero for an expert that had no tokens yet
                 init = "auto"
         if init != "given":
@@ -191,16 +191,10 @@ class ProjectedWeight(Weight):
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         kind = RESIDUALS.get(rules.residual)
-        self.residual: Residual | None = None if kind is None else kind(self.geometry, self.group)
+        self.residual: Residual | None = None if kind is None else kind(self.geometry, self.group, self.slot)
         super().follow(rules)
         self.P.follow(rules, self.moments)
         self.source = GradientSource(self.P, self.moments, keeps_G=kind is not None)
-
-    def bind(self, state: State) -> None:  # noqa: D102
-        super().bind(state)
-        self.P.bind(state)
-        if self.residual is not None:
-            self.residual.state = state
 
     def begin(self) -> None:  # noqa: D102
         super().begin()
@@ -210,8 +204,8 @@ class ProjectedWeight(Weight):
     def resume(self) -> None:  # noqa: D102
         super().resume()
         # P may have been made in a step that was skipped in the end, and zero is no P, but may be a code of one
-        code = self.rules.subspace.code is not None and bool(self.state["step"] > 0)
-        self.P.started = code or bool(self.state[self.P.key].any())
+        code = self.rules.subspace.code is not None and bool(self.slot.state["step"] > 0)
+        self.P.started = code or bool(self.slot.state[self.P.key].any())
         self.P.forget()
 
     @property
@@ -222,7 +216,7 @@ class ProjectedWeight(Weight):
     @property
     def projection(self) -> Tensor:
         """P as the state keeps it, or as it is made of what the state keeps instead."""
-        return self.P.read() if self.rules.subspace.code is not None else self.state["projection"]
+        return self.P.read() if self.rules.subspace.code is not None else self.slot.state["projection"]
 
     @property
     def steps(self) -> int:

@@ -19,7 +19,7 @@ from .low_rank import LowRank
 from .movement import Movements
 from .projection import usable
 from .state import state_spec
-from .weight import State, Weight
+from .weight import Weight
 
 
 class ExpertWeight(ProjectedWeight):
@@ -44,7 +44,7 @@ class ExpertWeight(ProjectedWeight):
 
     def resume(self) -> None:  # noqa: D102
         super().resume()
-        self.idle, self.doubtful = int(self.state["idle_steps"]), False
+        self.idle, self.doubtful = int(self.slot.state["idle_steps"]), False
         self.count += self.idle
 
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
@@ -84,7 +84,7 @@ class ExpertWeight(ProjectedWeight):
 
     def ask(self, check: GradientCheck) -> None:
         """Bring `idle` up to date, with the coming step: without tokens, as far as is known now."""
-        past, coming = torch.stack([self.state["idle_steps"], check.found_inf - check.broken]).tolist()
+        past, coming = torch.stack([self.slot.state["idle_steps"], check.found_inf - check.broken]).tolist()
         self.idle, self.doubtful = int(past + coming), coming > 0
 
 
@@ -101,14 +101,12 @@ class ExpertWeights(Weight):
         super().__init__(p, geometry, group)
         self.given = given
         self.experts = [ExpertWeight(p, geometry.expert(e), group) for e in range(geometry.matrices)]
+        self.slots += [expert.slot for expert in self.experts]
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         self.rules, self._entries = rules, tuple(state_spec(self.geometry, rules))
         for expert in self.experts:
             expert.follow(rules)
-
-    def bind(self, state: State) -> None:  # noqa: D102
-        self.state = state
 
     def begin(self) -> None:  # noqa: D102
         for expert in self.experts:
@@ -129,7 +127,7 @@ class ExpertWeights(Weight):
     def projection(self) -> Tensor:
         """P of all experts, zero of those that have none yet, as `ProjectedWeight.projection`."""
         if self.rules.subspace.code is None:
-            return self.state["projection"]
+            return self.slot.state["projection"]
         self._open()
         geometry = self.geometry
         zero = torch.zeros(geometry.projection_shape, dtype=geometry.compute_dtype, device=self.p.device)
@@ -164,7 +162,7 @@ class ExpertWeights(Weight):
 
     def update(self, lows: Sequence[LowRank | None], check: GradientCheck, movements: Movements) -> None:
         """The second half of each expert's step."""
-        self.state["idle_steps"].add_(check.found_inf - check.broken)
+        self.slot.state["idle_steps"].add_(check.found_inf - check.broken)
         self._open()
         for expert, low, own in zip(self.experts, lows, checks_by_expert(check), strict=True):
             expert.update(low, own, movements)
@@ -178,10 +176,10 @@ class ExpertWeights(Weight):
 
     def _open(self) -> None:
         """Give each expert its part of the parameter and of the state, as they are now."""
-        entries = (self.state[name].unbind() for name in self._entries)
+        entries = (self.slot.state[name].unbind() for name in self._entries)
         for expert, p, *values in zip(self.experts, self.p.unbind(), *entries, strict=True):
             expert.p = p
-            expert.bind(dict(zip(self._entries, values, strict=True)))
+            expert.slot.state = dict(zip(self._entries, values, strict=True))
 
     def _hand_out_given(self) -> None:
         given = self.given.get(self.geometry.name)

@@ -23,7 +23,7 @@ class FullWeight(Weight):
 
     def update(self, G: Tensor, check: GradientCheck, movements: Movements) -> None:
         """W <- (1 - lr weight_decay) W - lr rule(G), in pieces where the rule works element by element."""
-        self.state["step"].add_(check.keep)
+        self.slot.state["step"].add_(check.keep)
         self.count += 1
         lr, weight_decay = self.group["lr"], self.group["weight_decay"]
         rounds = self.group["stochastic_rounding"] and self.p.dtype == torch.bfloat16

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...update_rules import GradientCheck, MomentStorage, RuleStep, UpdateRule
 from .sharding import Sharding, divided
+from .slot import Slot
 
 
 class Pace(NamedTuple):
@@ -34,11 +35,9 @@ class Moments:
         storage ([`MomentStorage`]): How its moments are kept.
         shape (`tuple[int, ...]`): Shape of its gradients, of all processes together.
         dtype (`torch.dtype`): Precision of the computation.
+        slot ([`Slot`]): Holds the state of the parameter.
         prefix (`str`, *optional*): Of its entries in the state: empty for the weight, or `"projection_"`.
         sharding ([`Sharding`], *optional*): How its gradients are divided among processes.
-
-    Attributes:
-        state (`dict`): State of the parameter, of a sharded one this process's parts; set before each use.
     """
 
     def __init__(
@@ -47,11 +46,12 @@ class Moments:
         storage: MomentStorage,
         shape: tuple[int, ...],
         dtype: torch.dtype,
+        slot: Slot,
         prefix: str = "",
         sharding: Sharding | None = None,
     ):
         self.rule, self.storage, self.shape, self.sharding = rule, storage, shape, sharding
-        self.state: dict[str, Tensor] = {}
+        self.slot = slot
         self._step = prefix + "step"
         self._moments = rule.moments(shape)
         self._kept = [(moment.name, moment.kept(prefix, dtype)) for moment in self._moments]
@@ -64,9 +64,9 @@ class Moments:
             return G  # a process with no part of the parameter
         values, stored = self.load(piece)
         if sharding is None or rule.elementwise:
-            D = rule.direction(G, RuleStep(values, self.state[self._step], check))
+            D = rule.direction(G, RuleStep(values, self.slot.state[self._step], check))
         else:  # means over the whole parameter
-            whole = RuleStep(self._whole(values, sharding), self.state[self._step], check)
+            whole = RuleStep(self._whole(values, sharding), self.slot.state[self._step], check)
             D = sharding.unwrap(rule.direction(sharding.wrap(G, self.shape, sharding.dim), whole))
         if stored:
             self._store(values, stored, check.skip)
@@ -84,7 +84,7 @@ class Moments:
         if self._fused and W.dtype == G.dtype and W.is_contiguous() and W.numel():
             values, stored = self.load(piece)
             self.rule.update_(  # type: ignore[attr-defined]
-                W, G, RuleStep(values, self.state[self._step], check, lr, weight_decay)
+                W, G, RuleStep(values, self.slot.state[self._step], check, lr, weight_decay)
             )
             if stored:
                 self._store(values, stored, check.skip)
@@ -104,7 +104,7 @@ class Moments:
         """
         values, stored = self.load()
         new = {name: value.clone() for name, value in values.items()}
-        self.rule.carry(new, turn, self.state[self._step])  # type: ignore[attr-defined]
+        self.rule.carry(new, turn, self.slot.state[self._step])  # type: ignore[attr-defined]
         for name, value in values.items():  # the stored tensor itself, where nothing is decoded
             value.copy_(torch.where(skip, value, new[name]))
         self._store(values, stored, skip)
@@ -113,11 +113,11 @@ class Moments:
         """The moments by name, in the precision of the computation, and what storing them takes."""
         values, stored = {}, []
         for name, kept in self._kept:
-            value = self.state[kept.key]
+            value = self.slot.state[kept.key]
             if piece is None and value.dtype == kept.dtype:  # the rule works on the stored tensor itself
                 values[name] = value
                 continue
-            values[name], own = self.storage.load(self.state, kept, piece)
+            values[name], own = self.storage.load(self.slot.state, kept, piece)
             if own is not None:
                 stored.append((name, own))
         return values, stored

@@ -30,11 +30,15 @@ class Moving(NamedTuple):
 
 
 class Movements:
-    """All that a step's weights have left to be done together: `finish` does the last of it."""
+    """All that a step's weights have left to be done together: `finish` does the last of it.
+
+    Attributes:
+        counters (`list[tuple]`): Counters that nothing else in this step reads, and what is to be added to each.
+    """
 
     def __init__(self) -> None:
         self._waiting: dict[tuple, list[Moving]] = {}
-        self._counters: list[tuple[Tensor, Tensor]] = []
+        self.counters: list[tuple[Tensor, Tensor]] = []
 
     def add(self, projection: LiveProjection, A: Tensor, check: GradientCheck) -> None:
         """Move P now, or when as many of its shape have come as may wait."""
@@ -49,18 +53,14 @@ class Movements:
         if (len(waiting) + 1) * A.numel() > STACK_LIMIT:
             _move_all(self._waiting.pop(key))
 
-    def count(self, counter: Tensor, number: Tensor) -> None:
-        """Add to a counter that nothing else in this step reads."""
-        self._counters.append((counter, number))
-
     def finish(self) -> None:
         """Move those that still wait, and count."""
         for waiting in self._waiting.values():
             _move_all(waiting)
         self._waiting.clear()
-        if self._counters:
-            torch._foreach_add_(*map(list, zip(*self._counters, strict=True)))  # one launch for many
-            self._counters.clear()
+        if self.counters:
+            torch._foreach_add_(*map(list, zip(*self.counters, strict=True)))  # one launch for many
+            self.counters.clear()
 
 
 def _move(projection: LiveProjection, A: Tensor, check: GradientCheck) -> None:
@@ -71,7 +71,7 @@ def _move(projection: LiveProjection, A: Tensor, check: GradientCheck) -> None:
     def descend(gP: Tensor) -> None:
         if projection.moments is None:
             _refuse_without_optimizer(projection)
-        projection.state["projection_step"].add_(check.keep)
+        projection.slot.state["projection_step"].add_(check.keep)
         projection.descend(P, gP, check)
 
     move = Movement(A, check.inv_norm2, partial(usable, check), projection.geometry.op, descend)
@@ -94,7 +94,7 @@ def _move_all(waiting: list[Moving]) -> None:
     def descend(gP: Tensor) -> None:
         if first.moments is None:
             _refuse_without_optimizer(first)
-        counters = [moving.projection.state["projection_step"] for moving in waiting]
+        counters = [moving.projection.slot.state["projection_step"] for moving in waiting]
         torch._foreach_add_(counters, [moving.check.keep for moving in waiting])
         for moving, P, own in zip(waiting, Ps, gP.unbind(), strict=True):
             moving.projection.descend(P, own, moving.check)

@@ -16,6 +16,7 @@ from ..options.rules import Rules
 from .geometry import ProjectedGeometry
 from .gradients import EPS
 from .moments import Moments, Pace
+from .slot import Slot
 
 
 FACTORS_APART = 7_368_787  # between the seeds of a weight's two factors: far from other weights'
@@ -44,16 +45,15 @@ class LiveProjection:
     Args:
         geometry ([`ProjectedGeometry`]): Of the weight.
         group (`dict`): The weight's group, live.
+        slot ([`Slot`]): Holds the state of the weight.
 
     Attributes:
         started (`bool`): Whether P has been initialised.
-        state (`dict`): State of the parameter; set before each use.
         rule ([`SubspaceRule`]): How P moves.
     """
 
-    def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any]):
-        self.geometry, self.group = geometry, group
-        self.state: dict[str, Tensor] = {}
+    def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any], slot: Slot):
+        self.geometry, self.group, self.slot = geometry, group, slot
         self.started = False
         self.forget()
 
@@ -65,13 +65,7 @@ class LiveProjection:
         self.moments: Moments | None = None
         if rules.projection is not None:
             shape, dtype = geometry.projection_shape, geometry.compute_dtype
-            self.moments = Moments(rules.projection, rules.projection_storage, shape, dtype, "projection_")
-
-    def bind(self, state: dict[str, Tensor]) -> None:
-        """Work on this state."""
-        self.state = state
-        if self.moments is not None:
-            self.moments.state = state
+            self.moments = Moments(rules.projection, rules.projection_storage, shape, dtype, self.slot, "projection_")
 
     def forget(self) -> None:
         """Drop what was derived from the state."""
@@ -81,14 +75,14 @@ class LiveProjection:
         """P in the precision of the computation: the tensor in the state itself where that has it."""
         if self.rule.code is not None:
             return self._expand(self.rule)
-        P = self.state["projection"]
+        P = self.slot.state["projection"]
         return P if P.dtype == self.geometry.compute_dtype else P.to(self.geometry.compute_dtype)
 
     def _expand(self, rule: SubspaceRule) -> Tensor:
         if self._expanded is not None:
             return self._expanded
         geometry = self.geometry
-        codes = self.state[self.key].unbind() if geometry.two_sided else (self.state[self.key],)
+        codes = self.slot.state[self.key].unbind() if geometry.two_sided else (self.slot.state[self.key],)
         parts = [
             rule.expand(code, rows, geometry.rank, geometry.compute_dtype)
             for code, rows in zip(codes, geometry.factor_rows, strict=True)
@@ -100,8 +94,8 @@ class LiveProjection:
 
     def write(self, P: Tensor) -> None:
         """Keep a P that has moved; nothing to do where it is the tensor in the state."""
-        if P is not self.state["projection"]:
-            self.state["projection"].copy_(P)
+        if P is not self.slot.state["projection"]:
+            self.slot.state["projection"].copy_(P)
 
     def make(self, G: Tensor, how: Make) -> str:
         """A new P from the gradient G, (m, n) or this process's part of it; the settled `init` it was made by."""
@@ -109,7 +103,7 @@ class LiveProjection:
         init = choose_init(*geometry.size, geometry.rank, how.init) if rule.uses_init else how.init
         if geometry.sharding is not None and init != "orthonormal" and rule.reads_gradient:
             G = geometry.sharding.full(G, geometry.shape)
-        stored = self.state[self.key]
+        stored = self.slot.state[self.key]
         olds = None if how.first or rule.code is None else stored.unbind() if geometry.two_sided else (stored,)
         sides = tuple(OPERATORS) if geometry.two_sided else (geometry.side,)
         # Orthonormal factors of a square weight must not be the same; singular vectors must be drawn in pairs.

@@ -27,21 +27,17 @@ from .geometry import ProjectedGeometry
 from .gradients import EPS
 from .low_rank import LowRank, Update
 from .rounding import PIECE
+from .slot import Slot
 
 
 GROWTH_LIMIT = 1.01  # gamma, Fira's default
 
 
 class Residual:
-    """The residual of one matrix.
+    """The residual of one matrix."""
 
-    Attributes:
-        state (`dict`): State of the parameter; set before each use.
-    """
-
-    def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any]):
-        self.geometry, self.group = geometry, group
-        self.state: dict[str, Tensor] = {}
+    def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any], slot: Slot):
+        self.geometry, self.group, self.slot = geometry, group, slot
         self._long = geometry.op.long_dim
 
     def extend(self, update: Update, low: LowRank, check: GradientCheck) -> Update:
@@ -111,10 +107,10 @@ class Scaled(Residual):
 
     def _limit(self, norm2: Tensor, check: GradientCheck) -> Tensor:
         """min(1, gamma ||S_{t-1}|| / ||S_t||), 0-dim; the first residual is the measure of the next."""
-        norm, before = norm2.sqrt(), self.state["residual_norm"].to(norm2.dtype)
+        norm, before = norm2.sqrt(), self.slot.state["residual_norm"].to(norm2.dtype)
         limit = torch.ones_like(norm)
         limit = torch.where((before > 0) & (norm > 0), (GROWTH_LIMIT * before / norm).clamp(max=1.0), limit)
-        self.state["residual_norm"].copy_(torch.where(check.skip, before, norm * limit))
+        self.slot.state["residual_norm"].copy_(torch.where(check.skip, before, norm * limit))
         return limit
 
 

@@ -1,6 +1,6 @@
 """A parameter with what it is stepped by: the part that projected and full-size parameters share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,9 +10,7 @@ from ..options.rules import Rules
 from .geometry import Geometry
 from .moments import Moments
 from .rounding import Rounding, noise_of
-
-
-State = dict[str, Tensor]
+from .slot import Slot
 
 
 class Weight:
@@ -24,19 +22,20 @@ class Weight:
         group (`dict`): Its group, live: schedulers change it between steps.
 
     Attributes:
-        state (`dict[str, torch.Tensor]`): Its state; of a sharded one this process's parts. Set by `bind`.
+        slot ([`Slot`]): Holds its state.
+        slots (`list[Slot]`): All that hold any of it.
         count (`int`): Steps so far, skipped ones included; what the host knows without asking the device.
     """
 
     def __init__(self, p: Tensor, geometry: Geometry, group: Mapping[str, Any]):
         self.p, self.geometry, self.group = p, geometry, group
-        self.state: State = {}
+        self.slot = Slot()
+        self.slots = [self.slot]
         self.count = 0
-        self.seen: State | None = None  # the state in the optimizer that `state` is made of
-        self.mark: Tensor | None = None  # its `step`; `None` without a state
+        self.mark: Callable[[], Tensor | None] | None = None  # reference to the state's `step`, if there is a state
 
     def follow(self, rules: Rules) -> None:
-        """Go by these rules from now on; `bind` comes next."""
+        """Go by these rules from now on."""
         geometry = self.geometry
         self.rules = rules
         self.moments = Moments(
@@ -44,12 +43,14 @@ class Weight:
             rules.weight_storage,
             geometry.update_shape,
             geometry.compute_dtype,
+            self.slot,
             sharding=geometry.sharding,
         )
 
-    def bind(self, state: State) -> None:
-        """Work on this state, which belongs to the same training as the last one."""
-        self.state = self.moments.state = state
+    def release(self) -> None:
+        """Let go of the state at the end of a step."""
+        for slot in self.slots:
+            slot.state = {}
 
     def begin(self) -> None:
         """Forget all steps: the state is empty."""
@@ -57,7 +58,7 @@ class Weight:
 
     def resume(self) -> None:
         """Go on from a state that has been loaded. Reads the device."""
-        self.count = sum(int(self.state[name]) for name in ("step", "skipped_steps"))
+        self.count = sum(int(self.slot.state[name]) for name in ("step", "skipped_steps"))
 
     def _decay(self, check: GradientCheck) -> Tensor | None:
         """Factor on W, 1 where the step is skipped; `None` without weight decay."""

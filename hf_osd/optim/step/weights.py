@@ -1,6 +1,7 @@
 """All weights of an optimizer by parameter: made when a parameter is first met, derived, and never saved."""
 
-from collections.abc import Iterable, Iterator, MutableMapping
+import weakref
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -47,10 +48,14 @@ class Weights:
 
     def __iter__(self) -> Iterator[AnyWeight]:
         """In the order of the groups."""
-        return (self.of(p) for group in self.groups for p in group["params"])
+        for group in self.groups:
+            for p in group["params"]:
+                weight = self.of(p)
+                weight.release()
+                yield weight
 
     def of(self, p: Tensor) -> AnyWeight:
-        """The weight of a parameter, with the state that it has now, if any."""
+        """The weight of a parameter, with the state that it has now, if any, until its next step."""
         # Parameters may be exchanged behind the optimizer's back (accelerate's FSDP2 path does), and so may states and
         # their tensors, to start anew or by a user's own loading.
         weight = self._weights.get(p)
@@ -62,31 +67,34 @@ class Weights:
         if mark is None:
             if weight.mark is not None:
                 weight.mark = None
-                weight.bind({})
+                weight.release()
                 weight.begin()
-        elif state is not weight.seen or mark is not weight.mark:
-            weight.seen, weight.mark = state, mark
+        else:
             self._bind(weight, p, state)
-            weight.resume()
-        elif weight.geometry.sharding is not None:
-            self._bind(weight, p, state)
+            if weight.mark is None or weight.mark() is not mark:
+                weight.mark = weakref.ref(mark)
+                weight.resume()
         return weight
 
     def ready(self, p: Tensor) -> AnyWeight:
         """The weight of a parameter, with a state to step with."""
         weight = self.of(p)
         if weight.mark is None:
-            state = self.state.setdefault(p, {})
-            state.update(create_state(p.device, weight.geometry, weight.rules))
-            weight.seen, weight.mark = state, state["step"]
-            self._bind(weight, p, state)
+            self.create_state(weight, p)
         return weight
+
+    def create_state(self, weight: AnyWeight, p: Tensor) -> None:
+        """Zeros, when a weight is first stepped and not before: then all other states need not be there yet."""
+        state = self.state.setdefault(p, {})
+        state.update(create_state(p.device, weight.geometry, weight.rules))
+        weight.mark = weakref.ref(state["step"])
+        self._bind(weight, p, state)
 
     def _bind(self, weight: AnyWeight, p: Tensor, state: dict[str, Tensor]) -> None:
         if weight.geometry.sharding is not None:  # FSDP2 may have moved its part
             weight.p = local(p)
             state = {name: local(value) for name, value in state.items()}
-        weight.bind(state)
+        weight.slot.state = state
 
     def meet(self) -> None:
         """Make weights for all parameters as they are now, and for no others."""
@@ -116,10 +124,9 @@ class Weights:
                     weight = self._weights.get(p)
                     if weight is not None:  # else it will, once it is met
                         weight.follow(rules)
-                        weight.bind(weight.state)
 
-    def with_gradients(self) -> Iterable[tuple[AnyWeight, Tensor, GradientCheck]]:
-        """The weights that have a gradient, all that this process has of it, and its check."""
+    def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:
+        """The parameters that have a gradient, their weights, all that this process has of it, and its check."""
         self.follow()
         params: list[Tensor] = []
         for group in self.groups:
@@ -133,13 +140,13 @@ class Weights:
         stacked: list[bool] = []
         shardings: list[Sharding | None] = []
         for p in params:
-            weight = self.ready(p)
+            weight = self.of(p)
             sharding = weight.geometry.sharding
             weights.append(weight)
             grads.append(p.grad if sharding is None else sharding.unwrap(p.grad))  # type: ignore[arg-type]
             stacked.append(isinstance(weight, ExpertWeights))
             shardings.append(sharding)
-        return zip(weights, grads, check_gradients(grads, stacked, shardings), strict=True)
+        return list(zip(params, weights, grads, check_gradients(grads, stacked, shardings), strict=True))
 
     def observe(self, weight: AnyWeight, arrived: Any, check: GradientCheck) -> None:
         """See how P fares, before the step; `arrived` is what `weight.project` gave."""
