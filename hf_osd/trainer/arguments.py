@@ -45,16 +45,16 @@ class OSDTrainingArguments(TrainingArguments):
 
     # options: written by `make options`
     osd_rank: int | None = field(default=None, metadata={"help": "Rank r of the subspaces. Defaults to 128."})
+    osd_subspace: str | None = field(
+        default=None,
+        metadata={
+            "help": "How P moves: online_pca, svd, random, cosine, importance, power, static. Defaults to online_pca.",
+        },
+    )
     osd_alpha: float | None = field(
         default=None,
         metadata={
             "help": "P's learning rate over the weights' (the paper's default). Defaults to 5.",
-        },
-    )
-    osd_scale: float | None = field(
-        default=None,
-        metadata={
-            "help": "Factor on the projected update (GaLore's 0.25; the paper's text has none). Defaults to 1.",
         },
     )
     osd_projection_optim: str | None = field(
@@ -64,10 +64,22 @@ class OSDTrainingArguments(TrainingArguments):
             "Table 6). Defaults to the weights' own.",
         },
     )
-    osd_subspace: str | None = field(
+    osd_projection_lr: float | None = field(
         default=None,
         metadata={
-            "help": "How P moves: online_pca, svd, random, cosine, importance, power, static. Defaults to online_pca.",
+            "help": "P's learning rate at the initial learning rate, instead of alpha; it follows the schedule.",
+        },
+    )
+    osd_projection_weight_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.",
+        },
+    )
+    osd_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor on the projected update (GaLore's 0.25; the paper's text has none). Defaults to 1.",
         },
     )
     osd_init: str | None = field(
@@ -82,18 +94,6 @@ class OSDTrainingArguments(TrainingArguments):
         metadata={
             "help": "Projected dimension: left, right, auto: the shorter (if sharded: whole) one, or two_sided (P X Q "
             "of the paper's section 4.3, whose moments are r x r). Defaults to auto.",
-        },
-    )
-    osd_projection_lr: float | None = field(
-        default=None,
-        metadata={
-            "help": "P's learning rate at the initial learning rate, instead of alpha; it follows the schedule.",
-        },
-    )
-    osd_projection_weight_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.",
         },
     )
     osd_carry_moments: bool | None = field(

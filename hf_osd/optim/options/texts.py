@@ -87,11 +87,11 @@ def _pieces(text: str, width: int) -> list[str]:
 
 def readme_table() -> Iterator[str]:
     """The table of keys."""
-    yield "| `optim_args` (as a field: `osd_...`) | default | |"
-    yield "| --- | --- | --- |"
+    yield from ("", "| `optim_args` (as a field: `osd_...`) | default | |", "| --- | --- | --- |")
     for key, own in KEYS.items():
         text = own.help.partition("\n\n")[0].replace("|", "\\|")
         yield f"| `{key}` | {_default(own)} | {_owned(own, text)} |".replace("|  |", "| |")
+    yield ""
 
 
 def _help(own: Option, whole: bool = False) -> str:
