@@ -52,10 +52,7 @@ class OSDTrainingArguments(TrainingArguments):
         },
     )
     osd_alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "P's learning rate over the weights' (the paper's default). Defaults to 5.",
-        },
+        default=None, metadata={"help": "P's learning rate over the weights' (the paper's default). Defaults to 5."}
     )
     osd_projection_optim: str | None = field(
         default=None,
@@ -71,10 +68,7 @@ class OSDTrainingArguments(TrainingArguments):
         },
     )
     osd_projection_weight_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.",
-        },
+        default=None, metadata={"help": "P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own."}
     )
     osd_scale: float | None = field(
         default=None,
@@ -97,10 +91,7 @@ class OSDTrainingArguments(TrainingArguments):
         },
     )
     osd_carry_moments: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Turn moments into the new basis when P moves (LDAdam, arXiv 2410.16103).",
-        },
+        default=None, metadata={"help": "Turn moments into the new basis when P moves (LDAdam, arXiv 2410.16103)."}
     )
     osd_residual: str | None = field(
         default=None,
@@ -112,16 +103,10 @@ class OSDTrainingArguments(TrainingArguments):
     )
     osd_residual_scale: float | None = field(default=None, metadata={"help": "Factor on the residual. Defaults to 1."})
     osd_projection_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "How P is kept: float32 or bfloat16. Defaults to float32.",
-        },
+        default=None, metadata={"help": "How P is kept: float32 or bfloat16. Defaults to float32."}
     )
     osd_moment_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "How the weights' moments are kept: float32 or bfloat16. Defaults to float32.",
-        },
+        default=None, metadata={"help": "How the weights' moments are kept: float32 or bfloat16. Defaults to float32."}
     )
     osd_stochastic_rounding: bool | None = field(
         default=None,
@@ -185,10 +170,7 @@ class OSDTrainingArguments(TrainingArguments):
         },
     )
     osd_ddp_compression: str | None = field(
-        default=None,
-        metadata={
-            "help": "subspace: DDP averages r (m + n) numbers of a projected gradient, not m n.",
-        },
+        default=None, metadata={"help": "subspace: DDP averages r (m + n) numbers of a projected gradient, not m n."}
     )
     osd_partial_load: bool | None = field(
         default=None,
