@@ -42,16 +42,20 @@ class OSD(torch.optim.Optimizer):
             alone in steps in which its gradient is zero. Clipped to min(m, n), with one warning.
         weight_rule (`str`, *optional*, defaults to `"adamw"`):
             Update rule of the weights: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd`.
-        alpha (`float`, *optional*, defaults to 5.0): P's learning rate over the weights' (the paper's default).
-        scale (`float`, *optional*, defaults to 1.0):
-            Factor on the projected update (GaLore's 0.25; the paper's text has none).
-        weight_decay (`float`, *optional*, defaults to 0.0): Decoupled weight decay.
-        projection_rule (`str`, *optional*):
-            Update rule of P: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd` (every pair of the paper's
-            Table 6). Defaults to the weights' own.
         subspace (`str` or `SubspaceRule`, *optional*, defaults to `"online_pca"`):
             How P moves: `online_pca`, `svd`, `random`, `cosine`, `importance`, `power`, `static`. Or a
             [`SubspaceRule`] of your own.
+        alpha (`float`, *optional*, defaults to 5.0): P's learning rate over the weights' (the paper's default).
+        projection_rule (`str`, *optional*):
+            Update rule of P: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd` (every pair of the paper's
+            Table 6). Defaults to the weights' own.
+        projection_lr (`float`, *optional*):
+            P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule.
+        projection_weight_decay (`float`, *optional*):
+            P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.
+        scale (`float`, *optional*, defaults to 1.0):
+            Factor on the projected update (GaLore's 0.25; the paper's text has none).
+        weight_decay (`float`, *optional*, defaults to 0.0): Decoupled weight decay.
         init (`str` or `Sequence[Tensor]` or `Mapping[str, Tensor]`, *optional*, defaults to `"auto"`):
             P's start: `svd` or `randomized_svd` of the first gradient, `auto`: one of them by size, `orthonormal`, or
             a saved P. That is tensors here: one for each parameter of the group, or by parameter name. See
@@ -59,10 +63,6 @@ class OSD(torch.optim.Optimizer):
         side (`str`, *optional*, defaults to `"auto"`):
             Projected dimension: `left`, `right`, `auto`: the shorter (if sharded: whole) one, or `two_sided` (P X Q of
             the paper's section 4.3, whose moments are r x r).
-        projection_lr (`float`, *optional*):
-            P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule.
-        projection_weight_decay (`float`, *optional*):
-            P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.
         carry_moments (`bool`, *optional*, defaults to `False`):
             Turn moments into the new basis when P moves (LDAdam, arXiv 2410.16103). It helps where P is drawn from
             gradients often: `power`, and `svd` at short intervals.
@@ -148,15 +148,15 @@ class OSD(torch.optim.Optimizer):
         # options: written by `make options`
         rank: int | None = None,
         weight_rule: str = "adamw",
-        alpha: float = 5.0,
-        scale: float = 1.0,
-        weight_decay: float = 0.0,
-        projection_rule: str | None = None,
         subspace: str | SubspaceRule = "online_pca",
-        init: str | Sequence[Tensor] | Mapping[str, Tensor] = "auto",
-        side: str = "auto",
+        alpha: float = 5.0,
+        projection_rule: str | None = None,
         projection_lr: float | None = None,
         projection_weight_decay: float | None = None,
+        scale: float = 1.0,
+        weight_decay: float = 0.0,
+        init: str | Sequence[Tensor] | Mapping[str, Tensor] = "auto",
+        side: str = "auto",
         carry_moments: bool = False,
         residual: str = "none",
         residual_scale: float = 1.0,

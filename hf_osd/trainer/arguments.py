@@ -45,17 +45,14 @@ class OSDTrainingArguments(TrainingArguments):
 
     # options: written by `make options`
     osd_rank: int | None = field(default=None, metadata={"help": "Rank r of the subspaces. Defaults to 128."})
-    osd_alpha: float | None = field(
+    osd_subspace: str | None = field(
         default=None,
         metadata={
-            "help": "P's learning rate over the weights' (the paper's default). Defaults to 5.",
+            "help": "How P moves: online_pca, svd, random, cosine, importance, power, static. Defaults to online_pca.",
         },
     )
-    osd_scale: float | None = field(
-        default=None,
-        metadata={
-            "help": "Factor on the projected update (GaLore's 0.25; the paper's text has none). Defaults to 1.",
-        },
+    osd_alpha: float | None = field(
+        default=None, metadata={"help": "P's learning rate over the weights' (the paper's default). Defaults to 5."}
     )
     osd_projection_optim: str | None = field(
         default=None,
@@ -64,10 +61,19 @@ class OSDTrainingArguments(TrainingArguments):
             "Table 6). Defaults to the weights' own.",
         },
     )
-    osd_subspace: str | None = field(
+    osd_projection_lr: float | None = field(
         default=None,
         metadata={
-            "help": "How P moves: online_pca, svd, random, cosine, importance, power, static. Defaults to online_pca.",
+            "help": "P's learning rate at the initial learning rate, instead of alpha; it follows the schedule.",
+        },
+    )
+    osd_projection_weight_decay: float | None = field(
+        default=None, metadata={"help": "P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own."}
+    )
+    osd_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor on the projected update (GaLore's 0.25; the paper's text has none). Defaults to 1.",
         },
     )
     osd_init: str | None = field(
@@ -84,23 +90,8 @@ class OSDTrainingArguments(TrainingArguments):
             "of the paper's section 4.3, whose moments are r x r). Defaults to auto.",
         },
     )
-    osd_projection_lr: float | None = field(
-        default=None,
-        metadata={
-            "help": "P's learning rate at the initial learning rate, instead of alpha; it follows the schedule.",
-        },
-    )
-    osd_projection_weight_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.",
-        },
-    )
     osd_carry_moments: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Turn moments into the new basis when P moves (LDAdam, arXiv 2410.16103).",
-        },
+        default=None, metadata={"help": "Turn moments into the new basis when P moves (LDAdam, arXiv 2410.16103)."}
     )
     osd_residual: str | None = field(
         default=None,
@@ -112,10 +103,7 @@ class OSDTrainingArguments(TrainingArguments):
     )
     osd_residual_scale: float | None = field(default=None, metadata={"help": "Factor on the residual. Defaults to 1."})
     osd_projection_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "How P is kept: float32 or bfloat16. Defaults to float32.",
-        },
+        default=None, metadata={"help": "How P is kept: float32 or bfloat16. Defaults to float32."}
     )
     osd_moment_dtype: str | None = field(
         default=None,
@@ -186,10 +174,7 @@ class OSDTrainingArguments(TrainingArguments):
         },
     )
     osd_ddp_compression: str | None = field(
-        default=None,
-        metadata={
-            "help": "subspace: DDP averages r (m + n) numbers of a projected gradient, not m n.",
-        },
+        default=None, metadata={"help": "subspace: DDP averages r (m + n) numbers of a projected gradient, not m n."}
     )
     osd_partial_load: bool | None = field(
         default=None,

@@ -18,9 +18,9 @@ FLOAT_DTYPES = ("float32", "bfloat16")
 RESIDUALS = ("none", "scaled", "sign")
 
 
-def _rule(holds: Callable[[type[SubspaceRule]], bool]) -> Callable[[Mapping[str, Any]], bool]:
-    """Whether something holds of a group's subspace rule; not of one that is unknown in this process."""
-    return lambda group: is_rule(group["subspace"]) and holds(rule_class(group["subspace"]))
+def _rule(holds: Callable[[type[SubspaceRule]], bool], unknown: bool = True) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether something holds of a group's subspace rule, which a saved group may have and this process not know."""
+    return lambda group: holds(rule_class(group["subspace"])) if is_rule(group["subspace"]) else unknown
 
 
 def in_subspace(text: str = "") -> Callable[[Mapping[str, Any]], str]:
@@ -33,7 +33,7 @@ def _names(rules: Iterable[str]) -> str:
 
 
 RANK = Need(lambda group: group["rank"] is not None, "without a `rank`")
-LEARNED = Need(_rule(lambda rule: rule.learns), in_subspace(), ", or use subspace='online_pca'")
+LEARNED = Need(_rule(lambda rule: rule.learns, unknown=False), in_subspace(), ", or use subspace='online_pca'")
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,6 @@ class Options:
         state=True,
         argument="optim='osd_*'",
     )
-    alpha: float = option(
-        5.0, "P's learning rate over the weights' (the paper's default).", check=number(0), needs=(RANK, LEARNED)
-    )
-    scale: float = option(
-        1.0,
-        "Factor on the projected update (GaLore's 0.25; the paper's text has none).",
-        check=number(0, open_below=True),
-        needs=(RANK,),
-    )
-    weight_decay: float = option(0.0, "Decoupled weight decay.", check=number(0), argument="weight_decay")
-    projection_rule: str | None = option(
-        None,
-        f"Update rule of P: {_names(RULES)} (every pair of the paper's Table 6).",
-        check=one_of(RULES),
-        key="projection_optim",
-        needs=(RANK, LEARNED),
-        state=True,
-        unset="the weights' own",
-    )
     subspace: str | SubspaceRule = option(
         "online_pca",
         f"How P moves: {_names(SUBSPACES)}.\n\nOr a [`SubspaceRule`] of your own.",
@@ -87,6 +68,39 @@ class Options:
         needs=(RANK,),
         state=True,
     )
+    alpha: float = option(
+        5.0, "P's learning rate over the weights' (the paper's default).", check=number(0), needs=(RANK, LEARNED)
+    )
+    projection_rule: str | None = option(
+        None,
+        f"Update rule of P: {_names(RULES)} (every pair of the paper's Table 6).",
+        check=one_of(RULES),
+        key="projection_optim",
+        needs=(RANK, LEARNED),
+        state=True,
+        unset="the weights' own",
+    )
+    projection_lr: float | None = option(
+        None,
+        "P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule.",
+        check=number(0),
+        needs=(RANK, LEARNED),
+        card="learning rate of P",
+    )
+    projection_weight_decay: float | None = option(
+        None,
+        "P's decoupled decay (remark of Algorithm 1).",
+        check=number(0),
+        needs=(RANK, LEARNED),
+        unset="the weights' own",
+    )
+    scale: float = option(
+        1.0,
+        "Factor on the projected update (GaLore's 0.25; the paper's text has none).",
+        check=number(0, open_below=True),
+        needs=(RANK,),
+    )
+    weight_decay: float = option(0.0, "Decoupled weight decay.", check=number(0), argument="weight_decay")
     init: str | Sequence[Tensor] | Mapping[str, Tensor] = option(
         "auto",
         "P's start: `svd` or `randomized_svd` of the first gradient, `auto`: one of them by size, `orthonormal`, or a "
@@ -102,20 +116,6 @@ class Options:
         check=one_of(("auto", *SIDES)),
         needs=(RANK,),
         state=True,
-    )
-    projection_lr: float | None = option(
-        None,
-        "P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule.",
-        check=number(0),
-        needs=(RANK, LEARNED),
-        card="learning rate of P",
-    )
-    projection_weight_decay: float | None = option(
-        None,
-        "P's decoupled decay (remark of Algorithm 1).",
-        check=number(0),
-        needs=(RANK, LEARNED),
-        unset="the weights' own",
     )
     carry_moments: bool = option(
         False,

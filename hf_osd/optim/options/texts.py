@@ -68,9 +68,12 @@ def training_fields() -> Iterator[str]:
     """Fields of `OSDTrainingArguments`, laid out as ruff leaves them."""
     for key, own in KEYS.items():
         head, help = f"    osd_{key}: {own.check.kind.__name__} | None = field(", _quoted(_help(own))  # noqa: A001
-        line = f'{head}default=None, metadata={{"help": {help}}})'
-        if len(line) <= WIDTH:
-            yield line
+        inside = f'default=None, metadata={{"help": {help}}}'
+        if len(head + inside) < WIDTH:
+            yield f"{head}{inside})"
+            continue
+        if len(inside) + 8 <= WIDTH:
+            yield from (head, f"        {inside}", "    )")
             continue
         pieces = [help] if len(help) + 21 <= WIDTH else [_quoted(piece) for piece in _pieces(_help(own), WIDTH - 23)]
         yield from (head, "        default=None,", "        metadata={")
@@ -87,11 +90,11 @@ def _pieces(text: str, width: int) -> list[str]:
 
 def readme_table() -> Iterator[str]:
     """The table of keys."""
-    yield "| `optim_args` (as a field: `osd_...`) | default | |"
-    yield "| --- | --- | --- |"
+    yield from ("", "| `optim_args` (as a field: `osd_...`) | default | |", "| --- | --- | --- |")
     for key, own in KEYS.items():
         text = own.help.partition("\n\n")[0].replace("|", "\\|")
         yield f"| `{key}` | {_default(own)} | {_owned(own, text)} |".replace("|  |", "| |")
+    yield ""
 
 
 def _help(own: Option, whole: bool = False) -> str:
