@@ -10,11 +10,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from ..hub import ProjectionState
 from ..hub.config import CONFIG_NAME
 from ..optim import OSD
-from ..optim.announce import announce
 from ..optim.arrival.exchange import include_in_ddp
 from ..optim.arrival.stream import release
 from ..optim.statistics import summarize_each
 from ..optim.step.plan import ProjectedPlan
+from ..text import announce
 from .checkpoints import written_checkpoint
 from .gradient_norm import refuse_ignored_by_mode
 from .optim_args import check_arguments

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
 
+from ..names import RSO_NAMES
 from ..optim import ALL_LINEAR, OPTIM_NAMES, resolve
 from ..optim.options.mode import MODE_DEFAULTS, Mode, mode_of
 from ..optim.options.table import projection_rule, refuse_unknown, validate
@@ -57,8 +58,6 @@ SETTINGS: dict[str, Setting] = {
     "layerwise_clipping": Setting("layerwise_clipping", str),
     "ddp_compression": Setting("ddp_compression", str),
 }
-
-RSO_NAMES = ("rso_adamw", "rso_adamw8bit")  # of `rso.py`, which shares some settings
 
 # Options with a field of their own in TrainingArguments: that is the one place to set them.
 TRAINER_FIELDS = {
