@@ -9,8 +9,9 @@ when the module has been executed and before anybody else sees it:
 
 The first is imported in the middle of the second, and often without it. Both acts change nothing where they find all
 done, and follow an `importlib.reload` too. What they raise fails the import: no run goes on without its optimizer.
-They run under the import lock of transformers' module, so another thread waits for them as for the module itself; what
-they import must therefore not ask for that module under a lock of its own (see `trainer/__init__.py`).
+They run under the import lock of transformers' module, so another thread waits for them as for the module itself. No
+module that they import may wait for it in another thread: `trainer/__init__.py` asks for Trainer before it imports
+any, and the one that pickles name, `trainer/arguments.py`, is not among them.
 
 A finder of others that puts itself before ours and loads these modules by itself (import hooks of type checkers at run
 time do) keeps ours out: call `hf_osd.register()` then.
@@ -67,7 +68,8 @@ class _Finder(MetaPathFinder):
         if fullname not in ACTS:
             return None
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
-            spec = finder.find_spec(fullname, path, target)
+            find_spec = getattr(finder, "find_spec", None)  # Python passes over one without it, too
+            spec = find_spec(fullname, path, target) if find_spec is not None else None
             if spec is not None and spec.loader is not None:
                 spec.loader = _ThenAct(spec.loader)
                 return spec

@@ -117,7 +117,7 @@ print(type(args).__name__, type(optimizer).__name__, optimizer.param_groups[0]["
     assert "TrainingArguments OSD 3" in python(code.format(first="import hf_osd"), str(tmp_path / "stock.bin"))
 
 
-@pytest.mark.parametrize("ours", ["from hf_osd import OSDCallback", "import hf_osd.trainer.push"])
+@pytest.mark.parametrize("ours", ["from hf_osd import OSDCallback", "import hf_osd.trainer.arguments"])
 def test_threads_that_import_at_the_same_time(ours):
     code = f"""
 import sys, threading, time
@@ -127,7 +127,7 @@ failures = []
 def second():
     while "transformers.trainer" not in sys.modules:
         time.sleep(0.001)
-    try:  # while the first is in the middle of it
+    try:  # while the first thread is in the middle of it; the module is what unpickling arguments imports
         exec({ours!r}, {{"hf_osd": hf_osd}})
     except BaseException as error:
         failures.append(error)
