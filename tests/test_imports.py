@@ -13,19 +13,34 @@ import hf_osd
 
 PACKAGE = Path(hf_osd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-# What each folder may import of the package; `None`: anything.
+# What each folder, and each file beside them, may import of the package; `None`: anything.
 ALLOWED: dict[str, set[str] | None] = {
     "subspace": {"subspace", "declare"},
     "update_rules": {"update_rules", "declare"},
-    "optim": {"optim", "update_rules", "subspace", "declare"},
+    "optim": {"optim", "update_rules", "subspace", "declare", "text"},
     "estimate": {"estimate", "optim", "update_rules", "subspace"},
-    "rso": {"rso", "optim"},
-    "trainer": {"trainer", "rso", "hub", "optim", "update_rules", "subspace", "declare"},
-    "hub": {"hub", "optim", "update_rules", "subspace", "version"},
-    "interop": {"interop", "hub", "optim", "update_rules", "subspace", "version"},
-    "report": {"report", "trainer", "hub", "optim", "update_rules", "subspace", "version"},
+    "rso": {"rso", "optim", "text"},
+    "trainer": {"trainer", "rso", "hub", "optim", "update_rules", "subspace", "declare", "names", "text"},
+    "hub": {"hub", "optim", "update_rules", "subspace", "text", "version"},
+    "interop": {"interop", "hub", "optim", "update_rules", "subspace", "text", "version"},
+    "report": {"report", "trainer", "hub", "optim", "update_rules", "subspace", "text", "version"},
     "cli": None,
+    "version": set(),
+    "text": set(),
+    "declare": set(),
+    "names": {"optim"},
+    "startup": {"names", "trainer"},
+    "__init__": None,
+    "__main__": None,
 }
+# The floors of `optim`, from the ground up: a file may import those of its own floor and of lower ones.
+FLOORS = [
+    {"options", "selection"},
+    {"step"},
+    {"arrival", "groups", "loading", "statistics"},
+    {"osd"},
+    {"factory", "memory"},
+]
 OPTIONAL = {
     "bitsandbytes",
     "peft",
@@ -73,6 +88,11 @@ def name_of(file: Path) -> str:
     return str(file.relative_to(PACKAGE))
 
 
+def place_of(file: Path) -> str:
+    """The folder, or a file beside the folders."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
 def test_the_scan_finds_imports():
     file = PACKAGE / "optim" / "example.py"
     text = "import os.path\nfrom . import plan\nfrom ..subspace import svd\nfrom .. import trainer\n"
@@ -80,16 +100,64 @@ def test_the_scan_finds_imports():
     found = set(imports(ast.parse(text), file))
     assert found == {"os.path", "hf_osd.optim.plan", "hf_osd.subspace.svd", "hf_osd.trainer", "peft"}
     assert "peft" not in set(imports(at_module_level(ast.parse(text)), file))
-    assert {file.relative_to(PACKAGE).parts[0] for file in FILES if file.parent != PACKAGE} == ALLOWED.keys()
+    assert {place_of(file) for file in FILES} == ALLOWED.keys()
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.parent != PACKAGE], ids=name_of)
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_imports_go_down_only(file):
-    allowed = ALLOWED[file.relative_to(PACKAGE).parts[0]]
+    allowed = ALLOWED[place_of(file)]
     for name in imports(parse(file), file):
         parts = name.split(".")
         if parts[0] == "hf_osd" and allowed is not None:
             assert len(parts) > 1 and parts[1] in allowed, name
+
+
+def room_of(file: Path) -> str:
+    """Folder or file directly in `optim`."""
+    return file.relative_to(PACKAGE / "optim").parts[0].removesuffix(".py")
+
+
+def test_every_room_of_optim_has_a_floor():
+    rooms = {room_of(file) for file in (PACKAGE / "optim").rglob("*.py")} - {"__init__"}
+    assert rooms == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((PACKAGE / "optim").glob("*/*.py")) + sorted((PACKAGE / "optim").glob("[!_]*.py")), ids=name_of
+)
+def test_floors_of_optim(file):
+    (floor,) = [number for number, rooms in enumerate(FLOORS) if room_of(file) in rooms]
+    below = set().union(*FLOORS[: floor + 1])
+    for name in imports(parse(file), file):
+        parts = name.split(".")
+        if parts[:2] == ["hf_osd", "optim"]:
+            assert parts[2] in below, name
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module -> modules that it imports anywhere: for type checkers alone and inside functions, too."""
+    names = {}
+    for file in FILES:
+        parts = ["hf_osd", *file.relative_to(PACKAGE).with_suffix("").parts]
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    graph: dict[str, set[str]] = {}
+    for module, file in names.items():
+        found = set()
+        for name in imports(parse(file), file):
+            while name and name not in names:
+                name = name.rpartition(".")[0]
+            found.add(name)
+        graph[module] = found - {"", module}
+    return graph
+
+
+def test_there_are_no_circles():
+    """Of knowledge: what is imported for types only, or late, is known all the same."""
+    graph = module_graph()
+    assert sum(map(len, graph.values())) > 300
+    while free := {module for module, found in graph.items() if not found & graph.keys()}:
+        graph = {module: found for module, found in graph.items() if module not in free}
+    assert not graph, sorted(graph)
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "subspace").glob("*.py")), ids=name_of)
@@ -114,20 +182,50 @@ def test_optional_libraries_are_imported_where_they_are_used(file):
 
 NEW = """
 import sys
-import transformers.trainer
-before = set(sys.modules)
-import hf_osd
-new = {name.split(".")[0] for name in set(sys.modules) - before}
-print("NEW " + " ".join(sorted(new - {name.split(".")[0] for name in before})))
+{before}
+before = {{name.split(".")[0] for name in sys.modules}}
+{ours}
+print("NEW", *{{name.split(".")[0] for name in sys.modules}} - before - set(sys.stdlib_module_names))
 """
 
 
-def test_importing_us_loads_nothing_beyond_the_trainer():
-    done = subprocess.run([sys.executable, "-c", NEW], capture_output=True, text=True, check=True)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("NEW ")]
-    loaded = set(line.split()[1:])
-    assert "hf_osd" in loaded
-    assert loaded - set(sys.stdlib_module_names) == {"hf_osd"}
+def libraries(ours: str, before: str = "") -> set[str]:
+    """What a line of ours imports, by its first name, beside the standard library."""
+    code = NEW.format(before=before, ours=ours)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("NEW")]
+    return set(line.split()[1:])
+
+
+def test_importing_us_loads_no_library():
+    assert libraries("import hf_osd") == {"hf_osd"}
+
+
+def test_our_part_of_a_trainer_loads_nothing_beyond_it():
+    assert libraries("import hf_osd; hf_osd.OSDTrainer", before="import transformers.trainer") == {"hf_osd"}
+
+
+def test_a_loop_without_trainer_needs_torch_only():
+    ours = "from hf_osd import OSD, ProjectionState, SubspaceRule, create_osd_optimizer"
+    assert libraries(ours, before="import torch") == {"hf_osd"}
+
+
+def test_type_checkers_find_every_name_where_it_comes_from():
+    block = next(node for node in parse(PACKAGE / "__init__.py").body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    seen = {name.removeprefix("hf_osd.") for name in imports(block, PACKAGE / "__init__.py")}
+    assert seen == {f"{home}.{name}" for name, home in hf_osd._HOMES.items()}
+    assert hf_osd._HOMES.keys() | {"__version__"} == set(hf_osd.__all__)
+    folders = {place_of(file) for file in FILES if file.parent != PACKAGE}
+    assert set(hf_osd._PACKAGES) == folders - {"cli"}
+
+
+def test_names_are_found_when_asked_for():
+    for name in (*hf_osd.__all__, *hf_osd._PACKAGES):
+        assert getattr(hf_osd, name) is not None and name in dir(hf_osd)
+    assert hf_osd.OSD is hf_osd.optim.OSD
+    with pytest.raises(AttributeError, match="module 'hf_osd' has no attribute 'OSDD'"):
+        hf_osd.OSDD  # noqa: B018
 
 
 def test_the_version_is_readable_without_dependencies():

@@ -2,32 +2,6 @@
 
 import argparse
 import json
-from dataclasses import asdict
-from functools import cache
-from math import prod
-from typing import Any
-
-from ..estimate import (
-    DTYPES,
-    Method,
-    Workload,
-    adamw,
-    adamw8bit,
-    explained,
-    galore,
-    largest,
-    load_config,
-    lora,
-    osd,
-)
-from ..optim import ALL_LINEAR, DEFAULT_RANK, resolve, select
-from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
-from ..optim.options.presets import KEYWORDS
-from ..optim.options.table import OPTIONS
-from ..optim.selection.targets import parse_modules
-from ..trainer.settings import parse_optim_args
-from .show import size_text, table
-from .suggestion import start_of, suggestion
 
 
 DESCRIPTION = """Estimate the memory of training a model, from its config alone: does it fit, and what would?
@@ -43,28 +17,9 @@ The columns are each part's most, "step" the temporaries of a parameter's step; 
 --reserve is kept free for the driver's context, libraries and fragmentation.
 """
 RESERVE = "1GB"
-# Of `optim_args`, what has an option of its own here, or nothing to do with memory.
-NOT_HERE = {
-    **{own.key: "it takes no memory" for own in (*MODE_OPTIONS.values(), OPTIONS["init"], OPTIONS["seed"])},
-    "rank": "use --rank",
-    "ddp_compression": "one device is estimated",
-}
-LABELS = {
-    "adamw_torch_fused": "AdamW",
-    "adamw_bnb_8bit": "AdamW 8-bit",
-    "galore_adamw": "GaLore",
-    "lora": "LoRA {rank}, AdamW",
-}
-COLUMNS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "state": "state",
-    "projection": "P",
-    "activations": "activations",
-    "logits": "logits, loss",
-    "temporaries": "step",
-    "peak": "peak",
-}
+# As in `hf_osd.optim` and `hf_osd.estimate`, which take seconds to import.
+DEFAULT_RANK = 128
+DTYPES = ("bf16", "fp32", "bfloat16", "float32")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -90,7 +45,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--seq", type=int, default=1024, metavar="S", help="tokens of a sequence (default: 1024)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences on the device (default: 1)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the weights (default: bf16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: bf16)")
     parser.add_argument("--gpu", metavar="SIZE", help="memory of the device, such as 24GB or 80GiB")
     parser.add_argument("--reserve", metavar="SIZE", help=f"of it, not for tensors (default: {RESERVE})")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
@@ -99,113 +54,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def estimate(arguments: argparse.Namespace) -> None:
     """Print what was asked for; exit with one sentence where that cannot be."""
+    from .estimate_report import make_report, report_text
+
     try:
-        report = make_report(arguments)
+        report = make_report(arguments, usable_memory(arguments))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"hf-osd estimate: {error}") from error
     print(json.dumps(report, indent=2) if arguments.json else report_text(report))
-
-
-def make_report(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is told, as JSON values."""
-    lora_rank = arguments.rank if arguments.lora_rank is None else arguments.lora_rank
-    numbers = {"rank": arguments.rank, "lora_rank": lora_rank, "seq": arguments.seq, "batch": arguments.batch}
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"--{name} must be at least 1, got {number}.")
-    optim, layerwise, options = _optimizer(arguments)
-    memory = usable_memory(arguments)
-    config = load_config(arguments.model, arguments.revision)
-    work = Workload(config, DTYPES[arguments.dtype], arguments.seq, lora_rank)
-    with explained(f"no model can be made of {arguments.model!r}"):
-        model = work.model()
-    modules = options["target_modules"]
-    shapes = [tuple(p.shape) for p in select(model, modules).projected.values()]
-    highest = max(min(shape[-2:]) for shape in shapes)
-    if arguments.rank > highest:
-        raise ValueError(f"--rank {arguments.rank} is more than any of the matrices has: give at most {highest}.")
-
-    @cache
-    def ours(rank: int) -> Method:
-        return osd(model, optim, rank, options, layerwise=layerwise)
-
-    kinds, missing = available(work, arguments.batch)
-    methods = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules)]
-    methods += [lora(work.model("lora"))] if ("lora", False) in kinds else []
-    methods.append(ours(arguments.rank))
-    rows: list[dict[str, Any]] = []
-    for checkpointing in (False, True):
-        for method in methods:
-            if (method.model, checkpointing) not in kinds:
-                continue
-            parts = work.parts(method, checkpointing, arguments.batch)
-            rows.append({"method": method.name, "gradient_checkpointing": checkpointing, "bytes": asdict(parts)})
-            if memory is not None:
-                rows[-1]["fits"] = parts.peak <= memory
-                rows[-1]["largest_batch"] = work.largest_batch(method, checkpointing, memory)
-                if method.model == "full" and method.name.startswith("osd_"):
-                    unit = max(1, highest // 256)  # ranks in between are asked for by nobody
-                    rows[-1]["largest_rank"] = unit * largest(
-                        lambda k: work.parts(ours(k * unit), checkpointing, arguments.batch).peak <= memory,  # noqa: B023
-                        highest // unit,
-                    )
-    report: dict[str, Any] = {
-        **{key: getattr(arguments, key) for key in ("model", "rank", "batch", "seq", "dtype", "optim_args")},
-        "lora_rank": lora_rank,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "matrices": sum(prod(shape[:-2]) for shape in shapes),
-        "clipped": sum(prod(shape[:-2]) for shape in shapes if arguments.rank > min(shape[-2:])),
-        "projection_file_bytes": ours(arguments.rank).saved,
-        "missing": missing,
-        "rows": rows,
-    }
-    if memory is not None:
-        report |= {
-            "gpu": arguments.gpu,
-            "usable_bytes": memory,
-            "suggestion": suggestion(report, modules, start_of(model)),
-        }
-    return report
-
-
-def available(work: Workload, batch: int) -> tuple[set[tuple[str, bool]], list[str]]:
-    """The models, each with whether it checkpoints, that can be run, and what cannot be, with the reason.
-
-    Raises:
-        ValueError: If not even the model itself can.
-    """
-    work.run("full", False, batch)
-    found, missing = {("full", False)}, []
-    for name, kind, checkpointing in (
-        ("LoRA", "lora", False),
-        ("gradient checkpointing", "full", True),
-        ("LoRA with gradient checkpointing", "lora", True),
-    ):
-        if checkpointing and kind == "lora" and not {("lora", False), ("full", True)} <= found:
-            continue  # said already
-        try:
-            work.run(kind, checkpointing, batch)
-            found.add((kind, checkpointing))
-        except ImportError:
-            missing.append(f"{name}: it needs peft, `pip install peft`")
-        except ValueError as error:
-            missing.append(f"{name}: {error}")
-    return found, missing
-
-
-def _optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]]:
-    """Our optimizer's name without `_layerwise`, whether it is, and options of `create_osd_optimizer`."""
-    resolve(arguments.preset, {}, None, "--preset")  # which knows the names
-    given = parse_optim_args(arguments.optim_args)
-    for key in given:
-        if key in NOT_HERE:
-            raise ValueError(f"{key!r} has no effect in --optim_args of an estimate: {NOT_HERE[key]}.")
-    keywords = {own.key: keyword for keyword, own in KEYWORDS.items()}
-    options: dict[str, Any] = {keywords[key]: value for key, value in given.items()}
-    words = arguments.target_modules or [ALL_LINEAR]
-    options["target_modules"] = parse_modules(words[0] if len(words) == 1 else words)
-    layerwise = arguments.layerwise or arguments.preset.endswith(LAYERWISE_SUFFIX)
-    return arguments.preset.removesuffix(LAYERWISE_SUFFIX), layerwise, options
 
 
 def usable_memory(arguments: argparse.Namespace) -> int | None:
@@ -227,43 +82,3 @@ def _size(option: str, text: str) -> int:
         return convert_file_size_to_int(text.upper())  # in lower case its b are bits
     except (ValueError, OverflowError):  # the latter for inf
         raise ValueError(f"--{option} must be a number with KB, MB, GB, KiB, MiB or GiB, got {text!r}.") from None
-
-
-def report_text(report: dict[str, Any]) -> str:
-    """Two tables, without and with checkpointing, what fits, and the command."""
-    kind = str(DTYPES[report["dtype"]]).removeprefix("torch.")
-    text = [
-        f"{report['model']}: {report['parameters'] / 1e6:,.1f}M parameters in {kind}; rank {report['rank']} of "
-        f"{report['matrices']} matrices; {report['batch']} x {report['seq']} tokens"
-    ]
-    if report["clipped"]:
-        text.append(f"rank {report['rank']} is larger than {report['clipped']} of the matrices, and clipped there")
-    limit = "gpu" in report
-    header = ["", *COLUMNS.values(), *([f"fits {report['gpu']}", "largest batch"] if limit else [])]
-    for checkpointing in (False, True):
-        rows = [row for row in report["rows"] if row["gradient_checkpointing"] == checkpointing]
-        if not rows:
-            continue
-        lines = [
-            [
-                LABELS.get(row["method"], row["method"]).format(rank=report["lora_rank"]),
-                *(size_text(row["bytes"][key]) if row["bytes"][key] else "-" for key in COLUMNS),
-                *(["yes" if row["fits"] else "no", str(row["largest_batch"])] if limit else []),
-            ]
-            for row in rows
-        ]
-        text += [
-            "",
-            f"{'with' if checkpointing else 'without'} gradient checkpointing",
-            table(header, lines, left=("",)),
-        ]
-        if limit:
-            text.append(f"largest rank of {rows[-1]['method']} at this batch: {rows[-1]['largest_rank'] or 'none'}")
-    text += ["", f"P in checkpoints and on the Hub: {size_text(report['projection_file_bytes'])}"]
-    text += [f"not estimated: {name}" for name in report["missing"]]
-    if limit:
-        found = report["suggestion"]
-        text += ["", "suggested:", f"  {found['command']}"] if found else ["", f"nothing fits {report['gpu']}"]
-        if found and "--learning_rate" in found["command"]:
-            text.append("  The learning rate and the scale are where to start: try a third and three times the rate.")
-    return "\n".join(text)

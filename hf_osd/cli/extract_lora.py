@@ -2,11 +2,13 @@
 
 import argparse
 import warnings
+from typing import TYPE_CHECKING
 
-from ..interop import ExtractedLora, extract_lora
-from ..interop.changes import CARRY, relative_text
-from ..interop.destination import check_folder, check_repository
-from .show import table
+from ..text import format_bytes, table
+
+
+if TYPE_CHECKING:
+    from ..interop import ExtractedLora
 
 
 DESCRIPTION = """Turn what training changed in a model's weights into a PEFT LoRA adapter, of a few megabytes.
@@ -19,6 +21,7 @@ rank, filled up with zeros, and alpha is that rank: peft, vLLM and llama.cpp rea
 and --push it is shown and nothing is written. It is loaded with peft.PeftModel.from_pretrained(base, adapter). It
 needs a folder or repository of its own: one that holds a model is refused.
 """
+CARRY = ("none", "head", "auto", "all")  # as in `hf_osd.interop`, which takes seconds to import
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,7 +42,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--max_rank", type=int, metavar="R", help="limit for the ranks that --energy asks for")
     parser.add_argument(
         "--carry",
-        choices=list(CARRY),
+        choices=CARRY,
         default="auto",
         help="what else to take along: nothing, for vLLM and llama.cpp (none); the task head; norms and biases too\n"
         "(auto, default); embeddings too (all)",
@@ -53,6 +56,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def extract(arguments: argparse.Namespace) -> None:
     """Do what was asked for; exit with one sentence where that cannot be."""
+    from ..interop import extract_lora
+    from ..interop.destination import check_folder, check_repository
+
     try:
         if arguments.private and not arguments.push:
             raise ValueError("--private is for --push.")
@@ -87,8 +93,10 @@ def extract(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"hf-osd extract-lora: {error}") from error
 
 
-def text(adapter: ExtractedLora, tuned: str) -> str:
+def text(adapter: "ExtractedLora", tuned: str) -> str:
     """A table of the layers, what else is carried, what is left out, and sizes."""
+    from ..interop.changes import relative_text
+
     rows = [
         [name, f"{layer.shape[0]} x {layer.shape[1]}", str(layer.rank), f"{100 * layer.kept:.1f}%"]
         for name, layer in adapter.layers.items()
@@ -100,8 +108,9 @@ def text(adapter: ExtractedLora, tuned: str) -> str:
             lines.append(f"{title}, with the relative change: {named}")
     if adapter.limits:
         lines.append(adapter.limits)
+    size, model_size = (format_bytes(size, 2, "MB") for size in (adapter.bytes, adapter.model_bytes))
     lines.append(
-        f"{len(rows)} layers keep {100 * adapter.kept:.1f}% of their change, stored at rank {adapter.rank}; "
-        f"{adapter.bytes / 1e6:,.2f} MB for {tuned}, whose weights have {adapter.model_bytes / 1e6:,.2f} MB"
+        f"{len(rows)} layers keep {100 * adapter.kept:.1f}% of their change, stored at rank {adapter.rank}; {size} "
+        f"for {tuned}, whose weights have {model_size}"
     )
     return "\n".join(lines)

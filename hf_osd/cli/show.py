@@ -2,15 +2,6 @@
 
 import argparse
 import json
-import statistics
-from collections.abc import Sequence
-from typing import Any
-
-from ..hub import ProjectionFileError, ProjectionState
-from ..hub.analysis import ModelWeights, orthogonality, random_share, share_of_change
-from ..hub.config import FURTHER_OPTIONS
-from ..hub.locate import Source
-from ..report.layers import layer_and_kind
 
 
 DESCRIPTION = """Show the projections P in a folder or in a repository on the Hub.
@@ -23,8 +14,6 @@ orthogonality: ||P'P - I|| / sqrt(r), 0 for orthonormal columns. share: how much
 lies in P's subspace, ||QQ' dW||^2 / ||dW||^2 with Q a basis of it; random: what a random subspace would hold, r / s.
 Of a two-sided P both are of its two factors: the mean, and the product.
 """
-SETTINGS = ("optim", "weight_rule", "projection_rule", "subspace", "alpha", "lambda", "scale", "weight_decay", "step")
-OTHER_SETTINGS = ("update_interval", *FURTHER_OPTIONS)  # shown where there are any
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -43,6 +32,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def show(arguments: argparse.Namespace) -> None:
     """Print what was asked for; exit with one sentence where that cannot be."""
+    from .show_report import inspect, inspect_text, plot
+
     try:
         if arguments.model and not arguments.base:
             raise ValueError("--model needs --base, the model before training.")
@@ -55,132 +46,3 @@ def show(arguments: argparse.Namespace) -> None:
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
         print(inspect_text(report))
-
-
-def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is known of a saved P, as JSON values."""
-    state = ProjectionState.from_pretrained(arguments.source, revision=arguments.revision)
-    models = _models(arguments) if arguments.base else None
-    rows = []
-    for name, entry in state.items():
-        row: dict[str, Any] = {
-            "name": name,
-            "shape": list(entry.shape),
-            "rank": entry.rank,
-            "side": entry.side,
-            "dtype": str(entry.projection.dtype).removeprefix("torch."),
-            "orthogonality": statistics.fmean(map(orthogonality, entry.factors)),
-        }
-        if models:
-            before, after = (model.get(name, entry.shape) for model in models)
-            row["share"] = None
-            if before is not None and after is not None:
-                row["share"] = share_of_change(entry, after.float() - before.float())
-            row["random_share"] = random_share(entry)
-        rows.append(row)
-    config = state.config
-    return {
-        "source": arguments.source,
-        "config": {key: config.get(key) for key in SETTINGS}
-        | {key: config[key] for key in OTHER_SETTINGS if config.get(key) is not None},
-        "bytes": sum(entry.projection.numel() * entry.projection.element_size() for entry in state.values()),
-        "moments": any(entry.moments for entry in state.values()),
-        "parameters": rows,
-    }
-
-
-def _models(arguments: argparse.Namespace) -> tuple[ModelWeights, ModelWeights]:
-    base = ModelWeights(Source(arguments.base))
-    if arguments.model:
-        return base, ModelWeights(Source(arguments.model))
-    try:
-        return base, ModelWeights(Source(arguments.source, arguments.revision))
-    except ProjectionFileError as error:
-        raise ValueError(f"{error} Give the trained model as --model.") from error
-
-
-def inspect_text(report: dict[str, Any]) -> str:
-    """The report as a table with a line on the settings above and the means below."""
-    rows, with_share = report["parameters"], "share" in report["parameters"][0]
-    header = ["parameter", "shape", "rank", "side", "orthogonality", *(["share", "random"] if with_share else [])]
-    lines = [
-        [
-            row["name"],
-            " x ".join(map(str, row["shape"])),
-            str(row["rank"]),
-            row["side"],
-            f"{row['orthogonality']:.2e}",
-            *([_percent(row["share"]), _percent(row["random_share"])] if with_share else []),
-        ]
-        for row in rows
-    ]
-    settings = ", ".join(f"{key} {value}" for key, value in report["config"].items() if value is not None)
-    dtypes = ", ".join(sorted({row["dtype"] for row in rows}))
-    text = [
-        f"{report['source']}: {len(rows)} projections, {size_text(report['bytes'])} in {dtypes}"
-        + (", with moments" if report["moments"] else ""),
-        *([settings] if settings else []),
-        "",
-        table(header, lines, left=("parameter", "side")),
-        "",
-        f"orthogonality: mean {statistics.fmean(row['orthogonality'] for row in rows):.2e}, "
-        f"largest {max(row['orthogonality'] for row in rows):.2e}",
-    ]
-    if with_share:
-        shares = [row["share"] for row in rows if row["share"] is not None]
-        mean = _percent(statistics.fmean(shares)) if shares else "-"
-        without = f"; {len(rows) - len(shares)} without (unchanged, or not found)" if len(shares) < len(rows) else ""
-        text.append(f"share of the change in P's subspace: mean {mean} of {len(shares)} weights{without}")
-    return "\n".join(text)
-
-
-def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Draw orthogonality, and shares where there are any, over the layers; one line for each kind of weight."""
-    from matplotlib.figure import Figure
-
-    values = ["orthogonality", *(["share"] if "share" in rows[0] else [])]
-    figure = Figure(figsize=(9, 1 + 3 * len(values)), layout="constrained")
-    for axes, value in zip(figure.subplots(len(values), 1, squeeze=False, sharex=True)[:, 0], values, strict=True):
-        for kind, points in _by_kind(rows).items():
-            drawn = [(layer, row[value]) for layer, row in points if row[value] is not None]
-            if drawn:
-                axes.plot(*zip(*drawn, strict=True), marker="o", markersize=4, label=kind)
-        axes.set_ylim(bottom=0, top=1.02 if value == "share" else None)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    labels = {"orthogonality": "||PᵀP − I|| / √r", "share": "share of the change in P's subspace"}
-    for axes, value in zip(figure.axes, values, strict=True):
-        axes.set_ylabel(labels[value])
-    figure.axes[-1].set_xlabel("layer")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=150)
-
-
-def _by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
-    kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for row in rows:
-        layer, kind = layer_and_kind(row["name"])
-        kinds.setdefault(kind, []).append((layer, row))
-    return kinds
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
-    """Columns two spaces apart; those named in `left` aligned to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if name in left else cell.rjust(width)
-            for name, cell, width in zip(header, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    )
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def size_text(size: int) -> str:
-    """Bytes in GB or MB."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"

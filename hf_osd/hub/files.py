@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..text import beside
 from .checks import (
     ENTRY_SEPARATOR,
     ProjectionFileError,
@@ -29,11 +30,6 @@ from .projection import is_moment_shape, projection_shape
 
 
 PROJECTION_DTYPES = ("F64", "F32", "BF16")
-
-
-def _temporary(path: Path) -> Path:
-    """The name of a file that is being written; Trainer, which may upload meanwhile, leaves out such names."""
-    return path.with_name(f"_{path.name}.tmp")
 
 
 def is_data_file(name: str) -> bool:
@@ -63,22 +59,22 @@ def write_set(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for name, keys in shards.items():
-            _write_tensors(_temporary(folder / name), {key: tensors[key] for key in keys})
+            _write_tensors(beside(folder / name), {key: tensors[key] for key in keys})
         if len(shards) > 1:
-            _write_json(_temporary(folder / INDEX_NAME), _index(shards, tensors))
+            _write_json(beside(folder / INDEX_NAME), _index(shards, tensors))
         files = {}
         for name in names[:-1]:
-            path = _temporary(folder / name)
+            path = beside(folder / name)
             files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        _write_json(_temporary(folder / CONFIG_NAME), {**config, "files": files})
+        _write_json(beside(folder / CONFIG_NAME), {**config, "files": files})
         if any((folder / name).exists() for name in names[:-1]):
             (folder / CONFIG_NAME).unlink(missing_ok=True)  # the earlier set ends here
         for name in names:
-            os.replace(_temporary(folder / name), folder / name)
+            os.replace(beside(folder / name), folder / name)
         sync_folder(folder)
     finally:
         for name in names:
-            _temporary(folder / name).unlink(missing_ok=True)
+            beside(folder / name).unlink(missing_ok=True)
     for path in folder.iterdir():
         name = path.name.removeprefix("_").removesuffix(".tmp")
         if is_data_file(name) and (name not in names or name != path.name):

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..text import shortened
+
 
 ADAPTER_CONFIG = "adapter_config.json"
 # A model's own files, of transformers in its frameworks, and of other formats.
@@ -71,7 +73,7 @@ def _check_names(place: str, names: list[str], kind: str) -> None:
     found = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in MODEL_FILES))
     found = [name for name in found if "/" not in name]
     if found and ADAPTER_CONFIG not in names:
-        raise ValueError(f"{place} holds a model ({', '.join(found[:3])}): {_way_out(kind)}")
+        raise ValueError(f"{place} holds a model ({shortened(found, 3)}): {_way_out(kind)}")
 
 
 def _way_out(kind: str) -> str:

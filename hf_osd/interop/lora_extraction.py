@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optim.selection.adapters import rso_loop
+from ..text import shortened
 from .changes import CARRY, CONTAINERS, check_same_architecture, find_changes, relative_text
 from .loading import Model, load_pair
 from .lora_adapter import ExtractedLayer, ExtractedLora, build_adapter
@@ -113,7 +114,7 @@ def extract_lora(
     changes = find_changes(tuned, before, carry, modules_to_save, new)
     if not changes.linear:
         others = sorted({*changes.carried, *changes.dropped})
-        more = f"; what changed: {', '.join(others[:5])}" if others else ", nor anything else: are they the same?"
+        more = f"; what changed: {shortened(others, 5)}" if others else ", nor anything else: are they the same?"
         raise ValueError(f"No matrix of a linear layer differs between the model and the base{more}")
     layers: dict[str, ExtractedLayer] = {}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -159,10 +160,9 @@ def _change(after: Any, before: Any) -> Tensor:
 
 def _warn(dropped: Mapping[str, float]) -> None:
     largest = sorted(dropped, key=lambda name: (math.isinf(dropped[name]), -dropped[name]))
-    shown = ", ".join(f"{name} ({relative_text(dropped[name])})" for name in largest[:5])
-    more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
+    shown = shortened([f"{name} ({relative_text(dropped[name])})" for name in largest], 5)
     warnings.warn(
-        f"The adapter leaves out what changed beside its matrices: {shown}{more}. A wider `carry` ('auto', 'all') "
+        f"The adapter leaves out what changed beside its matrices: {shown}. A wider `carry` ('auto', 'all') "
         "takes in what can be carried; `dropped` of the result lists it.",
         stacklevel=3,
     )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hub import Projection, ProjectionState
+from ..text import shortened
 
 
 def init_lora_from_projection(
@@ -73,8 +74,8 @@ def init_lora_from_projection(
     missing = [name for name in layers if f"{name}.weight" not in state]
     if missing and (strict or len(missing) == len(layers)):
         raise ValueError(
-            f"There is no P for {_some(missing)}; P was learned for {_some(list(state))}. Give the adapter the "
-            "target_modules that have a P"
+            f"There is no P for {shortened(missing, 5)}; P was learned for {shortened(state, 5)}. Give the adapter "
+            "the target_modules that have a P"
             + (", or strict=False to leave the others as peft starts them." if len(missing) < len(layers) else ".")
         )
     # All is checked before anything is changed.
@@ -127,7 +128,3 @@ def _lora_layers(peft_model: nn.Module, adapter_name: str) -> dict[str, Any]:
             f"The model has no LoRA adapter {adapter_name!r}" + (f"; it has {', '.join(known)}." if known else ".")
         )
     return found
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..declare import refuse_unknown
+from ..text import shortened
 from .arrival.exchange import exclude_from_ddp, include_in_ddp
 from .options.general import DEFAULT_RANK
 from .options.mode import MODE_DEFAULTS, mode_of
@@ -79,7 +80,7 @@ def osd_kwargs(
     if selection.ignored:
         warnings.warn(
             f"{len(selection.ignored)} modules match but are not projected, because they are no linear layers: "
-            f"{', '.join(selection.ignored[:5])}{' ...' if len(selection.ignored) > 5 else ''}.",
+            f"{shortened(selection.ignored, 5)}.",
             stacklevel=3,
         )
     if ddp_compression is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..subspace import SubspaceRule, name_rule
+from ..text import shortened
 from ..update_rules import RULES, require_bitsandbytes
 from .options import table as options
 from .options.mode import Mode, refuse_in_mode
@@ -78,8 +79,7 @@ def warn_clipped(clipped: Sequence[str]) -> None:
     if clipped:
         warnings.warn(
             f"`rank` is not below min(m, n) for {len(clipped)} matrices: they are projected at full rank, "
-            f"which saves no memory. Choose a smaller rank or leave them out: {', '.join(clipped[:3])}"
-            f"{' ...' if len(clipped) > 3 else ''}.",
+            f"which saves no memory. Choose a smaller rank or leave them out: {shortened(clipped, 3)}.",
             stacklevel=4,
         )
 

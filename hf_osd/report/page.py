@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..optim.statistics import OBSERVED
+from ..text import format_bytes
 from ..version import __version__
 from .charts import COLORS, heat_map, limits_of, line_chart
 from .memory import PARTS
@@ -220,12 +221,7 @@ def _number(value: float | None) -> str:
 
 
 def _bytes(size: float | None) -> str:
-    if size is None:
-        return NO_VALUE
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}" if size < 1000 * factor else f"{size / factor:,.0f} {unit}"
-    return f"{size:.0f} B"
+    return NO_VALUE if size is None else format_bytes(size, 2)
 
 
 def _seconds(seconds: float | None) -> str:

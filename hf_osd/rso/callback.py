@@ -5,7 +5,7 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..optim.announce import announce
+from ..text import announce, format_bytes, format_count
 from .memory import subspace_bytes, trained_parameters
 from .outer_loop import OuterLoop, outer_loop
 
@@ -62,7 +62,7 @@ def _summary(loop: OuterLoop, model: Any) -> str:
     outside = sum(p.numel() for p in parameters.values()) - inside
     options = loop.options
     return (
-        f"RSO: {len(loop.layers)} matrices ({inside / 1e6:.1f}M parameters) trained in {options.sampling} subspaces "
-        f"of rank {options.rank}, new every {options.interval} steps, {outside / 1e6:.1f}M parameters at full size; "
-        f"P and B {subspace_bytes(model) / 1e6:.1f} MB"
+        f"RSO: {len(loop.layers)} matrices ({format_count(inside, 'M')} parameters) trained in {options.sampling} "
+        f"subspaces of rank {options.rank}, new every {options.interval} steps, {format_count(outside, 'M')} "
+        f"parameters at full size; P and B {format_bytes(subspace_bytes(model), smallest='MB')}"
     )

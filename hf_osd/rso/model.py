@@ -12,6 +12,7 @@ from ..optim.factory import decay_parameter_names
 from ..optim.selection.adapters import module_names
 from ..optim.selection.quantised import is_quantised
 from ..optim.step.sharding import is_sharded
+from ..text import shortened
 from .options import DEFAULT_INTERVAL, RSOOptions, check_scale
 from .outer_loop import OuterLoop, outer_loop
 from .plain_state import ADAPTER, keep_plain
@@ -154,7 +155,7 @@ def _select(model: nn.Module, rank: int, target_modules: Any, exclude_modules: A
         raise ValueError("RSO does not work on sharded parameters (FSDP, tensor parallelism): use DDP, or OSD.")
     selection = select(model, target_modules, exclude_modules, rank)
     if selection.ignored:
-        warnings.warn(f"No linear layers, left at full size: {', '.join(selection.ignored[:5])}.", stacklevel=3)
+        warnings.warn(f"No linear layers, left at full size: {shortened(selection.ignored, 5)}.", stacklevel=3)
     for name, p in selection.projected.items():
         if p.ndim == 3:
             raise ValueError(
@@ -171,7 +172,7 @@ def _select(model: nn.Module, rank: int, target_modules: Any, exclude_modules: A
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if _is_in(p, selection)]
     if len(names) > len(selection.projected):
         shared = sorted(set(names) - selection.projected.keys())
-        raise ValueError(f"{', '.join(shared[:3])} share weights with other layers: leave them out.")
+        raise ValueError(f"{shortened(shared, 3)} share weights with other layers: leave them out.")
     return selection
 
 

@@ -1,5 +1,8 @@
 """The names, arguments, callback and trainer for transformers."""
 
+# First: the registration that follows it imports our modules, and none may be half imported then, here or in a thread.
+import transformers.trainer  # noqa: F401
+
 from .arguments import OSDTrainingArguments
 from .callback import OSDCallback
 from .checkpoints import last_complete_checkpoint

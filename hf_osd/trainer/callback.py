@@ -9,12 +9,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from ..hub import ProjectionState
 from ..hub.config import CONFIG_NAME
 from ..optim import OSD
-from ..optim.announce import announce
 from ..optim.arrival.exchange import include_in_ddp
 from ..optim.arrival.stream import release
 from ..optim.osd import osd_of
 from ..optim.statistics import summarize_each
 from ..optim.step.full_weight import FullWeight
+from ..text import announce
 from .checkpoints import written_checkpoint
 from .push import refresh_card
 from .rso import check_rso_arguments

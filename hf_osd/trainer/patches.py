@@ -17,6 +17,7 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 
+from ..names import RSO_NAMES, add_names
 from ..optim import OPTIM_NAMES, OSD
 from ..optim.osd import osd_of
 from ..rso import RSOCallback
@@ -24,7 +25,7 @@ from .callback import OSDCallback
 from .checkpoints import last_complete_checkpoint
 from .partial_load import fitted
 from .push import Destination, make_card
-from .rso import RSO_NAMES, build_rso_optimizer_kwargs
+from .rso import build_rso_optimizer_kwargs
 from .settings import constructor_arguments
 
 
@@ -151,14 +152,14 @@ PATCHES = (
 def register() -> None:
     """Add the names to `OptimizerNames`, their handlers to Trainer's table, the callbacks to every Trainer, and patch.
 
-    `import hf_osd` calls it; calling it again changes nothing.
+    `import hf_osd` has it called when Trainer is imported (`startup.py`); calling it again changes nothing.
     """
     handlers: dict[str, Any] = dict.fromkeys(OPTIM_NAMES, build_optimizer_kwargs)
     handlers |= dict.fromkeys(RSO_NAMES, build_rso_optimizer_kwargs)
+    add_names(OptimizerNames)
     for name, handler in handlers.items():
-        member = _add_member(name)
         # By member as Trainer looks it up, and by string, which is what arguments hold after unpickling.
-        _OPTIMIZER_HANDLERS[member] = _OPTIMIZER_HANDLERS[name] = handler
+        _OPTIMIZER_HANDLERS[OptimizerNames(name)] = _OPTIMIZER_HANDLERS[name] = handler
     callbacks: list[Any] = transformers_trainer.DEFAULT_CALLBACKS
     callbacks += [callback for callback in (OSDCallback, RSOCallback) if callback not in callbacks]
     for patch in PATCHES:
@@ -170,19 +171,3 @@ def build_optimizer_kwargs(context: OptimizerContext) -> tuple[type[OSD], dict[s
     if context.model is None:
         raise ValueError(f"{context.args.optim} needs the model to choose what it projects.")
     return OSD, constructor_arguments(context.args, context.model)
-
-
-def _add_member(name: str) -> OptimizerNames:
-    if name in OptimizerNames._value2member_map_:
-        return OptimizerNames(name)
-    member = str.__new__(OptimizerNames, name)
-    member._name_ = name.upper()
-    member._value_ = name
-    # An enum member is pickled as a call of its class, which fails where this package is not imported. The arguments
-    # of a run are pickled into every checkpoint and pushed to the Hub, so our members are pickled as plain strings.
-    vars(member).update(__reduce_ex__=lambda protocol: (str, (name,)), __deepcopy__=lambda memo: member)
-    type.__setattr__(OptimizerNames, member._name_, member)
-    OptimizerNames._member_names_.append(member._name_)
-    OptimizerNames._member_map_[member._name_] = member
-    OptimizerNames._value2member_map_[name] = member
-    return member

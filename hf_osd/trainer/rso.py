@@ -8,13 +8,13 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_optimizer import OptimizerContext
 
+from ..names import RSO_NAMES
 from ..optim import DEFAULT_RANK
 from ..rso.model import create_rso_model, rso_param_groups
 from ..rso.options import DEFAULT_INTERVAL, RSOOptions, check_scale
 from ..update_rules import require_bitsandbytes
 from .settings import (
     KINDS,
-    RSO_NAMES,
     WITHOUT_OPTIM_ARGS,
     engine_of,
     keys_of,

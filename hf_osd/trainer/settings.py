@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..declare import check_values, refuse_unknown
 from ..hub import ProjectionState
+from ..names import RSO_NAMES
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
 from ..optim.options.mode import MODE_DEFAULTS, MODE_OPTIONS, Mode, mode_of
 from ..optim.options.presets import KEYS
@@ -22,7 +23,6 @@ from ..update_rules import rule_options
 
 
 CAN_LEAVE_CLIPPING = hasattr(Trainer, "_clip_grad_norm")  # not yet a method in transformers 5.2
-RSO_NAMES = ("rso_adamw", "rso_adamw8bit")  # of `rso.py`, which shares some settings
 KINDS: dict[str, type] = {key: own.check.kind for key, own in KEYS.items()}  # of `optim_args`
 
 # What users may look for in `optim_args` and an argument of Trainer's sets: that is the one place.

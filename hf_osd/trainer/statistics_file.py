@@ -9,7 +9,6 @@ Trainer uploads `output_dir` while it trains on, but for such files, and this on
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..optim.statistics import OBSERVED
+from ..text import write_text
 
 
 logger = logging.getLogger("hf_osd")
@@ -76,9 +76,7 @@ class StatisticsFile:
                 self._names = line["names"]
             if "names" in line or line["step"] <= step:
                 kept.append(line)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(map(_dump, kept)), encoding="utf-8", newline="\n")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(map(_dump, kept)))
 
     @contextmanager
     def _may_fail(self) -> Iterator[None]:

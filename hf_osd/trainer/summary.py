@@ -1,12 +1,11 @@
 """The one line that says what is projected, what is not, and what that saves."""
 
-from collections.abc import Iterable
-
 from torch import nn
 
 from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
 from ..optim.selection.quantised import is_quantised
 from ..optim.step.geometry import ProjectedGeometry
+from ..text import format_bytes, format_count, shortened
 
 
 KINDS_SHOWN = 8
@@ -39,13 +38,15 @@ def summary(optimizer: OSD, model: nn.Module | None = None) -> str:
             elif name:
                 kinds[projected][_kind(name)] = None
     rank = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}" if ranks else "no rank"
-    projected_kinds = ": " + ", ".join(_shown(kinds[True])) if kinds[True] else ""
-    whole = ", ".join([*_shown(kinds[False]), *([f"{vectors} vectors"] if vectors else [])])
+    projected_kinds, whole_kinds = (shortened(kinds[projected], KINDS_SHOWN) for projected in (True, False))
+    whole = ", ".join(filter(None, [whole_kinds, f"{vectors} vectors" if vectors else ""]))
     return (
-        f"OSD: {matrices} matrices projected to {rank} ({numel[True] / 1e6:.1f}M parameters{projected_kinds}), "
-        f"{numel[False] / 1e6:.1f}M parameters at full size{f' ({whole})' if whole else ''}"
+        f"OSD: {matrices} matrices projected to {rank} ({format_count(numel[True], 'M')} parameters"
+        f"{f': {projected_kinds}' if projected_kinds else ''}), "
+        f"{format_count(numel[False], 'M')} parameters at full size{f' ({whole})' if whole else ''}"
         f"{_frozen(model) if model is not None else ''}; optimizer state "
-        f"{predicted_state_bytes(optimizer) / 1e6:.1f} MB, AdamW's {adamw_state_bytes(optimizer) / 1e6:.1f} MB"
+        f"{format_bytes(predicted_state_bytes(optimizer), smallest='MB')}, "
+        f"AdamW's {format_bytes(adamw_state_bytes(optimizer), smallest='MB')}"
     )
 
 
@@ -57,15 +58,9 @@ def _kind(name: str) -> str:
     return parts[-1] if parts else name
 
 
-def _shown(kinds: Iterable[str]) -> list[str]:
-    kinds = list(kinds)
-    more = [f"{len(kinds) - KINDS_SHOWN} more"] if len(kinds) > KINDS_SHOWN else []
-    return [*kinds[:KINDS_SHOWN], *more]
-
-
 def _frozen(model: nn.Module) -> str:
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     quantised = sum(is_quantised(module) for module in model.modules())
     if not frozen and not quantised:
         return ""
-    return f", {frozen / 1e6:.1f}M frozen" + (f" ({quantised} quantised layers)" if quantised else "")
+    return f", {format_count(frozen, 'M')} frozen" + (f" ({quantised} quantised layers)" if quantised else "")

@@ -139,7 +139,7 @@ class BlockWise8bit:
         if isinstance(stored, Tensor):
             return _DENSE.store(stored, value, skip)
         codes, absmax, block, signed = stored
-        value = value.to(torch.float32)
+        value = value.to(torch.float32).contiguous()  # bitsandbytes before 0.50 takes it for that
         new_codes, new_absmax = _kernels().quantize_blockwise(
             A=value,
             code=_code_book(signed, codes.device),

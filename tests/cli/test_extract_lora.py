@@ -82,7 +82,7 @@ def contents(folder: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("place", ["base", "tuned", "other", "link"])
 def test_an_adapter_never_lands_beside_a_model(place, folders, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_osd.cli.extract_lora.extract_lora", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr("hf_osd.interop.extract_lora", lambda *_, **__: pytest.fail("computed"))
     shutil.copytree(folders["tuned"], tmp_path / "other")
     (tmp_path / "link").symlink_to(folders["tuned"])
     places = {"other": str(tmp_path / "other"), "link": str(tmp_path / "link")} | folders

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_osd import create_osd_optimizer
 from hf_osd.cli.main import main
-from hf_osd.cli.show import plot, table
+from hf_osd.cli.show_report import plot
 from hf_osd.hub import ProjectionState
 
 
@@ -104,16 +104,6 @@ def test_names_without_layers_can_be_plotted(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [{"name": name, "orthogonality": 0.1} for name in ("head.weight", "h.0.experts.3.w", "h.1.experts.12.w")]
     plot(rows, str(tmp_path / "out.png"))
-
-
-def test_long_names_keep_the_columns_apart():
-    text = table(["name", "n"], [["a" * 90, "1"], ["b", "1000"]], left=("name",))
-    assert text.splitlines() == [
-        "name" + " " * 91 + "n",
-        "-" * 90 + "  ----",
-        "a" * 90 + "     1",
-        "b" + " " * 91 + "1000",
-    ]
 
 
 @pytest.mark.parametrize(

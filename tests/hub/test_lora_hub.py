@@ -47,7 +47,7 @@ PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("tester/base"), "test
 """
 
 BESIDE_A_MODEL = """
-import hf_osd.cli.extract_lora as command
+import hf_osd.interop
 
 model.push_to_hub("tester/tuned")
 adapter = extract_lora(model, "tester/base", rank=2, carry="all")
@@ -60,7 +60,7 @@ def refused(push, *words):
         print(error)
         return True
 
-command.extract_lora = lambda *_, **__: 1 / 0  # nothing is computed
+hf_osd.interop.extract_lora = lambda *_, **__: 1 / 0  # nothing is computed
 for name in ("tester/tuned", "tuned", "tester/base", "base"):
     assert refused(main, f"extract-lora tester/tuned --base tester/base --push {name}".split()), name
 for options in ({}, {"revision": "new"}, {"create_pr": True}):

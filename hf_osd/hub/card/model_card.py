@@ -5,13 +5,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ...text import write_bytes, write_text
 from ..config import CONFIG_NAME
 from .facts import CardFacts
 from .picture import loss_picture
 from .section import END, START, render_section
 
 
-__all__ = ["CARD_NAME", "PICTURE_NAME", "CardFacts", "read_card", "update_card", "write_whole"]
+__all__ = ["CARD_NAME", "PICTURE_NAME", "CardFacts", "read_card", "update_card"]
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "osd_loss.png"
@@ -63,14 +64,14 @@ def update_card(folder: str | os.PathLike, facts: CardFacts, **metadata: Any) ->
     _merge(card.data.__dict__, _wanted(facts, **metadata))
     picture = loss_picture(facts.log_history, title=facts.model_name)
     if picture is not None:
-        write_whole(path.with_name(PICTURE_NAME), picture)
+        write_bytes(path.with_name(PICTURE_NAME), picture)
     section = render_section(
         facts,
         picture=None if picture is None else PICTURE_NAME,
         projections=bool(facts.matrices) and path.with_name(CONFIG_NAME).is_file(),
     )
     card.text = before + section.replace("\n", _line_break(card.text)) + behind
-    write_whole(path, str(card).encode())
+    write_text(path, str(card))
     return path
 
 
@@ -82,17 +83,6 @@ def read_card(path: Path) -> str | None:
         return None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8: {error}") from error
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: an upload in the background may be reading it."""
-    temporary = path.with_name(f"_{path.name}.tmp")  # Trainer uploads no name that starts so
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _around_section(text: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...optim.options.table import DEFAULTS, OPTIONS
 from ...subspace import SUBSPACES, rule_class
+from ...text import format_bytes, format_count
 from ..config import FURTHER_OPTIONS, group_options
 from .facts import CardFacts
 
@@ -189,19 +190,3 @@ def _rank(facts: CardFacts) -> str:
     if len(facts.ranks) < 2:
         return f"rank {facts.ranks[0]}" if facts.ranks else ""
     return f"ranks {facts.ranks[0]} to {facts.ranks[-1]}"
-
-
-def format_count(number: int) -> str:
-    """`25.3M`; small numbers in full."""
-    for unit, name in ((1e9, "B"), (1e6, "M")):
-        if number >= unit:
-            return f"{number / unit:.1f}{name}"
-    return f"{number:,}"
-
-
-def format_bytes(number: int) -> str:
-    """`312.4 MB`, in powers of 1000."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= unit:
-            return f"{number / unit:.1f} {name}"
-    return f"{number} bytes"

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping
 
+from ...text import shortened
+
 
 def parse_rank_pattern(pattern: str | Mapping[str, int] | None) -> dict[str, int]:
     """`{"q_proj": 64}`, or the same in one string: `"q_proj:64;layers.0.mlp.*:32"`.
@@ -57,6 +59,6 @@ def ranks_of(
     if unused:
         raise ValueError(
             f"{', '.join(map(repr, unused))} in `rank_pattern` matches no projected module that an earlier pattern "
-            f"has not taken. They are {', '.join(list(ranks)[:3])}{' ...' if len(ranks) > 3 else ''}."
+            f"has not taken. They are {shortened(ranks, 3)}."
         )
     return ranks

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ...text import shortened
 from .adapters import ModuleNames, module_names, rso_loop
 from .quantised import WAY_OUT, is_quantised
 
@@ -99,7 +100,7 @@ def select(
     if selection.quantised and wanted != ALL_LINEAR:
         raise ValueError(
             f"`target_modules` names quantised layers, whose weights cannot be trained: "
-            f"{', '.join(selection.quantised[:3])}{' ...' if len(selection.quantised) > 3 else ''}. {WAY_OUT}"
+            f"{shortened(selection.quantised, 3)}. {WAY_OUT}"
         )
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -234,7 +235,7 @@ def _refuse_empty(
     if selection.frozen:
         reasons.append(f"{len(selection.frozen)} matching layers are frozen")
     if selection.ignored:
-        reasons.append(f"{', '.join(selection.ignored[:3])} matched but are no linear layers")
+        reasons.append(f"{shortened(selection.ignored, 3)} matched but are no linear layers")
     way_out = "target_modules='all-linear', names such as ['q_proj', 'v_proj'], or an optimizer that does not project"
     if prepared:
         reasons.append("the model is prepared for RSO, which trains its matrices in LoRA layers of its own")

@@ -1,0 +1,87 @@
+"""Text for people, and files of text: one form for sizes, counts, tables and lists of names. Standard library only."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+logger = logging.getLogger("hf_osd")
+
+
+def format_bytes(number: float, digits: int = 1, smallest: str = "bytes") -> str:
+    """`312.4 MB`, in powers of 1000.
+
+    Args:
+        number (`float`): Bytes.
+        digits (`int`, *optional*, defaults to 1): Digits behind the point.
+        smallest (`str`, *optional*, defaults to `"bytes"`): Unit that smaller numbers are told in, too.
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size or unit == smallest:
+            return f"{number / size:,.{digits}f} {unit}"
+    return f"{number:,.0f} bytes"
+
+
+def format_count(number: int, smallest: str = "") -> str:
+    """`25.3M`; numbers below a million in full, unless `smallest` is `"M"`."""
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if number >= size or unit == smallest:
+            return f"{number / size:,.1f}{unit}"
+    return f"{number:,}"
+
+
+def shortened(names: Iterable[str], most: int) -> str:
+    """`a, b, c and 4 more`: the first of many names."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
+    """Columns two spaces apart; those named in `left` aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if name in left else cell.rjust(width)
+            for name, cell, width in zip(header, line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def beside(path: Path) -> Path:
+    """The name of a file that is being written; Trainer, which may upload meanwhile, leaves out such names."""
+    return path.with_name(f"_{path.name}.tmp")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write to, whose file takes the place of `path` at the end; after an exception `path` is as it was."""
+    temporary = beside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, with the line breaks that the text has."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def announce(line: str) -> None:
+    """Log a line at the beginning of a training, to the standard error stream if nothing else takes it."""
+    if not logger.handlers and not logging.getLogger().handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+    logger.info(line)
