@@ -142,7 +142,7 @@ class BlockWise8bit:
             return Dense().store(state, moment, prefix, value, piece, skip)
         codes, absmax, block = _piece(state, name, piece)
         new_codes, new_absmax = _kernels().quantize_blockwise(
-            A=value.to(torch.float32),
+            A=value.to(torch.float32).contiguous(),  # bitsandbytes before 0.50 takes it for that
             code=_code_book(moment.signed, codes.device),
             blocksize=block,
         )
