@@ -119,15 +119,9 @@ def projection_rule(options: Mapping[str, Any]) -> str | None:
     return options["projection_rule"] or options["weight_rule"]
 
 
-def projection_weight_decay(options: Mapping[str, Any]) -> float:
-    """P's decoupled decay: the one asked for, or the weights' own (the remark of Algorithm 1)."""
-    decay = options["projection_weight_decay"]
-    return options["weight_decay"] if decay is None else decay
-
-
-def projection_step_size(group: Mapping[str, Any]) -> float:
-    """P's learning rate at this step: alpha lr."""
-    return group["alpha"] * group["lr"]
+def decay_of_projection(options: Mapping[str, Any]) -> str:
+    """The option that is P's decoupled decay: its own, or the weights' (the remark of Algorithm 1)."""
+    return "weight_decay" if options["projection_weight_decay"] is None else "projection_weight_decay"
 
 
 def projection_alpha(options: Mapping[str, Any], lr: float) -> float:
@@ -147,7 +141,7 @@ def in_effect(group: Mapping[str, Any], name: str) -> Any:
     if name == "projection_rule":
         return projection_rule(group)
     if name == "projection_weight_decay":
-        return projection_weight_decay(group)
+        return group[decay_of_projection(group)]
     if value is not None or not own.owners:
         return own.unset if value is None else value
     return rule_default(next(rule for rule in (group["subspace"], *used_rules(group)) if rule in own.owners), name)

@@ -6,6 +6,7 @@ stands between two lines of its file; a test fails where it is not what this mod
 
 import re
 from collections.abc import Iterator
+from dataclasses import field
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -65,27 +66,14 @@ def docstring() -> Iterator[str]:
 
 
 def training_fields() -> Iterator[str]:
-    """Fields of `OSDTrainingArguments`, laid out as ruff leaves them."""
+    """Fields of `OSDTrainingArguments`."""
     for key, own in KEYS.items():
-        head, help = f"    osd_{key}: {own.check.kind.__name__} | None = field(", _quoted(_help(own))  # noqa: A001
-        inside = f'default=None, metadata={{"help": {help}}}'
-        if len(head + inside) < WIDTH:
-            yield f"{head}{inside})"
-            continue
-        if len(inside) + 8 <= WIDTH:
-            yield from (head, f"        {inside}", "    )")
-            continue
-        pieces = [help] if len(help) + 21 <= WIDTH else [_quoted(piece) for piece in _pieces(_help(own), WIDTH - 23)]
-        yield from (head, "        default=None,", "        metadata={")
-        *lines, last = f'"help": {pieces[0]}', *pieces[1:]
-        yield from (f"            {line}" for line in (*lines, f"{last},"))
-        yield from ("        },", "    )")
+        yield f'    osd_{key}: {own.check.kind.__name__} | None = flag("{key}")'
 
 
-def _pieces(text: str, width: int) -> list[str]:
-    """The text in lines that make it again when they are put together."""
-    lines = wrap(text, width, break_long_words=False, break_on_hyphens=False)
-    return [f"{line} " for line in lines[:-1]] + lines[-1:]
+def flag(key: str) -> Any:
+    """A dataclass field with the help of an option, for `HfArgumentParser`."""
+    return field(default=None, metadata={"help": _help(KEYS[key])})
 
 
 def readme_table() -> Iterator[str]:
@@ -139,10 +127,6 @@ def _code(value: Any) -> str:
 
 def _literal(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _and(words: list[str]) -> str:

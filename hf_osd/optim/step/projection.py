@@ -4,7 +4,6 @@ Letters and shapes as in `subspace.operators`.
 """
 
 from collections.abc import Mapping
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from ...subspace import OPERATORS, Start, SubspaceRule, choose_init
 from ...update_rules import GradientCheck
 from ..options.rules import Rules
+from ..options.table import decay_of_projection
 from .geometry import ProjectedGeometry
 from .gradients import EPS
 from .moments import Moments, Pace
@@ -20,9 +20,6 @@ from .slot import Slot
 
 
 FACTORS_APART = 7_368_787  # between the seeds of a weight's two factors: far from other weights'
-
-
-_PACE = itemgetter("lr", "alpha", "projection_weight_decay")
 
 
 class Make(NamedTuple):
@@ -61,6 +58,7 @@ class LiveProjection:
         """Go by these rules from now on; `carried` are the weight's moments, which live in P's coordinates."""
         geometry = self.geometry
         self.rule, self._carried = rules.subspace, carried
+        self._decay = decay_of_projection(self.group)
         self.key = rules.subspace.code or "projection"
         self.moments: Moments | None = None
         if rules.projection is not None:
@@ -126,10 +124,8 @@ class LiveProjection:
     def descend(self, P: Tensor, gP: Tensor, check: GradientCheck) -> None:
         """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)."""
         assert self.moments is not None
-        lr, alpha, decay = _PACE(self.group)
-        # the weights' own decay, unless P is given one (the remark of Algorithm 1)
-        decay_P = self.group["weight_decay"] if decay is None else decay
-        self.moments.update_(P, gP, Pace(check, alpha * lr, decay_P))
+        group = self.group
+        self.moments.update_(P, gP, Pace(check, group["alpha"] * group["lr"], group[self._decay]))
 
     def carry(self, P: Tensor, old: Tensor, skip: Tensor) -> None:
         """Turn the weight's moments from the coordinates of the old P into those of P."""
