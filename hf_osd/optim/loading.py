@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..update_rules import TensorSpec
 from .options.rules import rules_of
 from .options.table import DEFAULTS, OPTIONS, in_effect
 from .step.geometry import Geometry, ProjectedGeometry, geometry_of, names_of
@@ -68,7 +70,7 @@ def match_state(
         )
     different = {name for name, _, _ in rows}
     by_name = {name: state_dict["state"].get(key, {}) for name, key in keys.items() if name not in different}
-    check_state_dict(saved_groups, by_name, params)
+    by_name = fitting_states(saved_groups, by_name, params)
     if rows:
         warnings.warn(
             f"{len(rows)} of {len(saved | current)} parameters differ from the saved state and start anew.\n"
@@ -200,35 +202,44 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
-def check_state_dict(
+def fitting_states(
     groups: Sequence[Mapping[str, Any]], states: Mapping[str, Mapping[str, Tensor]], params: Mapping[str, Tensor]
-) -> None:
-    """Raise `ValueError` unless every saved entry has the shape and dtype that the saved options ask for.
+) -> dict[str, dict[str, Tensor]]:
+    """The saved states in the dtypes of today: second moments may have been saved in bfloat16.
 
     Args:
         groups (`list[dict]`): The saved groups.
         states (`dict`): Saved state by parameter name; an empty one is that of a parameter that was never stepped.
         params (`dict[str, torch.Tensor]`): The parameters by name.
+
+    Raises:
+        ValueError: Unless every entry has the shape and dtype that the saved options ask for.
     """
+    found: dict[str, dict[str, Tensor]] = {}
     position = 0
     for group in groups:
         for index, name in enumerate(names_of(group, position)):
             if states.get(name):
                 geometry = geometry_of(group, index, params[name], position + index)
-                spec = state_spec(geometry, rules_of(group))
-                expected = {name: (entry.shape, entry.dtype) for name, entry in spec.items()}
-                got = {name: (tuple(value.shape), value.dtype) for name, value in states[name].items()}
-                if got != expected:
-                    raise ValueError(
-                        f"The saved state of {geometry.name} does not fit: it has {got}, expected {expected}."
-                    )
-                if any(
-                    (entry.divided is not None) != is_sharded(states[geometry.name][key])
-                    for key, entry in spec.items()
-                ):
-                    kinds = ("whole", "sharded") if geometry.sharding else ("sharded", "whole")
-                    raise ValueError(
-                        f"The saved state of {geometry.name} is {kinds[0]}, the parameter {kinds[1]}: load it with "
-                        "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
-                    )
+                found[name] = _fitting(states[name], geometry, state_spec(geometry, rules_of(group)))
         position += len(group["params"])
+    return found
+
+
+def _fitting(state: Mapping[str, Tensor], geometry: Geometry, spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+    expected = {name: (entry.shape, entry.dtype) for name, entry in spec.items()}
+    wide = {name for name, entry in spec.items() if entry.dtype == torch.float32 and not name.endswith("step")}
+    state = {
+        name: value.float() if name in wide and value.dtype == torch.bfloat16 else value
+        for name, value in state.items()
+    }
+    got = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
+    if got != expected:
+        raise ValueError(f"The saved state of {geometry.name} does not fit: it has {got}, expected {expected}.")
+    if any((entry.divided is not None) != is_sharded(state[key]) for key, entry in spec.items()):
+        kinds = ("whole", "sharded") if geometry.sharding else ("sharded", "whole")
+        raise ValueError(
+            f"The saved state of {geometry.name} is {kinds[0]}, the parameter {kinds[1]}: load it with "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
+        )
+    return state

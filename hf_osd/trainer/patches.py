@@ -33,7 +33,7 @@ class Patch(NamedTuple):
     """One function of transformers that is replaced.
 
     Attributes:
-        owner (`type` or module): Holds it; one that does not have it (in an older transformers) stays as it is.
+        owner (`type` or module): Holds it.
         name (`str`): Its name there.
         why (`str`): The reason.
         replacement (`Callable`): Called with the original and then with the arguments.
@@ -46,8 +46,8 @@ class Patch(NamedTuple):
 
     def apply(self) -> None:
         """Replace the function, unless that has been done: the replacement carries a mark."""
-        original = getattr(self.owner, self.name, None)
-        if original is None or getattr(original, "replaced_by_hf_osd", False):
+        original = getattr(self.owner, self.name)
+        if getattr(original, "replaced_by_hf_osd", False):
             return
 
         @functools.wraps(original)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..declare import check_values, refuse_unknown
 from ..hub import ProjectionState
@@ -22,7 +22,6 @@ from ..subspace.initialization import INITS
 from ..update_rules import rule_options
 
 
-CAN_LEAVE_CLIPPING = hasattr(Trainer, "_clip_grad_norm")  # not yet a method in transformers 5.2
 KINDS: dict[str, type] = {key: own.check.kind for key, own in KEYS.items()}  # of `optim_args`
 
 # What users may look for in `optim_args` and an argument of Trainer's sets: that is the one place.
@@ -235,11 +234,6 @@ def _mode(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "fp16 scales the loss, and `layerwise` and `ddp_compression` use gradients before a GradScaler could "
             "unscale them. Use bf16=True, or leave these options out."
-        )
-    if mode.ddp_compression is not None and args.max_grad_norm and not CAN_LEAVE_CLIPPING:
-        raise ValueError(
-            "This version of transformers clips gradients by itself, and `ddp_compression` leaves it only some of "
-            "them. Set max_grad_norm=0, or install a newer one."
         )
     own = {"max_grad_norm": args.max_grad_norm or None}
     if mode.layerwise:

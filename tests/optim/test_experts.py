@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from hf_osd import OSD
-from hf_osd.optim import predicted_state_bytes, state_bytes
+from hf_osd.optim import predicted_state_bytes, select, state_bytes
 from hf_osd.optim.step.experts import ExpertWeights
 from hf_osd.update_rules import RULES
 
@@ -232,3 +232,12 @@ def test_nothing_is_read_back_once_all_have_started(monkeypatch):
 def test_a_full_rank_warns_with_the_size_of_one_matrix():
     with pytest.warns(UserWarning, match="not below min.* for 1 matrices"):
         OSD([{"params": [nn.Parameter(torch.randn(20, 8, 12))], "rank": 8}])
+
+
+@pytest.mark.parametrize("ending", ["Experts", "NaiveMoe"])
+def test_stacks_are_found_in_classes_of_every_release(ending: str):
+    kind = type(f"Some{ending}", (nn.Module,), {})
+    model = nn.Module()
+    model.layers = nn.ModuleList([kind()])
+    model.layers[0].gate_up_proj = nn.Parameter(torch.randn(3, 12, 20))
+    assert list(select(model).projected) == ["layers.0.gate_up_proj"]

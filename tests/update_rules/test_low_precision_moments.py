@@ -69,3 +69,17 @@ def test_second_moments_fall_when_gradients_do():
 def test_without_a_moment_to_narrow_the_option_is_refused(options: dict):
     with pytest.raises(ValueError, match="`moment_dtype` of .* has no effect with weight_rule="):
         OSD([nn.Parameter(torch.zeros(8, 12))], moment_dtype="bfloat16", **options)
+
+
+def test_second_moments_that_were_saved_in_bfloat16_are_read():
+    """As versions wrote them that rounded them."""
+    p, q = (nn.Parameter(torch.zeros(16, 16)) for _ in range(2))
+    optimizer, other = (OSD([W], moment_dtype="bfloat16") for W in (p, q))
+    p.grad = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg_sq"] = saved["state"][0]["exp_avg_sq"].bfloat16()
+    other.load_state_dict(saved)
+    state = other.state[q]
+    assert state["exp_avg_sq"].dtype == torch.float32 and state["exp_avg"].dtype == torch.bfloat16
+    assert torch.equal(state["exp_avg_sq"], saved["state"][0]["exp_avg_sq"].float())

@@ -5,6 +5,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+EXPERTS = (
+    "Experts",
+    "NaiveMoe",
+)  # endings of transformers' classes of experts; the second is older
 CODE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32)  # and all floats of one byte
 
 WAY_OUT = (
@@ -20,7 +24,7 @@ def is_quantised(module: nn.Module) -> bool:
     AWQ, HQQ and others, whose layers are no `nn.Linear` but are called that.
     """
     name = type(module).__name__
-    if not (isinstance(module, nn.Linear) or "Linear" in name or name.endswith("Experts")):
+    if not (isinstance(module, nn.Linear) or "Linear" in name or name.endswith(EXPERTS)):
         return False
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(_is_code(tensor) for tensor in tensors)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...text import shortened
 from .adapters import ModuleNames, module_names, rso_loop
-from .quantised import WAY_OUT, is_quantised
+from .quantised import EXPERTS, WAY_OUT, is_quantised
 
 
 ALL_LINEAR = "all-linear"
@@ -127,7 +127,7 @@ def expert_stacks(model: nn.Module, known: ModuleNames) -> dict[str, str]:
     return {
         _join(owner, name): owner
         for owner in known.plain
-        if any(cls.__name__.endswith("Experts") for cls in type(model.get_submodule(owner)).__mro__)
+        if any(cls.__name__.endswith(EXPERTS) for cls in type(model.get_submodule(owner)).__mro__)
         and not is_quantised(model.get_submodule(owner))
         for name, p in model.get_submodule(owner).named_parameters(recurse=False)
         if p.ndim == 3 and p.is_floating_point()
