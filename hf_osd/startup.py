@@ -9,7 +9,8 @@ when the module has been executed and before anybody else sees it:
 
 The first is imported in the middle of the second, and often without it. Both acts change nothing where they find all
 done, and follow an `importlib.reload` too. What they raise fails the import: no run goes on without its optimizer.
-They run under the import lock of transformers' module, so another thread waits for them as for the module itself. No
+They run under the import lock of transformers' module, so another thread waits for them as for the module itself
+(threads that import parts of transformers at once can fail in its own circular imports, with us or without). No
 module that they import may wait for it in another thread: `trainer/__init__.py` asks for Trainer before it imports
 any, and the one that pickles name, `trainer/arguments.py`, is not among them.
 

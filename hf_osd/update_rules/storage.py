@@ -146,9 +146,7 @@ class BlockWise8bit:
             blocksize=block,
         )
         new_codes = new_codes.view_as(codes)
-        if (
-            codes.device.type == "cpu"
-        ):  # its kernel gives zero a code beside it, and what never had a gradient would move
+        if codes.device.type == "cpu":  # its kernel gives 0 a code beside it: what never had a gradient would move
             new_codes.masked_fill_(value.view_as(codes) == 0, _zero_code(signed))
         torch.where(skip, codes, new_codes, out=codes)
         torch.where(skip, absmax, new_absmax, out=absmax)

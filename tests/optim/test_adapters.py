@@ -80,7 +80,7 @@ def test_factors_are_never_projected_and_a_pure_adapter_says_so(config: str):
 
 def test_injected_adapters_are_found_without_a_peft_model():
     model = llama()
-    model.add_adapter(peft.LoraConfig(r=2, **MLP))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, **MLP), model)
     model.model.layers[1].self_attn.v_proj.weight.requires_grad_(True)
     selection = select(model)
     assert list(selection.projected) == ["model.layers.1.self_attn.v_proj.weight"]

@@ -120,3 +120,18 @@ def test_a_state_that_is_dropped_is_freed(row: str):
     optimizer.state.clear()
     gc.collect()
     assert not any(reference() is not None for reference in references)
+
+
+def test_a_given_p_is_used_once(caplog):
+    """After a reset P starts from the gradient, and a line says so."""
+    params = make_params()
+    given = [torch.linalg.qr(torch.randn(12, 4)).Q for _ in range(2)]
+    optimizer = OSD([{"params": params[:2], "rank": 4, "init": given}], lr=1e-2)
+    run(params[:2], optimizer, range(2))
+    optimizer.state.clear()
+    with caplog.at_level("WARNING", logger="hf_osd"):
+        run(params[:2], optimizer, range(2, 4))
+    assert [record.getMessage() for record in caplog.records].count(
+        "parameter 0 starts from its gradient: the P given as `init` was used."
+    ) == 1
+    assert all(optimizer.state[p]["step"] == 2 and optimizer.state[p]["projection"].any() for p in params[:2])

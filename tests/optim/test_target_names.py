@@ -64,10 +64,12 @@ def test_names_match_as_in_peft(model, exclude):
     known = exclude if exclude is None or isinstance(exclude, str) else [e for e in exclude if suffix(e, names)]
     compared = 0
     for wanted in PATTERNS:
-        config = SimpleNamespace(
-            target_modules=wanted, exclude_modules=known, modules_to_save=None, target_parameters=None
-        )
-        theirs = {name for name in names if check_target_module_exists(config, name)}
+        theirs = chosen_by_peft(names, wanted, known)
+        entries = [known] if isinstance(known, str) else [[entry] for entry in known or []]
+        every = chosen_by_peft(names, wanted, None)
+        if any(chosen_by_peft(names, wanted, entry) == every for entry in entries):
+            assert ours(model, wanted, known) is None  # stricter than peft: every entry must leave something out
+            continue
         if isinstance(wanted, list) and not all(suffix(entry, names) for entry in wanted):
             assert ours(model, wanted, known) is None  # stricter than peft: every entry must match
             continue
@@ -79,7 +81,14 @@ def test_names_match_as_in_peft(model, exclude):
         tied = {"lm_head"} if hasattr(model, "lm_head") else set()  # GPT-2's and T5's share the embedding
         assert matched - tied == theirs - tied, wanted
         compared += 1
-    assert compared >= 3
+    assert compared >= 3 or exclude is not None
+
+
+def chosen_by_peft(names: list[str], wanted, unwanted) -> set[str]:
+    config = SimpleNamespace(
+        target_modules=wanted, exclude_modules=unwanted, modules_to_save=None, target_parameters=None
+    )
+    return {name for name in names if check_target_module_exists(config, name)}
 
 
 def suffix(entry: str, names: list[str]) -> bool:
@@ -163,3 +172,17 @@ def test_names_in_patterns_are_not_regular_expressions():
     # A list holds names: the dot of a regular expression must not match there.
     with pytest.raises(ValueError, match=re.escape("'q.proj' in `target_modules` matches no module")):
         select(tiny_llama(), ["q.proj"])
+
+
+@pytest.mark.parametrize(
+    ("unwanted", "left"),
+    [(["mlp"], 8), ("mlp", 8), (["layers.0"], 7), (["model.layers.0.mlp"], 11), (["self_attn"], 6)],
+)
+def test_a_name_of_a_container_leaves_out_what_is_inside(unwanted, left: int):
+    assert len(select(tiny_llama(), exclude_modules=unwanted).projected) == left
+
+
+@pytest.mark.parametrize("unwanted", [["lm_head"], r".*layers\.7.*", ["q_proj", "embed_tokens"]])
+def test_what_leaves_nothing_out_is_refused(unwanted):
+    with pytest.raises(ValueError, match="leaves nothing out of what is projected"):
+        select(tiny_llama(), exclude_modules=unwanted)

@@ -27,7 +27,9 @@ CLIPPINGS = ("parameter", "previous_norm")
 COMPRESSIONS = ("subspace",)
 LAYERWISE_SUFFIX = "_layerwise"
 
-_LAYERWISE = Need(lambda mode: mode["layerwise"], "without `layerwise`")
+_LAYERWISE = Need(
+    lambda mode: mode["layerwise"], "without `layerwise`", ", or choose a name that ends in `_layerwise`"
+)
 
 
 @dataclass(frozen=True)

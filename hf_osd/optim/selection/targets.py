@@ -83,8 +83,7 @@ def select(
         matched = [part for name in matched for part in [s for s in stacks if stacks[s] == name] or [name]]
     unmatched = not matched
     if unwanted:
-        excluded = set(_match(unwanted, names, known, "exclude_modules"))
-        matched = [name for name in matched if name not in excluded and stacks.get(name) not in excluded]
+        matched = _without(matched, unwanted, names, known)
     selection, chosen = Selection(adapters=bool(known.adapters)), set()
     for name in matched:
         if name not in stacks and is_quantised(model.get_submodule(name)):
@@ -213,6 +212,19 @@ def _match(wanted: str | list[str], names: Mapping[str, str], known: ModuleNames
     return [
         name for name, plain in names.items() if any(_ends(name, entry) or _ends(plain, entry) for entry in wanted)
     ]
+
+
+def _without(matched: list[str], unwanted: str | list[str], names: Mapping[str, str], known: ModuleNames) -> list[str]:
+    """What is left of `matched` without what is named, and without what is inside of that."""
+    left = matched
+    for entry in [unwanted] if isinstance(unwanted, str) else [[name] for name in unwanted]:
+        excluded = set(_match(entry, names, known, "exclude_modules"))
+        inside = tuple(f"{name}." for name in excluded)
+        own = [name for name in matched if name not in excluded and not name.startswith(inside)]
+        if len(own) == len(matched):
+            raise ValueError(f"`exclude_modules` {entry!r} leaves nothing out of what is projected. Leave it out.")
+        left = [name for name in left if name in own]
+    return left
 
 
 def _ends(name: str, entry: str) -> bool:

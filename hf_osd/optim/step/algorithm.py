@@ -16,6 +16,7 @@ where gP is the gradient of Eq. 6 at P, made of P and A (`subspace.pca`). Anothe
 else in the place of the last line, or nothing.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -36,6 +37,8 @@ from .residual import RESIDUALS, Residual, pieces
 from .rounding import add_rounded_
 from .weight import Weight
 
+
+logger = logging.getLogger("hf_osd")
 
 Turn = Enum("Turn", "ONLY FIRST LATER")  # of a gradient among those of one step: P may be replaced before it is used
 ONLY, FIRST, LATER = Turn
@@ -165,12 +168,9 @@ class ProjectedWeight(Weight):
         init = self.group["init"]
         if init == "given":
             given = self.given.pop(self.geometry.name, None)
-            if given is None:
-                raise ValueError(
-                    f"The P given as `init` for {self.geometry.name} is gone: a state was loaded before it was used. "
-                    "Give `init` again."
-                )
-            if given.any():
+            if given is None:  # it was used, and the state that it went into is gone
+                logger.warning("%s starts from its gradient: the P given as `init` was used.", self.geometry.name)
+            if given is not None and given.any():
                 self.slot.state["projection"].copy_(given)
             else:  # a saved state has zero for an expert that had no tokens yet
                 init = "auto"
