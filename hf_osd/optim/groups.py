@@ -52,8 +52,8 @@ def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -
             )
         if p.dtype == torch.float16:
             raise ValueError(
-                f"{name} is float16, in which P's gradient, a square of the weight's, over- and underflows. Load the "
-                "model with dtype=torch.bfloat16, or in float32 and train under autocast."
+                f"{name} is float16, which P's gradient over- and underflows. Load with dtype=torch.bfloat16, or in "
+                "float32 under autocast."
             )
     settle_sides(group, names)
     group["alpha"] = options.projection_alpha(group, group["lr"])
@@ -68,8 +68,8 @@ def refuse_same_names(groups: Sequence[Mapping[str, Any]]) -> None:
         for name in group.get("param_names") or ():
             if name in seen:
                 raise ValueError(
-                    f"Two parameters are called {name}, and a saved state is loaded by names: make them differ, as "
-                    "`named_parameters(prefix=...)` does for the parts of a model, or give parameters without names."
+                    f"Two parameters are called {name}, and states are loaded by names: make them differ, as "
+                    "`named_parameters(prefix=...)` does, or give none."
                 )
             seen.add(name)
 

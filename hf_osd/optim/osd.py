@@ -1,6 +1,8 @@
 """`OSD`: Online Subspace Descent as an ordinary `torch.optim.Optimizer`."""
 
+import copy
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -363,13 +365,20 @@ class OSD(torch.optim.Optimizer):
             ValueError: If it was saved with other rules, ranks, sides or targets, with a table of what differs (unless
                 `partial_load`), or if an entry does not fit; nothing is changed then.
         """
-        # torch's loader casts every entry but `step` to the parameter's dtype: P and 8-bit codes would be lost.
-        # So it loads the groups alone, and the state is set here.
+        # torch's loader casts every entry but `step` to the parameter's dtype: P and 8-bit codes would be lost. Its
+        # hooks see the state before and after, as they do there.
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         self.weights.meet()  # which settles the sides of parameters that were sharded since
         state, groups = match_state(self.param_groups, state_dict, self.partial_load)
-        groups, clip_norm2 = take_norm(groups)
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self.state.update(state)
+        groups, clip_norm2 = take_norm(copy.deepcopy(groups))
+        for own, group in zip(self.param_groups, groups, strict=True):
+            group.update({name: own[name] for name in ("params", "param_names") if name in own})
+        self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
         if self._stream is not None:
             self._stream.clipping.set_norm(clip_norm2, self.param_groups[0]["params"][0].dtype)
 

@@ -184,3 +184,20 @@ def test_a_saved_default_is_the_default():
     _, other = make(subspace="svd", seed=3)
     with pytest.warns(UserWarning, match=r"seed=0 \(checkpoint\) instead of 3"):
         other.load_state_dict(optimizer.state_dict())
+
+
+def test_hooks_see_the_state_and_may_change_it():
+    params, others = ([nn.Parameter(torch.ones(12, 20))] for _ in range(2))
+    optimizer, other = (OSD([{"params": ps, "rank": 4}], lr=1e-2) for ps in (params, others))
+    params[0].grad = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    seen = []
+
+    def before(own: OSD, state_dict: dict) -> dict:
+        groups = [{**group, "lr": 0.5} for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    other.register_load_state_dict_pre_hook(before)
+    other.register_load_state_dict_post_hook(lambda own: seen.append(own.state[others[0]]["step"].item()))
+    other.load_state_dict(optimizer.state_dict())
+    assert seen == [1.0] and other.param_groups[0]["lr"] == 0.5 and other.param_groups[0]["params"] == others

@@ -106,7 +106,7 @@ def exclude_from_ddp(model: nn.Module, params: Iterable[nn.Parameter]) -> None:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "`ddp_compression` must be known before the model is wrapped: create the optimizer from the bare model, "
-            "then wrap it in DistributedDataParallel (or call `accelerator.prepare`)."
+            "then wrap it."
         )
     include_in_ddp(model)
     chosen, names = set(params), set()

@@ -19,8 +19,8 @@ def refuse_without_bfloat16(groups: Sequence[Mapping[str, Any]]) -> None:
     asked = any(group["stochastic_rounding"] for group in groups)
     if asked and not any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
         raise ValueError(
-            "`stochastic_rounding` has no effect: no parameter is bfloat16. Load the model with dtype=torch.bfloat16 "
-            "(`bf16=True` of a Trainer computes in bfloat16, but keeps the weights as they are), or leave it out."
+            "`stochastic_rounding` has no effect: no parameter is bfloat16. Load the model with dtype=torch.bfloat16, "
+            "or leave it out."
         )
 
 
