@@ -13,10 +13,6 @@ from .geometry import Geometry, ProjectedGeometry
 from .sharding import divided
 
 
-# Counters of a state: all the steps that the host has counted.
-COUNTERS = ("step", "skipped_steps", "idle_steps")
-
-
 def state_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
     """Every entry of a parameter's state: what is allocated, what a checkpoint must hold, what `memory` adds up.
 
