@@ -46,7 +46,7 @@ _HOMES = {
     **dict.fromkeys(("OSDCallback", "OSDTrainer", "OSDTrainingArguments"), "trainer"),
     **dict.fromkeys(("last_complete_checkpoint", "register"), "trainer"),
 }
-_PACKAGES = ("estimate", "hub", "interop", "optim", "report", "rso", "subspace", "trainer", "update_rules")
+_PACKAGES = ("estimate", "hub", "interop", "layers", "optim", "report", "rso", "subspace", "trainer", "update_rules")
 
 if not TYPE_CHECKING:  # a type checker that saw it would take any name for ours
 

@@ -101,7 +101,7 @@ def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, lay
         optimizer = create_osd_optimizer(model, optim, rank=rank, **options)
     sizes = predicted_entry_bytes(optimizer)
     projection = sum(size for name, size in sizes.items() if name.startswith("projection"))
-    names = {rules_of(group).subspace.code or "projection" for group in optimizer.param_groups if group["rank"]}
+    names = {rules_of(group).subspace.code or "projection" for group in optimizer.trained_groups if group["rank"]}
     return Method(
         optim + "_layerwise" * layerwise,
         sizes.total() - projection,
@@ -118,7 +118,7 @@ def step_temporaries(optimizer: OSD, layerwise: bool) -> dict[str, int]:
     An ordinary step moves the P of one shape together, so that what it allocates is that of all whose P do.
     """
     alike: dict[tuple, list[tuple[str, Tensor]]] = defaultdict(list)
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(optimizer.trained_groups):
         for name, p in zip(group["param_names"], group["params"], strict=True):
             geometry = optimizer.weight_of(p).geometry
             P = geometry.projection_shape if isinstance(geometry, ProjectedGeometry) and not layerwise else None

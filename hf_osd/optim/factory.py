@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..declare import refuse_unknown
+from ..layers import PreparedLayers
+from ..layers.prepared import refuse_wrapped
 from ..text import shortened
 from .arrival.exchange import exclude_from_ddp, include_in_ddp
 from .options.general import DEFAULT_RANK
@@ -89,6 +91,10 @@ def osd_kwargs(
     if decay_names is None:
         decay_names = decay_parameter_names(model)
     ranks = ranks_of(selection.projected, settings["rank"], pattern, module_names(model).plain)
+    if settings["source"] == "activations":
+        refuse_wrapped(whole)
+        own["layers"] = PreparedLayers(model, ranks)
+        exclude_from_ddp(whole, own["layers"].by_weight())
     groups = build_param_groups(selection, decay_names, ranks, settings["init"], settings["weight_decay"])
     return {"params": groups, **own}
 

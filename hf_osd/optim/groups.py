@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layers import PreparedLayers
 from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from ..update_rules import RULES, require_bitsandbytes
@@ -17,7 +18,9 @@ from .step.sharding import refuse_flat
 from .step.sides import settle_sides
 
 
-def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -> tuple[dict[str, Tensor], list[str]]:
+def settle_group(
+    group: dict[str, Any], where: str, position: int, mode: Mode, layers: PreparedLayers | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
     """Validate a new group and store in it what is decided once: primitives only.
 
     Args:
@@ -25,6 +28,7 @@ def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -
         where (`str`): What messages call it.
         position (`int`): Number of parameters in the groups before it.
         mode ([`Mode`]): The optimizer's.
+        layers ([`PreparedLayers`], *optional*): The model's.
 
     Returns:
         P_0 by name where the user gave one, and the names of parameters whose rank is not low.
@@ -55,7 +59,11 @@ def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -
                 f"{name} is float16, which P's gradient over- and underflows. Load with dtype=torch.bfloat16, or in "
                 "float32 under autocast."
             )
-    settle_sides(group, names)
+    if group["source"] == "activations" and layers is None:
+        raise ValueError(
+            f"source='activations' of {where} needs a model whose layers are prepared for it: use create_osd_optimizer."
+        )
+    settle_sides(group, names, {} if layers is None else layers.by_weight())
     group["alpha"] = options.projection_alpha(group, group["lr"])
     clipped = [name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape[-2:])]
     return {} if isinstance(given, str) else given_projections(given, group, names, position), clipped

@@ -85,6 +85,17 @@ def match_state(
     return state, saved_groups if as_saved else _with_schedule(live_groups, saved_groups)
 
 
+def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str | None]:
+    """By name of weight, the one in whose state its P is, of a saved optimizer with prepared layers."""
+    found: dict[str, str | None] = {}
+    position = 0
+    for group in state_dict["param_groups"]:
+        names = names_of(group, position)
+        found |= dict(zip(names, group.get("inputs") or [None] * len(names), strict=True))
+        position += len(names)
+    return found
+
+
 def as_of_today(group: Mapping[str, Any]) -> dict[str, Any]:
     """A saved group with the options that there are: one that was saved before there was an option had its default.
 
@@ -149,7 +160,9 @@ def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) ->
 
 
 def _projected(geometry: Geometry) -> str:
-    return f"rank {geometry.rank} {geometry.side}" if isinstance(geometry, ProjectedGeometry) else "full size"
+    if not isinstance(geometry, ProjectedGeometry):
+        return "full size"
+    return f"rank {geometry.rank} {geometry.side}" + (f" with P of {geometry.holder}" if geometry.holder else "")
 
 
 def differences(

@@ -13,7 +13,7 @@ from .step.state import local_shape, state_spec
 def predicted_entry_bytes(optimizer: OSD) -> Counter[str]:
     """Bytes of each entry of the state, such as `exp_avg`, over all parameters; see `predicted_state_bytes`."""
     sizes: Counter[str] = Counter()
-    for group in optimizer.param_groups:
+    for group in optimizer.trained_groups:
         rules = rules_of(group)
         for p in group["params"]:
             geometry = optimizer.weight_of(p).geometry
@@ -43,7 +43,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def adamw_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes that `torch.optim.AdamW` would hold on this process for the parameters: two moments in their dtype."""
-    return sum(2 * local(p).numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    groups = optimizer.trained_groups if isinstance(optimizer, OSD) else optimizer.param_groups
+    return sum(2 * local(p).numel() * p.element_size() for group in groups for p in group["params"])
 
 
 def held_gradient_bytes(optimizer: OSD) -> int:

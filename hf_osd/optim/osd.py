@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from ..declare import refuse_unknown
+from ..layers import CHILD, PreparedLayers
 from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
 from .arrival.clipping import CLIP_NORM2, take_norm
 from .arrival.stream import GradientStream
 from .groups import refuse_same_names, settle_group, warn_clipped
-from .loading import as_of_today, match_state
+from .loading import as_of_today, match_state, saved_inputs
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
 from .statistics import summarize
 from .step.movement import Movements
 from .step.rounding import refuse_without_bfloat16
 from .step.weights import AnyWeight, Weights
+
+
+STAND_INS = "stand_ins"  # key of the group that holds them
 
 
 class OSD(torch.optim.Optimizer):
@@ -44,6 +48,12 @@ class OSD(torch.optim.Optimizer):
             alone in steps in which its gradient is zero. Clipped to min(m, n), with one warning.
         weight_rule (`str`, *optional*, defaults to `"adamw"`):
             Update rule of the weights: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd`.
+        source (`str`, *optional*, defaults to `"gradients"`):
+            What R and P are made of: `gradients`, or `activations`, with which gradients of projected linear layers
+            never exist. The layers make R in the backward pass, and P learns from their inputs; it is one P for those
+            that are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and
+            Trainer prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those
+            of R.
         subspace (`str` or `SubspaceRule`, *optional*, defaults to `"online_pca"`):
             How P moves: `online_pca`, `svd`, `random`, `cosine`, `importance`, `power`, `static`. Or a
             [`SubspaceRule`] of your own.
@@ -72,6 +82,8 @@ class OSD(torch.optim.Optimizer):
             The gradient outside the subspace: `none` drops it (the paper), `scaled` adds it in the scale of the inside
             (Fira, arXiv 2410.01673), `sign` adds its sign (FRUGAL, arXiv 2411.07837). See [`~optim.step.residual`].
         residual_scale (`float`, *optional*, defaults to 1.0): Factor on the residual.
+        projection_sample (`int`, *optional*):
+            P learns of one in `projection_sample` tokens, others at each step. Defaults to `4`.
         projection_dtype (`str`, *optional*):
             How P is kept: `float32` or `bfloat16`. Defaults to `float32`. In bfloat16 steps of P below about 1/256 of
             an entry are lost. Float64 parameters have float64 unless told.
@@ -150,6 +162,7 @@ class OSD(torch.optim.Optimizer):
         # options: written by `make options`
         rank: int | None = None,
         weight_rule: str = "adamw",
+        source: str = "gradients",
         subspace: str | SubspaceRule = "online_pca",
         alpha: float = 5.0,
         projection_rule: str | None = None,
@@ -162,6 +175,7 @@ class OSD(torch.optim.Optimizer):
         carry_moments: bool = False,
         residual: str = "none",
         residual_scale: float = 1.0,
+        projection_sample: int | None = None,
         projection_dtype: str | None = None,
         moment_dtype: str | None = None,
         stochastic_rounding: bool = False,
@@ -181,6 +195,7 @@ class OSD(torch.optim.Optimizer):
         ddp_compression: str | None = None,
         partial_load: bool = False,
         # end of options
+        layers: PreparedLayers | None = None,
         maximize: bool = False,
     ):
         if maximize:
@@ -192,6 +207,7 @@ class OSD(torch.optim.Optimizer):
         self._given_projections: dict[str, Tensor] = {}
         self._clipped: list[str] = []
         self._stream: GradientStream | None = None
+        self._layers = layers
         self._weights: Weights | None = None
         self._constructed = False
         super().__init__(params, defaults)
@@ -202,9 +218,30 @@ class OSD(torch.optim.Optimizer):
         self._constructed = True
         warn_clipped(self._clipped)
         self._simplify_defaults()
+        if layers is not None:
+            self._add_stand_ins(layers)
+            self.weights.meet()  # which tells the layers how P starts
+            self.attach()
+            weakref.finalize(self, layers.remove)  # nobody else would step what the layers make
         if self.mode.takes_gradients:
             self._stream = GradientStream(self._weights_now(), self.mode)
             self._stream.attach()
+
+    def _add_stand_ins(self, layers: PreparedLayers) -> None:
+        """A last group, never stepped and not in `state_dict`, so that what goes through groups finds all gradients.
+
+        `GradScaler` unscales them so, and `zero_grad` frees them.
+        """
+        names = any("param_names" in group for group in self.param_groups)
+        stand_ins: list[Any] = list(layers.parameters())
+        if names:
+            stand_ins = [(f"{CHILD}.{key}", B) for key, B in layers.named_parameters()]
+        super().add_param_group(options.DEFAULTS | self.defaults | {"params": stand_ins, "rank": None, STAND_INS: True})
+
+    @property
+    def trained_groups(self) -> list[dict[str, Any]]:
+        """`param_groups` without the one of stand-ins."""
+        return [group for group in self.param_groups if STAND_INS not in group]
 
     def _simplify_defaults(self) -> None:
         """Leave in `defaults` what printing, pickling and schedulers may see: groups have taken the rest by now."""
@@ -224,9 +261,10 @@ class OSD(torch.optim.Optimizer):
     def weights(self) -> Weights:
         """All weights as they are stepped; made anew where groups or states are other objects than before."""
         weights = self._weights
-        if weights is None or weights.groups is not self.param_groups or weights.state is not self.state:
+        if weights is None or self._groups is not self.param_groups or weights.state is not self.state:
             observing = weights is not None and weights.observing
-            weights = self._weights = Weights(self.param_groups, self.state, self._given_projections)
+            weights = Weights(self.trained_groups, self.state, self._given_projections, self._layers)
+            self._weights, self._groups = weights, self.param_groups
             weights.observing = observing
         return weights
 
@@ -261,11 +299,11 @@ class OSD(torch.optim.Optimizer):
         shared = options.DEFAULTS | self.defaults
         super().add_param_group(shared | param_group)
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
-        position = sum(len(other["params"]) for other in self.param_groups[:-1])
+        position = sum(len(other["params"]) for other in self.trained_groups[:-1])
         try:
             refuse_same_names(self.param_groups)
             options.refuse_own_without_rank(group, own, shared, where)
-            given, clipped = settle_group(group, where, position, self.mode)
+            given, clipped = settle_group(group, where, position, self.mode, self._layers)
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)
         except Exception:
@@ -293,7 +331,9 @@ class OSD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        weights, movements = self.weights, Movements()
+        if self._layers is not None and not self._layers.installed:
+            raise ValueError("The model's layers are plain again: call `attach()` to train on, or make a new optimizer.")
+        weights, movements, leaders = self.weights, Movements(), []
         if weights.observing:
             weights.observations.clear()
         with own_precision(weights.device_types):
@@ -307,9 +347,10 @@ class OSD(torch.optim.Optimizer):
                         weights.observe(weight, arrived, check)
                     movements.counters.append((weight.slot.state["skipped_steps"], check.broken))
                     weight.update(arrived, check, movements)
+                leaders = weights.learn(movements)
             finally:  # where one cannot be stepped, the others before it have made whole steps
                 movements.finish()
-                for _, weight, _, _ in work:
+                for weight in (*(weight for _, weight, _, _ in work), *leaders):
                     for slot in weight.slots:
                         slot.state = {}
         return loss
@@ -324,16 +365,22 @@ class OSD(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those that have been taken off the parameters as well."""
         super().zero_grad(set_to_none)
+        if self._layers is not None:
+            self._layers.forget()
         if self._stream is not None:
             self._stream.discard()
 
     def attach(self) -> None:
-        """Put the hooks of `layerwise` or `ddp_compression` on the parameters again, after `remove`."""
+        """Put hooks on the parameters, or prepared layers into the model, again, after `remove`."""
+        if self._layers is not None:
+            self._layers.install()
         if self._stream is not None:
             self._stream.attach()
 
     def remove(self) -> None:
-        """Take the hooks off: gradients stay on the parameters again, as in any model, and `step` is refused."""
+        """Take hooks and prepared layers off: gradients come as in any model again, and `step` is refused."""
+        if self._layers is not None:
+            self._layers.remove()
         if self._stream is not None:
             self._stream.remove()
 
@@ -356,6 +403,7 @@ class OSD(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer; the norm that `previous_norm` clips by is in the groups."""
         saved = super().state_dict()
+        saved["param_groups"] = [group for group in saved["param_groups"] if STAND_INS not in group]
         return saved if self._stream is None else self._stream.clipping.with_norm(saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -371,12 +419,18 @@ class OSD(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        live = self.trained_groups
+        if self._layers is not None:
+            self._layers.share_as(saved_inputs(state_dict))
         self.weights.meet()  # which settles the sides of parameters that were sharded since
-        state, groups = match_state(self.param_groups, state_dict, self.partial_load)
+        state, groups = match_state(live, state_dict, self.partial_load)
         groups, clip_norm2 = take_norm(copy.deepcopy(groups))
-        for own, group in zip(self.param_groups, groups, strict=True):
+        for own, group in zip(live, groups, strict=True):
             group.update({name: own[name] for name in ("params", "param_names") if name in own})
+        groups += [group for group in self.param_groups if STAND_INS in group]
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
+        if self._layers is not None:
+            self.weights.give_projections()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
         if self._stream is not None:
@@ -384,18 +438,20 @@ class OSD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""
-        kept = "_given_projections _clipped _constructed partial_load mode _stream".split()
+        kept = "_given_projections _clipped _constructed partial_load mode _stream _layers".split()
         return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and forget what was derived."""
         super().__setstate__(state)  # torch's `load_state_dict` comes by here too, with state and groups alone
-        for name, default in (("mode", Mode()), ("_stream", None), ("_weights", None)):
+        for name, default in (("mode", Mode()), ("_stream", None), ("_layers", None), ("_weights", None)):
             self.__dict__.setdefault(name, default)  # the first two were saved before there were modes
         for group in self.param_groups:
             today = as_of_today(group)  # may be another version's
             group.clear()
             group.update(today)
+        if not isinstance(self._layers, PreparedLayers):  # copied: the copy of the model has plain layers
+            self._layers = None
         if state.get("_stream") is not None:
             state["_stream"].restore(self._weights_now())
 

@@ -46,6 +46,7 @@ class OSDTrainingArguments(TrainingArguments):
 
     # options: written by `make options`
     osd_rank: int | None = flag("rank")
+    osd_source: str | None = flag("source")
     osd_subspace: str | None = flag("subspace")
     osd_alpha: float | None = flag("alpha")
     osd_projection_optim: str | None = flag("projection_optim")
@@ -57,6 +58,7 @@ class OSDTrainingArguments(TrainingArguments):
     osd_carry_moments: bool | None = flag("carry_moments")
     osd_residual: str | None = flag("residual")
     osd_residual_scale: float | None = flag("residual_scale")
+    osd_projection_sample: int | None = flag("projection_sample")
     osd_projection_dtype: str | None = flag("projection_dtype")
     osd_moment_dtype: str | None = flag("moment_dtype")
     osd_stochastic_rounding: bool | None = flag("stochastic_rounding")

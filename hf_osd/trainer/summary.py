@@ -24,7 +24,7 @@ def summary(optimizer: OSD, model: nn.Module | None = None) -> str:
     """
     ranks, numel, matrices, vectors = set(), {True: 0, False: 0}, 0, 0
     kinds: dict[bool, dict[str, None]] = {True: {}, False: {}}  # as ordered sets
-    for group in optimizer.param_groups:
+    for group in optimizer.trained_groups:
         names = group.get("param_names") or [""] * len(group["params"])
         for name, p in zip(names, group["params"], strict=True):
             geometry = optimizer.weight_of(p).geometry

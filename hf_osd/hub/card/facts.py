@@ -90,12 +90,12 @@ class CardFacts:
         osd = osd_of(optimizer)
         if osd is None:
             raise ValueError(f"CardFacts.from_run needs an OSD optimizer, got {type(optimizer).__name__}.")
-        projected = [group for group in osd.param_groups if group["rank"] is not None]
-        groups = [group_options(group) for group in projected or osd.param_groups]
+        projected = [group for group in osd.trained_groups if group["rank"] is not None]
+        groups = [group_options(group) for group in projected or osd.trained_groups]
         for own, group in zip(groups, projected, strict=bool(projected)):
             if group["subspace"] in SUBSPACES:
                 own["update_interval"] = getattr(rules_of(group).subspace, "update_interval", None)
-        sizes = [(osd.weight_of(p).geometry, p.numel()) for group in osd.param_groups for p in group["params"]]
+        sizes = [(osd.weight_of(p).geometry, p.numel()) for group in osd.trained_groups for p in group["params"]]
         low_rank = [(geometry, numel) for geometry, numel in sizes if isinstance(geometry, ProjectedGeometry)]
         asked = str(getattr(args.optim, "value", args.optim)) in OPTIM_NAMES  # else the optimizer was passed in
         name = (repo_id or args.hub_model_id or Path(str(args.output_dir)).absolute().name).split("/")[-1]

@@ -16,6 +16,8 @@ from ...update_rules import RULES, build_rule, has_carry
 DEFAULT_RANK = 128  # of a run with a name: GaLore's and APOLLO's in transformers
 FLOAT_DTYPES = ("float32", "bfloat16")
 RESIDUALS = ("none", "scaled", "sign")
+SOURCES = ("gradients", "activations")
+TOKENS_PER_SAMPLE = 4  # of `projection_sample`, where P is learned from activations
 
 
 def _rule(holds: Callable[[type[SubspaceRule]], bool], unknown: bool = True) -> Callable[[Mapping[str, Any]], bool]:
@@ -33,6 +35,10 @@ def _names(rules: Iterable[str]) -> str:
 
 
 RANK = Need(lambda group: group["rank"] is not None, "without a `rank`")
+GRADIENTS = Need(
+    lambda group: group["source"] == "gradients", "with source='activations', where there is no gradient"
+)
+ACTIVATIONS = Need(lambda group: group["source"] == "activations", "without source='activations'")
 LEARNED = Need(_rule(lambda rule: rule.learns, unknown=False), in_subspace(), ", or use subspace='online_pca'")
 
 
@@ -56,6 +62,18 @@ class Options:
         check=one_of(RULES),
         state=True,
         argument="optim='osd_*'",
+    )
+    source: str = option(
+        "gradients",
+        "What R and P are made of: `gradients`, or `activations`, with which gradients of projected linear layers "
+        "never exist.\n\nThe layers make R in the backward pass, and P learns from their inputs; it is one P for those "
+        "that are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and "
+        "Trainer prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those of "
+        "R.",
+        check=one_of(SOURCES),
+        needs=(RANK,),
+        state=True,
+        card="what P learns from",
     )
     subspace: str | SubspaceRule = option(
         "online_pca",
@@ -114,7 +132,7 @@ class Options:
         "Projected dimension: `left`, `right`, `auto`: the shorter (if sharded: whole) one, or `two_sided` (P X Q of "
         "the paper's section 4.3, whose moments are r x r).",
         check=one_of(("auto", *SIDES)),
-        needs=(RANK,),
+        needs=(RANK, GRADIENTS),
         state=True,
     )
     carry_moments: bool = option(
@@ -137,7 +155,7 @@ class Options:
         "The gradient outside the subspace: `none` drops it (the paper), `scaled` adds it in the scale of the inside "
         "(Fira, arXiv 2410.01673), `sign` adds its sign (FRUGAL, arXiv 2411.07837).\n\nSee [`~optim.step.residual`].",
         check=one_of(RESIDUALS),
-        needs=(RANK,),
+        needs=(RANK, GRADIENTS),
         state=True,
         card="residual",
     )
@@ -147,6 +165,18 @@ class Options:
         check=number(0, open_below=True),
         needs=(RANK, Need(lambda group: group["residual"] != "none", "without residual='scaled' or 'sign'")),
         card="factor on the residual",
+    )
+    projection_sample: int | None = option(
+        None,
+        "P learns of one in `projection_sample` tokens, others at each step.",
+        check=integer(1),
+        needs=(
+            RANK,
+            ACTIVATIONS,
+            Need(_rule(lambda rule: rule.moves_at is not SubspaceRule.moves_at), in_subspace()),
+        ),
+        card="tokens for each that P learns of",
+        unset=str(TOKENS_PER_SAMPLE),
     )
     projection_dtype: str | None = option(
         None,

@@ -125,7 +125,10 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
     sums = mode.gradient_accumulation or mode.ddp_compression is not None
     name = "ddp_compression" if mode.ddp_compression is not None else "layerwise` with `gradient_accumulation"
     reason = None
-    if sums and group["residual"] != "none":
+    if group["source"] == "activations":
+        name = "ddp_compression" if mode.ddp_compression is not None else "layerwise"
+        reason = "source='activations' has no gradients of full size to free or to exchange"
+    elif sums and group["residual"] != "none":
         reason = (
             f"residual={group['residual']!r} needs the whole gradient, of which this keeps what is in the subspace"
         )

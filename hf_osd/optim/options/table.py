@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...declare import Need, Option, check_values, number, options_of, refuse_without_effect, same
-from ...subspace import SUBSPACES, build_subspace, rule_class
+from ...subspace import SUBSPACES, SubspaceRule, build_subspace, rule_class
 from ...update_rules import RULES, build_rule
 from .general import RANK, Options, in_subspace
 
@@ -99,6 +99,8 @@ def refuse_own_without_rank(
 def _refuse_impossible_rule(options: Mapping[str, Any], where: str) -> None:
     """Raise `ValueError` for options that cannot be together."""
     name, weight = options["subspace"], options["weight_rule"]
+    if options["source"] == "activations":
+        _refuse_without_gradients(options, where)
     if options["side"] == "two_sided" and not rule_class(name).two_sided:
         raise ValueError(f"subspace={name!r} of {where} is not for side='two_sided'. Leave one of them out.")
     if build_subspace(name, options).mixes and "exp_avg" not in {m.name for m in build_rule(weight).moments((2, 2))}:
@@ -110,6 +112,25 @@ def _refuse_impossible_rule(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"`alpha` and `projection_lr` of {where} set the same thing, P's learning rate: give one of them."
         )
+
+
+def _refuse_without_gradients(options: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` for ways to make P that need a gradient."""
+    if _renewed_from_gradients(rule_class(options["subspace"])):
+        others = ", ".join(name for name, rule in SUBSPACES.items() if not _renewed_from_gradients(rule))
+        raise ValueError(
+            f"subspace={options['subspace']!r} of {where} is made from gradients, of which source='activations' has "
+            f"none. Choose one of {others}."
+        )
+    if options["init"] in ("svd", "randomized_svd"):
+        raise ValueError(
+            f"init={options['init']!r} of {where} decomposes a gradient, of which source='activations' has none. Leave "
+            "it out: P starts from the first step's activations."
+        )
+
+
+def _renewed_from_gradients(rule: type[SubspaceRule]) -> bool:
+    return rule.reads_gradient and rule.refresh_due is not SubspaceRule.refresh_due
 
 
 def projection_rule(options: Mapping[str, Any]) -> str | None:

@@ -193,7 +193,8 @@ class ProjectedWeight(Weight):
         kind = RESIDUALS.get(rules.residual)
         self.residual: Residual | None = None if kind is None else kind(self.geometry, self.group, self.slot)
         super().follow(rules)
-        self.P.follow(rules, self.moments)
+        self.P.follow(rules)
+        self.P.carried[self.geometry.name] = self.moments
         self.source = GradientSource(self.P, self.moments, keeps_G=kind is not None)
 
     def begin(self) -> None:  # noqa: D102
@@ -225,4 +226,4 @@ class ProjectedWeight(Weight):
 
     def observe(self, low: LowRank | None, check: GradientCheck) -> tuple[Tensor, Tensor] | None:
         """Share of the gradient outside the subspace and error of P's orthogonality; `None` without a P."""
-        return None if low is None else observation(self.P, low.R, check)
+        return None if low is None else observation(self.P, self.op.gram(low.R), check)

@@ -30,6 +30,7 @@ class Geometry:
         compute_dtype (`torch.dtype`): float32, or float64 for a float64 parameter.
         seed (`int`): Seed of all that is random for this parameter, the same on all processes.
         sharding ([`Sharding`], *optional*): How it is divided among processes.
+        holder (`str`, *optional*): The weight in whose state its P is, where that is learned from activations.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Geometry:
     compute_dtype: torch.dtype
     seed: int
     sharding: Sharding | None = field(default=None, kw_only=True)
+    holder: str | None = field(default=None, kw_only=True)
 
     @property
     def update_shape(self) -> tuple[int, ...]:
@@ -85,6 +87,11 @@ class ProjectedGeometry(Geometry):
     def matrices(self) -> int:
         """E, or 1."""
         return self.shape[0] if self.stacked else 1
+
+    @property
+    def holds_projection(self) -> bool:
+        """Whether P is in this weight's state."""
+        return self.holder in (None, self.name)
 
     @property
     def two_sided(self) -> bool:
@@ -140,4 +147,5 @@ def geometry_of(group: Mapping[str, Any], index: int, p: Tensor, position: int) 
         rank=effective_rank(group["rank"], *p.shape[-2:]),
         projection_dtype=getattr(torch, group["projection_dtype"]) if group["projection_dtype"] else compute_dtype,
         sharding=sharding,
+        holder=group["inputs"][index] if group.get("inputs") else None,
     )

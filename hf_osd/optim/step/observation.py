@@ -12,14 +12,13 @@ from ...update_rules import GradientCheck
 from .projection import LiveProjection
 
 
-def observation(projection: LiveProjection, R: Tensor, check: GradientCheck) -> tuple[Tensor, Tensor]:
-    """Share of the gradient's energy outside the subspace, and ||PᵀP - I|| / sqrt(r)."""
+def observation(projection: LiveProjection, K: Tensor, check: GradientCheck) -> tuple[Tensor, Tensor]:
+    """Share of the gradient's energy outside the subspace, and ||PᵀP - I|| / sqrt(r), where K = gram(R)."""
     geometry, P, errors = projection.geometry, projection.read(), []
     for factor in geometry.op.split(P):
         C = factor.mT @ factor
         C.diagonal().sub_(1)
         errors.append(torch.linalg.matrix_norm(C) / math.sqrt(geometry.rank))
-    K = geometry.op.gram(R)
     if geometry.sharding is not None:
         K = geometry.sharding.sum(K)
     error = errors[0] if len(errors) == 1 else torch.stack(errors).mean()

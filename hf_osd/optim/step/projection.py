@@ -52,12 +52,13 @@ class LiveProjection:
     def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any], slot: Slot):
         self.geometry, self.group, self.slot = geometry, group, slot
         self.started = False
+        self.carried: dict[str, Moments] = {}  # of each weight by name: what lives in P's coordinates
         self.forget()
 
-    def follow(self, rules: Rules, carried: Moments) -> None:
-        """Go by these rules from now on; `carried` are the weight's moments, which live in P's coordinates."""
+    def follow(self, rules: Rules) -> None:
+        """Go by these rules from now on."""
         geometry = self.geometry
-        self.rule, self._carried = rules.subspace, carried
+        self.rule = rules.subspace
         self._decay = decay_of_projection(self.group)
         self.key = rules.subspace.code or "projection"
         self.moments: Moments | None = None
@@ -128,13 +129,15 @@ class LiveProjection:
         self.moments.update_(P, gP, Pace(check, group["alpha"] * group["lr"], group[self._decay]))
 
     def carry(self, P: Tensor, old: Tensor, skip: Tensor) -> None:
-        """Turn the weight's moments from the coordinates of the old P into those of P."""
+        """Turn the weights' moments from the coordinates of the old P into those of P."""
         op = self.geometry.op
 
         def turn(X: Tensor, square: bool = False) -> Tensor:
             return op.carry(X, P, old, square)
 
-        self._carried.carry(turn, skip)
+        for moments in self.carried.values():
+            if moments.slot.state:  # else that weight has not been stepped yet
+                moments.carry(turn, skip)
 
 
 def usable(check: GradientCheck) -> Tensor:

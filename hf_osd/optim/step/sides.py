@@ -1,24 +1,40 @@
 """The side of each matrix of a group: decided once, and again where a parameter is sharded after that."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ...layers.layer import LayerInfo
 from ...subspace import choose_side
 from .sharding import FLAT, sharding_of
 
 
-def settle_sides(group: dict[str, Any], names: Sequence[str]) -> None:
+def settle_sides(group: dict[str, Any], names: Sequence[str], layers: Mapping[Tensor, LayerInfo]) -> None:
     """Store the side of each matrix of a group. A plain tensor's never changes; a sharded one's comes when it is met.
+
+    A weight of a prepared layer is projected on the side of the inputs, and which weight's state has P of its input is
+    stored, too: it is known once the layer has been called.
+
+    Args:
+        group (`dict`): The group.
+        names (`list[str]`): Of its parameters.
+        layers (`dict[torch.Tensor, LayerInfo]`): The prepared ones by weight.
 
     Raises:
         ValueError: For a side that would divide P, and for what has become of a matrix in an engine that flattens.
     """
     stored = group.get("sides") or [None] * len(names)
     sides = [
-        _side(name, p, group["side"], before) for name, p, before in zip(names, group["params"], stored, strict=True)
+        layers[p].side if p in layers else _side(name, p, group["side"], before)
+        for name, p, before in zip(names, group["params"], stored, strict=True)
     ]
+    if group["source"] == "activations":
+        inputs = [layers[p].input if p in layers else None for p in group["params"]]
+        group["inputs"] = [
+            None if p not in layers else name if shared is None else shared.leader
+            for name, p, shared in zip(names, group["params"], inputs, strict=True)
+        ]
     if group["init"] == "given":
         for name, side, before in zip(names, sides, stored, strict=True):
             if before is not None and side != before:

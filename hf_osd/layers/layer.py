@@ -1,0 +1,88 @@
+"""What a prepared layer knows, and how layers that are given the same tensor find each other."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .shared_input import SharedInput
+from .start import FirstProjection
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """What a layer is when it is not prepared."""
+    return type(module).plain if "osd" in vars(module) else type(module)  # type: ignore[attr-defined]
+
+
+class Meeting:
+    """Where layers meet that are given the same tensor, in their first forward pass.
+
+    Attributes:
+        changed (`bool`): Whether any has met its input since the optimizer has looked.
+        sharing (`bool`): Whether they may share.
+    """
+
+    def __init__(self) -> None:
+        self.changed, self.sharing = False, True
+        self._seen: list[tuple[Any, int, Any, SharedInput]] = []
+
+    def join(self, x: Tensor, layer: "LayerInfo") -> SharedInput:
+        """The input of the first layer, of the same kind, that was given this very tensor; else a new one."""
+        self.changed = True
+        self._seen = [entry for entry in self._seen if entry[0]() is not None]
+        for known, version, kind, shared in self._seen:
+            if self.sharing and known() is x and version == x._version and kind == layer.kind:
+                return shared
+        shared = SharedInput(layer.name, layer.first, layer.every)
+        self._seen.append((weakref.ref(x), x._version, layer.kind, shared))
+        return shared
+
+
+class LayerInfo:
+    """A weight whose R comes from the layers, one or several tied ones, that it is the weight of.
+
+    Args:
+        name (`str`): Of the weight.
+        modules (`list[nn.Module]`): The layers.
+        stand_ins (`nn.Module`): Holds the stand-in, whose gradient is R, as the parameter `key`.
+        key (`str`): As above.
+        meeting ([`Meeting`]): Of all layers of the model.
+
+    Attributes:
+        input ([`SharedInput`], *optional*): Of the layer; `None` before its first forward pass.
+        first ([`FirstProjection`]): How P starts; the optimizer sets it.
+        every (`int`): P learns of every k-th token; likewise.
+        kind (hashable): Layers of one kind may share P: those of one parameter group and rank; likewise.
+    """
+
+    first: FirstProjection
+    every: int
+    kind: Any
+
+    def __init__(self, name: str, modules: list[nn.Module], stand_ins: nn.Module, key: str, meeting: Meeting):
+        self.name, self.modules, self.key, self._stand_ins, self._meeting = name, modules, key, stand_ins, meeting
+        self.transposed = plain_class(modules[0]) is not nn.Linear
+        self.input: SharedInput | None = None
+
+    @property
+    def side(self) -> str:
+        """The side of the inputs, for a weight as it is stored."""
+        return "left" if self.transposed else "right"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """W."""
+        return self.modules[0].weight  # type: ignore[return-value]
+
+    @property
+    def stand_in(self) -> nn.Parameter:
+        """B: looked up each time, for what shards a model exchanges its parameters."""
+        return self._stand_ins._parameters[self.key]  # type: ignore[return-value]
+
+    @torch.compiler.disable
+    def meet(self, x: Tensor) -> None:
+        """Settle whose input x is, at the first forward pass."""
+        self.input = self._meeting.join(x, self)
+        if self.input.P is None:
+            self.input.P = self.first.draw(x.shape[-1], x.device)

@@ -1,0 +1,55 @@
+"""Linear layers that keep x P of their inputs x, from which the backward pass makes R."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import LayerInfo
+from .product import SubspaceProduct
+
+
+class InSubspace:
+    """What the prepared layers share. A copy of one, by pickle or deepcopy, is the plain layer that it was."""
+
+    osd: LayerInfo
+    plain: type[nn.Module]
+    transposed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As of the plain layer; where gradients are computed, through [`SubspaceProduct`]."""
+        osd, W = self.osd, self.weight  # type: ignore[attr-defined]
+        if not (torch.is_grad_enabled() and W.requires_grad):
+            return self.plain.forward(self, x)
+        if osd.input is None:
+            osd.meet(x)
+        xP = osd.input.project(x)  # type: ignore[union-attr]
+        return SubspaceProduct.apply(x, W, self.bias, osd.stand_in, xP, self.transposed)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in vars(self).items() if name != "osd"}
+        return _new, (self.plain,), state
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
+class SubspaceLinear(InSubspace, nn.Linear):
+    """[`InSubspace`] for `nn.Linear`."""
+
+    plain = nn.Linear
+
+
+@cache
+def prepared_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """The layers that can be prepared, by class; of a subclass nobody knows what else it does with its weight."""
+    from transformers.pytorch_utils import Conv1D
+
+    class SubspaceConv1D(InSubspace, Conv1D):
+        """[`InSubspace`] for GPT-2's `Conv1D`."""
+
+        plain, transposed = Conv1D, True
+
+    return {nn.Linear: SubspaceLinear, Conv1D: SubspaceConv1D}

@@ -1,0 +1,185 @@
+"""Prepare the linear layers of a model, in place, so that their gradients never exist; and give the plain ones back."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..subspace import effective_rank
+from .layer import LayerInfo, Meeting, plain_class
+from .linear import InSubspace, prepared_classes
+from .shared_input import SharedInput
+
+
+CHILD = "osd_stand_ins"  # the model's, while it is prepared
+
+
+class PreparedLayers(nn.Module):
+    """The prepared layers of a model, as a child of it, for it holds parameters: for each weight a stand-in of zeros.
+
+    The gradient of a stand-in is R, so everything that works on gradients works on R: accumulation, clipping, loss
+    scaling, DDP. Weights keep `requires_grad` and get no gradient from their layers; what else a model does with them
+    is seen by the gradient that they get from there. Nothing of this is in the model's `state_dict`, and none of it in
+    a copy of the model, whose layers are plain.
+
+    Args:
+        model (`nn.Module`): The model.
+        ranks (`Mapping[str, int]`): Rank by name of weight; those that cannot be prepared are left.
+
+    Attributes:
+        layers (`dict[str, LayerInfo]`): By name of the weight.
+        left (`dict[str, str]`): What could not be prepared, and why.
+        meeting ([`Meeting`]): Where they find those that are given the same tensor.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Mapping[str, int]):
+        super().__init__()
+        self._model = (model,)  # no child
+        self.layers: dict[str, LayerInfo] = {}
+        self.left: dict[str, str] = {}
+        self.meeting = Meeting()
+        owners = _owners(model)
+        whole = _in_a_process_of_many()
+        for name, rank in ranks.items():
+            p = model.get_parameter(name)
+            modules, reason = owners[p]
+            if reason is not None:
+                self.left[name] = reason
+                continue
+            key = name.replace(".", "/")
+            self.register_parameter(key, nn.Parameter(_zeros(p, rank, modules[0], whole)))
+            self.layers[name] = LayerInfo(name, modules, self, key, self.meeting)
+
+    def install(self) -> None:
+        """Put the layers into the model. What it was prepared with before goes out."""
+        (model,) = self._model
+        unload(model)
+        if not self.layers:
+            return
+        for layer in self.layers.values():
+            for module in layer.modules:
+                module.__class__ = prepared_classes()[type(module)]
+                vars(module)["osd"] = layer
+        model.add_module(CHILD, self)
+
+    def remove(self) -> None:
+        """Make all layers plain again."""
+        (model,) = self._model
+        for layer in self.layers.values():
+            _make_plain(layer)
+        if getattr(model, CHILD, None) is self:
+            delattr(model, CHILD)
+
+    def leave(self, name: str, reason: str) -> None:
+        """Make one layer plain for good."""
+        layer = self.layers.pop(name)
+        _make_plain(layer)
+        delattr(self, layer.key)
+        self.left[name] = reason
+
+    @property
+    def installed(self) -> bool:
+        """Whether the layers are in the model."""
+        return getattr(self._model[0], CHILD, None) is self
+
+    def by_weight(self) -> dict[Tensor, LayerInfo]:
+        """The layers by weight, as these are now: moving and sharding a model exchanges them."""
+        return {layer.weight: layer for layer in self.layers.values()}
+
+    def share_as(self, holders: Mapping[str, str | None]) -> None:
+        """Share inputs as a saved state says, where the layers have not met their inputs yet.
+
+        Args:
+            holders (`Mapping[str, str]`): By name of weight, the weight that holds P.
+        """
+        shared: dict[str, SharedInput] = {}
+        for name, holder in holders.items():
+            layer = self.layers.get(name)
+            if layer is not None and layer.input is None and holder in self.layers:
+                first = self.layers[holder]
+                if holder not in shared:
+                    shared[holder] = first.input or SharedInput(holder, first.first, first.every)
+                layer.input = shared[holder]
+
+    def inputs(self) -> Iterator[Any]:
+        """Every input that has been met, once."""
+        return iter(dict.fromkeys(layer.input for layer in self.layers.values() if layer.input is not None))
+
+    def forget(self) -> None:
+        """Forget what was seen since the last step."""
+        for shared in self.inputs():
+            shared.forget()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Module, ()  # of a copied model, whose layers are plain
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Give a model its plain layers back, in place; nothing changes in a model that has none of ours.
+
+    Args:
+        model (`nn.Module`): A model that an optimizer with `source="activations"` was made for, or what wraps it.
+
+    Returns:
+        `nn.Module`: The model.
+    """
+    for module in list(model.modules()):
+        prepared = module._modules.get(CHILD)
+        if isinstance(prepared, PreparedLayers):
+            prepared.remove()
+    return model
+
+
+def _make_plain(layer: LayerInfo) -> None:
+    for module in layer.modules:
+        if isinstance(module, InSubspace) and vars(module).get("osd") is layer:
+            module.__class__ = module.plain  # type: ignore[assignment]
+            del vars(module)["osd"]
+
+
+def _owners(model: nn.Module) -> dict[Tensor, tuple[list[nn.Module], str | None]]:
+    """Of each parameter the modules that have it, and why they cannot be prepared, if so."""
+    found: dict[Tensor, tuple[list[nn.Module], str | None]] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                modules, reason = found.get(p, ([], None))
+                found[p] = [*modules, module], reason or _reason(module, name)
+    return found
+
+
+def _reason(module: nn.Module, name: str) -> str | None:
+    """Why what a module does with a parameter is not known to be y = x Wᵀ + b."""
+    if plain_class(module) not in prepared_classes() or name != "weight":
+        return "no plain linear layer"
+    if "forward" in vars(module):
+        return "its forward is replaced"
+    return None
+
+
+def _zeros(p: Tensor, rank: int, module: nn.Module, whole: bool) -> Tensor:
+    """Zeros shaped like R that take no memory, unless processes are to exchange them."""
+    rank = effective_rank(rank, *p.shape)
+    shape = (p.shape[0], rank) if plain_class(module) is nn.Linear else (rank, p.shape[1])
+    return torch.zeros(shape if whole else (1, 1), dtype=p.dtype, device=p.device).expand(shape)
+
+
+def _in_a_process_of_many() -> bool:
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise `ValueError` for a model that DDP has: it would not exchange what is prepared afterwards."""
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError("source='activations' prepares the model before DDP wraps it: make the optimizer first.")
+
+

@@ -1,0 +1,42 @@
+"""The product of a linear layer whose backward pass makes R, and never the gradient of the weight.
+
+Letters and shapes as in `subspace.operators`; x (T, n) are the layer's inputs, one row for each of T tokens, and dY
+(T, m) the gradients of its outputs y = x Wᵀ + b. The gradient would be G = dYᵀ x, so
+
+    R = G P = dYᵀ (x P)
+
+needs x P (T, r) alone, which is all that is kept of x. `Conv1D` stores Wᵀ: there R = Pᵀ G = (x P)ᵀ dY, on the left side.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class SubspaceProduct(torch.autograd.Function):
+    """y = x Wᵀ + b. The gradient of the stand-in B, shaped like R, is R; W gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, xP: Tensor, transposed: bool) -> Tensor:
+        """Plain product: neither P nor B has a part in it."""
+        ctx.save_for_backward(W, xP)
+        ctx.transposed = transposed
+        return F.linear(x, W.t() if transposed else W, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Of x as of any linear layer, of b if there is one, and R."""
+        (dY,), (W, xP), needs = gradients, ctx.saved_tensors, ctx.needs_input_grad
+        dx = None
+        if needs[0]:
+            V = W.to(dY.dtype)  # autocast's copy in half precision is not kept since the forward pass
+            dx = dY @ (V.t() if ctx.transposed else V)
+        dY = dY.reshape(-1, dY.shape[-1])
+        R = None
+        if needs[3]:
+            R = xP.t() @ dY if ctx.transposed else dY.t() @ xP
+        return dx, None, dY.sum(0) if needs[2] else None, R, None, None

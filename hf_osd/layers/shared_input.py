@@ -1,0 +1,101 @@
+"""P of the layers that are given one and the same tensor, and what it learns of that tensor.
+
+Letters and shapes as in `subspace.operators`; x (T, n) are a layer's inputs, one row for each of T tokens. P learns by
+the rules that it learns from gradients by, with x in the place of G (Eq. 6): of every k-th token,
+
+    A  = x_kᵀ (x_k P)         ||x_k||²
+
+add up over all that is computed between two steps.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..subspace.precision import reduced_precision
+from .start import FirstProjection
+
+
+class SharedInput:
+    """The subspace of one input, which all layers that are given it use.
+
+    Args:
+        leader (`str`): Name of the weight that holds P in the optimizer's state: of the layer that was called first.
+        first ([`FirstProjection`]): How P starts.
+        every (`int`): k: P learns of every k-th token.
+
+    Attributes:
+        P (`torch.Tensor`, *optional*): (n, r), the optimizer's own; `None` before it is drawn.
+        started (`bool`): Whether weights are stepped by it. Before, P is a random sketch, from which it starts.
+        learns (`bool`): Whether P is to move after the coming step.
+        turn (`int`): Which of the k first tokens is the first that P learns of.
+        A (`torch.Tensor`, *optional*): As above, since the last step; `None` where nothing was seen.
+        energy (`torch.Tensor`, *optional*): ||x_k||², 0-dim, likewise.
+    """
+
+    def __init__(self, leader: str, first: FirstProjection, every: int):
+        self.leader, self.first, self.every = leader, first, every
+        self.P: Tensor | None = None
+        self.started = first.complete
+        self.learns, self.turn = True, 0
+        self.A: Tensor | None = None
+        self.energy: Tensor | None = None
+        self._outside = False
+        self._last: tuple[Any, int, Any] = (lambda: None, 0, None)
+
+    @torch.no_grad()
+    def project(self, x: Tensor) -> Tensor:
+        """x P, (T, r): once for all layers that are given this x."""
+        if torch.compiler.is_compiling():  # which sees by itself that the products are one
+            return self._product(x, learns=self.learns)
+        last, version, product = self._last
+        if last() is x and version == x._version:
+            known = product()
+            if known is not None:
+                return known
+        if self.P is None:
+            self.P = self.first.draw(x.shape[-1], x.device)
+        elif self.P.device != x.device:  # the model has been moved
+            self.P = self.P.to(x.device)
+        xP = self._product(x, learns=self.learns and self._is_new())
+        self._last = weakref.ref(x), x._version, weakref.ref(xP)
+        return xP
+
+    def _product(self, x: Tensor, learns: bool) -> Tensor:
+        x = x.reshape(-1, x.shape[-1])
+        assert self.P is not None
+        xP = x @ self.P.to(x.dtype)
+        if learns:
+            self._learn(x[self.turn :: self.every], xP[self.turn :: self.every])
+        return xP
+
+    def _learn(self, x: Tensor, xP: Tensor) -> None:
+        dtype = self.first.dtype
+        if torch.compiler.is_compiling():
+            A = x.t().to(xP.dtype) @ xP
+        else:
+            with reduced_precision(x):
+                A = x.t().to(xP.dtype) @ xP
+        energy = torch.linalg.vector_norm(x, dtype=dtype).square()
+        if self.A is None or self.energy is None:
+            self.A, self.energy = A.to(dtype), energy
+        else:
+            self.A, self.energy = self.A + A, self.energy + energy
+
+    def _is_new(self) -> bool:
+        """Whether this forward pass is none that a checkpoint repeats in the backward pass, having seen it before."""
+        # A reentrant checkpoint computes without gradients first: then this is the first that is seen of it.
+        if torch._C._current_graph_task_id() == -1:
+            self._outside = True
+        return torch._C._current_graph_task_id() == -1 or not self._outside
+
+    def forget(self) -> None:
+        """What was seen since the last step."""
+        self.A = self.energy = None
+        self._outside = False
+
+    def bind(self, P: Tensor) -> None:
+        """Use this P, the optimizer's, from now on, and step by it."""
+        self.P, self.started = P, True

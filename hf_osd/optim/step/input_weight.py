@@ -1,0 +1,136 @@
+"""One step of a weight whose layers make R in the backward pass, and whose P learns from their inputs.
+
+Letters and shapes as in `subspace.operators` and `layers.shared_input`. P moves once, after all weights that share it
+have been stepped with it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layers.layer import LayerInfo
+from ...layers.shared_input import SharedInput
+from ...layers.start import FirstProjection
+from ...update_rules import GradientCheck
+from ..options.general import TOKENS_PER_SAMPLE
+from ..options.rules import Rules
+from .algorithm import ONLY, ProjectedWeight, Turn
+from .geometry import ProjectedGeometry
+from .low_rank import LowRank
+from .movement import Movements
+from .observation import observation
+from .projection import Make, usable
+from .weight import Weight
+
+
+class InputWeight(ProjectedWeight):
+    """A weight of a prepared layer.
+
+    Attributes:
+        layer ([`LayerInfo`]): What its layers know.
+        leader ([`InputWeight`]): The weight that holds P, maybe itself.
+    """
+
+    def __init__(
+        self,
+        p: Tensor,
+        geometry: ProjectedGeometry,
+        group: Mapping[str, Any],
+        given: dict[str, Tensor],
+        layer: LayerInfo,
+    ):
+        super().__init__(p, geometry, group, given)
+        self.layer, self.leader = layer, self
+
+    def share(self, leader: "InputWeight") -> None:
+        """Use the P of another weight."""
+        self.leader, self.P, self.slots = leader, leader.P, [self.slot, leader.slot]
+
+    def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
+        """R itself, which is what has arrived; `None` as long as there is no P."""
+        return LowRank(G.to(self.geometry.compute_dtype), None) if self.P.started else None
+
+    def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
+        super().follow(rules)
+        group, geometry, layer = self.group, self.geometry, self.layer
+        layer.every = group["projection_sample"] or TOKENS_PER_SAMPLE
+        layer.kind = (self.place, geometry.rank)
+        layer.first = FirstProjection(
+            rules.subspace,
+            geometry.side,
+            group["init"],
+            geometry.rank,
+            geometry.seed,
+            geometry.compute_dtype,
+            self.given.get(geometry.name),
+        )
+
+    @property
+    def place(self) -> int:
+        """Identity of the group: those of one group move P alike."""
+        return id(self.group)
+
+    def begin(self) -> None:  # noqa: D102
+        if self.leader is self:
+            super().begin()
+        else:
+            Weight.begin(self)
+
+    def resume(self) -> None:  # noqa: D102
+        if self.leader is not self:
+            Weight.resume(self)
+            return
+        super().resume()
+        if self.P.started and self.input is not None:
+            self._give(self.input)
+
+    @property
+    def input(self) -> SharedInput | None:
+        """Of its layer."""
+        return self.layer.input
+
+    def adopt(self) -> None:
+        """Keep in the state, which is new, the P that the forward pass has used; a sketch is none."""
+        shared = self.input
+        if self.P.started or shared is None or not shared.started or shared.P is None:
+            return
+        if self.P.rule.code is None:
+            self.slot.state["projection"].copy_(shared.P)
+        else:
+            self.P.make(shared.P, Make(self.group["init"], 0, first=True))
+        self.P.started = True
+        self._give(shared)
+
+    def learn(self, shared: SharedInput, check: GradientCheck, movements: Movements) -> None:
+        """Start, move or renew P by what its input has shown since the last step; `check` is of ||x||²."""
+        rule, A = self.P.rule, shared.A
+        if A is not None and not self.P.started:
+            if not usable(check):  # reads the device: this happens once
+                return
+            # P_0 = orth(xᵀ x Ω)
+            self.slot.state["projection"].copy_(torch.linalg.qr(A).Q)
+            self.P.started = True
+        elif A is not None:
+            movements.add(self.P, A, check)
+        if rule.refresh_due(self.count) and self.count:
+            assert shared.P is not None
+            self.P.make(shared.P, Make(self.group["init"], self.count, first=False))
+        if self.P.started:
+            self._give(shared)
+
+    def _give(self, shared: SharedInput) -> None:
+        """P for the next forward pass, and whether it is to learn then."""
+        shared.bind(self.projection)
+        shared.learns = self.P.rule.moves_at(self.count)
+        shared.turn = self.count % shared.every
+
+    def observe_input(self, shared: SharedInput, check: GradientCheck) -> tuple[Tensor, Tensor] | None:
+        """Share of the inputs outside the subspace and error of P's orthogonality; `None` where nothing was seen."""
+        if shared.A is None or not self.P.started:
+            return None
+        return observation(self.P, self.P.read().mT @ shared.A, check)  # K = Pᵀ xᵀ x P
+
+    def observe(self, low: LowRank | None, check: GradientCheck) -> None:
+        """Nothing: see `observe_input`."""
