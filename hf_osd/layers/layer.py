@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .exchange import group_of_ddp
 from .shared_input import SharedInput
 from .start import FirstProjection
 
@@ -20,16 +21,19 @@ class Meeting:
 
     Attributes:
         changed (`bool`): Whether any has met its input since the optimizer has looked.
-        sharing (`bool`): Whether they may share.
+        sharing (`bool`): Whether they may share: processes have agreed on it once the first step is made.
+        group (`ProcessGroup`, *optional*): Those of DDP, where there are several.
     """
 
     def __init__(self) -> None:
         self.changed, self.sharing = False, True
+        self.group: Any = None
         self._seen: list[tuple[Any, int, Any, SharedInput]] = []
 
     def join(self, x: Tensor, layer: "LayerInfo") -> SharedInput:
         """The input of the first layer, of the same kind, that was given this very tensor; else a new one."""
         self.changed = True
+        self.group = self.group or group_of_ddp()
         self._seen = [entry for entry in self._seen if entry[0]() is not None]
         for known, version, kind, shared in self._seen:
             if self.sharing and known() is x and version == x._version and kind == layer.kind:
@@ -53,6 +57,7 @@ class LayerInfo:
         input ([`SharedInput`], *optional*): Of the layer; `None` before its first forward pass.
         first ([`FirstProjection`]): How P starts; the optimizer sets it.
         every (`int`): P learns of every k-th token; likewise.
+        hidden (`bool`): Whether W requires its gradient, although it does not say so.
         kind (hashable): Layers of one kind may share P: those of one parameter group and rank; likewise.
     """
 
@@ -64,6 +69,18 @@ class LayerInfo:
         self.name, self.modules, self.key, self._stand_ins, self._meeting = name, modules, key, stand_ins, meeting
         self.transposed = plain_class(modules[0]) is not nn.Linear
         self.input: SharedInput | None = None
+        self.hidden = False
+
+    def hide(self) -> None:
+        """Keep W out of DDP, which would wait for its gradient: it takes what requires one when it wraps the model."""
+        self.hidden = self.weight.requires_grad
+        self.weight.requires_grad_(False)
+
+    def show(self) -> None:
+        """Let W require its gradient again: what comes of that is from elsewhere than its layers, and must be seen."""
+        if self.hidden:
+            self.hidden = False
+            self.weight.requires_grad_(True)
 
     @property
     def side(self) -> str:
@@ -83,6 +100,7 @@ class LayerInfo:
     @torch.compiler.disable
     def meet(self, x: Tensor) -> None:
         """Settle whose input x is, at the first forward pass."""
+        self.show()
         self.input = self._meeting.join(x, self)
         if self.input.P is None:
             self.input.P = self.first.draw(x.shape[-1], x.device)

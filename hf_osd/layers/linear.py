@@ -20,7 +20,7 @@ class InSubspace:
     def forward(self, x: Tensor) -> Tensor:
         """As of the plain layer; where gradients are computed, through [`SubspaceProduct`]."""
         osd, W = self.osd, self.weight  # type: ignore[attr-defined]
-        if not (torch.is_grad_enabled() and W.requires_grad):
+        if not torch.is_grad_enabled() or not (W.requires_grad or osd.hidden):
             return self.plain.forward(self, x)
         if osd.input is None:
             osd.meet(x)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..subspace import effective_rank
+from .exchange import all_holders, average_inputs
 from .layer import LayerInfo, Meeting, plain_class
 from .linear import InSubspace, prepared_classes
 from .shared_input import SharedInput
@@ -41,7 +42,7 @@ class PreparedLayers(nn.Module):
         self.left: dict[str, str] = {}
         self.meeting = Meeting()
         owners = _owners(model)
-        whole = _in_a_process_of_many()
+        self._exchanged = _in_a_process_of_many()
         for name, rank in ranks.items():
             p = model.get_parameter(name)
             modules, reason = owners[p]
@@ -49,7 +50,7 @@ class PreparedLayers(nn.Module):
                 self.left[name] = reason
                 continue
             key = name.replace(".", "/")
-            self.register_parameter(key, nn.Parameter(_zeros(p, rank, modules[0], whole)))
+            self.register_parameter(key, nn.Parameter(_zeros(p, rank, modules[0], self._exchanged)))
             self.layers[name] = LayerInfo(name, modules, self, key, self.meeting)
 
     def install(self) -> None:
@@ -62,6 +63,8 @@ class PreparedLayers(nn.Module):
             for module in layer.modules:
                 module.__class__ = prepared_classes()[type(module)]
                 vars(module)["osd"] = layer
+            if self._exchanged:
+                layer.hide()
         model.add_module(CHILD, self)
 
     def remove(self) -> None:
@@ -69,6 +72,7 @@ class PreparedLayers(nn.Module):
         (model,) = self._model
         for layer in self.layers.values():
             _make_plain(layer)
+            layer.show()
         if getattr(model, CHILD, None) is self:
             delattr(model, CHILD)
 
@@ -97,6 +101,7 @@ class PreparedLayers(nn.Module):
         shared: dict[str, SharedInput] = {}
         for name, holder in holders.items():
             layer = self.layers.get(name)
+            holder = holder or name
             if layer is not None and layer.input is None and holder in self.layers:
                 first = self.layers[holder]
                 if holder not in shared:
@@ -106,6 +111,20 @@ class PreparedLayers(nn.Module):
     def inputs(self) -> Iterator[Any]:
         """Every input that has been met, once."""
         return iter(dict.fromkeys(layer.input for layer in self.layers.values() if layer.input is not None))
+
+    def agree(self) -> None:
+        """Before a step: let all processes share inputs alike, and average what they have seen of them."""
+        group, meeting = self.meeting.group, self.meeting
+        if group is None:
+            return
+        if meeting.sharing:
+            holders = {name: layer.input.leader for name, layer in self.layers.items() if layer.input is not None}
+            self.share_as(dict.fromkeys(self.layers, None) | all_holders(holders, group))
+            meeting.sharing = False
+            meeting.changed = True
+            for layer in self.layers.values():
+                layer.show()
+        average_inputs(self.inputs(), group)
 
     def forget(self) -> None:
         """Forget what was seen since the last step."""

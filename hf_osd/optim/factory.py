@@ -94,7 +94,6 @@ def osd_kwargs(
     if settings["source"] == "activations":
         refuse_wrapped(whole)
         own["layers"] = PreparedLayers(model, ranks)
-        exclude_from_ddp(whole, own["layers"].by_weight())
     groups = build_param_groups(selection, decay_names, ranks, settings["init"], settings["weight_decay"])
     return {"params": groups, **own}
 

@@ -165,9 +165,11 @@ class Weights:
 
     def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:
         """The parameters that have a gradient, their weights, all that this process has of it, and its check."""
-        if self.layers is not None and self.layers.meeting.changed:
-            self.meet()
-            self.layers.meeting.changed = False
+        if self.layers is not None:
+            self.layers.agree()
+            if self.layers.meeting.changed:
+                self.meet()
+                self.layers.meeting.changed = False
         self.follow()
         params: list[Tensor] = []
         arrived: list[Tensor] = []
@@ -204,6 +206,11 @@ class Weights:
             return G
         if layer.input is None:
             return None
+        if G is not None and self.layers is not None and self.layers.meeting.group is not None:
+            raise ValueError(
+                f"{layer.name} is used otherwise than by calling its layer, and DDP does not average that gradient: leave "
+                "it out (`exclude_modules`), or use source='gradients'."
+            )
         weight = self.of(p)
         assert isinstance(weight, InputWeight)
         self.ready(weight.leader.p)
@@ -238,7 +245,7 @@ class Weights:
         seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
         if seen:
             norms2 = torch.stack([shared.energy for _, shared in seen])  # type: ignore[misc]
-            checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, False)), strict=True))
+            checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
             for (weight, shared), check in zip(seen, checks, strict=True):
                 self.ready(weight.p)
                 self._observe_input(weight, shared, check)

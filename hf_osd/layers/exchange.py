@@ -1,0 +1,55 @@
+"""What data-parallel processes tell each other of their layers' inputs. R they average as any gradient, by DDP.
+
+Letters and shapes as in `shared_input`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .shared_input import SharedInput
+
+
+def group_of_ddp() -> Any:
+    """The processes of the DDP whose forward pass this is; `None` outside of one and where it has but one process."""
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    return None if ddp is None or dist.get_world_size(ddp.process_group) == 1 else ddp.process_group
+
+
+def all_holders(holders: Mapping[str, str], group: Any) -> dict[str, str]:
+    """What all processes have found of layers that share an input: some may not have called all of them."""
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, dict(holders), group=group)
+    found: dict[str, str] = {}
+    for own in every:
+        for name, holder in own.items():
+            if found.setdefault(name, holder) != holder:
+                raise ValueError(
+                    f"{name} shares its input with {found[name]} on one process and with {holder} on another: leave "
+                    "source='activations' out for it (`exclude_modules`)."
+                )
+    return found
+
+
+def average_inputs(inputs: Iterable[SharedInput], group: Any) -> None:
+    """Replace A and ||x||² of each input by their mean over the processes: one exchange for all."""
+    alike: dict[tuple, list[SharedInput]] = {}
+    for shared in inputs:
+        if shared.P is not None and shared.learns:
+            alike.setdefault((shared.P.device, shared.first.dtype), []).append(shared)
+    for (device, dtype), members in alike.items():
+        parts: list[Tensor] = []
+        for shared in members:
+            assert shared.P is not None
+            none = torch.zeros((), dtype=dtype, device=device)
+            parts += [torch.zeros_like(shared.P, dtype=dtype) if shared.A is None else shared.A]
+            parts += [none if shared.energy is None else shared.energy]
+        flat = torch.cat([part.reshape(-1) for part in parts]).div_(dist.get_world_size(group))
+        dist.all_reduce(flat, group=group)
+        means = iter(mean.view_as(part) for mean, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True))
+        for shared in members:
+            shared.A, shared.energy = next(means), next(means)
