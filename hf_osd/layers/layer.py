@@ -3,7 +3,6 @@
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .exchange import group_of_ddp
@@ -97,7 +96,6 @@ class LayerInfo:
         """B: looked up each time, for what shards a model exchanges its parameters."""
         return self._stand_ins._parameters[self.key]  # type: ignore[return-value]
 
-    @torch.compiler.disable
     def meet(self, x: Tensor) -> None:
         """Settle whose input x is, at the first forward pass."""
         self.show()

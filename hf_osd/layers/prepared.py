@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..subspace import effective_rank
 from .exchange import all_holders, average_inputs
+from .first_pass import end_first_pass, wait_for_first_pass
 from .layer import LayerInfo, Meeting, plain_class
 from .linear import InSubspace, prepared_classes
 from .shared_input import SharedInput
@@ -66,6 +67,8 @@ class PreparedLayers(nn.Module):
             if self._exchanged:
                 layer.hide()
         model.add_module(CHILD, self)
+        if any(layer.input is None for layer in self.layers.values()):
+            wait_for_first_pass(self)
 
     def remove(self) -> None:
         """Make all layers plain again."""
@@ -73,6 +76,7 @@ class PreparedLayers(nn.Module):
         for layer in self.layers.values():
             _make_plain(layer)
             layer.show()
+        end_first_pass(self)
         if getattr(model, CHILD, None) is self:
             delattr(model, CHILD)
 
@@ -92,21 +96,20 @@ class PreparedLayers(nn.Module):
         """The layers by weight, as these are now: moving and sharding a model exchanges them."""
         return {layer.weight: layer for layer in self.layers.values()}
 
-    def share_as(self, holders: Mapping[str, str | None]) -> None:
-        """Share inputs as a saved state says, where the layers have not met their inputs yet.
+    def share_as(self, holders: Mapping[str, str]) -> None:
+        """Share inputs as a saved state, or other processes, say; that is right whatever the layers are given.
 
         Args:
             holders (`Mapping[str, str]`): By name of weight, the weight that holds P.
         """
-        shared: dict[str, SharedInput] = {}
+        known = {shared.leader: shared for shared in self.inputs()}
         for name, holder in holders.items():
-            layer = self.layers.get(name)
-            holder = holder or name
-            if layer is not None and layer.input is None and holder in self.layers:
+            if name in self.layers and holder in self.layers:
                 first = self.layers[holder]
-                if holder not in shared:
-                    shared[holder] = first.input or SharedInput(holder, first.first, first.every)
-                layer.input = shared[holder]
+                if holder not in known:
+                    known[holder] = SharedInput(holder, first.first, first.every)
+                self.layers[name].input = known[holder]
+                self.meeting.changed = True
 
     def inputs(self) -> Iterator[Any]:
         """Every input that has been met, once."""
@@ -114,14 +117,14 @@ class PreparedLayers(nn.Module):
 
     def agree(self) -> None:
         """Before a step: let all processes share inputs alike, and average what they have seen of them."""
+        end_first_pass(self)
         group, meeting = self.meeting.group, self.meeting
         if group is None:
             return
         if meeting.sharing:
             holders = {name: layer.input.leader for name, layer in self.layers.items() if layer.input is not None}
-            self.share_as(dict.fromkeys(self.layers, None) | all_holders(holders, group))
+            self.share_as({name: name for name in self.layers} | all_holders(holders, group))
             meeting.sharing = False
-            meeting.changed = True
             for layer in self.layers.values():
                 layer.show()
         average_inputs(self.inputs(), group)
