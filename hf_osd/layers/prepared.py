@@ -34,6 +34,7 @@ class PreparedLayers(nn.Module):
         layers (`dict[str, LayerInfo]`): By name of the weight.
         left (`dict[str, str]`): What could not be prepared, and why.
         meeting ([`Meeting`]): Where they find those that are given the same tensor.
+        installed (`bool`): Whether the layers are in the model.
     """
 
     def __init__(self, model: nn.Module, ranks: Mapping[str, int]):
@@ -42,6 +43,7 @@ class PreparedLayers(nn.Module):
         self.layers: dict[str, LayerInfo] = {}
         self.left: dict[str, str] = {}
         self.meeting = Meeting()
+        self.installed = False
         owners = _owners(model)
         self._exchanged = _in_a_process_of_many()
         for name, rank in ranks.items():
@@ -66,7 +68,8 @@ class PreparedLayers(nn.Module):
                 vars(module)["osd"] = layer
             if self._exchanged:
                 layer.hide()
-        model.add_module(CHILD, self)
+        self.installed = True
+        self.show()
         if any(layer.input is None for layer in self.layers.values()):
             wait_for_first_pass(self)
 
@@ -77,8 +80,20 @@ class PreparedLayers(nn.Module):
             _make_plain(layer)
             layer.show()
         end_first_pass(self)
-        if getattr(model, CHILD, None) is self:
-            delattr(model, CHILD)
+        self.installed = False
+        self.hide()
+
+    def show(self) -> None:
+        """Be among the model's modules, where its parameters are looked for."""
+        (model,) = self._model
+        if self.installed:
+            model._modules[CHILD] = self
+
+    def hide(self) -> None:
+        """Be none of the model's modules: between steps, what pairs its parameters with another model's finds those."""
+        (model,) = self._model
+        if model._modules.get(CHILD) is self:
+            del model._modules[CHILD]
 
     def leave(self, name: str, reason: str) -> None:
         """Make one layer plain for good."""
@@ -86,11 +101,6 @@ class PreparedLayers(nn.Module):
         _make_plain(layer)
         delattr(self, layer.key)
         self.left[name] = reason
-
-    @property
-    def installed(self) -> bool:
-        """Whether the layers are in the model."""
-        return getattr(self._model[0], CHILD, None) is self
 
     def by_weight(self) -> dict[Tensor, LayerInfo]:
         """The layers by weight, as these are now: moving and sharding a model exchanges them."""
@@ -153,10 +163,11 @@ def unload(model: nn.Module) -> nn.Module:
     Returns:
         `nn.Module`: The model.
     """
-    for module in list(model.modules()):
-        prepared = module._modules.get(CHILD)
-        if isinstance(prepared, PreparedLayers):
-            prepared.remove()
+    found = {vars(module)["osd"].stand_ins for module in model.modules() if isinstance(module, InSubspace)}
+    for prepared in found:
+        prepared.remove()
+    for module in model.modules():
+        module._modules.pop(CHILD, None)  # of a copy
     return model
 
 
