@@ -1,4 +1,4 @@
-"""Prepare the linear layers of a model, in place, so that their gradients never exist; and give the plain ones back."""
+"""Prepare a model's linear layers, in place, so that their gradients never exist, and give the plain ones back."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -90,7 +90,7 @@ class PreparedLayers(nn.Module):
             model._modules[CHILD] = self
 
     def hide(self) -> None:
-        """Be none of the model's modules: between steps, what pairs its parameters with another model's finds those."""
+        """Be none of the model's modules: between steps, what pairs its parameters with another's finds those."""
         (model,) = self._model
         if model._modules.get(CHILD) is self:
             del model._modules[CHILD]
@@ -214,5 +214,3 @@ def refuse_wrapped(model: nn.Module) -> None:
     """Raise `ValueError` for a model that DDP has: it would not exchange what is prepared afterwards."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("source='activations' prepares the model before DDP wraps it: make the optimizer first.")
-
-

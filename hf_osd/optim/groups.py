@@ -61,7 +61,7 @@ def settle_group(
             )
     if group["source"] == "activations" and layers is None:
         raise ValueError(
-            f"source='activations' of {where} needs a model whose layers are prepared for it: use create_osd_optimizer."
+            f"source='activations' of {where} needs a model with prepared layers: use create_osd_optimizer."
         )
     settle_sides(group, names, {} if layers is None else layers.by_weight())
     group["alpha"] = options.projection_alpha(group, group["lr"])

@@ -50,10 +50,9 @@ class OSD(torch.optim.Optimizer):
             Update rule of the weights: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd`.
         source (`str`, *optional*, defaults to `"gradients"`):
             What R and P are made of: `gradients`, or `activations`, with which gradients of projected linear layers
-            never exist. The layers make R in the backward pass, and P learns from their inputs; it is one P for those
-            that are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and
-            Trainer prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those
-            of R.
+            never exist. The layers make R in the backward pass, and P learns from their inputs, one P for those that
+            are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and Trainer
+            prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those of R.
         subspace (`str` or `SubspaceRule`, *optional*, defaults to `"online_pca"`):
             How P moves: `online_pca`, `svd`, `random`, `cosine`, `importance`, `power`, `static`. Or a
             [`SubspaceRule`] of your own.
@@ -209,6 +208,7 @@ class OSD(torch.optim.Optimizer):
         self._stream: GradientStream | None = None
         self._layers = layers
         self._weights: Weights | None = None
+        self._groups: list[dict[str, Any]] | None = None  # that they were made of
         self._constructed = False
         super().__init__(params, defaults)
         if all(group["rank"] is None for group in self.param_groups):
@@ -236,7 +236,8 @@ class OSD(torch.optim.Optimizer):
         stand_ins: list[Any] = list(layers.parameters())
         if names:
             stand_ins = [(f"{CHILD}.{key}", B) for key, B in layers.named_parameters()]
-        super().add_param_group(options.DEFAULTS | self.defaults | {"params": stand_ins, "rank": None, STAND_INS: True})
+        own = {"params": stand_ins, "rank": None, STAND_INS: True}
+        super().add_param_group(options.DEFAULTS | self.defaults | own)
 
     @property
     def prepares_layers(self) -> bool:
@@ -342,7 +343,7 @@ class OSD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._layers is not None and not self._layers.installed:
-            raise ValueError("The model's layers are plain again: call `attach()` to train on, or make a new optimizer.")
+            raise ValueError("The model's layers are plain again: call `attach()`, or make a new optimizer.")
         weights, movements, leaders = self.weights, Movements(), []
         if weights.observing:
             weights.observations.clear()

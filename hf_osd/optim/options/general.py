@@ -35,9 +35,7 @@ def _names(rules: Iterable[str]) -> str:
 
 
 RANK = Need(lambda group: group["rank"] is not None, "without a `rank`")
-GRADIENTS = Need(
-    lambda group: group["source"] == "gradients", "with source='activations', where there is no gradient"
-)
+GRADIENTS = Need(lambda group: group["source"] == "gradients", "with source='activations', where there is no gradient")
 ACTIVATIONS = Need(lambda group: group["source"] == "activations", "without source='activations'")
 LEARNED = Need(_rule(lambda rule: rule.learns, unknown=False), in_subspace(), ", or use subspace='online_pca'")
 
@@ -66,10 +64,9 @@ class Options:
     source: str = option(
         "gradients",
         "What R and P are made of: `gradients`, or `activations`, with which gradients of projected linear layers "
-        "never exist.\n\nThe layers make R in the backward pass, and P learns from their inputs; it is one P for those "
-        "that are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and "
-        "Trainer prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those of "
-        "R.",
+        "never exist.\n\nThe layers make R in the backward pass, and P learns from their inputs, one P for those that "
+        "are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and Trainer "
+        "prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those of R.",
         check=one_of(SOURCES),
         needs=(RANK,),
         state=True,

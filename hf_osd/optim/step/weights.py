@@ -208,8 +208,8 @@ class Weights:
             return None
         if G is not None and self.layers is not None and self.layers.meeting.group is not None:
             raise ValueError(
-                f"{layer.name} is used otherwise than by calling its layer, and DDP does not average that gradient: leave "
-                "it out (`exclude_modules`), or use source='gradients'."
+                f"{layer.name} is used otherwise than by calling its layer, and DDP does not average that gradient: "
+                "leave it out (`exclude_modules`), or use source='gradients'."
             )
         weight = self.of(p)
         assert isinstance(weight, InputWeight)
