@@ -84,6 +84,24 @@ def warn_clipped(clipped: Sequence[str]) -> None:
         )
 
 
+def warn_far(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Say once where P's learning rate is so large that most steps of P would be too long."""
+    for group in groups:
+        rule, rate = options.projection_rule(group), group["lr"] * group["alpha"]
+        if rule is None or not group["params"]:
+            continue
+        # a column's step: the other rules have entries of about one size, SGD those of a gradient of norm 1
+        rows = 1 if rule == "sgd" else max(min(p.shape[-2:]) for p in group["params"])
+        if rate * rows**0.5 > 1:
+            root = "" if rule == "sgd" else f" sqrt({rows})"
+            warnings.warn(
+                f"lr alpha{root} = {rate * rows**0.5:.2g}: P turns far at each step, and longer steps are cut. "
+                f"Use an alpha of {group['alpha'] / (rate * rows**0.5):.1g} or less, or a lower learning rate.",
+                stacklevel=4,
+            )
+            return
+
+
 def given_projections(
     given: Mapping[str, Tensor] | Sequence[Tensor], group: Mapping[str, Any], names: list[str], position: int
 ) -> dict[str, Tensor]:

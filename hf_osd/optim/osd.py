@@ -14,7 +14,7 @@ from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
 from .arrival.clipping import CLIP_NORM2, take_norm
 from .arrival.stream import GradientStream
-from .groups import refuse_same_names, settle_group, warn_clipped
+from .groups import refuse_same_names, settle_group, warn_clipped, warn_far
 from .loading import as_of_today, match_state
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
@@ -201,6 +201,7 @@ class OSD(torch.optim.Optimizer):
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
         self._constructed = True
         warn_clipped(self._clipped)
+        warn_far(self.param_groups)
         self._simplify_defaults()
         if self.mode.takes_gradients:
             self._stream = GradientStream(self._weights_now(), self.mode)

@@ -3,6 +3,7 @@
 Letters and shapes as in `subspace.operators`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from .slot import Slot
 
 
 FACTORS_APART = 7_368_787  # between the seeds of a weight's two factors: far from other weights'
+# Norm of the longest step of P. Entries of one size, as of Lion's steps and Adam's first, have the signs of a matrix of
+# rank one where one direction leads: without a limit their norm would grow with sqrt(s r), and P D with it.
+LONGEST_STEP = 0.5
 
 
 class Make(NamedTuple):
@@ -121,11 +125,16 @@ class LiveProjection:
         self.forget()
         return init
 
-    def descend(self, P: Tensor, gP: Tensor, check: GradientCheck) -> None:
-        """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)."""
+    def descend(self, P: Tensor, gP: Tensor, check: GradientCheck) -> bool:
+        """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP).
+
+        Returns:
+            `bool`: Whether the step may be longer than `LONGEST_STEP`, as far as the host knows.
+        """
         assert self.moments is not None
-        group = self.group
-        self.moments.update_(P, gP, Pace(check, group["alpha"] * group["lr"], group[self._decay]))
+        rate = self.group["alpha"] * self.group["lr"]
+        self.moments.update_(P, gP, Pace(check, rate, self.group[self._decay]))
+        return rate * math.sqrt(P.numel()) > LONGEST_STEP
 
     def carry(self, P: Tensor, old: Tensor, skip: Tensor) -> None:
         """Turn the weight's moments from the coordinates of the old P into those of P."""
