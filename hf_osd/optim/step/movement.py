@@ -1,8 +1,8 @@
 """How P moves after a step has used it: by itself, or together with others of its shape.
 
 What a rule computes for one P is r wide, too little to fill a processor; for the many weights of one shape that a
-transformer has, it is one batched product. A step of P's optimizer is taken as it is up to a length that leaves P about
-orthonormal, and shortened to that beyond. Letters and shapes as in `subspace.operators`.
+transformer has, it is one batched product. A step of P's optimizer is taken as it is, up to a length that leaves P
+about orthonormal, and shortened to that beyond. Letters and shapes as in `subspace.operators`.
 """
 
 from functools import partial
@@ -113,11 +113,11 @@ def _move_all(waiting: list[Moving]) -> None:
 
 
 def shorten_(Ps: list[Tensor], before: Tensor) -> None:
-    """P <- before + min(1, LONGEST_STEP / ||step||) step, where P = before + step now: of each of a stack (k, s, r)."""
+    """P <- before + min(1, LONGEST_STEP / ||step||) step, where P is before + step: of each of a stack (k, s, r)."""
     step = torch.stack(Ps).sub_(before)
     with reduced_precision(step):
         M = step.mT @ step
-        # ||step||_2 <= ||M²||_F^(1/4), and not much less: equal where the rank is one, as of the steps that are too long
+        # ||step||_2 <= ||M²||_F^(1/4), not much less: equal where the rank is one, as of the steps that are too long
         norm = torch.linalg.matrix_norm(M @ M).sqrt_().sqrt_()
     excess = (1 - LONGEST_STEP / norm).clamp_(min=0)  # exactly 0 of most steps, which stay what they are
     torch._foreach_sub_(Ps, step.mul_(excess[:, None, None]).unbind())

@@ -21,8 +21,8 @@ from .slot import Slot
 
 
 FACTORS_APART = 7_368_787  # between the seeds of a weight's two factors: far from other weights'
-# Norm of the longest step of P. Entries of one size, as of Lion's steps and Adam's first, have the signs of a matrix of
-# rank one where one direction leads: without a limit their norm would grow with sqrt(s r), and P D with it.
+# Norm of the longest step of P. Entries of one size, as of Lion's steps and Adam's first, have the signs of a rank-one
+# matrix where one direction leads: without a limit their norm would grow with sqrt(s r), and P D with it.
 LONGEST_STEP = 0.5
 
 
