@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..declare import plain
 from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from ..update_rules import RULES, require_bitsandbytes
@@ -29,6 +29,7 @@ def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -
     Returns:
         P_0 by name where the user gave one, and the names of parameters whose rank is not low.
     """
+    group.update({name: plain(value) for name, value in group.items() if name in options.DEFAULTS or name == "lr"})
     options.check_lr(group["lr"], where)
     if isinstance(group["subspace"], SubspaceRule):
         group["subspace"] = name_rule(group["subspace"])
@@ -49,11 +50,6 @@ def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -
             raise ValueError(
                 f"{name} has shape {tuple(p.shape)} and cannot be projected: only matrices can, and stacks of "
                 "them such as experts' weights. Put it into a group without `rank`."
-            )
-        if p.dtype == torch.float16:
-            raise ValueError(
-                f"{name} is float16, which P's gradient over- and underflows. Load with dtype=torch.bfloat16, or in "
-                "float32 under autocast."
             )
     settle_sides(group, names)
     group["alpha"] = options.projection_alpha(group, group["lr"])

@@ -227,6 +227,8 @@ class OSD(torch.optim.Optimizer):
         weights = self._weights
         if weights is None or weights.groups is not self.param_groups or weights.state is not self.state:
             observing = weights is not None and weights.observing
+            if weights is not None and weights.groups is self.param_groups:
+                weights.meet()  # for it knows which parameters have been taken out of groups
             weights = self._weights = Weights(self.param_groups, self.state, self._given_projections)
             weights.observing = observing
         return weights
@@ -269,15 +271,15 @@ class OSD(torch.optim.Optimizer):
             given, clipped = settle_group(group, where, position, self.mode)
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)
+            self.weights.meet()
         except Exception:
             self.param_groups.pop()
             raise
         group[CLIP_NORM2] = None
         self._given_projections |= given
         self._clipped += clipped
-        self._weights = None
-        if self._stream is not None and self._stream.attached:
-            self._stream.attach()
+        if self._stream is not None:
+            self._stream.extend()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -356,6 +358,8 @@ class OSD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer; the norm that `previous_norm` clips by is in the groups."""
+        self.weights.meet()
+        self.weights.use_given()
         saved = super().state_dict()
         return saved if self._stream is None else self._stream.clipping.with_norm(saved)
 
@@ -378,10 +382,11 @@ class OSD(torch.optim.Optimizer):
         for own, group in zip(self.param_groups, groups, strict=True):
             group.update({name: own[name] for name in ("params", "param_names") if name in own})
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
+        self.weights.meet()  # with the options that the state was saved with, before anybody changes them
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
         if self._stream is not None:
-            self._stream.clipping.set_norm(clip_norm2, self.param_groups[0]["params"][0].dtype)
+            self._stream.load(clip_norm2)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""

@@ -71,6 +71,12 @@ class GradientStream:
         self._attached = True
         self._attach_missing()
 
+    def extend(self) -> None:
+        """Put the hooks on parameters that were added to the optimizer, too."""
+        if self.attached:
+            self._check_processes()
+            self._attach_missing()
+
     def _attach_missing(self) -> None:
         """Put hooks on parameters that need them and have none, as those that were unfrozen since."""
         for group in self.weights.groups:
@@ -94,6 +100,16 @@ class GradientStream:
         """Forget the gradients since the last step."""
         self._windows.clear()
         self._norms2.clear()
+
+    def load(self, clip_norm2: float | None) -> None:
+        """Go on from a state that has been loaded: what has come to a subspace is not in that state's.
+
+        Args:
+            clip_norm2 (`float`, *optional*): The norm that the next step is clipped by, as a state dict has it.
+        """
+        self.clipping.set_norm(clip_norm2)
+        if self.mode.layerwise:
+            self.discard()
 
     def held_bytes(self) -> int:
         """Bytes of what waits for `step()`."""
