@@ -105,7 +105,7 @@ class OSD(torch.optim.Optimizer):
             Decay of SGD's momentum, in both roles; 0 keeps no state. For `sgd`. Defaults to 0.9.
         layerwise (`bool`, *optional*, defaults to `False`):
             Step each parameter as soon as the backward pass has completed its gradient, and free that. `step` then
-            only ends the step; a `closure` is refused, and so is a `GradScaler`, whose scale nothing could undo.
+            only ends the step; a `GradScaler` is refused, whose scale nothing could undo.
         layerwise_clipping (`str`, *optional*):
             How `max_grad_norm` clips when layerwise: by `previous_norm`, the norm of the step before (at the first
             step each parameter by its own), or by `parameter`, each by its own. Defaults to `previous_norm`.
@@ -286,16 +286,19 @@ class OSD(torch.optim.Optimizer):
         """Step every parameter that has a gradient; in a mode that takes them, those that still wait.
 
         Args:
-            closure (`Callable`, *optional*): Evaluates the model again and returns the loss.
+            closure (`Callable`, *optional*): Evaluates the model and returns the loss. Called once, in every mode.
         """
         if self._stream is not None:
             self._refuse_scaler()
-            self._stream.finish(closure)
-            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.state and self.weights.only_make_states():
+            return loss
+        if self._stream is not None:
+            self._stream.finish()
+            return loss
         weights, movements = self.weights, Movements()
         if weights.observing:
             weights.observations.clear()
@@ -361,6 +364,8 @@ class OSD(torch.optim.Optimizer):
         self.weights.meet()
         self.weights.use_given()
         saved = super().state_dict()
+        if saved["state"]:  # whole, for torch.distributed.checkpoint loads no entries that are not there
+            saved["state"] = self.weights.missing_states() | saved["state"]
         return saved if self._stream is None else self._stream.clipping.with_norm(saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

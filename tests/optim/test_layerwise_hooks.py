@@ -103,9 +103,28 @@ def test_a_grad_scaler_is_refused():
         scaler.step(optimizer)
 
 
-def test_a_closure_is_refused():
-    with pytest.raises(ValueError, match="A `closure` evaluates the model several times"):
-        optimizer_of(Net(), layerwise=True).step(lambda: None)
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_closure_is_called_once(accumulates: bool):
+    """As Lightning steps: forgetting, forward and backward pass are in the closure."""
+    model, other = Net(), Net()
+    optimizer = optimizer_of(model, layerwise=True, gradient_accumulation=accumulates)
+    plain = optimizer_of(other, layerwise=True, gradient_accumulation=accumulates)
+
+    def closure() -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = model(inputs(step))
+        loss.backward()
+        return loss
+
+    for step in range(3):
+        calls: list[bool] = []
+        expected = model(inputs(step)).item()
+        assert optimizer.step(closure).item() == expected
+        assert calls == [True]
+    train(other, plain, range(3))
+    assert_equal(model, other)
+    assert optimizer.step(lambda: None) is None  # nothing has come
 
 
 @pytest.mark.parametrize(

@@ -208,12 +208,10 @@ class GradientStream:
         movements.finish()
         weight.release()
 
-    def finish(self, closure: object) -> None:
+    def finish(self) -> None:
         """What is left for `step()`: to step with what was kept, and to note the norm."""
         if not self.attached:
             raise ValueError("The hooks of this optimizer have been removed: call `attach()` to train on.")
-        if closure is not None:
-            raise ValueError("A `closure` evaluates the model several times in a step, which this mode cannot undo.")
         self._check_processes()
         with own_precision(self.weights.device_types):
             self._finish()

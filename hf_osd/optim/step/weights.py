@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...subspace.precision import own_precision
 from ...update_rules import GradientCheck
 from ..options.rules import Rules, rule_options_of, rules_of
 from .algorithm import ProjectedWeight
@@ -15,6 +16,7 @@ from .experts import ExpertWeights
 from .full_weight import FullWeight
 from .geometry import Geometry, ProjectedGeometry, geometry_of, names_of
 from .gradients import check_gradients, refuse_unsupported
+from .projection import usable
 from .sharding import Sharding, local
 from .sides import settle_sides
 from .state import create_state, state_spec
@@ -103,6 +105,30 @@ class Weights:
         for p, weight in list(self._weights.items()):
             if weight.geometry.name in self.given:
                 self.ready(p).release()
+
+    def missing_states(self) -> dict[int, dict[str, Tensor]]:
+        """Zeros for each trainable parameter that has had no gradient yet, by its position: the states kept nowhere."""
+        return {
+            index: create_state(weight.p.device, weight.geometry, weight.rules)
+            for index, (p, weight) in enumerate(self._weights.items())
+            if p.requires_grad and p not in self.state
+        }
+
+    def only_make_states(self) -> bool:
+        """Make all states where the first step has zero gradients and lr 0; whether it was so.
+
+        By such a step `torch.distributed.checkpoint` has states made, and it must not count.
+        """
+        trainable = [p for p in self._weights if p.requires_grad]
+        if any(group["lr"] for group in self.groups) or any(p.grad is None for p in trainable):
+            return False
+        with own_precision(self.device_types):
+            checks = [check for *_, check in self.with_gradients()]
+        if any(bool((usable(check) | (check.broken > 0)).any()) for check in checks):
+            return False
+        for p in trainable:
+            self.ready(p).release()
+        return True
 
     def _bind(self, weight: AnyWeight, p: Tensor, state: dict[str, Tensor]) -> None:
         if weight.geometry.sharding is not None:  # FSDP2 may have moved its part
