@@ -51,6 +51,7 @@ class LiveProjection:
     Attributes:
         started (`bool`): Whether P has been initialised.
         rule ([`SubspaceRule`]): How P moves.
+        expanded (`torch.Tensor`, *optional*): P beside the state, where the rule keeps it there.
     """
 
     def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any], slot: Slot):
@@ -71,7 +72,7 @@ class LiveProjection:
 
     def forget(self) -> None:
         """Drop what was derived from the state."""
-        self._expanded: Tensor | None = None
+        self.expanded: Tensor | None = None
 
     def read(self) -> Tensor:
         """P in the precision of the computation: the tensor in the state itself where that has it."""
@@ -81,8 +82,8 @@ class LiveProjection:
         return P if P.dtype == self.geometry.compute_dtype else P.to(self.geometry.compute_dtype)
 
     def _expand(self, rule: SubspaceRule) -> Tensor:
-        if self._expanded is not None:
-            return self._expanded
+        if self.expanded is not None:
+            return self.expanded
         geometry = self.geometry
         codes = self.slot.state[self.key].unbind() if geometry.two_sided else (self.slot.state[self.key],)
         parts = [
@@ -91,7 +92,7 @@ class LiveProjection:
         ]
         P = torch.cat(parts) if geometry.two_sided else parts[0]
         if rule.keeps_expanded:
-            self._expanded = P
+            self.expanded = P
         return P
 
     def write(self, P: Tensor) -> None:

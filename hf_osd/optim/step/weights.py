@@ -107,7 +107,7 @@ class Weights:
                 self.ready(p).release()
 
     def missing_states(self) -> dict[int, dict[str, Tensor]]:
-        """Zeros for each trainable parameter that has had no gradient yet, by its position: the states kept nowhere."""
+        """Zeros for each trainable parameter that never had a gradient, by its position; kept nowhere."""
         return {
             index: create_state(weight.p.device, weight.geometry, weight.rules)
             for index, (p, weight) in enumerate(self._weights.items())
