@@ -50,7 +50,8 @@ class _InBfloat16:
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
-                self.before = _own_setting()
+                now = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+                self.before = now if now == "none" else _own_setting()
                 torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
             self.inside += 1
 
@@ -66,7 +67,7 @@ def _own_setting() -> str:
     every: Any = torch.backends
     products = every.mkldnn.matmul
     now, outer = products.fp32_precision, every.fp32_precision
-    if now in ("none", "") or now != outer:
+    if now != outer:
         return now
     # read, it tells the value in effect: whose it is shows when the other one changes
     every.fp32_precision = "tf32" if outer == "ieee" else "ieee"

@@ -98,7 +98,7 @@ class ProjectedWeight(Weight):
             fresh = self._start(G, check)
             if not self.P.started:
                 return None
-        elif turn is not LATER and self.steps and self.renews(check):  # a P that was given is used at first
+        elif turn is not LATER and self.renews(check) and self.steps > 0:  # a P that was given is used at first
             self._renew(G, check)
         return self.source.low_rank(G, not fresh and self.moves(check, turn))
 
