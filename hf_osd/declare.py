@@ -7,6 +7,7 @@ flags of the training arguments, what a checkpoint must match, rows of model car
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 
@@ -35,7 +36,7 @@ class Check:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)  # NumPy's are, too
 
 
 def number(low: float, *, open_below: bool = False, below: float = float("inf")) -> Check:
@@ -51,7 +52,8 @@ def integer(low: int, below: int | None = None) -> Check:
     text = f"an integer >= {low}" + (f" and < {below}" if below is not None else "")
 
     def accepts(value: Any) -> bool:
-        return _is_number(value) and isinstance(value, int) and value >= low and (below is None or value < below)
+        fine = _is_number(value) and isinstance(value, Integral)
+        return fine and low <= int(value) and (below is None or int(value) < below)
 
     return Check(text, accepts, int)
 
@@ -175,6 +177,13 @@ def same(a: Any, b: Any) -> bool:
     """Whether two values of an option are equal; tensors are what they are."""
     plain = (str, int, float)
     return a is b or (isinstance(a, plain) and isinstance(b, plain) and a == b)
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy's as Python's own, alone or in a tuple: saved states hold nothing else."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(plain, value))
+    return value.item() if isinstance(value, Real) and hasattr(value, "item") else value
 
 
 def build(cls: type, given: Mapping[str, Any]) -> Any:

@@ -99,6 +99,26 @@ def osd_kwargs(
     return {"params": groups, **own}
 
 
+def warn_compiled(model: nn.Module, later: bool = False) -> None:
+    """Say where layerwise steps would free next to nothing: a compiled module gives all its gradients at once.
+
+    Args:
+        model (`nn.Module`): The model, as it is.
+        later (`bool`, *optional*, defaults to `False`): Whether it is to be compiled as a whole.
+    """
+
+    def trained(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+    compiled = (m for m in model.modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None)
+    if later or any(2 * trained(module) > trained(model) for module in compiled):
+        warnings.warn(
+            "Layerwise frees no gradients while a compiled model delivers them all at once. "
+            "Compile its blocks: `for block in model.model.layers: block.compile()`.",
+            stacklevel=3,
+        )
+
+
 def create_osd_optimizer(
     model: nn.Module,
     optim: str = "osd_adamw",
@@ -152,5 +172,7 @@ def create_osd_optimizer(
     rank_pattern = given.pop("rank_pattern", None)
     mode = mode_of(optim, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
     settings = resolve(optim, {"rank": rank, "init": init, **given}, preset, where)
+    if mode["layerwise"]:
+        warn_compiled(model)
     kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, None, mode["ddp_compression"], rank_pattern)
     return OSD(lr=lr, **mode, **kwargs)

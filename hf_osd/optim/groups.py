@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..declare import plain
 from ..layers import PreparedLayers
 from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
@@ -33,6 +33,7 @@ def settle_group(
     Returns:
         P_0 by name where the user gave one, and the names of parameters whose rank is not low.
     """
+    group.update({name: plain(value) for name, value in group.items() if name in options.DEFAULTS or name == "lr"})
     options.check_lr(group["lr"], where)
     if isinstance(group["subspace"], SubspaceRule):
         group["subspace"] = name_rule(group["subspace"])
@@ -53,11 +54,6 @@ def settle_group(
             raise ValueError(
                 f"{name} has shape {tuple(p.shape)} and cannot be projected: only matrices can, and stacks of "
                 "them such as experts' weights. Put it into a group without `rank`."
-            )
-        if p.dtype == torch.float16:
-            raise ValueError(
-                f"{name} is float16, which P's gradient over- and underflows. Load with dtype=torch.bfloat16, or in "
-                "float32 under autocast."
             )
     if group["source"] == "activations" and layers is None:
         raise ValueError(
@@ -90,6 +86,24 @@ def warn_clipped(clipped: Sequence[str]) -> None:
             f"which saves no memory. Choose a smaller rank or leave them out: {shortened(clipped, 3)}.",
             stacklevel=4,
         )
+
+
+def warn_far(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Say once where P's learning rate is so large that most steps of P would be too long."""
+    for group in groups:
+        rule, rate = options.projection_rule(group), group["lr"] * group["alpha"]
+        if rule is None or not group["params"]:
+            continue
+        # a column's step: the other rules have entries of about one size, SGD those of a gradient of norm 1
+        rows = 1 if rule == "sgd" else max(min(p.shape[-2:]) for p in group["params"])
+        if rate * rows**0.5 > 1:
+            root = "" if rule == "sgd" else f" sqrt({rows})"
+            warnings.warn(
+                f"lr alpha{root} = {rate * rows**0.5:.2g}: P turns far at each step, and longer steps are cut. "
+                f"Use an alpha of {group['alpha'] / (rate * rows**0.5):.1g} or less, or a lower learning rate.",
+                stacklevel=4,
+            )
+            return
 
 
 def given_projections(

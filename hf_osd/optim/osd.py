@@ -15,7 +15,7 @@ from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
 from .arrival.clipping import CLIP_NORM2, take_norm
 from .arrival.stream import GradientStream
-from .groups import refuse_same_names, settle_group, warn_clipped
+from .groups import refuse_same_names, settle_group, warn_clipped, warn_far
 from .loading import as_of_today, match_state, saved_inputs
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
@@ -116,7 +116,7 @@ class OSD(torch.optim.Optimizer):
             Decay of SGD's momentum, in both roles; 0 keeps no state. For `sgd`. Defaults to 0.9.
         layerwise (`bool`, *optional*, defaults to `False`):
             Step each parameter as soon as the backward pass has completed its gradient, and free that. `step` then
-            only ends the step; a `closure` is refused, and so is a `GradScaler`, whose scale nothing could undo.
+            only ends the step; a `GradScaler` is refused, whose scale nothing could undo.
         layerwise_clipping (`str`, *optional*):
             How `max_grad_norm` clips when layerwise: by `previous_norm`, the norm of the step before (at the first
             step each parameter by its own), or by `parameter`, each by its own. Defaults to `previous_norm`.
@@ -217,10 +217,10 @@ class OSD(torch.optim.Optimizer):
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
         self._constructed = True
         warn_clipped(self._clipped)
+        warn_far(self.param_groups)
         self._simplify_defaults()
         if layers is not None:
             self._add_stand_ins(layers)
-            self.weights.meet()  # which tells the layers how P starts
             self.attach()
             weakref.finalize(self, layers.remove)  # nobody else would step what the layers make
         if self.mode.takes_gradients:
@@ -274,6 +274,8 @@ class OSD(torch.optim.Optimizer):
         weights = self._weights
         if weights is None or self._groups is not self.param_groups or weights.state is not self.state:
             observing = weights is not None and weights.observing
+            if weights is not None and self._groups is self.param_groups:
+                weights.meet()  # for it knows which parameters have been taken out of groups
             weights = Weights(self.trained_groups, self.state, self._given_projections, self._layers)
             self._weights, self._groups = weights, self.param_groups
             weights.observing = observing
@@ -317,33 +319,37 @@ class OSD(torch.optim.Optimizer):
             given, clipped = settle_group(group, where, position, self.mode, self._layers)
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)
+            self._given_projections |= given
+            self._weights = None
+            self.weights.meet()
         except Exception:
             self.param_groups.pop()
             raise
         group[CLIP_NORM2] = None
-        self._given_projections |= given
         self._clipped += clipped
-        self._weights = None
-        if self._stream is not None and self._stream.attached:
-            self._stream.attach()
+        if self._stream is not None:
+            self._stream.extend()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient; in a mode that takes them, those that still wait.
 
         Args:
-            closure (`Callable`, *optional*): Evaluates the model again and returns the loss.
+            closure (`Callable`, *optional*): Evaluates the model and returns the loss. Called once, in every mode.
         """
         if self._stream is not None:
             self._refuse_scaler()
-            self._stream.finish(closure)
-            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._layers is not None and not self._layers.installed:
             raise ValueError("The model's layers are plain again: call `attach()`, or make a new optimizer.")
+        if not self.state and self.weights.only_make_states():
+            return loss
+        if self._stream is not None:
+            self._stream.finish()
+            return loss
         weights, movements, leaders = self.weights, Movements(), []
         if weights.observing:
             weights.observations.clear()
@@ -358,12 +364,15 @@ class OSD(torch.optim.Optimizer):
                         weights.observe(weight, arrived, check)
                     movements.counters.append((weight.slot.state["skipped_steps"], check.broken))
                     weight.update(arrived, check, movements)
-                leaders = weights.learn(movements)
+                if self._layers is not None:
+                    leaders = weights.learn(self._layers, movements)
             finally:  # where one cannot be stepped, the others before it have made whole steps
                 movements.finish()
-                for weight in (*(weight for _, weight, _, _ in work), *leaders):
+                for _, weight, _, _ in work:
                     for slot in weight.slots:
                         slot.state = {}
+                for weight in leaders:
+                    weight.release()
         return loss
 
     def _refuse_scaler(self) -> None:
@@ -413,8 +422,12 @@ class OSD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer; the norm that `previous_norm` clips by is in the groups."""
+        self.weights.meet()
+        self.weights.use_given()
         saved = super().state_dict()
         saved["param_groups"] = [group for group in saved["param_groups"] if STAND_INS not in group]
+        if saved["state"]:  # whole, for torch.distributed.checkpoint loads no entries that are not there
+            saved["state"] = self.weights.missing_states() | saved["state"]
         return saved if self._stream is None else self._stream.clipping.with_norm(saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -440,12 +453,13 @@ class OSD(torch.optim.Optimizer):
             group.update({name: own[name] for name in ("params", "param_names") if name in own})
         groups += [group for group in self.param_groups if STAND_INS in group]
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
+        self.weights.meet()  # with the options that the state was saved with, before anybody changes them
         if self._layers is not None:
             self.weights.give_projections()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
         if self._stream is not None:
-            self._stream.clipping.set_norm(clip_norm2, self.param_groups[0]["params"][0].dtype)
+            self._stream.load(clip_norm2)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""

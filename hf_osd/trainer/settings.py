@@ -12,6 +12,7 @@ from ..declare import check_values, refuse_unknown
 from ..hub import ProjectionState
 from ..names import RSO_NAMES
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
+from ..optim.factory import warn_compiled
 from ..optim.options.mode import MODE_DEFAULTS, MODE_OPTIONS, Mode, mode_of
 from ..optim.options.presets import KEYS
 from ..optim.options.table import OPTIONS, used_rules, validate
@@ -116,6 +117,8 @@ def constructor_arguments(
         options["init"] = state
         if not settings.rank_given and len(ranks) == 1:
             options["rank"] = ranks.pop()
+    if settings.mode["layerwise"]:  # accelerate's regions are the blocks
+        warn_compiled(model, args.torch_compile and not _environment("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"))
     kwargs = osd_kwargs(
         model,
         options,

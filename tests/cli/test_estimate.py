@@ -125,10 +125,9 @@ def test_options_of_the_optimizer_count(folder, capsys):
     assert halved["projection"] == pytest.approx(
         base["projection"] / 2, rel=0.01
     )  # P 2 bytes and one moment of 4 of 12
-    assert (
-        size("--optim_args", "subspace=random")["projection"] < 1000
-        and size("--optim_args", "residual=scaled")["peak"]
-    )
+    random = size("--optim_args", "subspace=random")  # which keeps P beside a seed
+    assert random["projection"] == pytest.approx(static["projection"], abs=1000)
+    assert size("--optim_args", "residual=scaled")["peak"]
     assert size("--optim_args", "stochastic_rounding=true")["state"] == base["state"]
     assert size("--target_modules", "q_proj")["projection"] < 0.2 * base["projection"]
 

@@ -71,6 +71,12 @@ class GradientStream:
         self._attached = True
         self._attach_missing()
 
+    def extend(self) -> None:
+        """Put the hooks on parameters that were added to the optimizer, too."""
+        if self.attached:
+            self._check_processes()
+            self._attach_missing()
+
     def _attach_missing(self) -> None:
         """Put hooks on parameters that need them and have none, as those that were unfrozen since."""
         for group in self.weights.groups:
@@ -94,6 +100,16 @@ class GradientStream:
         """Forget the gradients since the last step."""
         self._windows.clear()
         self._norms2.clear()
+
+    def load(self, clip_norm2: float | None) -> None:
+        """Go on from a state that has been loaded: what has come to a subspace is not in that state's.
+
+        Args:
+            clip_norm2 (`float`, *optional*): The norm that the next step is clipped by, as a state dict has it.
+        """
+        self.clipping.set_norm(clip_norm2)
+        if self.mode.layerwise:
+            self.discard()
 
     def held_bytes(self) -> int:
         """Bytes of what waits for `step()`."""
@@ -192,12 +208,10 @@ class GradientStream:
         movements.finish()
         weight.release()
 
-    def finish(self, closure: object) -> None:
+    def finish(self) -> None:
         """What is left for `step()`: to step with what was kept, and to note the norm."""
         if not self.attached:
             raise ValueError("The hooks of this optimizer have been removed: call `attach()` to train on.")
-        if closure is not None:
-            raise ValueError("A `closure` evaluates the model several times in a step, which this mode cannot undo.")
         self._check_processes()
         with own_precision(self.weights.device_types):
             self._finish()

@@ -124,8 +124,8 @@ def _refuse_without_gradients(options: Mapping[str, Any], where: str) -> None:
         )
     if options["init"] in ("svd", "randomized_svd"):
         raise ValueError(
-            f"init={options['init']!r} of {where} decomposes a gradient, of which source='activations' has none: leave "
-            "it out, and P starts from the first step's activations."
+            f"init={options['init']!r} of {where} decomposes a gradient, of which source='activations' has none: "
+            "leave it out, and P starts from the first step's activations."
         )
 
 

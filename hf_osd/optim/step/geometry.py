@@ -46,6 +46,11 @@ class Geometry:
         return self.shape
 
     @property
+    def holds_projection(self) -> bool:
+        """Whether there is a P in its state."""
+        return False
+
+    @property
     def stacked(self) -> bool:
         """Whether it holds the matrices of several experts."""
         return False
@@ -89,8 +94,7 @@ class ProjectedGeometry(Geometry):
         return self.shape[0] if self.stacked else 1
 
     @property
-    def holds_projection(self) -> bool:
-        """Whether P is in this weight's state."""
+    def holds_projection(self) -> bool:  # noqa: D102 - see Geometry
         return self.holder in (None, self.name)
 
     @property
