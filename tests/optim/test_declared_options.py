@@ -33,10 +33,12 @@ def parameter() -> nn.Parameter:
 
 
 def test_a_checkpoint_must_match_or_is_restored():
-    matched = "weight_rule moment_dtype subspace projection_rule projection_dtype residual"
+    matched = "weight_rule source moment_dtype subspace projection_rule projection_dtype residual"
     assert set(matched.split()) == set(MATCHED)
     restored = "alpha lambda_ scale weight_decay projection_lr projection_weight_decay betas eps momentum init seed"
-    restored += " update_interval projection_interval distribution mixing carry_moments residual_scale"
+    restored += (
+        " update_interval projection_interval distribution mixing carry_moments residual_scale projection_sample"
+    )
     assert {*restored.split(), "stochastic_rounding"} == set(RESTORED)
 
 
@@ -49,8 +51,8 @@ def test_the_config_of_a_saved_p():
     }
     assert FURTHER_OPTIONS == {
         **dict.fromkeys(("projection_lr", "mixing", "residual_scale"), float),
-        **dict.fromkeys(("distribution", "residual", "projection_dtype", "moment_dtype"), str),
-        **{"projection_interval": int, "carry_moments": bool, "stochastic_rounding": bool},
+        **dict.fromkeys(("source", "distribution", "residual", "projection_dtype", "moment_dtype"), str),
+        **{"projection_interval": int, "projection_sample": int, "carry_moments": bool, "stochastic_rounding": bool},
     }
 
 
@@ -142,7 +144,7 @@ def test_written_texts_are_what_the_declarations_make():
 
 def test_the_signature_is_complete():
     defaults = {**OSD.__init__.__kwdefaults__}
-    assert defaults.pop("maximize") is False
+    assert defaults.pop("maximize") is False and defaults.pop("layers") is None
     assert all(defaults[name] == getattr(cls, name) for cls in (Options, Mode) for name in cls.__dataclass_fields__)
     rules = {"lambda_", "projection_interval", "update_interval", "distribution", "mixing", "betas", "eps", "momentum"}
     assert defaults.keys() - Options.__dataclass_fields__.keys() - Mode.__dataclass_fields__.keys() == rules
