@@ -33,8 +33,9 @@ VALUES: dict[str, Any] = {"distribution": "gaussian", "mixing": 0.5, "momentum":
 def test_the_options_of_a_group_are_these():
     """As written: a name that is lost would make checkpoints unreadable."""
     general = "rank weight_rule alpha scale weight_decay projection_rule subspace init side projection_lr seed"
-    further = "source projection_sample projection_weight_decay carry_moments residual residual_scale projection_dtype moment_dtype"
-    rules = "lambda_ projection_interval update_interval distribution mixing betas eps momentum stochastic_rounding"
+    further = "projection_weight_decay carry_moments residual residual_scale projection_dtype moment_dtype source"
+    rules = "lambda_ projection_interval update_interval distribution mixing betas eps momentum"
+    rules += " stochastic_rounding projection_sample"
     assert set(f"{general} {further} {rules}".split()) == OPTIONS.keys() == DEFAULTS.keys()
     given = {
         "weight_rule": "adamw",
