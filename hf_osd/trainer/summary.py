@@ -11,12 +11,12 @@ from ..text import format_bytes, format_count, shortened
 KINDS_SHOWN = 8
 
 
-def summary(optimizer: OSD, model: nn.Module | None = None) -> str:
+def summary(optimizer: OSD, model: object = None) -> str:
     """What is projected, by the names of the layers, and what that saves.
 
     Args:
         optimizer ([`OSD`]): The optimizer.
-        model (`nn.Module`, *optional*): The model, to tell of what is frozen in it, too.
+        model (`nn.Module`, *optional*): The model, to tell of what is frozen in it, too; anything else tells nothing.
 
     Example:
         `OSD: 28 matrices projected to rank 8 (1.2M parameters: q_proj, o_proj), 0.3M parameters at full size
@@ -44,7 +44,7 @@ def summary(optimizer: OSD, model: nn.Module | None = None) -> str:
         f"OSD: {matrices} matrices projected to {rank} ({format_count(numel[True], 'M')} parameters"
         f"{f': {projected_kinds}' if projected_kinds else ''}), "
         f"{format_count(numel[False], 'M')} parameters at full size{f' ({whole})' if whole else ''}"
-        f"{_frozen(model) if model is not None else ''}; optimizer state "
+        f"{_frozen(model) if isinstance(model, nn.Module) else ''}; optimizer state "
         f"{format_bytes(predicted_state_bytes(optimizer), smallest='MB')}, "
         f"AdamW's {format_bytes(adamw_state_bytes(optimizer), smallest='MB')}"
     )
