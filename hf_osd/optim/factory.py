@@ -16,6 +16,7 @@ from .osd import OSD
 from .selection.adapters import module_names
 from .selection.rank_pattern import parse_rank_pattern, ranks_of
 from .selection.targets import ALL_LINEAR, Selection, select
+from .summary import announce_summary
 
 
 def build_param_groups(
@@ -105,7 +106,7 @@ def create_osd_optimizer(
     init: str | Mapping[str, Tensor] | Sequence[Tensor] = "auto",
     **options: Any,
 ) -> OSD:
-    """An [`OSD`] optimizer for a model, with the same groups as in a Trainer.
+    """An [`OSD`] optimizer for a model, with the same groups as in a Trainer. It says what is projected.
 
     Args:
         model (`nn.Module`): The model. Frozen parameters are not passed to the optimizer.
@@ -147,4 +148,7 @@ def create_osd_optimizer(
     mode = mode_of(optim, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
     settings = resolve(optim, {"rank": rank, "init": init, **given}, preset, where)
     kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, None, mode["ddp_compression"], rank_pattern)
-    return OSD(lr=lr, **mode, **kwargs)
+    optimizer = OSD(lr=lr, **mode, **kwargs)
+    if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured
+        announce_summary(optimizer, model)
+    return optimizer

@@ -15,13 +15,12 @@ from ..optim.arrival.stream import release
 from ..optim.osd import osd_of
 from ..optim.statistics import summarize_each
 from ..optim.step.full_weight import FullWeight
-from ..text import announce
+from ..optim.summary import announce_summary
 from .checkpoints import written_checkpoint
 from .push import refresh_card
 from .rso import check_rso_arguments, uses_rso
 from .settings import check_arguments, optim_name, refuse_ignored_by_mode
 from .statistics_file import StatisticsFile
-from .summary import summary
 
 
 TRAINING_KEYS = {"loss", "learning_rate"}  # a training step's log has one: some trainers rename the loss
@@ -72,8 +71,7 @@ class OSDCallback(TrainerCallback):
         refuse_ignored_by_mode(osd, args)
         if args.should_save:
             self._statistics = StatisticsFile(_output_dir(args), state.global_step)
-        if state.is_world_process_zero:
-            announce(summary(osd, model))
+        announce_summary(osd, model)
         osd.attach()  # a second training: the first has taken the hooks off at its end
 
     def on_step_begin(

@@ -1,14 +1,33 @@
 """The one line that says what is projected, what is not, and what that saves."""
 
+import os
+from weakref import WeakSet
+
+import torch.distributed as dist
 from torch import nn
 
-from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
-from ..optim.selection.quantised import is_quantised
-from ..optim.step.geometry import ProjectedGeometry
-from ..text import format_bytes, format_count, shortened
+from ..text import announce, format_bytes, format_count, shortened
+from .memory import adamw_state_bytes, predicted_state_bytes
+from .osd import OSD
+from .selection.quantised import is_quantised
+from .step.geometry import ProjectedGeometry
 
 
 KINDS_SHOWN = 8
+_SUMMARIZED: WeakSet[OSD] = WeakSet()
+
+
+def announce_summary(optimizer: OSD, model: object) -> None:
+    """Say the line once for an optimizer, on the main process: where it is made for a model, or Trainer trains."""
+    if optimizer not in _SUMMARIZED and _is_main_process():
+        announce(summary(optimizer, model))
+    _SUMMARIZED.add(optimizer)
+
+
+def _is_main_process() -> bool:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # of a launcher, before the processes have met
 
 
 def summary(optimizer: OSD, model: object = None) -> str:
