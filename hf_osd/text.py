@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,8 +81,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def announce(line: str) -> None:
-    """Log a line at the beginning of a training, to the standard error stream if nothing else takes it."""
-    if not logger.handlers and not logging.getLogger().handlers:
-        logger.addHandler(logging.StreamHandler())
+    """Say a line at the beginning of a training: to whoever takes log records, else to the standard error stream.
+
+    A root logger at WARNING is everybody's default, `logging.basicConfig()` included, and hides nothing; any other
+    level of it, and each of the logger `hf_osd`, are somebody's choice.
+    """
+    if logger.level == logging.NOTSET and logger.getEffectiveLevel() == logging.WARNING:
         logger.setLevel(logging.INFO)
-    logger.info(line)
+    if logger.hasHandlers():
+        logger.info(line)
+    elif logger.isEnabledFor(logging.INFO):
+        print(line, file=sys.stderr)

@@ -40,7 +40,9 @@ FLOORS = [
     {"step"},
     {"arrival", "groups", "loading", "statistics"},
     {"osd"},
-    {"factory", "memory"},
+    {"memory"},
+    {"summary"},
+    {"factory"},
 ]
 OPTIONAL = {
     "bitsandbytes",

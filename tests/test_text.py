@@ -1,6 +1,8 @@
 """Sizes, counts, tables and lists in words; files that are written whole or not at all."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -75,11 +77,22 @@ def test_a_line_reaches_whoever_listens_once(caplog):
     assert [record.getMessage() for record in caplog.records] == ["here we go"]
 
 
-def test_a_line_is_seen_where_nobody_listens(monkeypatch, capsys):
-    ours, root = logging.getLogger("hf_osd"), logging.getLogger()
-    for logger in (ours, root):
-        monkeypatch.setattr(logger, "handlers", [])
-    monkeypatch.setattr(ours, "level", ours.level)
-    announce("here we go")
-    announce("and on")
-    assert capsys.readouterr().err == "here we go\nand on\n"
+PROGRAMS = {  # what a program does about logging before the line, and how often it is to be seen
+    "nothing": ("", 1),
+    "as the examples of transformers": ("logging.basicConfig(handlers=[logging.StreamHandler(sys.stdout)])", 1),
+    "root at WARNING": ("logging.basicConfig(level=logging.WARNING)", 1),
+    "root at INFO": ("logging.basicConfig(level=logging.INFO)", 1),
+    "root at ERROR": ("logging.basicConfig(level=logging.ERROR)", 0),
+    "ours at WARNING": ("logging.basicConfig(); logging.getLogger('hf_osd').setLevel(logging.WARNING)", 0),
+    "ours at WARNING without handlers": ("logging.getLogger('hf_osd').setLevel(logging.WARNING)", 0),
+    "a handler of its own": ("logging.getLogger('hf_osd').addHandler(logging.StreamHandler())", 1),
+    "set up between two lines": ("announce('first'); logging.basicConfig()", 1),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_line_is_seen_in_every_program_that_did_not_forbid_it(program):
+    code, times = PROGRAMS[program]
+    code = f"import logging, sys; from hf_osd.text import announce; {code}\nannounce('here we go')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout + done.stderr).count("here we go") == times

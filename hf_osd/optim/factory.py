@@ -18,6 +18,7 @@ from .osd import OSD
 from .selection.adapters import module_names
 from .selection.rank_pattern import parse_rank_pattern, ranks_of
 from .selection.targets import ALL_LINEAR, Selection, select
+from .summary import announce_summary
 
 
 def build_param_groups(
@@ -131,7 +132,7 @@ def create_osd_optimizer(
     init: str | Mapping[str, Tensor] | Sequence[Tensor] = "auto",
     **options: Any,
 ) -> OSD:
-    """An [`OSD`] optimizer for a model, with the same groups as in a Trainer.
+    """An [`OSD`] optimizer for a model, with the same groups as in a Trainer. It says what is projected.
 
     Args:
         model (`nn.Module`): The model. Frozen parameters are not passed to the optimizer.
@@ -175,4 +176,7 @@ def create_osd_optimizer(
     if mode["layerwise"]:
         warn_compiled(model)
     kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, None, mode["ddp_compression"], rank_pattern)
-    return OSD(lr=lr, **mode, **kwargs)
+    optimizer = OSD(lr=lr, **mode, **kwargs)
+    if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured
+        announce_summary(optimizer, model)
+    return optimizer

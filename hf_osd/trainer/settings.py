@@ -51,8 +51,9 @@ class OSDSettings(NamedTuple):
 
 
 def optim_name(args: TrainingArguments) -> str:
-    """`args.optim` as a plain string: it is an enum member, or a string after unpickling."""
-    return str(getattr(args.optim, "value", args.optim))
+    """`args.optim` as a plain string: it is an enum member, a string after unpickling, or in other classes absent."""
+    optim = getattr(args, "optim", "")
+    return str(getattr(optim, "value", optim))
 
 
 def uses_osd(args: TrainingArguments) -> bool:
