@@ -32,6 +32,11 @@ def format_count(number: int, smallest: str = "") -> str:
     return f"{number:,}"
 
 
+def printable(text: str) -> str:
+    """Text of others on one line: with escapes for control characters, line breaks and whatever else is not shown."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def shortened(names: Iterable[str], most: int) -> str:
     """`a, b, c and 4 more`: the first of many names."""
     names = list(names)
