@@ -45,6 +45,7 @@ def shortened(names: Iterable[str], most: int) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
     """Columns two spaces apart; those named in `left` aligned to the left, the others to the right."""
+    rows = [list(map(printable, row)) for row in rows]  # names come from files
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

@@ -44,9 +44,6 @@ def report(arguments: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
     output = Path(os.path.realpath(arguments.output))  # a link stays one
     if output.exists() and not output.is_file():
-        raise SystemExit(f"hf-osd report: --output {arguments.output} is not a file.")
-    try:
-        write_text(output, render(runs, errors))
-    except (OSError, ImportError) as error:
-        raise SystemExit(f"hf-osd report: {error}") from error
+        raise ValueError(f"--output {arguments.output} is not a file.")
+    write_text(output, render(runs, errors))
     print(f"{printable(arguments.output)}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
