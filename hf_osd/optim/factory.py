@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..declare import refuse_unknown
+from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from .arrival.exchange import exclude_from_ddp, include_in_ddp
 from .options.general import DEFAULT_RANK
@@ -157,6 +158,8 @@ def create_osd_optimizer(
     if rank is None:
         rank = learned_rank(init) or DEFAULT_RANK
     settings = resolve(optim, {"rank": rank, "init": init, **given}, preset, where)
+    if isinstance(settings["subspace"], SubspaceRule):
+        settings["subspace"] = name_rule(settings["subspace"])
     validate(settings, where, KEYWORD_OF)
     kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, None, mode["ddp_compression"], rank_pattern)
     return OSD(lr=lr, **mode, **kwargs)
