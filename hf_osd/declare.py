@@ -202,19 +202,27 @@ def refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str) -> 
             raise ValueError(f"Unknown option `{name}` in {where}.{hint} Allowed: {', '.join(allowed)}.")
 
 
-def check_values(declared: Mapping[str, Option], values: Mapping[str, Any], where: str) -> None:
-    """Raise `ValueError` for the first value that its option does not take. `None` stands for a default of `None`."""
+def check_values(
+    declared: Mapping[str, Option], values: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
+) -> None:
+    """Raise `ValueError` for the first value that its option does not take. `None` stands for a default of `None`.
+
+    `names` are those that the options were given by, where these are others.
+    """
     for name, own in declared.items():
         value = values[name]
         complaint = None if value is None and own.default is None else own.check.complaint(value)
         if complaint:
-            raise ValueError(f"`{name}` of {where} must be {complaint}, got {value!r}.")
+            raise ValueError(f"`{(names or {}).get(name, name)}` of {where} must be {complaint}, got {value!r}.")
 
 
-def refuse_without_effect(declared: Mapping[str, Option], values: Mapping[str, Any], where: str) -> None:
+def refuse_without_effect(
+    declared: Mapping[str, Option], values: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
+) -> None:
     """Raise `ValueError` for the first option that is given and whose needs are not met."""
     for name, own in declared.items():
         need = None if own.has_default(values[name]) else own.unmet(values)
         if need is not None:
             without = need.without if isinstance(need.without, str) else need.without(values)
+            name = (names or {}).get(name, name)
             raise ValueError(f"`{name}` of {where} has no effect {without}. Leave it out{need.way_out}.")

@@ -33,6 +33,11 @@ def format_count(number: int, smallest: str = "") -> str:
     return f"{number:,}"
 
 
+def printable(text: str) -> str:
+    """Text of others on one line: with escapes for control characters, line breaks and whatever else is not shown."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def shortened(names: Iterable[str], most: int) -> str:
     """`a, b, c and 4 more`: the first of many names."""
     names = list(names)
@@ -41,6 +46,7 @@ def shortened(names: Iterable[str], most: int) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
     """Columns two spaces apart; those named in `left` aligned to the left, the others to the right."""
+    rows = [list(map(printable, row)) for row in rows]  # names come from files
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hf_osd.text import announce, format_bytes, format_count, shortened, table, write_text, written_whole
+from hf_osd.text import announce, format_bytes, format_count, printable, shortened, table, write_text, written_whole
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,11 @@ def test_bytes_in_a_column_have_one_unit_and_two_digits():
 )
 def test_counts(number, words, in_millions):
     assert format_count(number) == words and format_count(number, "M") == in_millions
+
+
+def test_text_of_others_stays_on_its_line_and_does_nothing():
+    assert printable("a\n\x1b[1m\x7f\u2028\u202e\ud800é–…") == r"a\n\x1b[1m\x7f\u2028\u202e\ud800é–…"
+    assert table(["a"], [["x\ny"]]).splitlines()[-1] == r"x\ny"
 
 
 def test_lists_are_cut_and_say_so():

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from ..declare import refuse_unknown
 from ..layers import PreparedLayers, unload
 from ..layers.prepared import refuse_wrapped
+from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from .arrival.exchange import exclude_from_ddp, include_in_ddp
 from .options.general import DEFAULT_RANK
 from .options.mode import MODE_DEFAULTS, mode_of
-from .options.presets import BY_NAME, KEYWORDS, resolve
+from .options.presets import BY_NAME, KEYWORD_OF, KEYWORDS, resolve
+from .options.table import validate
 from .osd import OSD
 from .selection.adapters import module_names
 from .selection.rank_pattern import parse_rank_pattern, ranks_of
@@ -120,12 +122,20 @@ def warn_compiled(model: nn.Module, later: bool = False) -> None:
         )
 
 
+def learned_rank(init: Any) -> int | None:
+    """The rank of all P in what may be given as `init`, by name or in a list; `None` where there is no such rank."""
+    given: Any = init.values() if isinstance(init, Mapping) else init if isinstance(init, (list, tuple)) else ()
+    projections = [getattr(one, "projection", one) for one in given]
+    ranks = {P.shape[-1] for P in projections if isinstance(P, Tensor) and P.ndim}
+    return ranks.pop() if len(ranks) == 1 else None
+
+
 def create_osd_optimizer(
     model: nn.Module,
     optim: str = "osd_adamw",
     lr: float = 1e-3,
     *,
-    rank: int = DEFAULT_RANK,
+    rank: int | None = None,
     target_modules: str | Iterable[str] = ALL_LINEAR,
     exclude_modules: str | Iterable[str] | None = None,
     preset: str | None = None,
@@ -140,7 +150,7 @@ def create_osd_optimizer(
             `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor` or `osd_sgd`, or one of them
             with `_layerwise`.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate.
-        rank (`int`, *optional*, defaults to 128): r.
+        rank (`int`, *optional*): r. Defaults to the one of all P in `init`, else to 128.
         target_modules, exclude_modules: What is projected, see [`~optim.selection.targets.select`].
         preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.
         init (`str`, `ProjectionState` or `Mapping[str, torch.Tensor]`, *optional*, defaults to `"auto"`):
@@ -168,11 +178,16 @@ def create_osd_optimizer(
     where = "create_osd_optimizer"
     for name in options.keys() & BY_NAME.keys():
         raise ValueError(f"Give {BY_NAME[name].argument} instead of `{name}` of {where}.")
-    refuse_unknown(options, KEYWORDS, where)
+    refuse_unknown(options, [*KEYWORDS, "lr", "target_modules", "exclude_modules"], where)
     given = {KEYWORDS[name].name: value for name, value in options.items()}
     rank_pattern = given.pop("rank_pattern", None)
     mode = mode_of(optim, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
+    if rank is None:
+        rank = learned_rank(init) or DEFAULT_RANK
     settings = resolve(optim, {"rank": rank, "init": init, **given}, preset, where)
+    if isinstance(settings["subspace"], SubspaceRule):
+        settings["subspace"] = name_rule(settings["subspace"])
+    validate(settings, where, KEYWORD_OF)
     if mode["layerwise"]:
         warn_compiled(model)
     kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, None, mode["ddp_compression"], rank_pattern)

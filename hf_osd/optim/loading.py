@@ -64,7 +64,7 @@ def match_state(
         rows = differences(saved, current, placed=False)
     elif rows:
         raise ValueError(
-            f"The state was saved by another optimizer: {len(rows)} of {len(saved | current)} parameters differ.\n"
+            f"The state was saved by another optimizer: {_counted(rows, current, 'differ')}.\n"
             f"{table(rows)}\n"
             "Use the options it was saved with, or set `partial_load` to start the differing parameters anew."
         )
@@ -73,8 +73,7 @@ def match_state(
     by_name = fitting_states(saved_groups, by_name, params)
     if rows:
         warnings.warn(
-            f"{len(rows)} of {len(saved | current)} parameters differ from the saved state and start anew.\n"
-            f"{table(rows)}",
+            f"{_counted(rows, current, 'differ from the saved state and start anew')}.\n{table(rows)}",
             stacklevel=4,
         )
     if as_saved:
@@ -184,6 +183,13 @@ def differences(
         if fields:
             rows.append((name, _listed(old, fields), _listed(new, fields)))
     return rows
+
+
+def _counted(rows: Sequence[tuple[str, str, str]], current: Mapping[str, Traits | None], verb: str) -> str:
+    """`3 of 21 parameters differ, 2 are in the checkpoint alone`: each of this run's counts once."""
+    own = sum(name in current for name, _, _ in rows)
+    alone = f", {len(rows) - own} are in the checkpoint alone" if own < len(rows) else ""
+    return f"{own} of {len(current)} parameters {verb}{alone}"
 
 
 def _listed(own: Traits, fields: Sequence[str]) -> str:

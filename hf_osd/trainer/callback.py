@@ -10,7 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from ..hub import ProjectionState
 from ..hub.config import CONFIG_NAME
 from ..layers import unload
-from ..optim import OSD
+from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
 from ..optim.arrival.exchange import include_in_ddp
 from ..optim.arrival.stream import release
 from ..optim.osd import osd_of
@@ -74,7 +74,8 @@ class OSDCallback(TrainerCallback):
             return
         refuse_ignored_by_mode(osd, args)
         if args.should_save:
-            self._statistics = StatisticsFile(_output_dir(args), state.global_step)
+            folder = getattr(state, "run_folder", _output_dir(args))
+            self._statistics = StatisticsFile(folder, state.global_step, _state_bytes(osd))
         announce_summary(osd, model)
         osd.attach()  # a second training: the first has taken the hooks off at its end
 
@@ -185,6 +186,13 @@ class OSDCallback(TrainerCallback):
 def has_started(optimizer: OSD) -> bool:
     """Whether any P has been initialised."""
     return any(not isinstance(weight, FullWeight) and weight.started for weight in optimizer.weights)
+
+
+def _state_bytes(optimizer: OSD) -> dict[str, int]:
+    return {
+        "optimizer_state_bytes": predicted_state_bytes(optimizer),
+        "adamw_state_bytes": adamw_state_bytes(optimizer),
+    }
 
 
 def _output_dir(args: TrainingArguments) -> Path:

@@ -164,6 +164,7 @@ def test_our_config_files_and_a_large_rank(capsys):
         (("{}", "--rank", "0"), "--rank must be at least 1, got 0"),
         (("{}", "--preset", "osd_adam8bit"), "Unknown optimizer 'osd_adam8bit'. Did you mean 'osd_adamw8bit'?"),
         (("{}", "--optim_args", "projection_dtyp=bfloat16"), "Did you mean `projection_dtype`?"),
+        (("{}", "--optim_args", "lambda=-1"), "`lambda` of --optim_args must be a number >= 0, got -1"),
         (("{}", "--optim_args", "rank=4"), "'rank' has no effect in --optim_args of an estimate: use --rank"),
         (
             ("{}", "--rank", "8", "--target_modules", "q_prj"),

@@ -210,3 +210,18 @@ def test_an_option_is_one_line_and_one_command(tmp_path: Path):
     wrote = run("-m", "hf_osd.optim.options.texts").splitlines()
     assert len(wrote) == 3 and all(line.startswith(f"wrote {tmp_path}") for line in wrote)
     assert run("-c", ADDED) == "complete\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rnk": 4}, "`rnk` in create_osd_optimizer. Did you mean `rank`"),
+        ({"target_module": "q"}, "Did you mean `target_modules`"),
+        ({"exclude": "q"}, "Did you mean `exclude_modules`"),
+        ({"lambda_": -1}, "`lambda_` of create_osd_optimizer must be a number >= 0, got -1"),
+        ({"projection_optim": "adma"}, "`projection_optim` of create_osd_optimizer must be one of .*'adamw'"),
+    ],
+)
+def test_messages_name_what_the_factory_takes(given, message):
+    with pytest.raises(ValueError, match=message):
+        create_osd_optimizer(nn.Linear(8, 8), **given)
