@@ -14,10 +14,12 @@ from .options import table as options
 from .options.mode import Mode, refuse_in_mode
 from .step.geometry import ProjectedGeometry, geometry_of, names_of
 from .step.sharding import refuse_flat
-from .step.sides import settle_sides
+from .step.sides import is_matrix, is_projected, settle_sides
 
 
-def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -> tuple[dict[str, Tensor], list[str]]:
+def settle_group(
+    group: dict[str, Any], where: str, position: int, mode: Mode, all_projected: bool
+) -> tuple[dict[str, Tensor], list[str]]:
     """Validate a new group and store in it what is decided once: primitives only.
 
     Args:
@@ -25,6 +27,7 @@ def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -
         where (`str`): What messages call it.
         position (`int`): Number of parameters in the groups before it.
         mode ([`Mode`]): The optimizer's.
+        all_projected (`bool`): Whether it asks for that, or leaves what is no matrix at full size.
 
     Returns:
         P_0 by name where the user gave one, and the names of parameters whose rank is not low.
@@ -45,19 +48,23 @@ def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -
     if group["rank"] is None:
         return {}, []
     for name, p in zip(names, group["params"], strict=True):
-        if p.ndim not in (2, 3):
+        if all_projected and not is_matrix(p):
             raise ValueError(
                 f"{name} has shape {tuple(p.shape)} and cannot be projected: only matrices can, and stacks of "
                 "them such as experts' weights. Put it into a group without `rank`."
             )
-        if p.dtype == torch.float16:
+        if is_projected(p, group) and p.dtype == torch.float16:
             raise ValueError(
                 f"{name} is float16, which P's gradient over- and underflows. Load with dtype=torch.bfloat16, or in "
                 "float32 under autocast."
             )
     settle_sides(group, names)
     group["alpha"] = options.projection_alpha(group, group["lr"])
-    clipped = [name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape[-2:])]
+    clipped = [
+        name
+        for name, p in zip(names, group["params"], strict=True)
+        if is_projected(p, group) and group["rank"] >= min(p.shape[-2:])
+    ]
     return {} if isinstance(given, str) else given_projections(given, group, names, position), clipped
 
 
@@ -88,7 +95,8 @@ def given_projections(
     given: Mapping[str, Tensor] | Sequence[Tensor], group: Mapping[str, Any], names: list[str], position: int
 ) -> dict[str, Tensor]:
     """P_0 by name from what the user passed as `init`; `ValueError` unless every one is there and fits."""
-    params = group["params"]
+    places = [index for index, p in enumerate(group["params"]) if is_projected(p, group)]
+    names = [names[index] for index in places]
     if isinstance(given, Mapping):
         missing = [name for name in names if name not in given]
         if missing:
@@ -97,16 +105,16 @@ def given_projections(
         tensors = [getattr(given[name], "projection", given[name]) for name in names]
     else:
         tensors = list(given)
-        if len(tensors) != len(params):
-            raise ValueError(f"`init` has {len(tensors)} tensors for {len(params)} parameters.")
-    for index, (p, P) in enumerate(zip(params, tensors, strict=True)):
-        geometry = geometry_of(group, index, p, position + index)
+        if len(tensors) != len(names):
+            raise ValueError(f"`init` has {len(tensors)} tensors for {len(names)} parameters.")
+    for index, name, P in zip(places, names, tensors, strict=True):
+        geometry = geometry_of(group, index, group["params"][index], position + index)
         assert isinstance(geometry, ProjectedGeometry)
         shape = (*geometry.shape[:-2], *geometry.projection_shape)
         if not isinstance(P, Tensor) or tuple(P.shape) != shape or not P.isfinite().all():
             got = f"shape {tuple(P.shape)}" if isinstance(P, Tensor) else type(P).__name__
             raise ValueError(
-                f"`init` for {names[index]} must be a finite tensor of shape {shape}, got {got}: give the rank "
+                f"`init` for {name} must be a finite tensor of shape {shape}, got {got}: give the rank "
                 f"and side that it was learned with, here rank {geometry.rank} and {geometry.side}."
             )
     return dict(zip(names, tensors, strict=True))

@@ -21,6 +21,7 @@ from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
 from .statistics import summarize
 from .step.movement import Movements
 from .step.rounding import refuse_without_bfloat16
+from .step.sides import is_matrix
 from .step.weights import AnyWeight, Weights
 
 
@@ -39,9 +40,11 @@ class OSD(torch.optim.Optimizer):
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate of the weights.
         rank (`int`, *optional*):
-            Rank r of the subspaces. Groups without it are updated at full size; parameters of groups with it must be
-            matrices (m, n), or stacks (E, m, n) of experts' matrices, of which each is projected by itself and left
-            alone in steps in which its gradient is zero. Clipped to min(m, n), with one warning.
+            Rank r of the subspaces. It is for matrices (m, n), and stacks (E, m, n) of experts' matrices, of which
+            each is projected by itself and left alone in steps in which its gradient is zero. Parameters of other
+            dimensions are updated at full size (in a group that has a `rank` of its own they are refused), and so are
+            groups without it. Clipped to min(m, n), with one warning. Without a model, embeddings and heads are
+            matrices like others: `create_osd_optimizer` leaves them at full size.
         weight_rule (`str`, *optional*, defaults to `"adamw"`):
             Update rule of the weights: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd`.
         subspace (`str` or `SubspaceRule`, *optional*, defaults to `"online_pca"`):
@@ -261,11 +264,13 @@ class OSD(torch.optim.Optimizer):
         shared = options.DEFAULTS | self.defaults
         super().add_param_group(shared | param_group)
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
+        if "rank" not in own and not any(map(is_matrix, group["params"])):
+            group["rank"] = None
         position = sum(len(other["params"]) for other in self.param_groups[:-1])
         try:
             refuse_same_names(self.param_groups)
             options.refuse_own_without_rank(group, own, shared, where)
-            given, clipped = settle_group(group, where, position, self.mode)
+            given, clipped = settle_group(group, where, position, self.mode, "rank" in own)
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)
         except Exception:
