@@ -16,6 +16,7 @@ from .osd import OSD
 from .selection.adapters import module_names
 from .selection.rank_pattern import parse_rank_pattern, ranks_of
 from .selection.targets import ALL_LINEAR, Selection, select
+from .selection.wrappers import plain_name, plain_names, unwrapped
 
 
 def build_param_groups(
@@ -25,7 +26,7 @@ def build_param_groups(
 
     Args:
         selection ([`Selection`]): What is projected.
-        decay_names (`Collection[str]`): Parameters that weight decay applies to.
+        decay_names (`Collection[str]`): Parameters that weight decay applies to, without wrappers in their names.
         ranks (`Mapping[str, int]`): Rank of every projected parameter, by name.
         init (`str` or tensors by name): P_0 of the projected groups.
         weight_decay (`float`): Weight decay of the groups that have it.
@@ -40,7 +41,7 @@ def build_param_groups(
     ]
     for parameters, own in (*kinds, (selection.full_size, {})):
         for decays in (True, False):
-            params = [(name, p) for name, p in parameters.items() if (name in decay_names) == decays]
+            params = [(name, p) for name, p in parameters.items() if (plain_name(name) in decay_names) == decays]
             if params:
                 groups.append({"params": params, "weight_decay": weight_decay if decays else 0.0, **own})
     return groups
@@ -74,7 +75,7 @@ def osd_kwargs(
         rank_pattern (`str` or `Mapping[str, int]`, *optional*): See [`create_osd_optimizer`].
     """
     include_in_ddp(model)
-    whole, model = model, getattr(model, "_orig_mod", model)  # torch.compile's wrapper: its prefix is in no name
+    whole, model = model, unwrapped(model)
     pattern = parse_rank_pattern(rank_pattern)
     selection = select(model, target_modules, exclude_modules, settings["rank"])
     if selection.ignored:
@@ -88,6 +89,7 @@ def osd_kwargs(
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
     if decay_names is None:
         decay_names = decay_parameter_names(model)
+    decay_names = set(plain_names(list(decay_names)))
     ranks = ranks_of(selection.projected, settings["rank"], pattern, module_names(model).plain)
     groups = build_param_groups(selection, decay_names, ranks, settings["init"], settings["weight_decay"])
     return {"params": groups, **own}

@@ -1,7 +1,7 @@
 """What is decided once for a parameter group: its options are checked, sides and P's learning rate settled."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..text import shortened
 from ..update_rules import RULES, require_bitsandbytes
 from .options import table as options
 from .options.mode import Mode, refuse_in_mode
+from .selection.wrappers import DDP, plain_name, plain_names
 from .step.geometry import ProjectedGeometry, geometry_of, names_of
 from .step.sharding import refuse_flat
 from .step.sides import is_matrix, is_projected, settle_sides
@@ -68,6 +69,24 @@ def settle_group(
     return {} if isinstance(given, str) else given_projections(given, group, names, position), clipped
 
 
+def with_plain_names(params: Iterable) -> Any:
+    """Parameters, pairs or groups as they are given to an optimizer, without the wrappers of their model in names."""
+    if isinstance(params, Tensor):  # which torch refuses
+        return params
+    groups: list[Any] = list(params)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    groups = [
+        group if isinstance(group["params"], (Tensor, set)) else {**group, "params": list(group["params"])}
+        for group in groups
+    ]
+    pairs = [group for group in groups if all(isinstance(entry, tuple) for entry in group["params"])]
+    names = iter(plain_names([name for group in pairs for name, _ in group["params"]]))
+    for group in pairs:
+        group["params"] = [(next(names), p) for _, p in group["params"]]
+    return groups
+
+
 def refuse_same_names(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise `ValueError` where two parameters have one name: a state is loaded by names."""
     seen: set[str] = set()
@@ -98,6 +117,9 @@ def given_projections(
     places = [index for index, p in enumerate(group["params"]) if is_projected(p, group)]
     names = [names[index] for index in places]
     if isinstance(given, Mapping):
+        given = {plain_name(name): P for name, P in given.items()}
+        if not any(name in given for name in names):  # of a model in DDP
+            given = {name.removeprefix(f"{DDP}."): P for name, P in given.items()}
         missing = [name for name in names if name not in given]
         if missing:
             raise ValueError(f"`init` has no P for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")

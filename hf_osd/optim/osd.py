@@ -14,7 +14,7 @@ from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
 from .arrival.clipping import CLIP_NORM2, take_norm
 from .arrival.stream import GradientStream
-from .groups import refuse_same_names, settle_group, warn_clipped
+from .groups import refuse_same_names, settle_group, warn_clipped, with_plain_names
 from .loading import as_of_today, match_state
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
@@ -197,7 +197,7 @@ class OSD(torch.optim.Optimizer):
         self._stream: GradientStream | None = None
         self._weights: Weights | None = None
         self._constructed = False
-        super().__init__(params, defaults)
+        super().__init__(with_plain_names(params), defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
             refuse_without_projection(self.mode)
@@ -262,7 +262,8 @@ class OSD(torch.optim.Optimizer):
         refuse_unknown(own, options.DEFAULTS, "a parameter group")
         # A copy, for what is settled here is this optimizer's: the same dictionary can make another one.
         shared = options.DEFAULTS | self.defaults
-        super().add_param_group(shared | param_group)
+        group = with_plain_names([param_group])[0] if self._constructed else param_group
+        super().add_param_group(shared | group)
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
         if "rank" not in own and not any(map(is_matrix, group["params"])):
             group["rank"] = None
