@@ -117,7 +117,7 @@ def test_the_heads_that_a_model_tells_of_are_left():
         ),
         (
             Net(stages=nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1)) for _ in "ab")), fc=nn.Linear(4, 3)),
-            r"its blocks hold none\). Use names such as \['fc'\] or an optimizer that does not project",
+            r"are heads, or outside of its blocks\). Use names such as \['fc'\] or an optimizer that does not project",
         ),
         (nn.Sequential(nn.Conv2d(3, 3, 1)), r"it has none\). Use an optimizer that does not project"),
     ],

@@ -231,8 +231,8 @@ def _refuse_empty(
     if selection.ignored:
         reasons.append(f"{shortened(selection.ignored, 3)} matched but are no linear layers")
     if unmatched and target_modules == ALL_LINEAR:
-        reasons.append("its blocks hold none" if others else "it has none")
-    named = [f"names such as {others[-1:]}"] if others else []
+        reasons.append("those it has are heads, or outside of its blocks" if others else "it has none")
+    named = [f"names such as {others[:1]}"] if others else []
     default = ["target_modules='all-linear'"] if target_modules != ALL_LINEAR else []
     way_out = " or ".join([*default, *named, "an optimizer that does not project"])
     if prepared:
