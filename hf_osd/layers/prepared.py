@@ -1,6 +1,6 @@
 """Prepare a model's linear layers, in place, so that their gradients never exist, and give the plain ones back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class PreparedLayers(nn.Module):
     Args:
         model (`nn.Module`): The model.
         ranks (`Mapping[str, int]`): Rank by name of weight; those that cannot be prepared are left.
+        plain_name (`Callable`): Makes such a name the one that the optimizer calls the weight by.
 
     Attributes:
         layers (`dict[str, LayerInfo]`): By name of the weight.
@@ -37,7 +38,7 @@ class PreparedLayers(nn.Module):
         installed (`bool`): Whether the layers are in the model.
     """
 
-    def __init__(self, model: nn.Module, ranks: Mapping[str, int]):
+    def __init__(self, model: nn.Module, ranks: Mapping[str, int], plain_name: Callable[[str], str]):
         super().__init__()
         self._model = (model,)  # no child
         self.layers: dict[str, LayerInfo] = {}
@@ -47,7 +48,7 @@ class PreparedLayers(nn.Module):
         owners = _owners(model)
         self._exchanged = _in_a_process_of_many()
         for name, rank in ranks.items():
-            p = model.get_parameter(name)
+            p, name = model.get_parameter(name), plain_name(name)
             modules, reason = owners[p]
             if reason is not None:
                 self.left[name] = reason

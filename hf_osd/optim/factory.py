@@ -20,6 +20,7 @@ from .osd import OSD
 from .selection.adapters import module_names
 from .selection.rank_pattern import parse_rank_pattern, ranks_of
 from .selection.targets import ALL_LINEAR, Selection, select
+from .selection.wrappers import plain_name, plain_names, unwrapped
 from .summary import announce_summary
 
 
@@ -30,7 +31,7 @@ def build_param_groups(
 
     Args:
         selection ([`Selection`]): What is projected.
-        decay_names (`Collection[str]`): Parameters that weight decay applies to.
+        decay_names (`Collection[str]`): Parameters that weight decay applies to, without wrappers in their names.
         ranks (`Mapping[str, int]`): Rank of every projected parameter, by name.
         init (`str` or tensors by name): P_0 of the projected groups.
         weight_decay (`float`): Weight decay of the groups that have it.
@@ -45,7 +46,7 @@ def build_param_groups(
     ]
     for parameters, own in (*kinds, (selection.full_size, {})):
         for decays in (True, False):
-            params = [(name, p) for name, p in parameters.items() if (name in decay_names) == decays]
+            params = [(name, p) for name, p in parameters.items() if (plain_name(name) in decay_names) == decays]
             if params:
                 groups.append({"params": params, "weight_decay": weight_decay if decays else 0.0, **own})
     return groups
@@ -80,7 +81,7 @@ def osd_kwargs(
     """
     include_in_ddp(model)
     unload(model)
-    whole, model = model, getattr(model, "_orig_mod", model)  # torch.compile's wrapper: its prefix is in no name
+    whole, model = model, unwrapped(model)
     pattern = parse_rank_pattern(rank_pattern)
     selection = select(model, target_modules, exclude_modules, settings["rank"])
     if selection.ignored:
@@ -94,10 +95,11 @@ def osd_kwargs(
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
     if decay_names is None:
         decay_names = decay_parameter_names(model)
+    decay_names = set(plain_names(list(decay_names)))
     ranks = ranks_of(selection.projected, settings["rank"], pattern, module_names(model).plain)
     if settings["source"] == "activations":
         refuse_wrapped(whole)
-        own["layers"] = PreparedLayers(model, ranks)
+        own["layers"] = PreparedLayers(model, ranks, plain_name)
     groups = build_param_groups(selection, decay_names, ranks, settings["init"], settings["weight_decay"])
     return {"params": groups, **own}
 

@@ -1,7 +1,7 @@
 """What is decided once for a parameter group: its options are checked, sides and P's learning rate settled."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,13 +13,19 @@ from ..text import shortened
 from ..update_rules import RULES, require_bitsandbytes
 from .options import table as options
 from .options.mode import Mode, refuse_in_mode
+from .selection.wrappers import DDP, plain_name, plain_names
 from .step.geometry import ProjectedGeometry, geometry_of, names_of
 from .step.sharding import refuse_flat
-from .step.sides import settle_sides
+from .step.sides import is_matrix, is_projected, settle_sides
 
 
 def settle_group(
-    group: dict[str, Any], where: str, position: int, mode: Mode, layers: PreparedLayers | None = None
+    group: dict[str, Any],
+    where: str,
+    position: int,
+    mode: Mode,
+    all_projected: bool,
+    layers: PreparedLayers | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Validate a new group and store in it what is decided once: primitives only.
 
@@ -28,6 +34,7 @@ def settle_group(
         where (`str`): What messages call it.
         position (`int`): Number of parameters in the groups before it.
         mode ([`Mode`]): The optimizer's.
+        all_projected (`bool`): Whether it asks for that, or leaves what is no matrix at full size.
         layers ([`PreparedLayers`], *optional*): The model's.
 
     Returns:
@@ -50,7 +57,7 @@ def settle_group(
     if group["rank"] is None:
         return {}, []
     for name, p in zip(names, group["params"], strict=True):
-        if p.ndim not in (2, 3):
+        if all_projected and not is_matrix(p):
             raise ValueError(
                 f"{name} has shape {tuple(p.shape)} and cannot be projected: only matrices can, and stacks of "
                 "them such as experts' weights. Put it into a group without `rank`."
@@ -61,8 +68,30 @@ def settle_group(
         )
     settle_sides(group, names, {} if layers is None else layers.by_weight())
     group["alpha"] = options.projection_alpha(group, group["lr"])
-    clipped = [name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape[-2:])]
+    clipped = [
+        name
+        for name, p in zip(names, group["params"], strict=True)
+        if is_projected(p, group) and group["rank"] >= min(p.shape[-2:])
+    ]
     return {} if isinstance(given, str) else given_projections(given, group, names, position), clipped
+
+
+def with_plain_names(params: Iterable) -> Any:
+    """Parameters, pairs or groups as they are given to an optimizer, without the wrappers of their model in names."""
+    if isinstance(params, Tensor):  # which torch refuses
+        return params
+    groups: list[Any] = list(params)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    groups = [
+        group if isinstance(group["params"], (Tensor, set)) else {**group, "params": list(group["params"])}
+        for group in groups
+    ]
+    pairs = [group for group in groups if all(isinstance(entry, tuple) for entry in group["params"])]
+    names = iter(plain_names([name for group in pairs for name, _ in group["params"]]))
+    for group in pairs:
+        group["params"] = [(next(names), p) for _, p in group["params"]]
+    return groups
 
 
 def refuse_same_names(groups: Sequence[Mapping[str, Any]]) -> None:
@@ -110,8 +139,12 @@ def given_projections(
     given: Mapping[str, Tensor] | Sequence[Tensor], group: Mapping[str, Any], names: list[str], position: int
 ) -> dict[str, Tensor]:
     """P_0 by name from what the user passed as `init`; `ValueError` unless every one is there and fits."""
-    params = group["params"]
+    places = [index for index, p in enumerate(group["params"]) if is_projected(p, group)]
+    names = [names[index] for index in places]
     if isinstance(given, Mapping):
+        given = {plain_name(name): P for name, P in given.items()}
+        if not any(name in given for name in names):  # of a model in DDP
+            given = {name.removeprefix(f"{DDP}."): P for name, P in given.items()}
         missing = [name for name in names if name not in given]
         if missing:
             raise ValueError(f"`init` has no P for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")
@@ -119,16 +152,16 @@ def given_projections(
         tensors = [getattr(given[name], "projection", given[name]) for name in names]
     else:
         tensors = list(given)
-        if len(tensors) != len(params):
-            raise ValueError(f"`init` has {len(tensors)} tensors for {len(params)} parameters.")
-    for index, (p, P) in enumerate(zip(params, tensors, strict=True)):
-        geometry = geometry_of(group, index, p, position + index)
+        if len(tensors) != len(names):
+            raise ValueError(f"`init` has {len(tensors)} tensors for {len(names)} parameters.")
+    for index, name, P in zip(places, names, tensors, strict=True):
+        geometry = geometry_of(group, index, group["params"][index], position + index)
         assert isinstance(geometry, ProjectedGeometry)
         shape = (*geometry.shape[:-2], *geometry.projection_shape)
         if not isinstance(P, Tensor) or tuple(P.shape) != shape or not P.isfinite().all():
             got = f"shape {tuple(P.shape)}" if isinstance(P, Tensor) else type(P).__name__
             raise ValueError(
-                f"`init` for {names[index]} must be a finite tensor of shape {shape}, got {got}: give the rank "
+                f"`init` for {name} must be a finite tensor of shape {shape}, got {got}: give the rank "
                 f"and side that it was learned with, here rank {geometry.rank} and {geometry.side}."
             )
     return dict(zip(names, tensors, strict=True))

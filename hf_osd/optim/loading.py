@@ -13,6 +13,7 @@ from torch import Tensor
 from ..update_rules import TensorSpec
 from .options.rules import rules_of
 from .options.table import DEFAULTS, OPTIONS, in_effect
+from .selection.wrappers import plain_names
 from .step.geometry import Geometry, ProjectedGeometry, geometry_of, names_of
 from .step.sharding import is_sharded
 from .step.state import state_spec
@@ -51,6 +52,10 @@ def match_state(
         ValueError: With a table of what differs, or if an entry is missing or has another shape or dtype.
     """
     saved_groups = [as_of_today(group) for group in state_dict["param_groups"]]
+    names = iter(plain_names([name for group in saved_groups for name in group.get("param_names") or ()]))
+    for group in saved_groups:  # those of a wrapped model were saved as they were
+        if group.get("param_names"):
+            group["param_names"] = [next(names) for _ in group["param_names"]]
     params: dict[str, Tensor] = {}
     for group in live_groups:
         params.update(zip(names_of(group, len(params)), group["params"], strict=True))

@@ -15,13 +15,14 @@ from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
 from .arrival.clipping import CLIP_NORM2, take_norm
 from .arrival.stream import GradientStream
-from .groups import refuse_same_names, settle_group, warn_clipped, warn_far
+from .groups import refuse_same_names, settle_group, warn_clipped, warn_far, with_plain_names
 from .loading import as_of_today, match_state, saved_inputs
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
 from .statistics import summarize
 from .step.movement import Movements
 from .step.rounding import refuse_without_bfloat16
+from .step.sides import is_matrix
 from .step.weights import AnyWeight, Weights
 
 
@@ -43,9 +44,11 @@ class OSD(torch.optim.Optimizer):
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate of the weights.
         rank (`int`, *optional*):
-            Rank r of the subspaces. Groups without it are updated at full size; parameters of groups with it must be
-            matrices (m, n), or stacks (E, m, n) of experts' matrices, of which each is projected by itself and left
-            alone in steps in which its gradient is zero. Clipped to min(m, n), with one warning.
+            Rank r of the subspaces. It is for matrices (m, n), and stacks (E, m, n) of experts' matrices, of which
+            each is projected by itself and left alone in steps in which its gradient is zero. Parameters of other
+            dimensions are updated at full size (in a group that has a `rank` of its own they are refused), and so are
+            groups without it. Clipped to min(m, n), with one warning. Without a model, embeddings and heads are
+            matrices like others: `create_osd_optimizer` leaves them at full size.
         weight_rule (`str`, *optional*, defaults to `"adamw"`):
             Update rule of the weights: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd`.
         source (`str`, *optional*, defaults to `"gradients"`):
@@ -210,7 +213,7 @@ class OSD(torch.optim.Optimizer):
         self._weights: Weights | None = None
         self._groups: list[dict[str, Any]] | None = None  # that they were made of
         self._constructed = False
-        super().__init__(params, defaults)
+        super().__init__(with_plain_names(params), defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
             refuse_without_projection(self.mode)
@@ -310,13 +313,16 @@ class OSD(torch.optim.Optimizer):
         refuse_unknown(own, options.DEFAULTS, "a parameter group")
         # A copy, for what is settled here is this optimizer's: the same dictionary can make another one.
         shared = options.DEFAULTS | self.defaults
-        super().add_param_group(shared | param_group)
+        group = with_plain_names([param_group])[0] if self._constructed else param_group
+        super().add_param_group(shared | group)
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
+        if "rank" not in own and not any(map(is_matrix, group["params"])):
+            group["rank"] = None
         position = sum(len(other["params"]) for other in self.trained_groups[:-1])
         try:
             refuse_same_names(self.param_groups)
             options.refuse_own_without_rank(group, own, shared, where)
-            given, clipped = settle_group(group, where, position, self.mode, self._layers)
+            given, clipped = settle_group(group, where, position, self.mode, "rank" in own, self._layers)
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)
             self._given_projections |= given

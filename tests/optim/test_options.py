@@ -224,10 +224,12 @@ def test_an_unknown_argument_is_refused():
 @pytest.mark.parametrize("shape", [(8,), (2, 3, 4, 6), ()])
 def test_only_matrices_are_projected(shape):
     with pytest.raises(ValueError, match=r"parameter 1 has shape .* only matrices can, and stacks of them"):
-        OSD([parameter(8, 12), parameter(*shape)], rank=4)
+        OSD([{"params": [parameter(8, 12), parameter(*shape)], "rank": 4}])
     with pytest.raises(ValueError, match="layer.bias has shape"):
-        OSD([("layer.weight", parameter(8, 12)), ("layer.bias", parameter(*shape))], rank=4)
+        OSD([{"params": [("layer.weight", parameter(8, 12)), ("layer.bias", parameter(*shape))], "rank": 4}])
     OSD([parameter(*shape)])  # at full size
+    with pytest.raises(ValueError, match="`rank` of OSD has no effect: no parameter that it is for is a matrix"):
+        OSD([parameter(*shape)], rank=4)
 
 
 @pytest.mark.parametrize(

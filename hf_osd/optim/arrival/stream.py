@@ -24,6 +24,7 @@ from ..step.full_weight import FullWeight
 from ..step.gradients import check_of, refuse_unsupported, squared_norm
 from ..step.movement import Movements
 from ..step.sharding import is_sharded
+from ..step.sides import is_projected
 from ..step.weights import Weights
 from . import exchange
 from .clipping import Clipping
@@ -80,8 +81,8 @@ class GradientStream:
     def _attach_missing(self) -> None:
         """Put hooks on parameters that need them and have none, as those that were unfrozen since."""
         for group in self.weights.groups:
-            for p in group["params"] if self._takes(group) else ():
-                if p.requires_grad and p not in self._handles:
+            for p in group["params"]:
+                if p.requires_grad and p not in self._handles and self._takes(p, group):
                     owner = _OWNERS[p]() if p in _OWNERS else None
                     if owner is not None and owner is not self:
                         owner.remove()
@@ -115,10 +116,10 @@ class GradientStream:
         """Bytes of what waits for `step()`."""
         return sum(window.nbytes() for window in self._windows.values())
 
-    def _takes(self, group: dict[str, Any]) -> bool:
+    def _takes(self, p: Tensor, group: dict[str, Any]) -> bool:
         # Beside other processes, DDP averages the full-size parameters: they are complete after the backward pass
         # only, stay where they are, and `step()` finds them there.
-        return group["rank"] is not None or (self.mode.layerwise and exchange.world_size() == 1)
+        return is_projected(p, group) or (self.mode.layerwise and exchange.world_size() == 1)
 
     def _check_processes(self) -> None:
         if any(is_sharded(p) for group in self.weights.groups for p in group["params"]):
@@ -244,7 +245,7 @@ class GradientStream:
             refuse_unsupported(p.grad, self.weights.of(p).geometry.name)
             window = window or Window()
             window.add_whole(p.grad)
-        expected = group["rank"] is not None and p.requires_grad and p not in self._norms2
+        expected = is_projected(p, group) and p.requires_grad and p not in self._norms2
         if window is None and expected and exchange.world_size() > 1:
             window = Window()  # others may have used it, and wait
             window.add_whole(torch.zeros_like(p))

@@ -47,9 +47,11 @@ class Options:
     rank: int | None = option(
         None,
         "Rank r of the subspaces.\n\n"
-        "Groups without it are updated at full size; parameters of groups with it must be matrices (m, n), or stacks "
-        "(E, m, n) of experts' matrices, of which each is projected by itself and left alone in steps in which its "
-        "gradient is zero. Clipped to min(m, n), with one warning.",
+        "It is for matrices (m, n), and stacks (E, m, n) of experts' matrices, of which each is projected by itself "
+        "and left alone in steps in which its gradient is zero. Parameters of other dimensions are updated at full "
+        "size (in a group that has a `rank` of its own they are refused), and so are groups without it. Clipped to "
+        "min(m, n), with one warning. Without a model, embeddings and heads are matrices like others: "
+        "`create_osd_optimizer` leaves them at full size.",
         check=integer(1),
         state=True,
         in_run=str(DEFAULT_RANK),

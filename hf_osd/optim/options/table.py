@@ -74,6 +74,8 @@ def validate(options: Mapping[str, Any], where: str = "OSD", names: Mapping[str,
 
 def refuse_without_rank(options: Mapping[str, Any]) -> None:
     """Raise `ValueError` for options that only projected groups use, where no group has a `rank`."""
+    if options["rank"] is not None:
+        raise ValueError("`rank` of OSD has no effect: no parameter that it is for is a matrix. Leave it out.")
     for name in sorted(PROJECTED):
         if not OPTIONS[name].has_default(options[name]):
             raise ValueError(
