@@ -1,13 +1,17 @@
 """What every Trainer does for our optimizer: check its arguments, say what is projected, log how P fares."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from ..hub import ProjectionState
 from ..hub.config import CONFIG_NAME
+from ..hub.projection_state import refuse_names
 from ..optim import OSD
 from ..optim.arrival.exchange import include_in_ddp
 from ..optim.arrival.stream import release
@@ -21,6 +25,9 @@ from .rso import check_rso_arguments
 from .settings import check_arguments, refuse_ignored_by_mode
 from .statistics_file import StatisticsFile
 from .summary import summary
+
+
+logger = logging.getLogger("hf_osd")
 
 
 class OSDCallback(TrainerCallback):
@@ -63,6 +70,9 @@ class OSDCallback(TrainerCallback):
             refuse_ignored_by_mode(osd, args)
         if osd is not None and args.should_save:
             self._statistics = StatisticsFile(_output_dir(args), state.global_step)
+        if osd is not None and args.should_save and (args.save_strategy != SaveStrategy.NO or args.push_to_hub):
+            with _may_fail():  # said now, and not at the first save
+                refuse_names(group for group in osd.param_groups if group["rank"] is not None)
         if osd is not None and state.is_world_process_zero:
             announce(summary(osd, model))
         if osd is not None:
@@ -123,7 +133,8 @@ class OSDCallback(TrainerCallback):
         if self._best is None:
             self._save_projections(_output_dir(args), args, state, optimizer)
         elif args.should_save and osd is not None and (self._best / CONFIG_NAME).is_file():
-            ProjectionState.from_pretrained(self._best).save_pretrained(_output_dir(args))
+            with _may_fail():
+                ProjectionState.from_pretrained(self._best).save_pretrained(_output_dir(args))
         if osd is not None and args.should_save:
             refresh_card(osd, args, state, model)
 
@@ -154,8 +165,18 @@ class OSDCallback(TrainerCallback):
         if osd is None or not args.should_save or not folder.is_dir() or self._saved.get(folder) == state.global_step:
             return
         if has_started(osd):
-            ProjectionState.from_optimizer(osd).save_pretrained(folder)
+            with _may_fail():
+                ProjectionState.from_optimizer(osd).save_pretrained(folder)
             self._saved[folder] = state.global_step
+
+
+@contextmanager
+def _may_fail() -> Iterator[None]:
+    """P beside the model must not cost a training its model, whatever is wrong with names, values or disk."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        logger.warning("P is not saved beside the model: %s", error)
 
 
 def has_started(optimizer: OSD) -> bool:
