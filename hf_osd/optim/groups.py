@@ -1,7 +1,9 @@
 """What is decided once for a parameter group: its options are checked, sides and P's learning rate settled."""
 
+import difflib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -11,10 +13,67 @@ from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from ..update_rules import RULES, require_bitsandbytes
 from .options import table as options
-from .options.mode import Mode, refuse_in_mode
+from .options.mode import MODE_OPTIONS, Mode, refuse_in_mode
+from .options.presets import KEYS
 from .step.geometry import ProjectedGeometry, geometry_of, names_of
 from .step.sharding import refuse_flat
 from .step.sides import settle_sides
+
+
+# What a group may not have: options of a whole optimizer, ours and torch's, which would do nothing there.
+OF_OPTIMIZERS = (KEYS.keys() | MODE_OPTIONS.keys() | {"maximize", "amsgrad", "nesterov"}) - options.OPTIONS.keys()
+
+
+def refuse_ignored(group: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for options that a group does not have; what is no option of ours is its owner's own."""
+    for name in sorted(group.keys() - options.OPTIONS.keys()):
+        near = difflib.get_close_matches(name, options.OPTIONS, n=1, cutoff=0.75)
+        if name in OF_OPTIMIZERS and group[name]:
+            near = [KEYS[name].name] if name in KEYS and KEYS[name].name in options.OPTIONS else []
+        elif not near or abs(len(near[0]) - len(name)) > 1:
+            continue
+        hint = f" Did you mean `{near[0]}`?" if near else " It is for the whole optimizer." if name in KEYS else ""
+        raise ValueError(f"`{name}` in a parameter group has no effect.{hint}")
+
+
+def named(group: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A new group; where the others have names and it has none, with such as unnamed parameters have in messages."""
+    params = group["params"]
+    if not others or "param_names" not in others[0] or isinstance(params, set):
+        return dict(group)
+    params = [params] if isinstance(params, Tensor) else list(params)
+    if all(isinstance(p, Tensor) for p in params) and "param_names" not in group:
+        known = {name for other in others for name in other["param_names"]}
+        free = (name for i in count(len(known)) if (name := f"parameter {i}") not in known)
+        params = list(zip(free, params, strict=False))
+    return {**group, "params": params}
+
+
+def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of one's own, of which each keeps its options, divided into those of a selection.
+
+    Args:
+        params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
+        selection (`list[dict]`):
+            Groups of (name, parameter) pairs that differ in what is projected, as `factory.py` makes them.
+
+    Returns:
+        In the order of the selection, and last what it does not know.
+    """
+    given: list[Any] = list(params)
+    own = [dict(one) for one in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    left: list[dict[Tensor, Any]] = []
+    for group in own:
+        entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        left.append({entry[1] if isinstance(entry, tuple) else entry: entry for entry in entries})
+    found = []
+    for chosen in selection:
+        for group, rest in zip(own, left, strict=True):
+            pairs = [(name, p) for name, p in chosen["params"] if rest.pop(p, None) is not None]
+            found += [{**chosen, **group, "params": pairs}] if pairs else []
+    return found + [
+        {**group, "params": list(rest.values())} for group, rest in zip(own, left, strict=True) if rest
+    ]
 
 
 def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -> tuple[dict[str, Tensor], list[str]]:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..declare import refuse_unknown
 from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
 from .arrival.clipping import CLIP_NORM2, take_norm
 from .arrival.stream import GradientStream
-from .groups import refuse_same_names, settle_group, warn_clipped
+from .groups import divided, named, refuse_ignored, refuse_same_names, settle_group, warn_clipped
 from .loading import as_of_today, match_state
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
@@ -122,6 +121,8 @@ class OSD(torch.optim.Optimizer):
         partial_load (`bool`, *optional*, defaults to `False`):
             Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
+        selection (`Sequence[dict]`, *optional*):
+            Groups that differ in what is projected, which `params` are divided into. Trainer's own arguments have it.
 
     Raises:
         ValueError: For an option that is unknown, out of range or without effect, for a projected parameter that is
@@ -182,6 +183,7 @@ class OSD(torch.optim.Optimizer):
         partial_load: bool = False,
         # end of options
         maximize: bool = False,
+        selection: Sequence[Mapping[str, Any]] | None = None,
     ):
         if maximize:
             raise ValueError("OSD has no `maximize`: P learns from the loss's own gradients. Negate the loss instead.")
@@ -194,7 +196,7 @@ class OSD(torch.optim.Optimizer):
         self._stream: GradientStream | None = None
         self._weights: Weights | None = None
         self._constructed = False
-        super().__init__(params, defaults)
+        super().__init__(params if selection is None else divided(params, selection), defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
             refuse_without_projection(self.mode)
@@ -255,11 +257,11 @@ class OSD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with the optimizer's options where it has none of its own."""
-        own = set(param_group) - {"params", "param_names", "lr", "initial_lr", "name"}
-        refuse_unknown(own, options.DEFAULTS, "a parameter group")
+        own = set(param_group)
+        refuse_ignored(param_group)
         # A copy, for what is settled here is this optimizer's: the same dictionary can make another one.
         shared = options.DEFAULTS | self.defaults
-        super().add_param_group(shared | param_group)
+        super().add_param_group(shared | named(param_group, self.param_groups))
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
         position = sum(len(other["params"]) for other in self.param_groups[:-1])
         try:

@@ -167,7 +167,5 @@ def register() -> None:
 
 
 def build_optimizer_kwargs(context: OptimizerContext) -> tuple[type[OSD], dict[str, Any]]:
-    """Trainer's handler: the optimizer's class and everything to construct it with."""
-    if context.model is None:
-        raise ValueError(f"{context.args.optim} needs the model to choose what it projects.")
+    """Trainer's handler: the optimizer's class and what to construct it with beside groups of parameters."""
     return OSD, constructor_arguments(context.args, context.model)

@@ -1,7 +1,8 @@
 """From training arguments to an optimizer, strictly: one reading of `optim_args`, `osd_*` fields and Trainer's own."""
 
 import os
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -98,15 +99,12 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
     return OSDSettings(options, "rank" in own, *target_modules_of(args), rank_pattern, mode)
 
 
-def constructor_arguments(
-    args: TrainingArguments, model: nn.Module, decay_names: Collection[str] | None = None
-) -> dict[str, Any]:
-    """Keyword arguments of [`OSD`].
+def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> dict[str, Any]:
+    """Keyword arguments of [`OSD`], for Trainer's groups of parameters or one's own.
 
     Args:
         args (`TrainingArguments`): With an `osd_` name as `optim`.
-        model (`nn.Module`): The model.
-        decay_names (`Collection[str]`, *optional*): Parameters with weight decay; defaults to what `Trainer` decides.
+        model (`nn.Module`, *optional*): The model. Without it every matrix of the groups is projected.
     """
     settings = read_settings(args)
     options = settings.options
@@ -116,16 +114,31 @@ def constructor_arguments(
         options["init"] = state
         if not settings.rank_given and len(ranks) == 1:
             options["rank"] = ranks.pop()
+    if model is None:
+        _refuse_without_model(args, settings)
+        return {"lr": args.learning_rate, **settings.mode, **options}
     kwargs = osd_kwargs(
         model,
         options,
         settings.target_modules,
         settings.exclude_modules,
-        decay_names,
         ddp_compression=settings.mode["ddp_compression"],
         rank_pattern=settings.rank_pattern,
     )
     return {"lr": args.learning_rate, **settings.mode, **kwargs}
+
+
+def _refuse_without_model(args: TrainingArguments, settings: OSDSettings) -> None:
+    mode = settings.mode["ddp_compression"]
+    if args.optim_target_modules or settings.exclude_modules or settings.rank_pattern or mode is not None:
+        raise ValueError(
+            f"{optim_name(args)} needs the model for its choice of layers: get_optimizer_cls_and_kwargs(args, model)."
+        )
+    warnings.warn(
+        "Without the model every matrix is projected, embeddings and heads as well. Pass it to "
+        "`get_optimizer_cls_and_kwargs`, or give groups a `rank` of their own.",
+        stacklevel=2,
+    )
 
 
 def check_arguments(args: TrainingArguments) -> None:

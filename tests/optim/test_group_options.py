@@ -88,3 +88,46 @@ def test_a_compiled_model_has_the_names_of_the_model():
     assert [group["param_names"] for group in compiled.param_groups] == [
         group["param_names"] for group in plain.param_groups
     ]
+
+
+def test_keys_of_ones_own_stay_in_a_group():
+    own = {"lr_mult": 0.1, "layer_id": 3, "weight_decay_mult": 0.0, "maximize": False, "max_lr": 1.0}
+    optimizer = OSD([{"params": [parameter(8, 12)], "rank": 2, **own}, {"params": [parameter(12)]}])
+    assert optimizer.param_groups[0].items() >= own.items()
+    other = OSD([{"params": [parameter(8, 12)], "rank": 2}, {"params": [parameter(12)]}])
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0].items() >= own.items()
+
+
+def test_a_group_added_later_needs_no_names():
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
+    model[0].requires_grad_(False)
+
+    def unfrozen() -> OSD:
+        optimizer = hf_osd.create_osd_optimizer(model, rank=2)
+        optimizer.add_param_group({"params": model[0].parameters(), "lr": 1e-4})
+        optimizer.add_param_group({"params": parameter(3), "name": "loss"})
+        return optimizer
+
+    optimizer, resumed = unfrozen(), unfrozen()
+    model[0].requires_grad_(True)
+    for _ in range(2):
+        model(torch.randn(5, 8)).square().mean().backward()
+        optimizer.step()
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert names == ["1.weight", "1.bias", "parameter 2", "parameter 3", "parameter 4"]
+    resumed.load_state_dict(optimizer.state_dict())
+    assert torch.equal(resumed.state[model[0].weight]["exp_avg"], optimizer.state[model[0].weight]["exp_avg"])
+
+
+def test_a_group_that_takes_the_place_of_another_has_a_name_of_its_own():
+    optimizer = OSD([{"params": [("a", parameter(8, 12))], "rank": 2}])
+    for _ in range(2):
+        optimizer.add_param_group({"params": [parameter(12)]})
+    del optimizer.param_groups[1]
+    optimizer.add_param_group({"params": [parameter(12), parameter(4)]})
+    assert [group["param_names"] for group in optimizer.param_groups] == [
+        ["a"],
+        ["parameter 2"],
+        ["parameter 3", "parameter 4"],
+    ]
