@@ -71,9 +71,7 @@ def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]]) -> li
         for group, rest in zip(own, left, strict=True):
             pairs = [(name, p) for name, p in chosen["params"] if rest.pop(p, None) is not None]
             found += [{**chosen, **group, "params": pairs}] if pairs else []
-    return found + [
-        {**group, "params": list(rest.values())} for group, rest in zip(own, left, strict=True) if rest
-    ]
+    return found + [{**group, "params": list(rest.values())} for group, rest in zip(own, left, strict=True) if rest]
 
 
 def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -> tuple[dict[str, Tensor], list[str]]:
@@ -93,6 +91,7 @@ def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -
         group["subspace"] = name_rule(group["subspace"])
     options.validate(group, where)
     refuse_in_mode(group, mode, where)
+    options.spell_out(group)
     if any(RULES[rule].eight_bit for rule in (group["weight_rule"], options.projection_rule(group)) if rule):
         require_bitsandbytes()
     names = names_of(group, position)

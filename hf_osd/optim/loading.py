@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..update_rules import TensorSpec
 from .options.rules import rules_of
-from .options.table import DEFAULTS, OPTIONS, in_effect
+from .options.table import DEFAULTS, OPTIONS, in_effect, spell_out
 from .step.geometry import Geometry, ProjectedGeometry, geometry_of, names_of
 from .step.sharding import is_sharded
 from .step.state import state_spec
@@ -98,7 +98,9 @@ def as_of_today(group: Mapping[str, Any]) -> dict[str, Any]:
                 f"The state was saved with {name}={group[name]!r}, which hf_osd no longer has: go on with the version "
                 "that saved it, or start a new run."
             )
-    return DEFAULTS | {name: value for name, value in group.items() if name not in FORMER}
+    group = DEFAULTS | {name: value for name, value in group.items() if name not in FORMER}
+    spell_out(group)
+    return group
 
 
 def _to_device(entries: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:

@@ -213,8 +213,8 @@ class OSD(torch.optim.Optimizer):
         if not isinstance(self.defaults["init"], str):
             self.defaults["init"] = "auto"
         self.defaults["subspace"] = str(self.defaults["subspace"])
-        for name in ("betas", "momentum"):
-            if self.defaults[name] is None:  # each rule's own: nothing that OneCycleLR could cycle
+        for name in options.CYCLED:  # OneCycleLR looks for the key, and for the values in the groups
+            if any(group[name] is None for group in self.param_groups):
                 del self.defaults[name]
 
     @property

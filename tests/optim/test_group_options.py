@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 import hf_osd
 from hf_osd import OSD
@@ -68,18 +68,50 @@ def test_groups_can_make_another_optimizer():
     assert first.param_groups[0]["sides"] == second.param_groups[0]["sides"] == ["left"]
 
 
-def test_one_cycle_says_that_there_is_no_momentum_to_cycle_unless_there_is():
-    with pytest.raises(ValueError, match="must support momentum or beta1 with `cycle_momentum`"):
-        OneCycleLR(OSD([parameter(8, 12)], rank=2), 0.1, total_steps=10)
-    OneCycleLR(OSD([parameter(8, 12)], rank=2), 0.1, total_steps=10, cycle_momentum=False)
-    p = parameter(8, 12)
-    optimizer = OSD([p], rank=2, betas=(0.9, 0.99))
-    schedule = OneCycleLR(optimizer, 0.1, total_steps=10)
-    for _ in range(3):
-        p.grad = torch.randn_like(p)
+SCHEDULES = {
+    "one cycle": lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=10),
+    "cyclic": lambda optimizer: CyclicLR(optimizer, 0.01, 0.1, step_size_up=3),
+}
+
+
+@pytest.mark.parametrize("given", [{}, {"betas": (0.9, 0.98)}], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("rule", ["adamw", "adamw8bit", "lion", "lion8bit", "sgd"])
+def test_schedules_cycle_the_momentum(rule: str, schedule: str, given: dict):
+    given = {"momentum": 0.8} if given and rule == "sgd" else given
+    params = [parameter(8, 12), parameter(12)]
+    optimizer = OSD([{"params": params[:1], "rank": 2}, {"params": params[1:]}], weight_rule=rule, **given)
+    betas = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99)}.get(rule.removesuffix("8bit"))
+    name, expected = ("momentum", 0.9) if rule == "sgd" else ("betas", betas)
+    expected = given.get(name, expected)
+    assert [group[name] for group in optimizer.param_groups] == [expected] * 2
+    cycle = SCHEDULES[schedule](optimizer)
+    saved = optimizer.state_dict()
+    if not given:  # as it was saved once
+        saved["param_groups"] = [own | {name: None} for own in saved["param_groups"]]
+    optimizer.load_state_dict(saved)
+    seen = []
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
         optimizer.step()
-        schedule.step()
-    assert optimizer.param_groups[0]["betas"][0] != 0.9
+        cycle.step()
+        seen += [group[name] if rule == "sgd" else group[name][0] for group in optimizer.param_groups]
+        assert rule == "sgd" or all(group[name][1] == expected[1] for group in optimizer.param_groups)
+    assert len(set(seen)) > 2
+    if not given:
+        optimizer.add_param_group({"params": parameter(3), "weight_rule": "adafactor"})  # which has neither
+
+
+@pytest.mark.parametrize(
+    "own", [{"weight_rule": "adafactor"}, {"weight_rule": "adamw", "projection_rule": "lion"}], ids=str
+)
+def test_one_cycle_says_that_there_is_no_momentum_to_cycle(own: dict):
+    """Of AdamW and Lion each has betas of its own, which a schedule would make one."""
+    with pytest.raises(ValueError, match="must support momentum or beta1 with `cycle_momentum`"):
+        OneCycleLR(OSD([parameter(8, 12)], rank=2, **own), 0.1, total_steps=10)
+    OneCycleLR(OSD([parameter(8, 12)], rank=2, **own), 0.1, total_steps=10, cycle_momentum=False)
+    OneCycleLR(OSD([parameter(8, 12)], rank=2, weight_rule="adamw", betas=(0.9, 0.99)), 0.1, total_steps=10)
 
 
 def test_a_compiled_model_has_the_names_of_the_model():
