@@ -154,7 +154,7 @@ def rule_default(rule: str, name: str) -> Any:
 
 
 def spell_out(group: dict[str, Any]) -> None:
-    """Put what schedules cycle into a group in place of `None`, where all of its rules that take it have one default."""
+    """Put what schedules cycle into a group in place of `None`, where all of its rules have one default of it."""
     for name in CYCLED if is_rule(group["subspace"]) else ():  # else a state that will not be loaded
         rules = [rule for rule in used_rules(group) if rule in OPTIONS[name].owners]
         values = {rule_default(rule, name) for rule in rules}
