@@ -86,6 +86,8 @@ def settle_group(group: dict[str, Any], where: str, position: int, mode: Mode) -
     Returns:
         P_0 by name where the user gave one, and the names of parameters whose rank is not low.
     """
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1:  # as torch's own optimizers take it
+        group["lr"] = group["lr"].item()
     options.check_lr(group["lr"], where)
     if isinstance(group["subspace"], SubspaceRule):
         group["subspace"] = name_rule(group["subspace"])

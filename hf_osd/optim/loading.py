@@ -50,6 +50,10 @@ def match_state(
     Raises:
         ValueError: With a table of what differs, or if an entry is missing or has another shape or dtype.
     """
+    if not partial and not all("weight_rule" in group for group in state_dict["param_groups"]):
+        raise ValueError(
+            "This is not a state of hf_osd: begin with the weights alone, or set `partial_load` to start all anew."
+        )
     saved_groups = [as_of_today(group) for group in state_dict["param_groups"]]
     params: dict[str, Tensor] = {}
     for group in live_groups:

@@ -76,7 +76,7 @@ def parse_optim_args(text: str | None, kinds: Mapping[str, type] = KINDS) -> dic
         refuse_unknown([key], kinds, "`optim_args`")
         if key in values:
             raise ValueError(f"{key!r} is given twice in `optim_args`: {text!r}.")
-        values[key] = _convert(key, value, kinds[key])
+        values[key] = typed(value, kinds[key], f"{key!r} in `optim_args`")
     return values
 
 
@@ -190,7 +190,8 @@ def refuse_flat_engines(args: TrainingArguments) -> None:
     """Raise `ValueError` where a run is to use DeepSpeed, FSDP1 or XLA's FSDP, all of which flatten parameters."""
     engine = engine_of(args)
     if engine is not None:
-        raise ValueError(f"{args.optim} cannot be used with {engine}. {FLAT}")
+        forget_engine(args)
+        raise ValueError(f"{optim_name(args)} cannot be used with {engine}. {FLAT}")
 
 
 def engine_of(args: TrainingArguments) -> str | None:
@@ -214,19 +215,28 @@ def engine_of(args: TrainingArguments) -> str | None:
     return engine
 
 
+def forget_engine(args: TrainingArguments) -> None:
+    """Take back what accelerate has noted in the environment for a run that is refused: later runs would go by it."""
+    if args.fsdp:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+
+
 def _environment(name: str) -> bool:
     """What `accelerate launch` tells its processes."""
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-def _convert(key: str, value: str, wanted: type) -> Any:
+def typed(value: Any, wanted: type, where: str) -> Any:
+    """What a text stands for, as YAML gives `1e-3`; anything else as it is."""
+    if not isinstance(value, str):
+        return value
     kind = {int: "an integer", float: "a number", bool: "true or false"}.get(wanted, "")
     try:
         if wanted is bool:
             return {"true": True, "false": False}[value.lower()]
         return wanted(value)
     except (ValueError, KeyError):
-        raise ValueError(f"{key!r} in `optim_args` must be {kind}, got {value!r}.") from None
+        raise ValueError(f"{where} must be {kind}, got {value!r}.") from None
 
 
 def _is_repository(init: str) -> bool:
@@ -235,7 +245,8 @@ def _is_repository(init: str) -> bool:
 
 
 def _fields(args: TrainingArguments) -> dict[str, Any]:
-    return {key: value for key in KEYS if (value := getattr(args, f"osd_{key}", None)) is not None}
+    given = {key: value for key in KEYS if (value := getattr(args, f"osd_{key}", None)) is not None}
+    return {key: typed(value, KINDS[key], f"`osd_{key}`") for key, value in given.items()}
 
 
 def _mode(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:

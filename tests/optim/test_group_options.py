@@ -122,6 +122,31 @@ def test_a_compiled_model_has_the_names_of_the_model():
     ]
 
 
+def test_pruned_weights_stay_at_zero_with_a_hook():
+    """With masked gradients alone they move: P is dense."""
+    W = parameter(16, 24)
+    mask = torch.rand(16, 24) > 0.5
+    optimizer = OSD([W], rank=4, lr=1e-2)
+    moved = {}
+    for hooked in (False, True):
+        W.data *= mask
+        if hooked:
+            optimizer.register_step_post_hook(lambda *_: W.data.mul_(mask))
+        for _ in range(2):
+            W.grad = torch.randn(16, 24) * mask
+            optimizer.step()
+        moved[hooked] = W[~mask].abs().max().item()
+    assert moved[False] > 1e-3 and moved[True] == 0
+
+
+def test_a_tensor_as_learning_rate():
+    lr = torch.tensor(1e-3, dtype=torch.float64)
+    optimizer = OSD([{"params": [parameter(8, 12)], "rank": 2, "lr": lr}, {"params": [parameter(12)]}], lr=lr)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3]
+    with pytest.raises(ValueError, match="`lr` of parameter group 0 must be a number"):
+        OSD([parameter(8, 12)], lr=torch.ones(2))
+
+
 def test_keys_of_ones_own_stay_in_a_group():
     own = {"lr_mult": 0.1, "layer_id": 3, "weight_decay_mult": 0.0, "maximize": False, "max_lr": 1.0}
     optimizer = OSD([{"params": [parameter(8, 12)], "rank": 2, **own}, {"params": [parameter(12)]}])

@@ -52,6 +52,13 @@ def test_another_setting_is_refused_with_a_table(changed: dict, told: str):
         assert all(torch.equal(value, after["state"][key][name]) for name, value in entries.items())
 
 
+def test_a_state_of_adamw_is_called_that():
+    params, optimizer = make()
+    others = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}])
+    with pytest.raises(ValueError, match="This is not a state of hf_osd: begin with the weights alone"):
+        optimizer.load_state_dict(others.state_dict())
+
+
 def test_another_selection_is_refused():
     params, optimizer = make()
     run(params, optimizer, range(2))

@@ -146,9 +146,9 @@ class GradientStream:
             window.add(arrived.gradient, arrived.energy)  # type: ignore[arg-type]
         elif p in self._norms2:
             raise ValueError(
-                f"The gradient of {weight.geometry.name} arrived twice before `step()`. Several backward passes need an "
-                "optimizer with `gradient_accumulation=True` (in a Trainer: pass it in `optimizers`); after a failed "
-                "one call `zero_grad()`."
+                f"The gradient of {weight.geometry.name} arrived twice before `step()`. Several backward passes need "
+                "an optimizer with `gradient_accumulation=True` (in a Trainer: pass it in `optimizers`); after a "
+                "failed one call `zero_grad()`."
             )
         else:
             if self.weights.observing and not self._norms2:
