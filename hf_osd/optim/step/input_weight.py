@@ -56,7 +56,8 @@ class InputWeight(ProjectedWeight):
         super().follow(rules)
         group, geometry, layer = self.group, self.geometry, self.layer
         layer.every = group["projection_sample"] or TOKENS_PER_SAMPLE
-        layer.kind = (self.place, geometry.rank)
+        given = self.given.get(geometry.name)
+        layer.kind = (self.place, geometry.rank, id(given))
         layer.first = FirstProjection(
             rules.subspace,
             geometry.side,
@@ -64,7 +65,7 @@ class InputWeight(ProjectedWeight):
             geometry.rank,
             geometry.seed,
             geometry.compute_dtype,
-            self.given.get(geometry.name),
+            given,
         )
 
     @property
