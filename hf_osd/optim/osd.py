@@ -278,6 +278,11 @@ class OSD(torch.optim.Optimizer):
         """Hooks of `layerwise` and `ddp_compression`; `None` in the ordinary mode."""
         return self._stream
 
+    @property
+    def layers(self) -> PreparedLayers | None:
+        """Those that make R in the backward pass (`source="activations"`); `None` with `source="gradients"`."""
+        return self._layers
+
     def weight_of(self, p: Tensor) -> AnyWeight:
         """How `p` is stepped: its side, rank and shapes are in `geometry`. Read it, do not change it."""
         return self.weights.of(p)
