@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -30,7 +31,7 @@ class RSOCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Start at P_0, or where the checkpoint was."""
-        self._loop = loop = None if model is None else outer_loop(model)
+        self._loop = loop = outer_loop(model) if isinstance(model, nn.Module) else None
         if loop is None:
             return
         loop.begin(_unwrap(optimizer), state.global_step)

@@ -11,6 +11,7 @@ from ..optim import ALL_LINEAR, DEFAULT_RANK, Selection, select
 from ..optim.factory import decay_parameter_names
 from ..optim.selection.adapters import module_names
 from ..optim.selection.quantised import is_quantised
+from ..optim.selection.targets import linear_classes
 from ..optim.step.sharding import is_sharded
 from ..text import shortened
 from .options import DEFAULT_INTERVAL, RSOOptions, check_scale
@@ -157,12 +158,13 @@ def _select(model: nn.Module, rank: int, target_modules: Any, exclude_modules: A
     if selection.ignored:
         warnings.warn(f"No linear layers, left at full size: {shortened(selection.ignored, 5)}.", stacklevel=3)
     for name, p in selection.projected.items():
-        if p.ndim == 3:
+        owner, _, last = name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if last != "weight" or not isinstance(layer, linear_classes()):
+            kind = "a stack of experts' weights" if p.ndim == 3 else "no linear layer's own weight"
             raise ValueError(
-                f"{name} is a stack of experts' weights, which RSO cannot train: leave it at full size with "
-                "`exclude_modules`, or use OSD."
+                f"{name} is {kind}, which RSO cannot train: leave it at full size with `exclude_modules`, or use OSD."
             )
-        layer = model.get_submodule(name.removesuffix(".weight"))
         n = p.shape[1] if isinstance(layer, nn.Linear) else p.shape[0]  # Conv1D stores (in, out)
         if rank >= n:
             raise ValueError(

@@ -174,3 +174,17 @@ def test_a_push_comes_back(client, hub):
     state = ProjectionState.from_optimizer(trained()[1], include_moments=True)
     state.push_to_hub("tester/shared", token=hub.token)
     assert_same(state, ProjectionState.from_pretrained("tester/shared"))
+
+
+def test_a_state_before_the_first_step_has_what_was_given():
+    """As accelerate takes it, and loads it again, before anything is trained: layers still share."""
+    state = ProjectionState.from_optimizer(trained()[1])
+    model = tiny_llama()
+    optimizer = create_osd_optimizer(model, rank=4, source="activations", init=state, subspace="static")
+    optimizer.load_state_dict(optimizer.state_dict())
+    before = ProjectionState.from_optimizer(optimizer)
+    assert holders(before) == holders(state)
+    model(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss.backward()
+    optimizer.step()
+    for name, entry in ProjectionState.from_optimizer(optimizer).items():
+        assert torch.equal(entry.projection, state[name].projection) and entry.holder == state[name].holder

@@ -37,16 +37,18 @@ def test_what_a_prepared_model_has_learned_is_extracted(make, unloaded, tmp_path
     from peft import PeftModel
 
     model, optimizer = trained(make, subspace="static", init="orthonormal")
-    base, ids = make(), torch.randint(0, 64, (2, 8))
+    base = make()
     if unloaded:
         hf_osd.unload(model)
     adapter = extract_lora(model, base, rank=3, carry="all")
     # every change is D Pᵀ with a P that stays
-    assert all(layer.kept > 0.9999 for layer in adapter.layers.values()) and not adapter.dropped
-    assert set(adapter.layers) == {name.removesuffix(".weight") for name in ProjectionState.from_optimizer(optimizer)}
+    names = [name.removesuffix(".weight") for name in ProjectionState.from_optimizer(optimizer)]
+    assert all(adapter.layers[name].kept > 0.9999 for name in names) and not adapter.dropped
     adapter.save_pretrained(tmp_path)
     merged = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
-    assert torch.allclose(merged(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4)
+    for name in names:
+        weights = (model_.get_submodule(name).weight for model_ in (merged, model))
+        assert torch.allclose(*weights, atol=1e-5)
     assert optimizer.layers.installed != unloaded  # extracting has changed nothing
 
 

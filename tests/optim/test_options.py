@@ -33,10 +33,18 @@ VALUES: dict[str, Any] = {"distribution": "gaussian", "mixing": 0.5, "momentum":
 def test_the_options_of_a_group_are_these():
     """As written: a name that is lost would make checkpoints unreadable."""
     general = "rank weight_rule alpha scale weight_decay projection_rule subspace init side projection_lr seed"
-    further = "projection_weight_decay carry_moments residual residual_scale projection_dtype moment_dtype"
-    rules = "lambda_ projection_interval update_interval distribution mixing betas eps momentum stochastic_rounding"
+    further = "projection_weight_decay carry_moments residual residual_scale projection_dtype moment_dtype source"
+    rules = "lambda_ projection_interval update_interval distribution mixing betas eps momentum"
+    rules += " stochastic_rounding projection_sample"
     assert set(f"{general} {further} {rules}".split()) == OPTIONS.keys() == DEFAULTS.keys()
-    given = {"weight_rule": "adamw", "subspace": "online_pca", "alpha": 5.0, "scale": 1.0, "weight_decay": 0.0}
+    given = {
+        "weight_rule": "adamw",
+        "source": "gradients",
+        "subspace": "online_pca",
+        "alpha": 5.0,
+        "scale": 1.0,
+        "weight_decay": 0.0,
+    }
     given |= {"init": "auto", "side": "auto", "carry_moments": False, "residual": "none", "residual_scale": 1.0}
     given |= {"stochastic_rounding": False, "seed": 0}
     assert {name: value for name, value in DEFAULTS.items() if value is not None} == given
@@ -61,7 +69,7 @@ def test_who_declares_what():
 def test_what_only_projected_groups_use():
     projected = "subspace scale side init projection_dtype carry_moments residual residual_scale alpha projection_lr"
     projected += " projection_rule projection_weight_decay lambda_ update_interval projection_interval distribution"
-    assert {*projected.split(), "mixing"} == PROJECTED
+    assert {*projected.split(), "mixing", "source", "projection_sample"} == PROJECTED
 
 
 @pytest.mark.parametrize("name", NEEDED)
@@ -216,10 +224,12 @@ def test_an_unknown_argument_is_refused():
 @pytest.mark.parametrize("shape", [(8,), (2, 3, 4, 6), ()])
 def test_only_matrices_are_projected(shape):
     with pytest.raises(ValueError, match=r"parameter 1 has shape .* only matrices can, and stacks of them"):
-        OSD([parameter(8, 12), parameter(*shape)], rank=4)
+        OSD([{"params": [parameter(8, 12), parameter(*shape)], "rank": 4}])
     with pytest.raises(ValueError, match="layer.bias has shape"):
-        OSD([("layer.weight", parameter(8, 12)), ("layer.bias", parameter(*shape))], rank=4)
+        OSD([{"params": [("layer.weight", parameter(8, 12)), ("layer.bias", parameter(*shape))], "rank": 4}])
     OSD([parameter(*shape)])  # at full size
+    with pytest.raises(ValueError, match="`rank` of OSD has no effect: no parameter that it is for is a matrix"):
+        OSD([parameter(*shape)], rank=4)
 
 
 @pytest.mark.parametrize(

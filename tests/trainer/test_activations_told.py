@@ -1,4 +1,4 @@
-"""What a run with `source=activations` tells of itself: the summary line, the log, the layers' statistics, a report."""
+"""What a run with `source=activations` tells of itself: summary line, log, statistics of layers, and a report."""
 
 import json
 import logging
@@ -12,8 +12,8 @@ from hf_osd import create_osd_optimizer
 from hf_osd.cli.main import main
 from hf_osd.optim import predicted_state_bytes, state_bytes
 from hf_osd.optim.statistics import summarize_each
+from hf_osd.optim.summary import summary
 from hf_osd.report import read_run
-from hf_osd.trainer.summary import summary
 from reference.tiny_models import LLAMA, tiny_llama
 
 
@@ -87,8 +87,9 @@ def test_a_stock_trainer_logs_it_and_a_report_shows_it(tmp_path, caplog, capsys)
 
 
 def test_the_line_of_a_run_that_is_resumed_knows_what_is_shared(tmp_path, caplog):
-    make_trainer(tmp_path, optim_args="rank=4,source=activations", max_steps=4).train()
     caplog.set_level(logging.INFO, logger="hf_osd")
+    make_trainer(tmp_path, optim_args="rank=4,source=activations", max_steps=4).train()
+    caplog.clear()
     trainer = make_trainer(tmp_path, optim_args="rank=4,source=activations")
     trainer.train(resume_from_checkpoint=True)
     (told,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("OSD: ")]

@@ -66,6 +66,9 @@ KEYWORDS: dict[str, Option] = {
     for own in (OPTIONS | MODE_OPTIONS | NAME_OPTIONS).values()
     if own not in BY_NAME.values()
 }
+# Option -> what it is called in `create_osd_optimizer`, and in a Trainer's arguments.
+KEYWORD_OF = {own.name: keyword for keyword, own in KEYWORDS.items()}
+ARGUMENT_OF = {own.name: own.argument or own.key for own in OPTIONS.values()}
 
 
 def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str) -> dict[str, Any]:

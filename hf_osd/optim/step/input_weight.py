@@ -31,6 +31,7 @@ class InputWeight(ProjectedWeight):
     Attributes:
         layer ([`LayerInfo`]): What its layers know.
         leader ([`InputWeight`]): The weight that holds P, maybe itself.
+        given (`torch.Tensor`, *optional*): P_0, where the user gave one.
     """
 
     def __init__(
@@ -38,11 +39,11 @@ class InputWeight(ProjectedWeight):
         p: Tensor,
         geometry: ProjectedGeometry,
         group: Mapping[str, Any],
-        given: dict[str, Tensor],
         layer: LayerInfo,
+        given: Tensor | None,
     ):
-        super().__init__(p, geometry, group, given)
-        self.layer, self.leader = layer, self
+        super().__init__(p, geometry, group)
+        self.layer, self.leader, self.given = layer, self, given
 
     def share(self, leader: "InputWeight") -> None:
         """Use the P of another weight."""
@@ -56,8 +57,7 @@ class InputWeight(ProjectedWeight):
         super().follow(rules)
         group, geometry, layer = self.group, self.geometry, self.layer
         layer.every = group["projection_sample"] or TOKENS_PER_SAMPLE
-        given = self.given.get(geometry.name)
-        layer.kind = (self.place, geometry.rank, id(given))
+        layer.kind = (self.place, geometry.rank)
         layer.first = FirstProjection(
             rules.subspace,
             geometry.side,
@@ -65,8 +65,10 @@ class InputWeight(ProjectedWeight):
             geometry.rank,
             geometry.seed,
             geometry.compute_dtype,
-            given,
+            self.given,
         )
+        if layer.input is not None and layer.input.leader == geometry.name:
+            layer.input.first, layer.input.every = layer.first, layer.every
 
     @property
     def place(self) -> int:
@@ -107,6 +109,8 @@ class InputWeight(ProjectedWeight):
     def learn(self, shared: SharedInput, check: GradientCheck, movements: Movements) -> None:
         """Start, move or renew P by what its input has shown since the last step; `check` is of ||x||²."""
         rule, A = self.P.rule, shared.A
+        if A is not None and A.dtype != self.geometry.compute_dtype:  # the model has been converted since
+            A = A.to(self.geometry.compute_dtype)
         if A is not None and not self.P.started:
             if not usable(check):  # reads the device: this happens once
                 return
