@@ -131,11 +131,8 @@ def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, lay
     if not by_activations:
         return replace(_of_state(name, optimizer, step_temporaries(optimizer, layerwise)), layerwise=layerwise)
     prepared = Prepared(model, optimizer)
-    method = _of_state(name, optimizer, {"": _two_steps(prepared)})
-    kept = {v.untyped_storage()._cdata for entries in optimizer.state.values() for v in entries.values()}
-    # P that layers hold from step to step where the state has a code of it
-    method.projection += sum(P.nbytes for P in prepared.projections if P.untyped_storage()._cdata not in kept)
-    return replace(method, model=f"{name}, rank {rank}, {options}", prepared=prepared)
+    temporaries = {"": _two_steps(prepared)}  # from which on it is known what layers share
+    return replace(_of_state(name, optimizer, temporaries), model=f"{name}, rank {rank}, {options}", prepared=prepared)
 
 
 def _of_state(name: str, optimizer: OSD, temporaries: dict[str, int]) -> Method:

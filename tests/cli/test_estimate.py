@@ -213,7 +213,7 @@ def test_learning_from_activations(folder, capsys):
     ("more", "message"),
     [
         (("source=activations", "--layerwise"), "source='activations' has no gradients of full size to free"),
-        (("source=activations,residual=scaled",), "`residual` of parameter group 0 has no effect"),
+        (("source=activations,residual=scaled",), "`residual` of --optim_args has no effect with source="),
         (("source=activations,subspace=svd",), "subspace='svd' of"),
     ],
 )

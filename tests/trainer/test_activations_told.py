@@ -27,11 +27,12 @@ def step(model, optimizer, count=1):
         optimizer.zero_grad()
 
 
-def test_the_state_is_at_most_that_of_layers_that_share_nothing():
+@pytest.mark.parametrize("subspace", ["online_pca", "random"])
+def test_the_state_is_at_most_that_of_layers_that_share_nothing(subspace):
     model = tiny_llama()
-    optimizer = create_osd_optimizer(model, rank=4, source="activations")
+    optimizer = create_osd_optimizer(model, rank=4, source="activations", subspace=subspace)
     before, most = summary(optimizer), predicted_state_bytes(optimizer)
-    assert "; 14 learn from activations; optimizer state at most " in before and "gradients" not in before
+    assert "; 14 learn from activations; optimizer state at most " in before and "from gradients" not in before
     step(model, optimizer, 2)
     after = summary(optimizer)
     assert "at most" not in after and "; 14 learn from activations; optimizer state " in after
