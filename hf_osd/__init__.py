@@ -16,6 +16,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .hub import ProjectionState
     from .interop import extract_lora, init_lora_from_projection
+    from .layers import unload
     from .optim import OSD, create_osd_optimizer
     from .subspace import Movement, Start, SubspaceRule
     from .trainer import OSDCallback, OSDTrainer, OSDTrainingArguments, last_complete_checkpoint, register
@@ -35,12 +36,14 @@ __all__ = [
     "init_lora_from_projection",
     "last_complete_checkpoint",
     "register",
+    "unload",
 ]
 
 # Name -> the package that has it, as above for type checkers.
 _HOMES = {
     "ProjectionState": "hub",
     **dict.fromkeys(("extract_lora", "init_lora_from_projection"), "interop"),
+    "unload": "layers",
     **dict.fromkeys(("OSD", "create_osd_optimizer"), "optim"),
     **dict.fromkeys(("Movement", "Start", "SubspaceRule"), "subspace"),
     **dict.fromkeys(("OSDCallback", "OSDTrainer", "OSDTrainingArguments"), "trainer"),

@@ -55,12 +55,18 @@ COLORS = {
 }
 
 
+def parse_name(name: str) -> tuple[str, dict[str, str]]:
+    """The optimizer and its options: `osd_adamw:source=activations`."""
+    optim, _, options = name.partition(":")
+    return optim, dict(option.split("=") for option in options.split(",") if option)
+
+
 def predict(work: Workload, name: str, rank: int) -> Method:
     """The method that `--runs` names."""
     model = work.model()
     if name.startswith("osd_"):
-        layerwise = name.endswith("_layerwise")
-        return osd(model, name.removesuffix("_layerwise"), rank, {}, layerwise=layerwise)
+        optim, options = parse_name(name)
+        return osd(model, optim.removesuffix("_layerwise"), rank, options, layerwise=optim.endswith("_layerwise"))
     if name == "lora":
         return lora(work.model("lora"))
     if name == "galore_adamw":
@@ -86,7 +92,8 @@ def make_optimizer(model: torch.nn.Module, name: str, rank: int) -> Iterator[tor
     """The optimizer, as Trainer makes it."""
     params = [p for p in model.parameters() if p.requires_grad]
     if name.startswith("osd_"):
-        optimizer = hf_osd.create_osd_optimizer(model, name, rank=rank)
+        optim, options = parse_name(name)
+        optimizer = hf_osd.create_osd_optimizer(model, optim, rank=rank, **options)
         yield optimizer
         optimizer.remove()
     elif name == "adamw_bnb_8bit":
@@ -122,6 +129,7 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
                 enable_checkpointing(model)
         gradients = LiveGradients(model)
         with make_optimizer(model, name, settings.rank) as optimizer:
+            gradients.watch(model)  # of stand-ins, which come with it
             for step in range(STEPS):
                 with phase(f"forward {step}"):
                     loss = model(input_ids=ids, labels=ids).loss

@@ -235,6 +235,7 @@ class OSD(torch.optim.Optimizer):
         self._simplify_defaults()
         if layers is not None:
             self._add_stand_ins(layers)
+            self.weights.share_given()
             self.attach()
             weakref.finalize(self, layers.remove)  # nobody else would step what the layers make
         if self.mode.takes_gradients:
@@ -304,6 +305,11 @@ class OSD(torch.optim.Optimizer):
     def stream(self) -> GradientStream | None:
         """Hooks of `layerwise` and `ddp_compression`; `None` in the ordinary mode."""
         return self._stream
+
+    @property
+    def layers(self) -> PreparedLayers | None:
+        """Those that make R in the backward pass (`source="activations"`); `None` with `source="gradients"`."""
+        return self._layers
 
     def weight_of(self, p: Tensor) -> AnyWeight:
         """How `p` is stepped: its side, rank and shapes are in `geometry`. Read it, do not change it."""

@@ -37,10 +37,11 @@ logger = logging.getLogger("hf_osd")
 class OSDCallback(TrainerCallback):
     """Added to every Trainer by `import hf_osd`; silent unless the optimizer is [`OSD`].
 
-    Logs, at each logging step, `osd/pca_loss` (mean share of the gradients' energy outside their subspaces),
-    `osd/orthogonality` (mean ||PᵀP - I|| / sqrt(r)) and `osd/skipped_steps` (parameter steps skipped for gradients
-    that were not finite). They are computed in steps that are logged only, and read in one transfer. The first two of
-    each layer go into `_osd_statistics.jsonl` in `output_dir`, which is not uploaded; `hf-osd report` draws them.
+    Logs, at each logging step, `osd/pca_loss` (mean share of the gradients' energy outside their subspaces, or with
+    `source="activations"` of the energy of the layers' inputs), `osd/orthogonality` (mean ||PᵀP - I|| / sqrt(r)) and
+    `osd/skipped_steps` (parameter steps skipped for gradients that were not finite). They are computed in steps that
+    are logged only, and read in one transfer. The first two of each layer go into `_osd_statistics.jsonl` in
+    `output_dir`, which is not uploaded; `hf-osd report` draws them.
     """
 
     def __init__(self) -> None:

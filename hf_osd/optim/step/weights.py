@@ -105,13 +105,27 @@ class Weights:
         state.update(create_state(p.device, weight.geometry, weight.rules))
         weight.mark = weakref.ref(state["step"])
         self._bind(weight, p, state)
-        if weight.geometry.holds_projection and weight.group["init"] == "given":
+        if weight.group["init"] == "given":
             given = self.given.pop(name, None)
+            if not weight.geometry.holds_projection:  # it is in another's state
+                return
             if given is None:  # it was used, and the state that it went into is gone
                 logger.warning("%s starts from its gradient: the P given as `init` was used.", name)
             else:
                 weight.slot.state["projection"].copy_(given)
                 weight.resume()
+
+    def share_given(self) -> None:
+        """Let prepared layers that were given one and the same P share it; each other given P is one layer's own."""
+        first: dict[Any, str] = {}
+        holders: dict[str, str] = {}
+        for weight in self:
+            if isinstance(weight, InputWeight) and weight.given is not None:
+                name = weight.geometry.name
+                holders[name] = first.setdefault((id(weight.given), weight.layer.kind), name)
+        if self.layers is not None and holders:
+            self.layers.share_as(holders)
+            self.meet()
 
     def use_given(self) -> None:
         """Put each P that was given and not used yet into its state, which training then starts from."""
