@@ -53,6 +53,10 @@ class PreparedLayers(nn.Module):
             self.register_parameter(key, nn.Parameter(_zeros(p, rank, modules[0], self._exchanged)))
             self.layers[name] = LayerInfo(name, modules, self, key, self.meeting)
 
+    def forward(self, x: Any) -> Any:
+        """Nothing: an `nn.Sequential` calls all its children."""
+        return x
+
     def install(self) -> None:
         """Put the layers into the model. What it was prepared with before goes out."""
         (model,) = self._model

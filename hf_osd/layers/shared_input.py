@@ -39,7 +39,7 @@ class SharedInput:
         self.leader, self.first, self.every = leader, first, every
         self.P: Tensor | None = None
         self.started = first.complete
-        self.learns, self.turn = True, 0
+        self.learns, self.turn = not first.complete or first.rule.moves_at(0), 0
         self.A: Tensor | None = None
         self.energy: Tensor | None = None
         self._outside = False

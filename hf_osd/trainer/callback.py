@@ -17,7 +17,6 @@ from ..optim.step.full_weight import FullWeight
 from ..text import announce
 from .checkpoints import written_checkpoint
 from .push import refresh_card
-from .rso import check_rso_arguments
 from .settings import check_arguments, refuse_ignored_by_mode
 from .statistics_file import StatisticsFile
 from .summary import summary
@@ -42,7 +41,6 @@ class OSDCallback(TrainerCallback):
     ) -> None:
         """Refuse wrong arguments before any data is read."""
         check_arguments(args)
-        check_rso_arguments(args)
 
     def on_train_begin(
         self,

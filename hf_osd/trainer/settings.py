@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 
 from ..declare import check_values, refuse_unknown
 from ..hub import ProjectionState
-from ..names import RSO_NAMES
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
 from ..optim.options.mode import MODE_DEFAULTS, MODE_OPTIONS, Mode, mode_of
 from ..optim.options.presets import KEYS
@@ -133,8 +132,6 @@ def check_arguments(args: TrainingArguments) -> None:
     if uses_osd(args):
         refuse_flat_engines(args)
         read_settings(args)
-        return
-    if optim_name(args) in RSO_NAMES:  # `check_rso_arguments` reads these
         return
     stray = sorted(f"osd_{key}" for key in _fields(args))
     stray += ["osd_exclude_modules"] if getattr(args, "osd_exclude_modules", None) is not None else []

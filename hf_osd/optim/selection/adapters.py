@@ -52,11 +52,6 @@ def module_names(model: nn.Module) -> ModuleNames:
     return names
 
 
-def rso_loop(model: nn.Module) -> Any:
-    """The outer loop that `hf_osd.rso.create_rso_model` has left in a model, however it is wrapped; else `None`."""
-    return next((loop for module in model.modules() if (loop := vars(module).get("_rso_loop"))), None)
-
-
 def _inner_child(module: nn.Module) -> str | None:
     """Which child of a wrapper of peft's is the model's own."""
     if "peft" not in sys.modules:  # then nothing of it is in the model

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...text import shortened
-from .adapters import ModuleNames, module_names, rso_loop
+from .adapters import ModuleNames, module_names
 from .quantised import EXPERTS, WAY_OUT, is_quantised
 
 
@@ -105,7 +105,7 @@ def select(
         if p.requires_grad:
             (selection.projected if p in chosen else selection.full_size)[name] = p
     if not selection.projected:
-        _refuse_empty(selection, wanted, unwanted, unmatched, rso_loop(model) is not None)
+        _refuse_empty(selection, wanted, unwanted, unmatched)
     return selection
 
 
@@ -236,7 +236,6 @@ def _refuse_empty(
     target_modules: str | list[str],
     exclude_modules: str | list[str] | None,
     unmatched: bool,
-    prepared: bool,  # for RSO
 ) -> None:
     if selection.quantised:
         count = len(selection.quantised)
@@ -249,13 +248,7 @@ def _refuse_empty(
     if selection.ignored:
         reasons.append(f"{shortened(selection.ignored, 3)} matched but are no linear layers")
     way_out = "target_modules='all-linear', names such as ['q_proj', 'v_proj'], or an optimizer that does not project"
-    if prepared:
-        reasons.append("the model is prepared for RSO, which trains its matrices in LoRA layers of its own")
-        way_out = (
-            "an ordinary optimizer such as optim='adamw_torch' to train it with RSO, or call "
-            "`hf_osd.rso.unload_rso_model(model)` first"
-        )
-    elif selection.adapters:
+    if selection.adapters:
         reasons.append("adapters' factors are small and never projected")
         way_out = (
             "optim='adamw_torch' for adapters alone, or train some layers in full beside them: name them in "

@@ -111,6 +111,8 @@ class ProjectedWeight(Weight):
             return
         self.count += 1
         self.slot.state["step"].add_(check.keep)
+        if self.rules.restarts:
+            self.slot.state["moment_step"].add_(check.keep)
         # D = weight_rule(R)
         update = Update(self.moments.direction(low.R, check), self.P.read())
         if self.residual is not None:
@@ -181,13 +183,9 @@ class ProjectedWeight(Weight):
 
     def _renew(self, G: Tensor, check: GradientCheck) -> None:
         """Make P anew from G, if it is neither zero nor broken. Reads the device, as an SVD does anyway."""
-        if not usable(check):
-            return
-        old = self.P.read().clone() if self.group["carry_moments"] else None
-        init = self.group["init"] if self.group["init"] in ("svd", "randomized_svd") else "auto"
-        self.P.make(G, Make(init, self.steps, first=False))
-        if old is not None:
-            self.P.carry(self.P.read(), old, check.skip)
+        if usable(check):
+            init = self.group["init"] if self.group["init"] in ("svd", "randomized_svd") else "auto"
+            self.P.renew(G, Make(init, self.steps, first=False), check)
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         kind = RESIDUALS.get(rules.residual)

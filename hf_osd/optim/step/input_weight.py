@@ -18,6 +18,7 @@ from ..options.general import TOKENS_PER_SAMPLE
 from ..options.rules import Rules
 from .algorithm import ONLY, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
+from .gradients import check_of
 from .low_rank import LowRank
 from .movement import Movements
 from .observation import observation
@@ -31,6 +32,7 @@ class InputWeight(ProjectedWeight):
     Attributes:
         layer ([`LayerInfo`]): What its layers know.
         leader ([`InputWeight`]): The weight that holds P, maybe itself.
+        renewal_due (`bool`): Whether P is to be made anew after this step.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class InputWeight(ProjectedWeight):
         layer: LayerInfo,
     ):
         super().__init__(p, geometry, group, given)
-        self.layer, self.leader = layer, self
+        self.layer, self.leader, self.renewal_due = layer, self, False
 
     def share(self, leader: "InputWeight") -> None:
         """Use the P of another weight."""
@@ -51,6 +53,11 @@ class InputWeight(ProjectedWeight):
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
         """R itself, which is what has arrived; `None` as long as there is no P."""
         return LowRank(G.to(self.geometry.compute_dtype), None) if self.P.started else None
+
+    def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
+        """As of every matrix; the next forward pass needs the next P."""
+        super().update(low, check, movements)
+        self.renewal_due = low is not None and self.rules.subspace.refresh_due(self.count)
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         super().follow(rules)
@@ -104,8 +111,8 @@ class InputWeight(ProjectedWeight):
         self._give(shared)
 
     def learn(self, shared: SharedInput, check: GradientCheck, movements: Movements) -> None:
-        """Start, move or renew P by what its input has shown since the last step; `check` is of ||x||²."""
-        rule, A = self.P.rule, shared.A
+        """Start or move P by what its input has shown since the last step; `check` is of ||x||²."""
+        A = shared.A
         if A is not None and not self.P.started:
             if not usable(check):  # reads the device: this happens once
                 return
@@ -114,11 +121,16 @@ class InputWeight(ProjectedWeight):
             self.P.started = True
         elif A is not None:
             movements.add(self.P, A, check)
-        if rule.refresh_due(self.count) and self.count:
-            assert shared.P is not None
-            self.P.make(shared.P, Make(self.group["init"], self.count, first=False))
         if self.P.started:
             self._give(shared)
+
+    def renew(self, shared: SharedInput) -> None:
+        """Make P anew, without a look at anything; the moments of all that share it follow."""
+        assert shared.P is not None
+        self.renewal_due = False
+        none = torch.zeros((), device=shared.P.device)
+        self.P.renew(shared.P, Make(self.group["init"], self.count, first=False), check_of(none, False))
+        self._give(shared)
 
     def _give(self, shared: SharedInput) -> None:
         """P for the next forward pass, and whether it is to learn then."""
