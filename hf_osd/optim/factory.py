@@ -18,6 +18,7 @@ from .osd import OSD
 from .selection.adapters import module_names
 from .selection.rank_pattern import parse_rank_pattern, ranks_of
 from .selection.targets import ALL_LINEAR, Selection, select
+from .step.sharding import NOT_SHARDED, is_sharded
 
 
 def build_param_groups(
@@ -93,6 +94,8 @@ def osd_kwargs(
     ranks = ranks_of(selection.projected, settings["rank"], pattern, module_names(model).plain)
     if settings["source"] == "activations":
         refuse_wrapped(whole)
+        if any(map(is_sharded, selection.projected.values())):
+            raise ValueError(NOT_SHARDED)
         own["layers"] = PreparedLayers(model, ranks)
     groups = build_param_groups(selection, decay_names, ranks, settings["init"], settings["weight_decay"])
     return {"params": groups, **own}

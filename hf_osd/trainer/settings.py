@@ -16,7 +16,7 @@ from ..optim.options.presets import KEYS
 from ..optim.options.table import OPTIONS, used_rules, validate
 from ..optim.selection.rank_pattern import parse_rank_pattern
 from ..optim.selection.targets import parse_modules
-from ..optim.step.sharding import FLAT
+from ..optim.step.sharding import FLAT, NOT_SHARDED
 from ..subspace.initialization import INITS
 from ..update_rules import rule_options
 
@@ -131,7 +131,9 @@ def check_arguments(args: TrainingArguments) -> None:
     """Raise `ValueError` as early as possible for arguments that are wrong or would be ignored."""
     if uses_osd(args):
         refuse_flat_engines(args)
-        read_settings(args)
+        settings = read_settings(args)
+        if settings.options["source"] == "activations" and (args.fsdp or _environment("ACCELERATE_USE_FSDP")):
+            raise ValueError(NOT_SHARDED)
         return
     stray = sorted(f"osd_{key}" for key in _fields(args))
     stray += ["osd_exclude_modules"] if getattr(args, "osd_exclude_modules", None) is not None else []

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_osd
@@ -43,3 +46,11 @@ def train(rank: int = 0, world_size: int = 1) -> tuple[dict[str, torch.Tensor], 
 def two_processes(rank: int, world_size: int, folder: Path) -> None:
     """Scenario for `processes.run`."""
     torch.save(train(rank, world_size), folder / f"rank{rank}.pt")
+
+
+def sharded(rank: int, world_size: int, folder: Path) -> None:
+    """Scenario: weights that are sharded are refused in a sentence."""
+    net = nn.Sequential(nn.Linear(24, 40))
+    fully_shard(net, mesh=init_device_mesh("cpu", (world_size,)))
+    with pytest.raises(ValueError, match="source='activations' is not for FSDP2"):
+        hf_osd.create_osd_optimizer(net, "rso_adamw", rank=6, target_modules=["0"])

@@ -1,4 +1,4 @@
-"""Two processes train as one, exchange r m numbers for a weight, and draw the same P."""
+"""Two processes train as one, exchange r m numbers for a weight, and draw the same P; they may not share weights out."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,8 @@ from processes import run
 
 @pytest.mark.distributed
 def test_two_processes_train_as_one(tmp_path: Path):
-    assert run(2, [rso_processes.two_processes], tmp_path) == {"two_processes": ""}
+    scenarios = [rso_processes.two_processes, rso_processes.sharded]
+    assert run(2, scenarios, tmp_path) == {"two_processes": "", "sharded": ""}
     (a, state, exchanged), (b, other, _) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     expected, *_ = rso_processes.train()
     for name, value in expected.items():
