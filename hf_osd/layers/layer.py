@@ -3,7 +3,6 @@
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .exchange import group_of_ddp
@@ -54,6 +53,7 @@ class LayerInfo:
         meeting ([`Meeting`]): Of all layers of the model.
 
     Attributes:
+        stand_ins ([`PreparedLayers`]): As above.
         input ([`SharedInput`], *optional*): Of the layer; `None` before its first forward pass.
         first ([`FirstProjection`]): How P starts; the optimizer sets it.
         every (`int`): P learns of every k-th token; likewise.
@@ -66,7 +66,7 @@ class LayerInfo:
     kind: Any
 
     def __init__(self, name: str, modules: list[nn.Module], stand_ins: nn.Module, key: str, meeting: Meeting):
-        self.name, self.modules, self.key, self._stand_ins, self._meeting = name, modules, key, stand_ins, meeting
+        self.name, self.modules, self.key, self.stand_ins, self._meeting = name, modules, key, stand_ins, meeting
         self.transposed = plain_class(modules[0]) is not nn.Linear
         self.input: SharedInput | None = None
         self.hidden = False
@@ -95,9 +95,8 @@ class LayerInfo:
     @property
     def stand_in(self) -> nn.Parameter:
         """B: looked up each time, for what shards a model exchanges its parameters."""
-        return self._stand_ins._parameters[self.key]  # type: ignore[return-value]
+        return self.stand_ins._parameters[self.key]  # type: ignore[return-value]
 
-    @torch.compiler.disable
     def meet(self, x: Tensor) -> None:
         """Settle whose input x is, at the first forward pass."""
         self.show()

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..subspace import effective_rank
 from .exchange import all_holders, average_inputs
+from .first_pass import end_first_pass, wait_for_first_pass
 from .layer import LayerInfo, Meeting, plain_class
 from .linear import InSubspace, prepared_classes
 from .shared_input import SharedInput
@@ -33,6 +34,7 @@ class PreparedLayers(nn.Module):
         layers (`dict[str, LayerInfo]`): By name of the weight.
         left (`dict[str, str]`): What could not be prepared, and why.
         meeting ([`Meeting`]): Where they find those that are given the same tensor.
+        installed (`bool`): Whether the layers are in the model.
     """
 
     def __init__(self, model: nn.Module, ranks: Mapping[str, int]):
@@ -41,6 +43,7 @@ class PreparedLayers(nn.Module):
         self.layers: dict[str, LayerInfo] = {}
         self.left: dict[str, str] = {}
         self.meeting = Meeting()
+        self.installed = False
         owners = _owners(model)
         self._exchanged = _in_a_process_of_many()
         for name, rank in ranks.items():
@@ -69,7 +72,10 @@ class PreparedLayers(nn.Module):
                 vars(module)["osd"] = layer
             if self._exchanged:
                 layer.hide()
-        model.add_module(CHILD, self)
+        self.installed = True
+        self.show()
+        if any(layer.input is None for layer in self.layers.values()):
+            wait_for_first_pass(self)
 
     def remove(self) -> None:
         """Make all layers plain again."""
@@ -77,8 +83,21 @@ class PreparedLayers(nn.Module):
         for layer in self.layers.values():
             _make_plain(layer)
             layer.show()
-        if getattr(model, CHILD, None) is self:
-            delattr(model, CHILD)
+        end_first_pass(self)
+        self.installed = False
+        self.hide()
+
+    def show(self) -> None:
+        """Be among the model's modules, where its parameters are looked for."""
+        (model,) = self._model
+        if self.installed:
+            model._modules[CHILD] = self
+
+    def hide(self) -> None:
+        """Be none of the model's modules: between steps, what pairs its parameters with another model's finds those."""
+        (model,) = self._model
+        if model._modules.get(CHILD) is self:
+            del model._modules[CHILD]
 
     def leave(self, name: str, reason: str) -> None:
         """Make one layer plain for good."""
@@ -87,30 +106,24 @@ class PreparedLayers(nn.Module):
         delattr(self, layer.key)
         self.left[name] = reason
 
-    @property
-    def installed(self) -> bool:
-        """Whether the layers are in the model."""
-        return getattr(self._model[0], CHILD, None) is self
-
     def by_weight(self) -> dict[Tensor, LayerInfo]:
         """The layers by weight, as these are now: moving and sharding a model exchanges them."""
         return {layer.weight: layer for layer in self.layers.values()}
 
-    def share_as(self, holders: Mapping[str, str | None]) -> None:
-        """Share inputs as a saved state says, where the layers have not met their inputs yet.
+    def share_as(self, holders: Mapping[str, str]) -> None:
+        """Share inputs as a saved state, or other processes, say; that is right whatever the layers are given.
 
         Args:
             holders (`Mapping[str, str]`): By name of weight, the weight that holds P.
         """
-        shared: dict[str, SharedInput] = {}
+        known = {shared.leader: shared for shared in self.inputs()}
         for name, holder in holders.items():
-            layer = self.layers.get(name)
-            holder = holder or name
-            if layer is not None and layer.input is None and holder in self.layers:
+            if name in self.layers and holder in self.layers:
                 first = self.layers[holder]
-                if holder not in shared:
-                    shared[holder] = first.input or SharedInput(holder, first.first, first.every)
-                layer.input = shared[holder]
+                if holder not in known:
+                    known[holder] = SharedInput(holder, first.first, first.every)
+                self.layers[name].input = known[holder]
+                self.meeting.changed = True
 
     def inputs(self) -> Iterator[Any]:
         """Every input that has been met, once."""
@@ -118,14 +131,14 @@ class PreparedLayers(nn.Module):
 
     def agree(self) -> None:
         """Before a step: let all processes share inputs alike, and average what they have seen of them."""
+        end_first_pass(self)
         group, meeting = self.meeting.group, self.meeting
         if group is None:
             return
         if meeting.sharing:
             holders = {name: layer.input.leader for name, layer in self.layers.items() if layer.input is not None}
-            self.share_as(dict.fromkeys(self.layers, None) | all_holders(holders, group))
+            self.share_as({name: name for name in self.layers} | all_holders(holders, group))
             meeting.sharing = False
-            meeting.changed = True
             for layer in self.layers.values():
                 layer.show()
         average_inputs(self.inputs(), group)
@@ -154,10 +167,11 @@ def unload(model: nn.Module) -> nn.Module:
     Returns:
         `nn.Module`: The model.
     """
-    for module in list(model.modules()):
-        prepared = module._modules.get(CHILD)
-        if isinstance(prepared, PreparedLayers):
-            prepared.remove()
+    found = {vars(module)["osd"].stand_ins for module in model.modules() if isinstance(module, InSubspace)}
+    for prepared in found:
+        prepared.remove()
+    for module in model.modules():
+        module._modules.pop(CHILD, None)  # of a copy
     return model
 
 

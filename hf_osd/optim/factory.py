@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..declare import refuse_unknown
-from ..layers import PreparedLayers
+from ..layers import PreparedLayers, unload
 from ..layers.prepared import refuse_wrapped
 from ..text import shortened
 from .arrival.exchange import exclude_from_ddp, include_in_ddp
@@ -77,6 +77,7 @@ def osd_kwargs(
         rank_pattern (`str` or `Mapping[str, int]`, *optional*): See [`create_osd_optimizer`].
     """
     include_in_ddp(model)
+    unload(model)
     whole, model = model, getattr(model, "_orig_mod", model)  # torch.compile's wrapper: its prefix is in no name
     pattern = parse_rank_pattern(rank_pattern)
     selection = select(model, target_modules, exclude_modules, settings["rank"])

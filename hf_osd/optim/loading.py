@@ -85,13 +85,15 @@ def match_state(
     return state, saved_groups if as_saved else _with_schedule(live_groups, saved_groups)
 
 
-def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str | None]:
-    """By name of weight, the one in whose state its P is, of a saved optimizer with prepared layers."""
-    found: dict[str, str | None] = {}
+def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """By name of weight that has been stepped, the one in whose state its P is, where layers have made R."""
+    found: dict[str, str] = {}
     position = 0
     for group in state_dict["param_groups"]:
         names = names_of(group, position)
-        found |= dict(zip(names, group.get("inputs") or [None] * len(names), strict=True))
+        for name, key, holder in zip(names, group["params"], group.get("inputs") or (), strict=False):
+            if holder is not None and key in state_dict["state"]:
+                found[name] = holder
         position += len(names)
     return found
 
@@ -160,9 +162,7 @@ def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) ->
 
 
 def _projected(geometry: Geometry) -> str:
-    if not isinstance(geometry, ProjectedGeometry):
-        return "full size"
-    return f"rank {geometry.rank} {geometry.side}" + (f" with P of {geometry.holder}" if geometry.holder else "")
+    return f"rank {geometry.rank} {geometry.side}" if isinstance(geometry, ProjectedGeometry) else "full size"
 
 
 def differences(

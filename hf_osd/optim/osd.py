@@ -245,6 +245,16 @@ class OSD(torch.optim.Optimizer):
         super().add_param_group(options.DEFAULTS | self.defaults | {"params": stand_ins, "rank": None, STAND_INS: True})
 
     @property
+    def prepares_layers(self) -> bool:
+        """Whether layers of the model make R (`source="activations"`)."""
+        return self._layers is not None
+
+    def show_stand_ins(self, shown: bool) -> None:
+        """Whether the stand-ins of prepared layers are among the model's parameters: they must be within a step."""
+        if self._layers is not None:
+            (self._layers.show if shown else self._layers.hide)()
+
+    @property
     def trained_groups(self) -> list[dict[str, Any]]:
         """`param_groups` without the one of stand-ins."""
         return [group for group in self.param_groups if STAND_INS not in group]

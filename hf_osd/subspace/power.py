@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..declare import number, option
+from ..declare import Need, number, option
 from .protocol import Moved, Movement
 
 
@@ -32,6 +32,12 @@ class PowerIteration(Moved):
         "Share of the momentum in what P follows, rho (Adam's beta1; LDAdam's is 0.908).\n\n"
         "0 looks at the last gradient alone, and is the only choice with rules that keep no first moment.",
         check=number(0, below=1),
+        needs=(
+            Need(
+                lambda group: group["source"] == "gradients",
+                "with source='activations', where P follows inputs, which have no momentum",
+            ),
+        ),
         card="share of the momentum in what P follows",
     )
 

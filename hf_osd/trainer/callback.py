@@ -8,6 +8,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from ..hub import ProjectionState
 from ..hub.config import CONFIG_NAME
+from ..layers import unload
 from ..optim import OSD
 from ..optim.arrival.exchange import include_in_ddp
 from ..optim.arrival.stream import release
@@ -35,6 +36,7 @@ class OSDCallback(TrainerCallback):
         self._saved: dict[Path, int] = {}  # step of the P that was last written into a folder
         self._best: Path | None = None  # the checkpoint whose weights the model was given at the end
         self._statistics: StatisticsFile | None = None  # of the main process
+        self._shown = False  # the stand-ins of prepared layers, for the step that has begun
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -57,6 +59,8 @@ class OSDCallback(TrainerCallback):
         osd = osd_of(optimizer)
         if model is not None:
             release(model.parameters(), keep=None if osd is None else osd.stream)
+            if osd is None or not osd.prepares_layers:
+                unload(model)  # another optimizer's: this one would get no gradients
         if osd is not None:
             refuse_ignored_by_mode(osd, args)
         if osd is not None and args.should_save:
@@ -73,6 +77,16 @@ class OSDCallback(TrainerCallback):
         osd = osd_of(optimizer)
         if osd is not None:
             osd.collect_statistics = _will_log(args, state)
+            osd.show_stand_ins(True)
+            self._shown = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
+    ) -> None:
+        """Let callbacks that pair the model's parameters with another model's see no others."""
+        osd = osd_of(optimizer)
+        if osd is not None and self._shown:  # else this Trainer does not call `on_step_begin`
+            osd.show_stand_ins(False)
 
     def on_log(
         self,

@@ -215,7 +215,7 @@ class ProjectedWeight(Weight):
     @property
     def projection(self) -> Tensor:
         """P as the state keeps it, or as it is made of what the state keeps instead."""
-        return self.P.read() if self.rules.subspace.code is not None else self.slot.state["projection"]
+        return self.P.read() if self.rules.subspace.code is not None else self.P.slot.state["projection"]
 
     @property
     def steps(self) -> int:
