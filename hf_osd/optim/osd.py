@@ -249,10 +249,10 @@ class OSD(torch.optim.Optimizer):
         """Whether layers of the model make R (`source="activations"`)."""
         return self._layers is not None
 
-    def show_stand_ins(self, shown: bool) -> None:
-        """Whether the stand-ins of prepared layers are among the model's parameters: they must be within a step."""
+    def begin_loop(self) -> None:
+        """From now on the model's parameters are those that it always has, but for stand-ins that have a gradient."""
         if self._layers is not None:
-            (self._layers.show if shown else self._layers.hide)()
+            self._layers.findable = False
 
     @property
     def trained_groups(self) -> list[dict[str, Any]]:

@@ -36,7 +36,6 @@ class OSDCallback(TrainerCallback):
         self._saved: dict[Path, int] = {}  # step of the P that was last written into a folder
         self._best: Path | None = None  # the checkpoint whose weights the model was given at the end
         self._statistics: StatisticsFile | None = None  # of the main process
-        self._shown = False  # the stand-ins of prepared layers, for the step that has begun
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,6 +68,7 @@ class OSDCallback(TrainerCallback):
             announce(summary(osd, model))
         if osd is not None:
             osd.attach()  # a second training: the first has taken the hooks off at its end
+            osd.begin_loop()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
@@ -77,16 +77,6 @@ class OSDCallback(TrainerCallback):
         osd = osd_of(optimizer)
         if osd is not None:
             osd.collect_statistics = _will_log(args, state)
-            osd.show_stand_ins(True)
-            self._shown = True
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
-    ) -> None:
-        """Let callbacks that pair the model's parameters with another model's see no others."""
-        osd = osd_of(optimizer)
-        if osd is not None and self._shown:  # else this Trainer does not call `on_step_begin`
-            osd.show_stand_ins(False)
 
     def on_log(
         self,

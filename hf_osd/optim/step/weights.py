@@ -257,6 +257,7 @@ class Weights:
         for weight in due:
             weight.renew(weight.input)  # type: ignore[arg-type]
         self.layers.forget()
+        self.layers.findable = False
         return leaders + sharing
 
     def give_projections(self) -> None:
