@@ -11,7 +11,6 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainer, OSDTrainingArguments
 from hf_osd.optim.options.presets import KEYS, OPTIM_NAMES
-from hf_osd.trainer.rso import FIELDS
 from hf_osd.trainer.settings import KINDS, TRAINER_FIELDS, parse_optim_args, read_settings
 from reference.tiny_models import tiny_llama
 
@@ -104,20 +103,23 @@ def test_the_keys_are_these():
     keys = "rank rank_pattern alpha lambda scale projection_optim subspace init side projection_lr partial_load preset"
     keys += " projection_weight_decay projection_dtype moment_dtype update_interval projection_interval distribution"
     keys += " mixing carry_moments residual residual_scale momentum stochastic_rounding seed layerwise_clipping"
+    keys += " source projection_sample unbiased restart_moments"
     assert {*keys.split(), "ddp_compression"} == KEYS.keys() == KINDS.keys()
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
-    # RSO's own fields, and those that it shares
-    assert own == {f"osd_{key}" for key in KEYS} | {"osd_exclude_modules"} | set(FIELDS.values())
+    assert own == {f"osd_{key}" for key in KEYS} | {"osd_exclude_modules"}
     assert all(OSDTrainingArguments.__dataclass_fields__[name].default is None for name in own)
 
 
 def test_what_a_key_sets_and_its_type():
     renamed = {key: own.name for key, own in KEYS.items() if own.name != key}
     assert renamed == {"lambda": "lambda_", "projection_optim": "projection_rule"}
-    whole, texts = {"rank", "update_interval", "projection_interval", "seed"}, {"subspace", "init", "preset"}
+    whole = {"rank", "update_interval", "projection_interval", "projection_sample", "seed"}
+    texts = {"subspace", "init", "preset"}
     assert {key for key, kind in KINDS.items() if kind is int} == whole
     assert {key for key, kind in KINDS.items() if kind is bool} == {
         "carry_moments",
+        "restart_moments",
+        "unbiased",
         "stochastic_rounding",
         "partial_load",
     }
