@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_osd import OSD
+from hf_osd.optim import state_bytes
+
 
 REPORTED_PACKAGES = (
     "hf_osd",
@@ -120,12 +123,16 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Sums the bytes of all tensors in `optimizer.state`, those that several parameters share once.
 
+    Of an `OSD` also what it keeps beside its state.
+
     Args:
         optimizer (`torch.optim.Optimizer`):
             An optimizer after its first step, also as wrapped by accelerate.
     """
     while hasattr(optimizer, "optimizer"):  # accelerate.optimizer.AcceleratedOptimizer
         optimizer = optimizer.optimizer
+    if isinstance(optimizer, OSD):  # a P may be kept beside its state
+        return state_bytes(optimizer)
     distinct = {id(tensor): tensor for state in optimizer.state.values() for tensor in tensors_in(state)}
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 

@@ -7,6 +7,7 @@ flags of the training arguments, what a checkpoint must match, rows of model car
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 
@@ -35,7 +36,7 @@ class Check:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)  # NumPy's are, too
 
 
 def number(low: float, *, open_below: bool = False, below: float = float("inf")) -> Check:
@@ -51,7 +52,8 @@ def integer(low: int, below: int | None = None) -> Check:
     text = f"an integer >= {low}" + (f" and < {below}" if below is not None else "")
 
     def accepts(value: Any) -> bool:
-        return _is_number(value) and isinstance(value, int) and value >= low and (below is None or value < below)
+        fine = _is_number(value) and isinstance(value, Integral)
+        return fine and low <= int(value) and (below is None or int(value) < below)
 
     return Check(text, accepts, int)
 
@@ -177,6 +179,13 @@ def same(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, plain) and isinstance(b, plain) and a == b)
 
 
+def plain(value: Any) -> Any:
+    """A number of NumPy's as Python's own, alone or in a tuple: saved states hold nothing else."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(plain, value))
+    return value.item() if isinstance(value, Real) and hasattr(value, "item") else value
+
+
 def build(cls: type, given: Mapping[str, Any]) -> Any:
     """An instance with what is given of its options; one that is missing or `None` has its default."""
     values = {name: given[name] for name in options_of(cls) if given.get(name) is not None}
@@ -193,19 +202,27 @@ def refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str) -> 
             raise ValueError(f"Unknown option `{name}` in {where}.{hint} Allowed: {', '.join(allowed)}.")
 
 
-def check_values(declared: Mapping[str, Option], values: Mapping[str, Any], where: str) -> None:
-    """Raise `ValueError` for the first value that its option does not take. `None` stands for a default of `None`."""
+def check_values(
+    declared: Mapping[str, Option], values: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
+) -> None:
+    """Raise `ValueError` for the first value that its option does not take. `None` stands for a default of `None`.
+
+    `names` are those that the options were given by, where these are others.
+    """
     for name, own in declared.items():
         value = values[name]
         complaint = None if value is None and own.default is None else own.check.complaint(value)
         if complaint:
-            raise ValueError(f"`{name}` of {where} must be {complaint}, got {value!r}.")
+            raise ValueError(f"`{(names or {}).get(name, name)}` of {where} must be {complaint}, got {value!r}.")
 
 
-def refuse_without_effect(declared: Mapping[str, Option], values: Mapping[str, Any], where: str) -> None:
+def refuse_without_effect(
+    declared: Mapping[str, Option], values: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
+) -> None:
     """Raise `ValueError` for the first option that is given and whose needs are not met."""
     for name, own in declared.items():
         need = None if own.has_default(values[name]) else own.unmet(values)
         if need is not None:
             without = need.without if isinstance(need.without, str) else need.without(values)
+            name = (names or {}).get(name, name)
             raise ValueError(f"`{name}` of {where} has no effect {without}. Leave it out{need.way_out}.")

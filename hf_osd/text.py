@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,11 @@ def format_count(number: int, smallest: str = "") -> str:
     return f"{number:,}"
 
 
+def printable(text: str) -> str:
+    """Text of others on one line: with escapes for control characters, line breaks and whatever else is not shown."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def shortened(names: Iterable[str], most: int) -> str:
     """`a, b, c and 4 more`: the first of many names."""
     names = list(names)
@@ -40,6 +46,7 @@ def shortened(names: Iterable[str], most: int) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
     """Columns two spaces apart; those named in `left` aligned to the left, the others to the right."""
+    rows = [list(map(printable, row)) for row in rows]  # names come from files
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -80,8 +87,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def announce(line: str) -> None:
-    """Log a line at the beginning of a training, to the standard error stream if nothing else takes it."""
-    if not logger.handlers and not logging.getLogger().handlers:
-        logger.addHandler(logging.StreamHandler())
+    """Say a line at the beginning of a training: to whoever takes log records, else to the standard error stream.
+
+    A root logger at WARNING is everybody's default, `logging.basicConfig()` included, and hides nothing; any other
+    level of it, and each of the logger `hf_osd`, are somebody's choice.
+    """
+    if logger.level == logging.NOTSET and logger.getEffectiveLevel() == logging.WARNING:
         logger.setLevel(logging.INFO)
-    logger.info(line)
+    if logger.hasHandlers():
+        logger.info(line)
+    elif logger.isEnabledFor(logging.INFO):
+        print(line, file=sys.stderr)

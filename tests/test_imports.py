@@ -16,10 +16,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each folder, and each file beside them, may import of the package; `None`: anything.
 ALLOWED: dict[str, set[str] | None] = {
     "subspace": {"subspace", "declare"},
+    "layers": {"layers", "subspace"},
     "update_rules": {"update_rules", "declare"},
-    "optim": {"optim", "update_rules", "subspace", "declare", "text"},
+    "optim": {"optim", "layers", "update_rules", "subspace", "declare", "text"},
     "estimate": {"estimate", "optim", "update_rules", "subspace"},
-    "trainer": {"trainer", "hub", "optim", "update_rules", "subspace", "declare", "names", "text"},
+    "trainer": {"trainer", "hub", "layers", "optim", "update_rules", "subspace", "declare", "names", "text"},
     "hub": {"hub", "optim", "update_rules", "subspace", "text", "version"},
     "interop": {"interop", "hub", "optim", "update_rules", "subspace", "text", "version"},
     "report": {"report", "trainer", "hub", "optim", "update_rules", "subspace", "text", "version"},
@@ -38,7 +39,9 @@ FLOORS = [
     {"step"},
     {"arrival", "groups", "loading", "statistics"},
     {"osd"},
-    {"factory", "memory"},
+    {"memory"},
+    {"summary"},
+    {"factory"},
 ]
 OPTIONAL = {
     "bitsandbytes",

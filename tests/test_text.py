@@ -1,10 +1,12 @@
 """Sizes, counts, tables and lists in words; files that are written whole or not at all."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
-from hf_osd.text import announce, format_bytes, format_count, shortened, table, write_text, written_whole
+from hf_osd.text import announce, format_bytes, format_count, printable, shortened, table, write_text, written_whole
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,11 @@ def test_bytes_in_a_column_have_one_unit_and_two_digits():
 )
 def test_counts(number, words, in_millions):
     assert format_count(number) == words and format_count(number, "M") == in_millions
+
+
+def test_text_of_others_stays_on_its_line_and_does_nothing():
+    assert printable("a\n\x1b[1m\x7f\u2028\u202e\ud800é–…") == r"a\n\x1b[1m\x7f\u2028\u202e\ud800é–…"
+    assert table(["a"], [["x\ny"]]).splitlines()[-1] == r"x\ny"
 
 
 def test_lists_are_cut_and_say_so():
@@ -75,11 +82,22 @@ def test_a_line_reaches_whoever_listens_once(caplog):
     assert [record.getMessage() for record in caplog.records] == ["here we go"]
 
 
-def test_a_line_is_seen_where_nobody_listens(monkeypatch, capsys):
-    ours, root = logging.getLogger("hf_osd"), logging.getLogger()
-    for logger in (ours, root):
-        monkeypatch.setattr(logger, "handlers", [])
-    monkeypatch.setattr(ours, "level", ours.level)
-    announce("here we go")
-    announce("and on")
-    assert capsys.readouterr().err == "here we go\nand on\n"
+PROGRAMS = {  # what a program does about logging before the line, and how often it is to be seen
+    "nothing": ("", 1),
+    "as the examples of transformers": ("logging.basicConfig(handlers=[logging.StreamHandler(sys.stdout)])", 1),
+    "root at WARNING": ("logging.basicConfig(level=logging.WARNING)", 1),
+    "root at INFO": ("logging.basicConfig(level=logging.INFO)", 1),
+    "root at ERROR": ("logging.basicConfig(level=logging.ERROR)", 0),
+    "ours at WARNING": ("logging.basicConfig(); logging.getLogger('hf_osd').setLevel(logging.WARNING)", 0),
+    "ours at WARNING without handlers": ("logging.getLogger('hf_osd').setLevel(logging.WARNING)", 0),
+    "a handler of its own": ("logging.getLogger('hf_osd').addHandler(logging.StreamHandler())", 1),
+    "set up between two lines": ("announce('first'); logging.basicConfig()", 1),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_line_is_seen_in_every_program_that_did_not_forbid_it(program):
+    code, times = PROGRAMS[program]
+    code = f"import logging, sys; from hf_osd.text import announce; {code}\nannounce('here we go')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout + done.stderr).count("here we go") == times

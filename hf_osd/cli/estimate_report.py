@@ -21,8 +21,8 @@ from ..estimate import (
 )
 from ..optim import ALL_LINEAR, resolve, select
 from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
-from ..optim.options.presets import KEYWORDS
-from ..optim.options.table import OPTIONS
+from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
+from ..optim.options.table import OPTIONS, validate
 from ..optim.selection.targets import parse_modules
 from ..text import format_bytes, format_count, table
 from ..trainer.settings import parse_optim_args
@@ -146,11 +146,13 @@ def available(work: Workload, batch: int) -> tuple[set[tuple[str, bool]], list[s
 
 def _optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]]:
     """Our optimizer's name without `_layerwise`, whether it is, and options of `create_osd_optimizer`."""
-    resolve(arguments.preset, {}, None, "--preset")  # which knows the names
     given = parse_optim_args(arguments.optim_args)
     for key in given:
         if key in NOT_HERE:
             raise ValueError(f"{key!r} has no effect in --optim_args of an estimate: {NOT_HERE[key]}.")
+    own_names = {KEYS[key].name: value for key, value in given.items() if key not in NAME_OPTIONS}
+    settings = resolve(arguments.preset, own_names, given.get("preset"), "--optim_args")
+    validate(settings, "--optim_args", ARGUMENT_OF)
     keywords = {own.key: keyword for keyword, own in KEYWORDS.items()}
     options: dict[str, Any] = {keywords[key]: value for key, value in given.items()}
     words = arguments.target_modules or [ALL_LINEAR]

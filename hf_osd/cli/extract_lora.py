@@ -4,7 +4,7 @@ import argparse
 import warnings
 from typing import TYPE_CHECKING
 
-from ..text import format_bytes, table
+from ..text import format_bytes, printable, table
 
 
 if TYPE_CHECKING:
@@ -55,42 +55,39 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def extract(arguments: argparse.Namespace) -> None:
-    """Do what was asked for; exit with one sentence where that cannot be."""
+    """Do what was asked for."""
     from ..interop import extract_lora
     from ..interop.destination import check_folder, check_repository
 
-    try:
-        if arguments.private and not arguments.push:
-            raise ValueError("--private is for --push.")
-        if arguments.max_rank is not None and arguments.energy is None:
-            raise ValueError("--max_rank is for --energy.")
-        models = (arguments.tuned, arguments.base)
+    if arguments.private and not arguments.push:
+        raise ValueError("--private is for --push.")
+    if arguments.max_rank is not None and arguments.energy is None:
+        raise ValueError("--max_rank is for --energy.")
+    models = (arguments.tuned, arguments.base)
+    if arguments.output:
+        check_folder(arguments.output, models)
+    if arguments.push:
+        check_repository(arguments.push, models)
+    fixed = 16 if arguments.rank is None else arguments.rank
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The adapter leaves out")  # the text below says it
+        warnings.filterwarnings("ignore", message="vLLM refuses")
+        adapter = extract_lora(
+            arguments.tuned,
+            arguments.base,
+            rank="auto" if arguments.energy is not None else fixed,
+            energy=arguments.energy,
+            max_rank=arguments.max_rank,
+            carry=arguments.carry,
+            exact=arguments.exact,
+        )
+        print(text(adapter, arguments.tuned))
         if arguments.output:
-            check_folder(arguments.output, models)
+            adapter.save_pretrained(arguments.output)
+            print(f"written to {arguments.output}")
         if arguments.push:
-            check_repository(arguments.push, models)
-        fixed = 16 if arguments.rank is None else arguments.rank
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The adapter leaves out")  # the text below says it
-            warnings.filterwarnings("ignore", message="vLLM refuses")
-            adapter = extract_lora(
-                arguments.tuned,
-                arguments.base,
-                rank="auto" if arguments.energy is not None else fixed,
-                energy=arguments.energy,
-                max_rank=arguments.max_rank,
-                carry=arguments.carry,
-                exact=arguments.exact,
-            )
-            print(text(adapter, arguments.tuned))
-            if arguments.output:
-                adapter.save_pretrained(arguments.output)
-                print(f"written to {arguments.output}")
-            if arguments.push:
-                commit = adapter.push_to_hub(arguments.push, private=arguments.private or None)
-                print(f"pushed to {arguments.push}: {commit.commit_url}")
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"hf-osd extract-lora: {error}") from error
+            commit = adapter.push_to_hub(arguments.push, private=arguments.private or None)
+            print(f"pushed to {arguments.push}: {commit.commit_url}")
 
 
 def text(adapter: "ExtractedLora", tuned: str) -> str:
@@ -104,7 +101,7 @@ def text(adapter: "ExtractedLora", tuned: str) -> str:
     lines = [table(["layer", "shape", "rank", "kept"], rows, left=("layer",)), ""]
     for title, found in (("carried in full", adapter.carried), ("left out", adapter.dropped)):
         if found:
-            named = ", ".join(f"{name} ({relative_text(change)})" for name, change in found.items())
+            named = ", ".join(f"{printable(name)} ({relative_text(change)})" for name, change in found.items())
             lines.append(f"{title}, with the relative change: {named}")
     if adapter.limits:
         lines.append(adapter.limits)

@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..text import printable
 from . import estimate, extract_lora, report, run, show
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command and run it."""
+    """Parse the command and run it; exit with one sentence where what was asked for cannot be."""
     parser = argparse.ArgumentParser(
         prog="hf-osd", description="Online Subspace Descent for the Hugging Face ecosystem."
     )
@@ -23,4 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.run(argv[1:])
         return
     arguments = parser.parse_args(argv)
-    arguments.function(arguments)
+    try:
+        arguments.function(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"hf-osd {arguments.command}: {printable(' '.join(str(error).split()))}") from error

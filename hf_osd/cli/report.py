@@ -1,6 +1,7 @@
 """`hf-osd report`: one HTML page about one or several training runs."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -33,15 +34,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def report(arguments: argparse.Namespace) -> None:
     """Write the page; exit with one sentence where no run can be read."""
     from ..report import read_runs, render
+    from ..text import printable, write_text
 
     runs, errors = read_runs(arguments.folders)
-    lines = [f"hf-osd report: {name}: {text}" for name, text in errors.items()]
+    lines = [f"hf-osd report: {printable(name)}: {printable(text)}" for name, text in errors.items()]
     if not runs:
         raise SystemExit("\n".join(lines))
     for line in lines:
         print(line, file=sys.stderr)
-    try:
-        Path(arguments.output).write_text(render(runs, errors), encoding="utf-8", newline="\n")
-    except (OSError, ImportError) as error:
-        raise SystemExit(f"hf-osd report: {error}") from error
-    print(f"{arguments.output}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
+    output = Path(os.path.realpath(arguments.output))  # a link stays one
+    if output.exists() and not output.is_file():
+        raise ValueError(f"--output {arguments.output} is not a file.")
+    write_text(output, render(runs, errors))
+    print(f"{printable(arguments.output)}: {len(runs)} run{'s' if len(runs) > 1 else ''}")

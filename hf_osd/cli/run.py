@@ -16,8 +16,13 @@ USAGE = f"""usage: hf-osd run (script.py | -m module) [arguments ...]
   hf-osd run train.py --optim osd_adamw8bit --output_dir out
   hf-osd run run_glue.py --optim osd_adamw8bit --optim_args rank=8 --optim_target_modules all-linear ...
   hf-osd run -m trl.scripts.sft --optim osd_adamw8bit ...
+  hf-osd run -m trl.cli.main sft --optim osd_adamw8bit ...
   accelerate launch -m hf_osd run -m trl.scripts.sft --optim osd_adamw8bit ...
-  torchrun --nproc_per_node 2 -m hf_osd run train.py --optim osd_adamw8bit ..."""
+  torchrun --nproc_per_node 2 -m hf_osd run train.py --optim osd_adamw8bit ...
+
+Python processes that it starts know the names, too: torch.multiprocessing.spawn, accelerate launch, torchrun."""
+
+CHILDREN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "children")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -33,26 +38,14 @@ def run(command: list[str]) -> None:
     if command[0] in ("-m", "--module"):
         if len(command) == 1:
             raise SystemExit("hf-osd run: -m needs the name of a module.")
-        _refuse_launcher(command[1:])
         _register_and_set(command[1:], os.getcwd())
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
         return
     script = os.path.abspath(command[0])
     if not os.path.isfile(script):
         raise SystemExit(f"hf-osd run: there is no script {command[0]!r}. Use -m for a module.")
-    _register_and_set(command, os.path.dirname(script))
+    _register_and_set(command, os.path.dirname(os.path.realpath(script)))  # Python's choice for a symbolic link
     _run_script(script)
-
-
-def _refuse_launcher(command: list[str]) -> None:
-    """`trl sft` hands its script to `accelerate launch`, which starts Python anew, without our names."""
-    if command[0] in ("trl.cli", "trl.cli.main"):
-        script = command[1] if len(command) > 1 else "sft"
-        raise SystemExit(
-            f"hf-osd run: {command[0]} trains in a process of its own, where the osd_ names are not known. Run the "
-            f"script itself: hf-osd run -m trl.scripts.{script} --optim osd_adamw8bit ..., or on several devices "
-            f"accelerate launch -m hf_osd run -m trl.scripts.{script} ..."
-        )
 
 
 def _run_script(path: str) -> None:
@@ -67,5 +60,7 @@ def _run_script(path: str) -> None:
 def _register_and_set(argv: list[str], folder: str) -> None:
     import hf_osd  # noqa: F401 - registers the names
 
+    # Python processes that the script starts look here first and find `sitecustomize.py`.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [CHILDREN, os.environ.get("PYTHONPATH")]))
     sys.argv = argv
     sys.path.insert(0, folder)

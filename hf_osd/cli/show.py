@@ -31,17 +31,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Print what was asked for; exit with one sentence where that cannot be."""
+    """Print what was asked for."""
     from .show_report import inspect, inspect_text, plot
 
-    try:
-        if arguments.model and not arguments.base:
-            raise ValueError("--model needs --base, the model before training.")
-        report = inspect(arguments)
-        if arguments.plot:
-            plot(report["parameters"], arguments.plot)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"hf-osd show: {error}") from error
+    if arguments.model and not arguments.base:
+        raise ValueError("--model needs --base, the model before training.")
+    report = inspect(arguments)
+    if arguments.plot:
+        plot(report["parameters"], arguments.plot)
     if arguments.json:
         print(json.dumps(report, indent=2, allow_nan=False))
     else:

@@ -10,7 +10,7 @@ from ..hub.analysis import ModelWeights, orthogonality, random_share, share_of_c
 from ..hub.config import FURTHER_OPTIONS
 from ..hub.locate import Source
 from ..report.layers import layer_and_kind
-from ..text import format_bytes, table
+from ..text import format_bytes, printable, table
 
 
 SETTINGS = ("optim", "weight_rule", "projection_rule", "subspace", "alpha", "lambda", "scale", "weight_decay", "step")
@@ -79,7 +79,7 @@ def inspect_text(report: dict[str, Any]) -> str:
     text = [
         f"{report['source']}: {len(rows)} projections, {format_bytes(report['bytes'], 2, 'MB')} in {dtypes}"
         + (", with moments" if report["moments"] else ""),
-        *([settings] if settings else []),
+        *([printable(settings)] if settings else []),
         "",
         table(header, lines, left=("parameter", "side")),
         "",

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 MAX_JSON_BYTES = 100_000_000  # what the safetensors library allows a header; a 7B model's takes 30 kB
 MAX_NAME = 1024
+MAX_DEPTH = 32  # of objects in objects; ours take five
 MAX_DIMENSION = 2**31 - 1
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "U8": 1}  # every dtype that an optimizer state of ours has
 ENTRY_SEPARATOR = "::"  # between a parameter's name and the name of its state entry
@@ -96,6 +97,12 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         raise ProjectionFileError(f"{where} is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise ProjectionFileError(f"{where} is not a JSON object, but a {type(value).__name__}.")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [one for outer in level for one in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [one for one in level if isinstance(one, (dict, list))]
+    if level:
+        raise ProjectionFileError(f"{where} is nested more than {MAX_DEPTH} levels deep.")
     return value
 
 

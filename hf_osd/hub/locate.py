@@ -47,9 +47,18 @@ class Source:
         """
         found = self.find(file)
         if found is None:
-            hint = " (it is written last: a save may have been interrupted)" if file == "osd_config.json" else ""
+            hint = self._hint() if file == "osd_config.json" else ""
             raise ProjectionFileError(f"{file} is missing in {self.name}{hint}.")
         return found
+
+    def _hint(self) -> str:
+        """Where a P is, or why there is none, if the folder tells it; a push to the Hub is whole or not at all."""
+        folder = Path(self.id_or_folder, self.subfolder or "")
+        inside = [path.parent.name for path in folder.glob("*/osd_config.json")]
+        if inside:
+            newest = max(inside, key=lambda name: (len(name), name))  # of checkpoint-500 and checkpoint-1000
+            return f": give {folder / newest}, which has one"
+        return " (it is written last: a save was interrupted)" if list(folder.glob("*osd_projection*")) else ""
 
     def find(self, file: str) -> Path | None:
         """The file on this machine, or `None` if the folder or repository has none of that name."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..optim.osd import osd_of
+from ..optim.selection.wrappers import plain_name
 from ..optim.step.full_weight import FullWeight
 from ..version import __version__
 from .checks import ProjectionFileError
@@ -57,7 +58,7 @@ class ProjectionState(Mapping[str, Projection]):
     def __init__(self, projections: Mapping[str, Projection], config: Mapping[str, Any] | None = None):
         if not projections:
             raise ValueError("A ProjectionState needs at least one projection.")
-        self._projections = dict(projections)
+        self._projections = {plain_name(name): entry for name, entry in projections.items()}
         self._config = copy.deepcopy({key: value for key, value in (config or {}).items() if key != "files"})
         check_config(self.config, "the config of this ProjectionState")
         for name, entry in self.items():
@@ -124,8 +125,7 @@ class ProjectionState(Mapping[str, Projection]):
                 )
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 weight = osd.weight_of(p)
-                assert not isinstance(weight, FullWeight)
-                if not weight.started:
+                if isinstance(weight, FullWeight) or not weight.started:
                     continue
                 if include_moments and weight.geometry.sharding is not None:
                     raise ValueError(

@@ -50,6 +50,7 @@ def average_inputs(inputs: Iterable[SharedInput], group: Any) -> None:
             parts += [none if shared.energy is None else shared.energy]
         flat = torch.cat([part.reshape(-1) for part in parts]).div_(dist.get_world_size(group))
         dist.all_reduce(flat, group=group)
-        means = iter(mean.view_as(part) for mean, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True))
+        means = flat.split([part.numel() for part in parts])
+        views = iter([mean.view_as(part) for mean, part in zip(means, parts, strict=True)])
         for shared in members:
-            shared.A, shared.energy = next(means), next(means)
+            shared.A, shared.energy = next(views), next(views)

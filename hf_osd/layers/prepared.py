@@ -1,6 +1,6 @@
-"""Prepare the linear layers of a model, in place, so that their gradients never exist; and give the plain ones back."""
+"""Prepare a model's linear layers, in place, so that their gradients never exist, and give the plain ones back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class PreparedLayers(nn.Module):
     Args:
         model (`nn.Module`): The model.
         ranks (`Mapping[str, int]`): Rank by name of weight; those that cannot be prepared are left.
+        plain_name (`Callable`): Makes such a name the one that the optimizer calls the weight by.
 
     Attributes:
         layers (`dict[str, LayerInfo]`): By name of the weight.
@@ -38,7 +39,7 @@ class PreparedLayers(nn.Module):
         findable (`bool`): Whether a loop is being made: DDP, and who lists what to clip, must find the stand-ins.
     """
 
-    def __init__(self, model: nn.Module, ranks: Mapping[str, int]):
+    def __init__(self, model: nn.Module, ranks: Mapping[str, int], plain_name: Callable[[str], str]):
         super().__init__()
         self._model = (model,)  # no child
         self.layers: dict[str, LayerInfo] = {}
@@ -48,7 +49,7 @@ class PreparedLayers(nn.Module):
         owners = _owners(model)
         self._exchanged = _in_a_process_of_many()
         for name, rank in ranks.items():
-            p = model.get_parameter(name)
+            p, name = model.get_parameter(name), plain_name(name)
             modules, reason = owners[p]
             if reason is not None:
                 self.left[name] = reason
@@ -94,7 +95,11 @@ class PreparedLayers(nn.Module):
 
         What pairs the model's parameters with another's, to average or copy them, finds the model's own.
         """
-        if memo is None or self.findable or any(B.grad is not None for B in self._parameters.values() if B is not None):
+        if (
+            memo is None
+            or self.findable
+            or any(B.grad is not None for B in self._parameters.values() if B is not None)
+        ):
             yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def leave(self, name: str, reason: str) -> None:
@@ -218,5 +223,3 @@ def refuse_wrapped(model: nn.Module) -> None:
     """Raise `ValueError` for a model that DDP has: it would not exchange what is prepared afterwards."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("source='activations' prepares the model before DDP wraps it: make the optimizer first.")
-
-

@@ -47,7 +47,7 @@ class SharedInput:
 
     @torch.no_grad()
     def project(self, x: Tensor) -> Tensor:
-        """x P, (T, r): once for all layers that are given this x."""
+        """The product x P, (T, r): once for all layers that are given this x."""
         if torch.compiler.is_compiling():  # which sees by itself that the products are one
             return self._product(x, learns=self.learns)
         last, version, product = self._last

@@ -9,16 +9,20 @@ from torch import Tensor, nn
 from ..declare import refuse_unknown
 from ..layers import PreparedLayers, unload
 from ..layers.prepared import refuse_wrapped
+from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from .arrival.exchange import exclude_from_ddp, include_in_ddp
 from .options.general import DEFAULT_RANK
 from .options.mode import MODE_DEFAULTS, mode_of
-from .options.presets import BY_NAME, KEYWORDS, resolve
+from .options.presets import BY_NAME, KEYWORD_OF, KEYWORDS, resolve
+from .options.table import validate
 from .osd import OSD
 from .selection.adapters import module_names
 from .selection.rank_pattern import parse_rank_pattern, ranks_of
 from .selection.targets import ALL_LINEAR, Selection, select
+from .selection.wrappers import plain_name, plain_names, unwrapped
 from .step.sharding import NOT_SHARDED, is_sharded
+from .summary import announce_summary
 
 
 def build_param_groups(
@@ -28,7 +32,7 @@ def build_param_groups(
 
     Args:
         selection ([`Selection`]): What is projected.
-        decay_names (`Collection[str]`): Parameters that weight decay applies to.
+        decay_names (`Collection[str]`): Parameters that weight decay applies to, without wrappers in their names.
         ranks (`Mapping[str, int]`): Rank of every projected parameter, by name.
         init (`str` or tensors by name): P_0 of the projected groups.
         weight_decay (`float`): Weight decay of the groups that have it.
@@ -43,7 +47,7 @@ def build_param_groups(
     ]
     for parameters, own in (*kinds, (selection.full_size, {})):
         for decays in (True, False):
-            params = [(name, p) for name, p in parameters.items() if (name in decay_names) == decays]
+            params = [(name, p) for name, p in parameters.items() if (plain_name(name) in decay_names) == decays]
             if params:
                 groups.append({"params": params, "weight_decay": weight_decay if decays else 0.0, **own})
     return groups
@@ -78,7 +82,7 @@ def osd_kwargs(
     """
     include_in_ddp(model)
     unload(model)
-    whole, model = model, getattr(model, "_orig_mod", model)  # torch.compile's wrapper: its prefix is in no name
+    whole, model = model, unwrapped(model)
     pattern = parse_rank_pattern(rank_pattern)
     selection = select(model, target_modules, exclude_modules, settings["rank"])
     if selection.ignored:
@@ -92,14 +96,43 @@ def osd_kwargs(
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
     if decay_names is None:
         decay_names = decay_parameter_names(model)
+    decay_names = set(plain_names(list(decay_names)))
     ranks = ranks_of(selection.projected, settings["rank"], pattern, module_names(model).plain)
     if settings["source"] == "activations":
         refuse_wrapped(whole)
         if any(map(is_sharded, selection.projected.values())):
             raise ValueError(NOT_SHARDED)
-        own["layers"] = PreparedLayers(model, ranks)
+        own["layers"] = PreparedLayers(model, ranks, plain_name)
     groups = build_param_groups(selection, decay_names, ranks, settings["init"], settings["weight_decay"])
     return {"params": groups, **own}
+
+
+def warn_compiled(model: nn.Module, later: bool = False) -> None:
+    """Say where layerwise steps would free next to nothing: a compiled module gives all its gradients at once.
+
+    Args:
+        model (`nn.Module`): The model, as it is.
+        later (`bool`, *optional*, defaults to `False`): Whether it is to be compiled as a whole.
+    """
+
+    def trained(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+    compiled = (m for m in model.modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None)
+    if later or any(2 * trained(module) > trained(model) for module in compiled):
+        warnings.warn(
+            "Layerwise frees no gradients while a compiled model delivers them all at once. "
+            "Compile its blocks: `for block in model.model.layers: block.compile()`.",
+            stacklevel=3,
+        )
+
+
+def learned_rank(init: Any) -> int | None:
+    """The rank of all P in what may be given as `init`, by name or in a list; `None` where there is no such rank."""
+    given: Any = init.values() if isinstance(init, Mapping) else init if isinstance(init, (list, tuple)) else ()
+    projections = [getattr(one, "projection", one) for one in given]
+    ranks = {P.shape[-1] for P in projections if isinstance(P, Tensor) and P.ndim}
+    return ranks.pop() if len(ranks) == 1 else None
 
 
 def create_osd_optimizer(
@@ -107,14 +140,14 @@ def create_osd_optimizer(
     optim: str = "osd_adamw",
     lr: float = 1e-3,
     *,
-    rank: int = DEFAULT_RANK,
+    rank: int | None = None,
     target_modules: str | Iterable[str] = ALL_LINEAR,
     exclude_modules: str | Iterable[str] | None = None,
     preset: str | None = None,
     init: str | Mapping[str, Tensor] | Sequence[Tensor] = "auto",
     **options: Any,
 ) -> OSD:
-    """An [`OSD`] optimizer for a model, with the same groups as in a Trainer.
+    """An [`OSD`] optimizer for a model, with the same groups as in a Trainer. It says what is projected.
 
     Args:
         model (`nn.Module`): The model. Frozen parameters are not passed to the optimizer.
@@ -122,7 +155,7 @@ def create_osd_optimizer(
             `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor` or `osd_sgd`, or one of them
             with `_layerwise`.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate.
-        rank (`int`, *optional*, defaults to 128): r.
+        rank (`int`, *optional*): r. Defaults to the one of all P in `init`, else to 128.
         target_modules, exclude_modules: What is projected, see [`~optim.selection.targets.select`].
         preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.
         init (`str`, `ProjectionState` or `Mapping[str, torch.Tensor]`, *optional*, defaults to `"auto"`):
@@ -150,10 +183,20 @@ def create_osd_optimizer(
     where = "create_osd_optimizer"
     for name in options.keys() & BY_NAME.keys():
         raise ValueError(f"Give {BY_NAME[name].argument} instead of `{name}` of {where}.")
-    refuse_unknown(options, KEYWORDS, where)
+    refuse_unknown(options, [*KEYWORDS, "lr", "target_modules", "exclude_modules"], where)
     given = {KEYWORDS[name].name: value for name, value in options.items()}
     rank_pattern = given.pop("rank_pattern", None)
     mode = mode_of(optim, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
+    if rank is None:
+        rank = learned_rank(init) or DEFAULT_RANK
     settings = resolve(optim, {"rank": rank, "init": init, **given}, preset, where)
+    if isinstance(settings["subspace"], SubspaceRule):
+        settings["subspace"] = name_rule(settings["subspace"])
+    validate(settings, where, KEYWORD_OF)
+    if mode["layerwise"]:
+        warn_compiled(model)
     kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, None, mode["ddp_compression"], rank_pattern)
-    return OSD(lr=lr, **mode, **kwargs)
+    optimizer = OSD(lr=lr, **mode, **kwargs)
+    if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured
+        announce_summary(optimizer, model)
+    return optimizer

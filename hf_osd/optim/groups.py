@@ -1,25 +1,31 @@
 """What is decided once for a parameter group: its options are checked, sides and P's learning rate settled."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..declare import plain
 from ..layers import PreparedLayers
 from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from ..update_rules import RULES, require_bitsandbytes
 from .options import table as options
 from .options.mode import Mode, refuse_in_mode
+from .selection.wrappers import DDP, plain_name, plain_names
 from .step.geometry import ProjectedGeometry, geometry_of, names_of
 from .step.sharding import refuse_flat
-from .step.sides import settle_sides
+from .step.sides import is_matrix, is_projected, settle_sides
 
 
 def settle_group(
-    group: dict[str, Any], where: str, position: int, mode: Mode, layers: PreparedLayers | None = None
+    group: dict[str, Any],
+    where: str,
+    position: int,
+    mode: Mode,
+    all_projected: bool,
+    layers: PreparedLayers | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Validate a new group and store in it what is decided once: primitives only.
 
@@ -28,11 +34,13 @@ def settle_group(
         where (`str`): What messages call it.
         position (`int`): Number of parameters in the groups before it.
         mode ([`Mode`]): The optimizer's.
+        all_projected (`bool`): Whether it asks for that, or leaves what is no matrix at full size.
         layers ([`PreparedLayers`], *optional*): The model's.
 
     Returns:
         P_0 by name where the user gave one, and the names of parameters whose rank is not low.
     """
+    group.update({name: plain(value) for name, value in group.items() if name in options.DEFAULTS or name == "lr"})
     options.check_lr(group["lr"], where)
     if isinstance(group["subspace"], SubspaceRule):
         group["subspace"] = name_rule(group["subspace"])
@@ -49,24 +57,41 @@ def settle_group(
     if group["rank"] is None:
         return {}, []
     for name, p in zip(names, group["params"], strict=True):
-        if p.ndim not in (2, 3):
+        if all_projected and not is_matrix(p):
             raise ValueError(
                 f"{name} has shape {tuple(p.shape)} and cannot be projected: only matrices can, and stacks of "
                 "them such as experts' weights. Put it into a group without `rank`."
             )
-        if p.dtype == torch.float16:
-            raise ValueError(
-                f"{name} is float16, which P's gradient over- and underflows. Load with dtype=torch.bfloat16, or in "
-                "float32 under autocast."
-            )
     if group["source"] == "activations" and layers is None:
         raise ValueError(
-            f"source='activations' of {where} needs a model whose layers are prepared for it: use create_osd_optimizer."
+            f"source='activations' of {where} needs a model with prepared layers: use create_osd_optimizer."
         )
     settle_sides(group, names, {} if layers is None else layers.by_weight())
     group["alpha"] = options.projection_alpha(group, group["lr"])
-    clipped = [name for name, p in zip(names, group["params"], strict=True) if group["rank"] >= min(p.shape[-2:])]
+    clipped = [
+        name
+        for name, p in zip(names, group["params"], strict=True)
+        if is_projected(p, group) and group["rank"] >= min(p.shape[-2:])
+    ]
     return {} if isinstance(given, str) else given_projections(given, group, names, position), clipped
+
+
+def with_plain_names(params: Iterable) -> Any:
+    """Parameters, pairs or groups as they are given to an optimizer, without the wrappers of their model in names."""
+    if isinstance(params, Tensor):  # which torch refuses
+        return params
+    groups: list[Any] = list(params)
+    if groups and not isinstance(groups[0], dict):
+        groups = [{"params": groups}]
+    groups = [
+        group if isinstance(group["params"], (Tensor, set)) else {**group, "params": list(group["params"])}
+        for group in groups
+    ]
+    pairs = [group for group in groups if all(isinstance(entry, tuple) for entry in group["params"])]
+    names = iter(plain_names([name for group in pairs for name, _ in group["params"]]))
+    for group in pairs:
+        group["params"] = [(next(names), p) for _, p in group["params"]]
+    return groups
 
 
 def refuse_same_names(groups: Sequence[Mapping[str, Any]]) -> None:
@@ -92,12 +117,34 @@ def warn_clipped(clipped: Sequence[str]) -> None:
         )
 
 
+def warn_far(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Say once where P's learning rate is so large that most steps of P would be too long."""
+    for group in groups:
+        rule, rate = options.projection_rule(group), group["lr"] * group["alpha"]
+        if rule is None or not group["params"]:
+            continue
+        # a column's step: the other rules have entries of about one size, SGD those of a gradient of norm 1
+        rows = 1 if rule == "sgd" else max(min(p.shape[-2:]) for p in group["params"])
+        if rate * rows**0.5 > 1:
+            root = "" if rule == "sgd" else f" sqrt({rows})"
+            warnings.warn(
+                f"lr alpha{root} = {rate * rows**0.5:.2g}: P turns far at each step, and longer steps are cut. "
+                f"Use an alpha of {group['alpha'] / (rate * rows**0.5):.1g} or less, or a lower learning rate.",
+                stacklevel=4,
+            )
+            return
+
+
 def given_projections(
     given: Mapping[str, Tensor] | Sequence[Tensor], group: Mapping[str, Any], names: list[str], position: int
 ) -> dict[str, Tensor]:
     """P_0 by name from what the user passed as `init`; `ValueError` unless every one is there and fits."""
-    params = group["params"]
+    places = [index for index, p in enumerate(group["params"]) if is_projected(p, group)]
+    names = [names[index] for index in places]
     if isinstance(given, Mapping):
+        given = {plain_name(name): P for name, P in given.items()}
+        if not any(name in given for name in names):  # of a model in DDP
+            given = {name.removeprefix(f"{DDP}."): P for name, P in given.items()}
         missing = [name for name in names if name not in given]
         if missing:
             raise ValueError(f"`init` has no P for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")
@@ -105,16 +152,16 @@ def given_projections(
         tensors = [getattr(given[name], "projection", given[name]) for name in names]
     else:
         tensors = list(given)
-        if len(tensors) != len(params):
-            raise ValueError(f"`init` has {len(tensors)} tensors for {len(params)} parameters.")
-    for index, (p, P) in enumerate(zip(params, tensors, strict=True)):
-        geometry = geometry_of(group, index, p, position + index)
+        if len(tensors) != len(names):
+            raise ValueError(f"`init` has {len(tensors)} tensors for {len(names)} parameters.")
+    for index, name, P in zip(places, names, tensors, strict=True):
+        geometry = geometry_of(group, index, group["params"][index], position + index)
         assert isinstance(geometry, ProjectedGeometry)
         shape = (*geometry.shape[:-2], *geometry.projection_shape)
         if not isinstance(P, Tensor) or tuple(P.shape) != shape or not P.isfinite().all():
             got = f"shape {tuple(P.shape)}" if isinstance(P, Tensor) else type(P).__name__
             raise ValueError(
-                f"`init` for {names[index]} must be a finite tensor of shape {shape}, got {got}: give the rank "
+                f"`init` for {name} must be a finite tensor of shape {shape}, got {got}: give the rank "
                 f"and side that it was learned with, here rank {geometry.rank} and {geometry.side}."
             )
     return dict(zip(names, tensors, strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..update_rules import TensorSpec
 from .options.rules import rules_of
 from .options.table import DEFAULTS, OPTIONS, in_effect
+from .selection.wrappers import plain_names
 from .step.geometry import Geometry, ProjectedGeometry, geometry_of, names_of
 from .step.sharding import is_sharded
 from .step.state import state_spec
@@ -51,6 +52,10 @@ def match_state(
         ValueError: With a table of what differs, or if an entry is missing or has another shape or dtype.
     """
     saved_groups = [as_of_today(group) for group in state_dict["param_groups"]]
+    names = iter(plain_names([name for group in saved_groups for name in group.get("param_names") or ()]))
+    for group in saved_groups:  # those of a wrapped model were saved as they were
+        if group.get("param_names"):
+            group["param_names"] = [next(names) for _ in group["param_names"]]
     params: dict[str, Tensor] = {}
     for group in live_groups:
         params.update(zip(names_of(group, len(params)), group["params"], strict=True))
@@ -64,7 +69,7 @@ def match_state(
         rows = differences(saved, current, placed=False)
     elif rows:
         raise ValueError(
-            f"The state was saved by another optimizer: {len(rows)} of {len(saved | current)} parameters differ.\n"
+            f"The state was saved by another optimizer: {_counted(rows, current, 'differ')}.\n"
             f"{table(rows)}\n"
             "Use the options it was saved with, or set `partial_load` to start the differing parameters anew."
         )
@@ -73,8 +78,7 @@ def match_state(
     by_name = fitting_states(saved_groups, by_name, params)
     if rows:
         warnings.warn(
-            f"{len(rows)} of {len(saved | current)} parameters differ from the saved state and start anew.\n"
-            f"{table(rows)}",
+            f"{_counted(rows, current, 'differ from the saved state and start anew')}.\n{table(rows)}",
             stacklevel=4,
         )
     if as_saved:
@@ -184,6 +188,13 @@ def differences(
         if fields:
             rows.append((name, _listed(old, fields), _listed(new, fields)))
     return rows
+
+
+def _counted(rows: Sequence[tuple[str, str, str]], current: Mapping[str, Traits | None], verb: str) -> str:
+    """`3 of 21 parameters differ, 2 are in the checkpoint alone`: each of this run's counts once."""
+    own = sum(name in current for name, _, _ in rows)
+    alone = f", {len(rows) - own} are in the checkpoint alone" if own < len(rows) else ""
+    return f"{own} of {len(current)} parameters {verb}{alone}"
 
 
 def _listed(own: Traits, fields: Sequence[str]) -> str:

@@ -1,11 +1,18 @@
-"""Bytes of optimizer state: predicted from shapes, measured on tensors, and what AdamW would hold."""
+"""Bytes of optimizer state: predicted from shapes, measured on tensors, and what AdamW would hold.
+
+A P that its rule keeps beside the state, as `random` does, is counted with it.
+"""
 
 from collections import Counter
 
 import torch
 
 from .options.rules import rules_of
-from .osd import OSD
+from .osd import OSD, osd_of
+from .step.algorithm import ProjectedWeight
+from .step.experts import ExpertWeights
+from .step.geometry import ProjectedGeometry
+from .step.projection import LiveProjection
 from .step.sharding import local
 from .step.state import local_shape, state_spec
 
@@ -19,6 +26,11 @@ def predicted_entry_bytes(optimizer: OSD) -> Counter[str]:
             geometry = optimizer.weight_of(p).geometry
             for name, entry in state_spec(geometry, rules).items():
                 sizes[name] += torch.Size(local_shape(entry, geometry)).numel() * entry.dtype.itemsize
+            if not isinstance(geometry, ProjectedGeometry) or not geometry.holds_projection:
+                continue
+            if rules.subspace.keeps_expanded:
+                P = torch.Size(geometry.projection_shape).numel() * geometry.compute_dtype.itemsize
+                sizes["projection"] += geometry.matrices * P
     return sizes
 
 
@@ -33,12 +45,14 @@ def predicted_state_bytes(optimizer: OSD) -> int:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors that an optimizer holds in its state now, on this process."""
-    return sum(
-        local(value).numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
+    osd = osd_of(optimizer)
+    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    projections: dict[LiveProjection, torch.Tensor | None] = {}  # that several weights may share
+    for weight in osd.weights if osd is not None else ():
+        matrices = weight.experts if isinstance(weight, ExpertWeights) else [weight]
+        projections |= {W.P: W.P.expanded for W in matrices if isinstance(W, ProjectedWeight)}
+    held += [P for P in projections.values() if P is not None]
+    return sum(local(value).numel() * value.element_size() for value in held)
 
 
 def adamw_state_bytes(optimizer: torch.optim.Optimizer) -> int:

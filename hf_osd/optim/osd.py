@@ -15,13 +15,14 @@ from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
 from .arrival.clipping import CLIP_NORM2, take_norm
 from .arrival.stream import GradientStream
-from .groups import refuse_same_names, settle_group, warn_clipped
+from .groups import refuse_same_names, settle_group, warn_clipped, warn_far, with_plain_names
 from .loading import as_of_today, match_state, saved_inputs
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
 from .statistics import summarize
 from .step.movement import Movements
 from .step.rounding import refuse_without_bfloat16
+from .step.sides import is_matrix
 from .step.weights import AnyWeight, Weights
 
 
@@ -43,17 +44,18 @@ class OSD(torch.optim.Optimizer):
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate of the weights.
         rank (`int`, *optional*):
-            Rank r of the subspaces. Groups without it are updated at full size; parameters of groups with it must be
-            matrices (m, n), or stacks (E, m, n) of experts' matrices, of which each is projected by itself and left
-            alone in steps in which its gradient is zero. Clipped to min(m, n), with one warning.
+            Rank r of the subspaces. It is for matrices (m, n), and stacks (E, m, n) of experts' matrices, of which
+            each is projected by itself and left alone in steps in which its gradient is zero. Parameters of other
+            dimensions are updated at full size (in a group that has a `rank` of its own they are refused), and so are
+            groups without it. Clipped to min(m, n), with one warning. Without a model, embeddings and heads are
+            matrices like others: `create_osd_optimizer` leaves them at full size.
         weight_rule (`str`, *optional*, defaults to `"adamw"`):
             Update rule of the weights: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd`.
         source (`str`, *optional*, defaults to `"gradients"`):
             What R and P are made of: `gradients`, or `activations`, with which gradients of projected linear layers
-            never exist. The layers make R in the backward pass, and P learns from their inputs; it is one P for those
-            that are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and
-            Trainer prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those
-            of R.
+            never exist. The layers make R in the backward pass, and P learns from their inputs, one P for those that
+            are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and Trainer
+            prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those of R.
         subspace (`str` or `SubspaceRule`, *optional*, defaults to `"online_pca"`):
             How P moves: `online_pca`, `svd`, `random`, `cosine`, `importance`, `power`, `static`. Or a
             [`SubspaceRule`] of your own.
@@ -121,7 +123,7 @@ class OSD(torch.optim.Optimizer):
             Decay of SGD's momentum, in both roles; 0 keeps no state. For `sgd`. Defaults to 0.9.
         layerwise (`bool`, *optional*, defaults to `False`):
             Step each parameter as soon as the backward pass has completed its gradient, and free that. `step` then
-            only ends the step; a `closure` is refused, and so is a `GradScaler`, whose scale nothing could undo.
+            only ends the step; a `GradScaler` is refused, whose scale nothing could undo.
         layerwise_clipping (`str`, *optional*):
             How `max_grad_norm` clips when layerwise: by `previous_norm`, the norm of the step before (at the first
             step each parameter by its own), or by `parameter`, each by its own. Defaults to `previous_norm`.
@@ -215,18 +217,19 @@ class OSD(torch.optim.Optimizer):
         self._stream: GradientStream | None = None
         self._layers = layers
         self._weights: Weights | None = None
+        self._groups: list[dict[str, Any]] | None = None  # that they were made of
         self._constructed = False
-        super().__init__(params, defaults)
+        super().__init__(with_plain_names(params), defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
             refuse_without_projection(self.mode)
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
         self._constructed = True
         warn_clipped(self._clipped)
+        warn_far(self.param_groups)
         self._simplify_defaults()
         if layers is not None:
             self._add_stand_ins(layers)
-            self.weights.meet()  # which tells the layers how P starts
             self.attach()
             weakref.finalize(self, layers.remove)  # nobody else would step what the layers make
         if self.mode.takes_gradients:
@@ -242,7 +245,8 @@ class OSD(torch.optim.Optimizer):
         stand_ins: list[Any] = list(layers.parameters())
         if names:
             stand_ins = [(f"{CHILD}.{key}", B) for key, B in layers.named_parameters()]
-        super().add_param_group(options.DEFAULTS | self.defaults | {"params": stand_ins, "rank": None, STAND_INS: True})
+        own = {"params": stand_ins, "rank": None, STAND_INS: True}
+        super().add_param_group(options.DEFAULTS | self.defaults | own)
 
     @property
     def prepares_layers(self) -> bool:
@@ -279,6 +283,8 @@ class OSD(torch.optim.Optimizer):
         weights = self._weights
         if weights is None or self._groups is not self.param_groups or weights.state is not self.state:
             observing = weights is not None and weights.observing
+            if weights is not None and self._groups is self.param_groups:
+                weights.meet()  # for it knows which parameters have been taken out of groups
             weights = Weights(self.trained_groups, self.state, self._given_projections, self._layers)
             self._weights, self._groups = weights, self.param_groups
             weights.observing = observing
@@ -313,42 +319,49 @@ class OSD(torch.optim.Optimizer):
         refuse_unknown(own, options.DEFAULTS, "a parameter group")
         # A copy, for what is settled here is this optimizer's: the same dictionary can make another one.
         shared = options.DEFAULTS | self.defaults
-        super().add_param_group(shared | param_group)
+        group = with_plain_names([param_group])[0] if self._constructed else param_group
+        super().add_param_group(shared | group)
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
+        if "rank" not in own and not any(map(is_matrix, group["params"])):
+            group["rank"] = None
         position = sum(len(other["params"]) for other in self.trained_groups[:-1])
         try:
             refuse_same_names(self.param_groups)
             options.refuse_own_without_rank(group, own, shared, where)
-            given, clipped = settle_group(group, where, position, self.mode, self._layers)
+            given, clipped = settle_group(group, where, position, self.mode, "rank" in own, self._layers)
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)
+            self._given_projections |= given
+            self._weights = None
+            self.weights.meet()
         except Exception:
             self.param_groups.pop()
             raise
         group[CLIP_NORM2] = None
-        self._given_projections |= given
         self._clipped += clipped
-        self._weights = None
-        if self._stream is not None and self._stream.attached:
-            self._stream.attach()
+        if self._stream is not None:
+            self._stream.extend()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient; in a mode that takes them, those that still wait.
 
         Args:
-            closure (`Callable`, *optional*): Evaluates the model again and returns the loss.
+            closure (`Callable`, *optional*): Evaluates the model and returns the loss. Called once, in every mode.
         """
         if self._stream is not None:
             self._refuse_scaler()
-            self._stream.finish(closure)
-            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._layers is not None and not self._layers.installed:
-            raise ValueError("The model's layers are plain again: call `attach()` to train on, or make a new optimizer.")
+            raise ValueError("The model's layers are plain again: call `attach()`, or make a new optimizer.")
+        if not self.state and self.weights.only_make_states():
+            return loss
+        if self._stream is not None:
+            self._stream.finish()
+            return loss
         weights, movements, leaders = self.weights, Movements(), []
         if weights.observing:
             weights.observations.clear()
@@ -363,12 +376,15 @@ class OSD(torch.optim.Optimizer):
                         weights.observe(weight, arrived, check)
                     movements.counters.append((weight.slot.state["skipped_steps"], check.broken))
                     weight.update(arrived, check, movements)
-                leaders = weights.learn(movements)
+                if self._layers is not None:
+                    leaders = weights.learn(self._layers, movements)
             finally:  # where one cannot be stepped, the others before it have made whole steps
                 movements.finish()
-                for weight in (*(weight for _, weight, _, _ in work), *leaders):
+                for _, weight, _, _ in work:
                     for slot in weight.slots:
                         slot.state = {}
+                for weight in leaders:
+                    weight.release()
         return loss
 
     def _refuse_scaler(self) -> None:
@@ -418,8 +434,12 @@ class OSD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer; the norm that `previous_norm` clips by is in the groups."""
+        self.weights.meet()
+        self.weights.use_given()
         saved = super().state_dict()
         saved["param_groups"] = [group for group in saved["param_groups"] if STAND_INS not in group]
+        if saved["state"]:  # whole, for torch.distributed.checkpoint loads no entries that are not there
+            saved["state"] = self.weights.missing_states() | saved["state"]
         return saved if self._stream is None else self._stream.clipping.with_norm(saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -445,12 +465,13 @@ class OSD(torch.optim.Optimizer):
             group.update({name: own[name] for name in ("params", "param_names") if name in own})
         groups += [group for group in self.param_groups if STAND_INS in group]
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
+        self.weights.meet()  # with the options that the state was saved with, before anybody changes them
         if self._layers is not None:
             self.weights.give_projections()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
         if self._stream is not None:
-            self._stream.clipping.set_norm(clip_norm2, self.param_groups[0]["params"][0].dtype)
+            self._stream.load(clip_norm2)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""

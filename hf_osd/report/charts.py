@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from ..text import printable
 from .layers import Layers
 from .runs import Run
 
 
 # Colours that no picture has otherwise: `_finish` replaces them by the page's variables.
-INK, MUTED, GRID, RUN_COLOR = "#fd0001", "#fd0002", "#fd0003", "#fe00{:02x}"
-COLORS = 8  # of runs; later ones have them again, with dashes
+INK, MUTED, GRID, RUN_COLOR = "#fd0001", "#fd0002", "#fd0003", "#fe000{}"
+COLORS = 8  # of runs, a digit; later ones have them again, with dashes
 SIZE = (5.6, 3.0)  # inches at 72 points: text is about as large as the page's own on a screen and on a phone
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -72,7 +73,7 @@ def line_chart(
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for i, run, (steps, values) in drawn:
-            color = RUN_COLOR.format(i)
+            color = RUN_COLOR.format(i % COLORS)
             before = [points for j, _, points in drawn if j < i]
             # dashes let the same line of an earlier run be seen, and tell runs with the same colour apart
             dashes = "--" if i >= COLORS else (0, (6, 6)) if (steps, values) in before else "-"
@@ -194,13 +195,14 @@ def _finish(svg: str, name: str, label: str) -> str:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     for color, variable in ((INK, "ink"), (MUTED, "muted"), (GRID, "grid")):
         svg = svg.replace(color, f"var(--{variable})")
-    svg = re.sub("#fe00([0-9a-f]{2})", lambda match: f"var(--run-{int(match.group(1), 16) % COLORS})", svg)
+    svg = re.sub(RUN_COLOR.format(r"(\d)"), r"var(--run-\1)", svg)
     opening = re.sub(r' (width|height)="[^"]*"', "", svg[: svg.index(">")])
-    return f'{opening} role="img" aria-label="{escape(label, quote=True)}"{svg[svg.index(">") :]}'
+    return f'{opening} role="img" aria-label="{escape(printable(label), quote=True)}"{svg[svg.index(">") :]}'
 
 
 def _short(kinds: Sequence[str], length: int = 24) -> list[str]:
     """Their last parts where these differ, and not more than fits beside a picture."""
+    kinds = [printable(kind) for kind in kinds]
     last = [kind.rsplit(".", 1)[-1] for kind in kinds]
     chosen = last if len(set(last)) == len(kinds) else kinds
     return [kind if len(kind) <= length else f"…{kind[1 - length :]}" for kind in chosen]

@@ -3,11 +3,12 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..optim.statistics import OBSERVED
-from ..trainer.statistics_file import read_lines
+from ..trainer.statistics_file import number, read_lines
 
 
 @dataclass
@@ -21,12 +22,14 @@ class Layers:
         values (`dict[str, list[list[float]]]`):
             `pca_loss` and `orthogonality`: for each of the names a value for each of the steps, not a number where
             there is none.
+        memory (`dict[str, Any]`): What else the last header says, such as `optimizer_state_bytes`.
     """
 
     names: list[str]
     steps: list[float]
     times: list[float]
     values: dict[str, list[list[float]]]
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def spread(self, key: str) -> tuple[list[float], list[float], list[float]]:
         """Steps, and the least and the largest of the weights' values at each."""
@@ -68,22 +71,21 @@ def read_layers(path: Path, until: int | None = None) -> Layers | None:
     Raises:
         OSError, ValueError: If it cannot be read.
     """
-    header: list[str] = []
+    header: dict[str, Any] = {}
     rows: dict[float, tuple[float, dict[str, dict[str, float]]]] = {}  # by step: the last line of a step counts
     order: dict[str, None] = {}  # as an ordered set
     for line in read_lines(path):
         if "names" in line:
-            header = line["names"]
-            order |= dict.fromkeys(header)
+            header = line
+            order |= dict.fromkeys(header["names"])
         elif until is None or line["step"] <= until:
-            time = line.get("time")
-            seen = {key: dict(zip(header, line[key], strict=True)) for key in OBSERVED}
-            rows[line["step"]] = (float(time) if isinstance(time, (int, float)) else math.nan, seen)
+            seen = {key: dict(zip(header["names"], line[key], strict=True)) for key in OBSERVED}
+            rows[float(line["step"])] = (_value(number(line.get("time"))), seen)
     if not rows:
         return None
     names, steps = _sorted(list(order)), sorted(rows)
     values = {key: [[_value(rows[step][1][key].get(name)) for step in steps] for name in names] for key in OBSERVED}
-    return Layers(names, steps, [rows[step][0] for step in steps], values)
+    return Layers(names, steps, [rows[step][0] for step in steps], values, header)
 
 
 def _sorted(names: Sequence[str]) -> list[str]:

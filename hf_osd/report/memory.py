@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..subspace.table import SUBSPACES
+from ..trainer.statistics_file import number
 
 
 WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)")
@@ -21,7 +22,7 @@ class Memory:
 
     Attributes:
         parts (`dict[str, int]`): Bytes by part, in the order of `PARTS`.
-        adamw_state (`int`, *optional*): What AdamW's state would take, from `results.json`.
+        adamw_state (`int`, *optional*): What AdamW's state would take.
         peak (`int`, *optional*): The peak that `results.json` tells.
     """
 
@@ -41,17 +42,21 @@ class Memory:
         return sum(self.parts.values())
 
 
-def read_memory(folders: Sequence[Path], results: Mapping[str, Any], notes: list[str]) -> Memory:
-    """Weights and optimizer state as the newest of `folders` holds them, the state by its tensors' names."""
+def read_memory(folders: Sequence[Path], recorded: Mapping[str, Any], notes: list[str]) -> Memory:
+    """Weights and optimizer state as the newest of `folders` holds them, the state by its tensors' names.
+
+    `recorded` are bytes that the run itself has written down, under names that end in `_bytes`.
+    """
     parts: dict[str, int] = {}
     for folder in reversed(folders):
-        weights = sum(path.stat().st_size for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
+        files = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.is_file()]
+        weights = sum(path.stat().st_size for path in files)
         if weights and "weights" not in parts:
             parts["weights"] = weights
         if (folder / OPTIMIZER_NAME).is_file() and len(parts) <= ("weights" in parts):
             parts |= _state_parts(folder / OPTIMIZER_NAME)
-    recorded = {key: results.get(f"{key}_bytes") for key in ("optimizer_state", "adamw_state", "peak_memory")}
-    known = {key: value for key, value in recorded.items() if isinstance(value, int) and value > 0}
+    values = {key: number(recorded.get(f"{key}_bytes")) for key in ("optimizer_state", "adamw_state", "peak_memory")}
+    known = {key: int(value) for key, value in values.items() if value is not None and value > 0}
     if len(parts) <= ("weights" in parts):
         if "optimizer_state" in known:
             parts["optimizer state"] = known["optimizer_state"]

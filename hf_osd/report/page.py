@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..optim.statistics import OBSERVED
-from ..text import format_bytes
+from ..text import format_bytes, printable
 from ..version import __version__
 from .charts import COLORS, heat_map, limits_of, line_chart
 from .memory import PARTS
@@ -32,11 +32,13 @@ def render(runs: Sequence[Run], errors: Mapping[str, str]) -> str:
     """
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from markupsafe import Markup
     except ImportError as error:
         raise ImportError('a report needs matplotlib and jinja2: pip install "hf_osd[report]"') from error
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,  # names and settings come from files
+        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -49,6 +51,7 @@ def render(runs: Sequence[Run], errors: Mapping[str, str]) -> str:
         cards=[_card(i, run) for i, run in enumerate(runs)],
         colors=COLORS,
         charts=_charts(runs),
+        metrics=_metrics(runs),
         heat_maps=_heat_maps(runs),
         memory=_memory(runs),
         throughput=_throughput(runs),
@@ -76,7 +79,6 @@ def _card(index: int, run: Run) -> dict[str, Any]:
     return {
         "index": index,
         "name": run.name,
-        "path": str(run.path),
         "optimizer": text_of(run.settings.get("Training", {}).get("optim", "")),
         "figures": [figure for figure in figures if figure[1] != NO_VALUE],
         "notes": run.notes,
@@ -117,6 +119,13 @@ def _charts(runs: Sequence[Run]) -> dict[str, list[tuple[str, str, str | None]]]
         ]
         for section, charts in lines.items()
     }
+
+
+def _metrics(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Names of what evaluations found, with each run's value."""
+    found = [run.metrics() for run in runs]
+    names = sorted({name for own in found for name in own})
+    return [(name, [_number(own.get(name)) for own in found]) for name in names]
 
 
 def _heat_maps(runs: Sequence[Run]) -> list[dict[str, Any]]:

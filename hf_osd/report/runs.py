@@ -1,8 +1,7 @@
 """What a run left in its `output_dir`, read with distrust: whatever is missing or broken becomes a sentence."""
 
-import json
-import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +12,22 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..optim import OPTIM_NAMES
+from ..text import shortened
 from ..trainer.checkpoints import last_complete_checkpoint
-from ..trainer.statistics_file import STATISTICS_NAME
+from ..trainer.statistics_file import STATISTICS_NAME, number
+from .files import read_object, reason, unreadable
 from .layers import Layers, read_layers
 from .memory import Memory, read_memory
 from .settings import read_settings
 
 
-RESULTS_NAME = "results.json"  # of examples/pretrain_llama.py
-MAX_BYTES = 500_000_000
+RESULTS = ("all_results.json", "results.json")  # of `Trainer.save_metrics`, and of examples/pretrain_llama.py
+# Of the metrics of evaluations, not what tells how long they took.
+METRIC = re.compile(r"(eval|test|predict)_(?!(\w*_)?(runtime|samples|\w+_per_second|\w+_time|mem_\w+)$)\w.*")
 
 
 class RunError(ValueError):
-    """A folder from which nothing of a run can be read. The message is one sentence that says why."""
+    """A folder from which nothing of a run can be read. The message says why, without its name."""
 
 
 @dataclass
@@ -34,17 +36,15 @@ class Run:
 
     Attributes:
         name (`str`): What it is called in the report: the end of its path, as much as tells it from the others.
-        path (`Path`): The folder that was given.
         log (`list[dict[str, float]]`): Trainer's log history, finite numbers only; every row has a `step`.
         settings (`dict[str, dict[str, Any]]`): Values by section and name.
         memory (`Memory`): Bytes by part.
         layers (`Layers`, *optional*): PCA loss and orthogonality of each projected weight.
-        results (`dict[str, float]`): The numbers of `results.json`.
+        results (`dict[str, float]`): The numbers of `all_results.json` and `results.json`.
         notes (`list[str]`): What is missing or broken.
     """
 
     name: str
-    path: Path
     log: list[dict[str, float]]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
@@ -58,8 +58,13 @@ class Run:
         return [row["step"] for row in rows], [row[key] for row in rows]
 
     def last(self, key: str) -> float | None:
-        """The last value of `key`."""
-        return next((row[key] for row in reversed(self.log) if key in row), None)
+        """The last value of `key` in the log, or else the one of the results."""
+        return next((row[key] for row in reversed(self.log) if key in row), self.results.get(key))
+
+    def metrics(self) -> dict[str, float]:
+        """What evaluations found, by name: the last in the log, or what was saved after the training."""
+        found = {key: value for row in (*self.log, self.results) for key, value in row.items()}
+        return {key: value for key, value in found.items() if METRIC.fullmatch(key)}
 
     @property
     def steps(self) -> int:
@@ -88,8 +93,8 @@ def read_runs(folders: Sequence[str | os.PathLike]) -> tuple[list[Run], dict[str
     for path in paths:
         try:
             runs.append(read_run(path, names[path]))
-        except RunError as error:
-            errors[names[path]] = str(error)
+        except Exception as error:  # whatever is odd about one run, the others are shown
+            errors[names[path]] = f"{reason(error)}."
     return runs, errors
 
 
@@ -103,18 +108,16 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
     Raises:
         RunError: If there is no such folder, or nothing of a run in it.
     """
-    path = Path(folder)
-    name = name or path.absolute().name
+    path = Path(folder).absolute()
     if not path.is_dir():
-        raise RunError(f"{path} is not a folder." if path.exists() else f"there is no folder {path}.")
+        raise RunError("it is not a folder" if path.exists() else "there is no such folder")
     notes: list[str] = []
     latest = last_complete_checkpoint(path)
     folders = [path, *([Path(latest)] if latest else [])]  # where the files of a run may be
-    results = _read_object(path / RESULTS_NAME, notes) or {}
-    logs = [_log(results)]
-    for place in folders:
-        state = _read_object(place / TRAINER_STATE_NAME, notes)
-        logs.append(_log(state) if state else [])
+    results: dict[str, Any] = {}
+    for file in RESULTS:
+        results |= read_object(path / file, notes)
+    logs = [_log(results), *(_log(read_object(place / TRAINER_STATE_NAME, notes)) for place in folders)]
     log = max(logs, key=lambda rows: (max((row["step"] for row in rows), default=-1), len(rows)))
     settings = read_settings(folders, results, notes)
     layers = None
@@ -122,24 +125,14 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
     if optim is None or str(optim) in OPTIM_NAMES:  # else it is of another run in this folder
         layers = _layers(path, notes)
     if not log and layers is None:
-        raise RunError("; ".join(note.rstrip(".") for note in notes) + "." if notes else _nothing(path))
+        raise RunError("; ".join(note.rstrip(".") for note in notes) or _nothing(path))
     if not log:
         notes.append(f"No {TRAINER_STATE_NAME} yet: Trainer writes it with the first checkpoint.")
     if layers is None:
         notes.append(f"No OSD statistics: {_why_no_layers(optim)}")
-    memory = read_memory(folders, results, notes)
+    memory = read_memory(folders, (layers.memory if layers is not None else {}) | results, notes)
     numbers = {key: value for key in results if (value := number(results[key])) is not None}
-    return Run(name, path, log, settings, memory, layers, numbers, notes)
-
-
-def number(value: Any) -> float | None:
-    """A finite JSON number as a float, `None` for everything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return Run(name or path.name, log, settings, memory, layers, numbers, notes)
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
@@ -153,23 +146,6 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _read_object(path: Path, notes: list[str]) -> dict[str, Any] | None:
-    """The object in a JSON file with Trainer's NaN and infinities, or `None` and a note if it is there but broken."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES // 10**6} MB")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"{path.name} in {path.parent} cannot be read: {error}.")
-        return None
-    if not isinstance(value, dict):
-        notes.append(f"{path.name} in {path.parent} is not an object.")
-        return None
-    return value
-
-
 def _log(state: Mapping[str, Any]) -> list[dict[str, float]]:
     history = state.get("log_history")
     rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
@@ -180,13 +156,13 @@ def _log(state: Mapping[str, Any]) -> list[dict[str, float]]:
 def _layers(path: Path, notes: list[str]) -> Layers | None:
     of_checkpoint = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     until = int(of_checkpoint) if of_checkpoint != path.name and of_checkpoint.isdecimal() else None
-    folder = path if until is None else path.absolute().parent
+    folder = path if until is None else path.parent
     try:
         return read_layers(folder / STATISTICS_NAME, until)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        notes.append(f"{STATISTICS_NAME} cannot be read: {error}")
+        notes.append(unreadable(folder / STATISTICS_NAME, error))
         return None
 
 
@@ -197,10 +173,9 @@ def _why_no_layers(optim: Any) -> str:
 
 
 def _nothing(path: Path) -> str:
-    return (
-        f"{path} has neither {TRAINER_STATE_NAME} nor a complete checkpoint: give the output_dir of a Trainer "
-        "that has saved at least one."
-    )
+    runs = sorted(own.name for own in path.iterdir() if own.is_dir() and last_complete_checkpoint(own) is not None)
+    give = f"give the runs in it, {shortened(runs, 3)}" if runs else "give the output_dir of a Trainer that has saved"
+    return f"it has neither {TRAINER_STATE_NAME} nor a complete checkpoint: {give}"
 
 
 def _rate(steps: Sequence[float], times: Sequence[float]) -> float | None:

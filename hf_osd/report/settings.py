@@ -12,29 +12,45 @@ from typing import Any
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..hub.config import CONFIG_NAME
+from .files import read_object, unreadable
 
 
 MAX_BYTES = 10_000_000
-# Names of places, and what differs between runs without a meaning.
-LEFT_OUT = re.compile(r"_.*|.*token|.*(password|secret|api_key).*|output_dir|logging_dir|run_name|local_rank|hub_.*")
+# Names of secrets, and what differs between runs without a meaning.
+LEFT_OUT = re.compile(
+    r"_.*|.*(token|key|bearer|authorization)|.*(passw|secret|credential).*|hub_.*"
+    r"|output_dir|logging_dir|run_name|local_rank",
+    re.IGNORECASE,
+)
+# Secrets that are told by their own form, wherever they stand.
+SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|(sk|ghp|gho|github_pat|glpat)[-_]\w[\w-]{15,})|(?<=://)[^/\s@]+@")
+# The folders of an absolute path: they tell about a machine or its user, and nothing about the run.
+FOLDERS = re.compile(
+    r"""(?:^|(?<=[\s=,;"'(\[{])|(?<=file://))(?:~?/|[A-Za-z]:[\\/])(?:[^\s,;"'/\\]+[/\\])*(?=[^\s,;"'/\\])"""
+)
+LEFT = "…"  # stands for what is left out of a text
 OPTIMIZER_LEFT_OUT = {"format_version", "parameters", "files", "hf_osd_version", "torch_version", "step"}
 MODEL_LEFT_OUT = {"_name_or_path", "transformers_version", "id2label", "label2id"}
 RUN = ("model", "dataset", "sequence_length", "parameters", "tokens_seen")
 
 
 def read_settings(folders: Sequence[Path], results: Mapping[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
-    """Settings by section and name, each a JSON value; `None` values and empty sections are left out."""
+    """Settings by section and name, each a JSON value; what is secret, `None` and empty sections are left out."""
     sections: dict[str, dict[str, Any]] = {
         "Run": {name: results.get(name) for name in RUN},
         "Training": _training(folders, results, notes),
-        "Optimizer": _json(folders, CONFIG_NAME, OPTIMIZER_LEFT_OUT | {"transformers_version"}),
-        "Model": _json(folders, "config.json", MODEL_LEFT_OUT),
+        "Optimizer": _json(folders, CONFIG_NAME, OPTIMIZER_LEFT_OUT | {"transformers_version"}, notes),
+        "Model": _json(folders, "config.json", MODEL_LEFT_OUT, notes),
         "Environment": _environment(results),
     }
-    kept = {
-        section: {str(name): value for name, value in values.items() if value is not None and value != []}
-        for section, values in sections.items()
-    }
+    kept: dict[str, dict[str, Any]] = {}
+    for section, values in sections.items():
+        try:
+            plain: dict[str, Any] = _plain(values) or {}
+        except RecursionError:
+            notes.append(f"{section}: its settings are nested too deeply.")
+            continue
+        kept[section] = {name: value for name, value in plain.items() if value is not None and value != []}
     return {section: values for section, values in kept.items() if values}
 
 
@@ -50,21 +66,18 @@ def _training(folders: Sequence[Path], results: Mapping[str, Any], notes: list[s
         path = folder / TRAINING_ARGS_NAME
         if path.is_file():
             try:
-                return {name: value for name, value in read_arguments(path).items() if not LEFT_OUT.fullmatch(name)}
+                return read_arguments(path)
             except ValueError as error:
                 notes.append(str(error))
     given = results.get("settings")
     return dict(given) if isinstance(given, dict) else {}
 
 
-def _json(folders: Sequence[Path], name: str, left_out: set[str]) -> dict[str, Any]:
+def _json(folders: Sequence[Path], name: str, left_out: set[str], notes: list[str]) -> dict[str, Any]:
     for folder in reversed(folders):
-        try:
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(values, dict):
-            return {key: value for key, value in values.items() if key not in left_out and not LEFT_OUT.fullmatch(key)}
+        values = read_object(folder / name, notes)
+        if values:
+            return {key: value for key, value in values.items() if key not in left_out}
     return {}
 
 
@@ -119,19 +132,21 @@ def read_arguments(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             entry = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
             if entry.file_size > MAX_BYTES:
-                raise ValueError(f"larger than {MAX_BYTES // 10**6} MB")
+                raise ValueError(f"it is larger than {MAX_BYTES // 10**6} MB")
             arguments = _InertUnpickler(io.BytesIO(archive.read(entry))).load()
         return {name: kept for name, value in arguments.state.items() if (kept := _plain(value)) is not None}
     except Exception as error:  # of the many kinds that a damaged pickle raises
-        raise ValueError(f"{path.name} in {path.parent} cannot be read: {error or type(error).__name__}.") from None
+        raise ValueError(unreadable(path, error)) from None
 
 
 def _plain(value: Any) -> Any:
-    """JSON values as they are, enum members as their value, `None` for everything else."""
+    """JSON values without secrets, enum members as their value, `None` for everything else."""
     if isinstance(value, _Inert):
         return _plain(value.arguments[0]) if len(value.arguments) == 1 else None
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items() if not LEFT_OUT.fullmatch(str(key))} or None
     if isinstance(value, (list, tuple, set)):
         return [_plain(item) for item in value]
-    return value if isinstance(value, (bool, int, float, str)) else None
+    if isinstance(value, str):
+        return SECRET.sub(LEFT, FOLDERS.sub(f"{LEFT}/", value))
+    return value if isinstance(value, (bool, int, float)) else None

@@ -50,7 +50,8 @@ class _InBfloat16:
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
-                self.before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+                now = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+                self.before = now if now == "none" else _own_setting()
                 torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
             self.inside += 1
 
@@ -59,6 +60,20 @@ class _InBfloat16:
             self.inside -= 1
             if not self.inside:
                 torch.backends.mkldnn.matmul.fp32_precision = self.before  # type: ignore[attr-defined]
+
+
+def _own_setting() -> str:
+    """The setting of products themselves: `"none"` where they follow the one of all operators, and go on to."""
+    every: Any = torch.backends
+    products = every.mkldnn.matmul
+    now, outer = products.fp32_precision, every.fp32_precision
+    if now != outer:
+        return now
+    # read, it tells the value in effect: whose it is shows when the other one changes
+    every.fp32_precision = "tf32" if outer == "ieee" else "ieee"
+    follows = products.fp32_precision != now
+    every.fp32_precision = outer
+    return "none" if follows else now
 
 
 _IN_BFLOAT16, _AS_IT_IS = _InBfloat16(), nullcontext()

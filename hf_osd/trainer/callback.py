@@ -3,24 +3,27 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from ..hub import ProjectionState
 from ..hub.config import CONFIG_NAME
 from ..layers import unload
-from ..optim import OSD
+from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
 from ..optim.arrival.exchange import include_in_ddp
 from ..optim.arrival.stream import release
 from ..optim.osd import osd_of
 from ..optim.statistics import summarize_each
 from ..optim.step.full_weight import FullWeight
-from ..text import announce
+from ..optim.summary import announce_summary
 from .checkpoints import written_checkpoint
 from .push import refresh_card
 from .settings import check_arguments, refuse_ignored_by_mode
 from .statistics_file import StatisticsFile
-from .summary import summary
+
+
+TRAINING_KEYS = {"loss", "learning_rate"}  # a training step's log has one: some trainers rename the loss
 
 
 class OSDCallback(TrainerCallback):
@@ -41,6 +44,8 @@ class OSDCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse wrong arguments before any data is read."""
+        if not isinstance(args, TrainingArguments):  # some trainers show callbacks arguments of another class
+            return
         check_arguments(args)
 
     def on_train_begin(
@@ -56,19 +61,19 @@ class OSDCallback(TrainerCallback):
         self._saved.clear()  # a second training counts its steps anew
         self._best = self._statistics = None
         osd = osd_of(optimizer)
-        if model is not None:
+        if isinstance(model, nn.Module):
             release(model.parameters(), keep=None if osd is None else osd.stream)
             if osd is None or not osd.prepares_layers:
                 unload(model)  # another optimizer's: this one would get no gradients
-        if osd is not None:
-            refuse_ignored_by_mode(osd, args)
-        if osd is not None and args.should_save:
-            self._statistics = StatisticsFile(_output_dir(args), state.global_step)
-        if osd is not None and state.is_world_process_zero:
-            announce(summary(osd, model))
-        if osd is not None:
-            osd.attach()  # a second training: the first has taken the hooks off at its end
-            osd.begin_loop()
+        if osd is None:
+            return
+        refuse_ignored_by_mode(osd, args)
+        if args.should_save:
+            folder = getattr(state, "run_folder", _output_dir(args))
+            self._statistics = StatisticsFile(folder, state.global_step, _state_bytes(osd))
+        announce_summary(osd, model)
+        osd.attach()  # a second training: the first has taken the hooks off at its end
+        osd.begin_loop()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
@@ -89,7 +94,7 @@ class OSDCallback(TrainerCallback):
     ) -> None:
         """Add the statistics to a training step's log, for the callbacks that follow and for the log history."""
         osd = osd_of(optimizer)
-        if osd is None or not logs or "loss" not in logs:
+        if osd is None or not logs or not TRAINING_KEYS & logs.keys():
             return
         means, layers = summarize_each(osd.weights)
         values = {f"osd/{name}": value for name, value in means.items()}
@@ -105,8 +110,10 @@ class OSDCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
     ) -> None:
         """Put P beside the model into the checkpoint that has just been written."""
-        folder = written_checkpoint(state) or _checkpoint(args, state)  # this of a subclass that saves by itself
-        self._save_projections(folder, args, state, optimizer)
+        osd = osd_of(optimizer)
+        if osd is not None:
+            folder = written_checkpoint(state) or _checkpoint(args, state)  # this of a subclass that saves by itself
+            self._save_projections(folder, args, state, osd)
 
     def on_push_begin(
         self,
@@ -118,15 +125,17 @@ class OSDCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Put P and news in the model card into what is about to be uploaded: `on_save` would be too late."""
+        osd = osd_of(optimizer)
+        if osd is None:
+            return
         folder = written_checkpoint(state)
         if folder is not None:  # else one of that name is another training's
-            self._save_projections(folder, args, state, optimizer)
-        osd = osd_of(optimizer)
+            self._save_projections(folder, args, state, osd)
         if self._best is None:
-            self._save_projections(_output_dir(args), args, state, optimizer)
-        elif args.should_save and osd is not None and (self._best / CONFIG_NAME).is_file():
+            self._save_projections(_output_dir(args), args, state, osd)
+        elif args.should_save and (self._best / CONFIG_NAME).is_file():
             ProjectionState.from_pretrained(self._best).save_pretrained(_output_dir(args))
-        if osd is not None and args.should_save:
+        if args.should_save:
             refresh_card(osd, args, state, model)
 
     def on_train_end(
@@ -144,16 +153,16 @@ class OSDCallback(TrainerCallback):
         training of the model may be without `ddp_compression`.
         """
         osd = osd_of(optimizer)
-        if osd is not None:
-            osd.remove()
-            if model is not None:
-                include_in_ddp(model)
+        if osd is None:
+            return
+        osd.remove()
+        if isinstance(model, nn.Module):
+            include_in_ddp(model)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._best = Path(state.best_model_checkpoint)
 
-    def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, optimizer) -> None:
-        osd = osd_of(optimizer)
-        if osd is None or not args.should_save or not folder.is_dir() or self._saved.get(folder) == state.global_step:
+    def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, osd: OSD) -> None:
+        if not args.should_save or not folder.is_dir() or self._saved.get(folder) == state.global_step:
             return
         if has_started(osd):
             ProjectionState.from_optimizer(osd).save_pretrained(folder)
@@ -163,6 +172,13 @@ class OSDCallback(TrainerCallback):
 def has_started(optimizer: OSD) -> bool:
     """Whether any P has been initialised."""
     return any(not isinstance(weight, FullWeight) and weight.started for weight in optimizer.weights)
+
+
+def _state_bytes(optimizer: OSD) -> dict[str, int]:
+    return {
+        "optimizer_state_bytes": predicted_state_bytes(optimizer),
+        "adamw_state_bytes": adamw_state_bytes(optimizer),
+    }
 
 
 def _output_dir(args: TrainingArguments) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers import trainer as transformers_trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -58,6 +58,12 @@ class Patch(NamedTuple):
 
 def _find_complete_checkpoint(original: Callable, folder: str) -> str | None:
     return last_complete_checkpoint(folder)
+
+
+def _note_folder(original: Callable, self: TrainerState, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    given = inspect.signature(original).bind(self, trainer, *args, **kwargs).arguments
+    self.run_folder = Path(trainer._get_output_dir(given["trial"]))  # type: ignore[attr-defined]
+    return original(self, trainer, *args, **kwargs)
 
 
 def _note_checkpoint(original: Callable, self: Trainer, model: Any, trial: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,6 +114,12 @@ def _leave_clipping(original: Callable, self: Trainer, *args: Any, **kwargs: Any
 
 
 PATCHES = (
+    Patch(
+        TrainerState,
+        "init_training_references",
+        "each trial of a hyperparameter search has its own statistics",
+        _note_folder,
+    ),
     Patch(
         transformers_trainer,
         "get_last_checkpoint",

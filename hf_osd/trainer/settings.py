@@ -11,8 +11,9 @@ from transformers import TrainingArguments
 from ..declare import check_values, refuse_unknown
 from ..hub import ProjectionState
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
+from ..optim.factory import learned_rank, warn_compiled
 from ..optim.options.mode import MODE_DEFAULTS, MODE_OPTIONS, Mode, mode_of
-from ..optim.options.presets import KEYS
+from ..optim.options.presets import ARGUMENT_OF, KEYS
 from ..optim.options.table import OPTIONS, used_rules, validate
 from ..optim.selection.rank_pattern import parse_rank_pattern
 from ..optim.selection.targets import parse_modules
@@ -49,8 +50,9 @@ class OSDSettings(NamedTuple):
 
 
 def optim_name(args: TrainingArguments) -> str:
-    """`args.optim` as a plain string: it is an enum member, or a string after unpickling."""
-    return str(getattr(args.optim, "value", args.optim))
+    """`args.optim` as a plain string: it is an enum member, a string after unpickling, or in other classes absent."""
+    optim = getattr(args, "optim", "")
+    return str(getattr(optim, "value", optim))
 
 
 def uses_osd(args: TrainingArguments) -> bool:
@@ -66,7 +68,10 @@ def parse_optim_args(text: str | None, kinds: Mapping[str, type] = KINDS) -> dic
     for entry in text.split(",") if text else ():
         key, equals, value = (part.strip() for part in entry.partition("="))
         if not equals or not key or not value or "=" in value:
-            raise ValueError(f"`optim_args` must read key=value,key=value, got {entry.strip()!r} in {text!r}.")
+            raise ValueError(
+                f"`optim_args` must read key=value,key=value, got {entry.strip()!r} in {text!r}. A value with `,` or "
+                "`=` goes into a field of OSDTrainingArguments, such as `osd_init`."
+            )
         if key in TRAINER_FIELDS:
             raise ValueError(
                 f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in `optim_args`."
@@ -92,7 +97,7 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
     mode = _mode(args, {name: own.pop(name) for name in MODE_DEFAULTS if name in own})
     where = "the training arguments"
     options = resolve(optim_name(args), {"seed": args.seed, **own, "weight_decay": args.weight_decay}, preset, where)
-    validate(options | ({"init": "auto"} if _is_repository(options["init"]) else {}), where)
+    validate(options | ({"init": "auto"} if _is_repository(options["init"]) else {}), where, ARGUMENT_OF)
     options |= _adam_fields(args, options, where)
     return OSDSettings(options, "rank" in own, *target_modules_of(args), rank_pattern, mode)
 
@@ -110,11 +115,11 @@ def constructor_arguments(
     settings = read_settings(args)
     options = settings.options
     if options["init"] not in INITS:
-        state = ProjectionState.from_pretrained(options["init"])
-        ranks = {entry.rank for entry in state.values()}
-        options["init"] = state
-        if not settings.rank_given and len(ranks) == 1:
-            options["rank"] = ranks.pop()
+        options["init"] = ProjectionState.from_pretrained(options["init"])
+        if not settings.rank_given:
+            options["rank"] = learned_rank(options["init"]) or options["rank"]
+    if settings.mode["layerwise"]:  # accelerate's regions are the blocks
+        warn_compiled(model, args.torch_compile and not _environment("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"))
     kwargs = osd_kwargs(
         model,
         options,
@@ -262,5 +267,5 @@ def _adam_fields(args: TrainingArguments, options: Mapping[str, Any], where: str
         for name in names:
             if getattr(args, name) != TrainingArguments.__dataclass_fields__[name].default:
                 raise ValueError(f"`{name}` has no effect with the update rule {' and '.join(rules)}.")
-    check_values({name: OPTIONS[name] for name in values}, values, where)
+    check_values({name: OPTIONS[name] for name in values}, values, where, ARGUMENT_OF)
     return values

@@ -2,7 +2,8 @@
 
 Each line is a JSON object. A header, `{"format_version": 1, "names": [...]}`, holds for the lines below it; these are
 `{"step": 10, "time": 1.79e9, "pca_loss": [...], "orthogonality": [...]}`, with a number for each of the names, or
-null where a step saw none: about 20 bytes for a weight and a logged step. The name begins with an underscore because
+null where a step saw none: about 20 bytes for a weight and a logged step. A header also tells the bytes of the
+optimizer's state and of what AdamW's would be. The name begins with an underscore because
 Trainer uploads `output_dir` while it trains on, but for such files, and this one grows meanwhile.
 """
 
@@ -33,10 +34,11 @@ class StatisticsFile:
         step (`int`):
             The step that the training begins at. What an earlier training wrote up to it stays, later lines belong to
             steps that are about to be made again; from step 0 on nothing stays.
+        memory (`dict[str, int]`): Bytes by name, for the headers.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / STATISTICS_NAME
+    def __init__(self, folder: Path, step: int, memory: Mapping[str, int]) -> None:
+        self.path, self._memory = folder / STATISTICS_NAME, memory
         self._names: list[str] | None = None  # of the last header in the file
         self._broken = False
         self._start: int | None = step
@@ -57,10 +59,10 @@ class StatisticsFile:
         lines: list[dict[str, Any]] = []
         if self._names != list(values):
             self._names = list(values)
-            lines.append({"format_version": FORMAT_VERSION, "names": self._names})
+            lines.append({"format_version": FORMAT_VERSION, **self._memory, "names": self._names})
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         for key in OBSERVED:
-            row[key] = [_number(seen[key]) for seen in values.values()]
+            row[key] = [_rounded(seen[key]) for seen in values.values()]
         lines.append(row)
         with self._may_fail():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             version = line.get("format_version", FORMAT_VERSION)
             if isinstance(version, int) and version > FORMAT_VERSION:
-                raise ValueError(f"{path} has format_version {version}, newer than {FORMAT_VERSION}: update hf_osd.")
+                raise ValueError(
+                    f"{path.name} has format_version {version}, newer than {FORMAT_VERSION}: update hf_osd."
+                )
             if _is_header(line):
                 names = line["names"]
                 yield line
@@ -118,19 +122,25 @@ def _is_header(line: Mapping[str, Any]) -> bool:
 
 
 def _is_row(line: Mapping[str, Any], count: int) -> bool:
-    return _is_number(line.get("step")) and all(
+    return number(line.get("step")) is not None and all(
         isinstance(line.get(key), list)
         and len(line[key]) == count
-        and all(value is None or _is_number(value) for value in line[key])
+        and all(value is None or number(value) is not None for value in line[key])
         for key in OBSERVED
     )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def number(value: Any) -> float | None:
+    """A finite JSON number as a float, `None` for everything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # of an integer
+        return None
 
 
-def _number(value: float) -> float | None:
+def _rounded(value: float) -> float | None:
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 

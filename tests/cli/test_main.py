@@ -56,7 +56,6 @@ def test_help_of_a_command(command):
         ("report", "the following arguments are required: RUN_DIR"),
         ("run nowhere.py", "there is no script 'nowhere.py'"),
         ("run -m", "-m needs the name of a module"),
-        ("run -m trl.cli sft", "hf-osd run -m trl.scripts.sft"),
     ],
 )
 def test_wrong_words(words, message):

@@ -1,6 +1,7 @@
 """`hf-osd run`: a script that knows nothing of us runs as Python itself would run it."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -38,6 +39,7 @@ def script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     return path
 
 
@@ -62,9 +64,9 @@ def test_python_m_runs_a_script(script, tmp_path):
     ],
 )
 def test_a_script_sees_what_python_shows_it(words, script, tmp_path, capsys):
+    plain = read_report(python("folder/script.py", *words, cwd=tmp_path).stdout)
     main(["run", "folder/script.py", *words])
     ours = read_report(capsys.readouterr().out)
-    plain = read_report(python("folder/script.py", *words, cwd=tmp_path).stdout)
     assert ours["argv"] == plain["argv"] == ["folder/script.py", *words]
     for key in ("name", "path0", "main"):
         assert ours[key] == plain[key], key
@@ -75,6 +77,22 @@ def test_a_script_has_an_absolute_file(script, tmp_path, capsys):
     main(["run", "folder/script.py"])
     assert read_report(capsys.readouterr().out)["file"] == str(script)
     assert read_report(python("folder/script.py", cwd=tmp_path).stdout)["file"] == str(script)
+
+
+@pytest.mark.parametrize("linked", ["script", "folder"])
+def test_a_symbolic_link_runs_where_python_runs_it(linked, script, tmp_path, capsys):
+    (script.parent / "neighbour_of_link.py").write_text("ANSWER = 42\n")
+    script.write_text(f"import neighbour_of_link\n{REPORT}")
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / linked
+    link.symlink_to(script if linked == "script" else script.parent)
+    path = str(link if linked == "script" else link / "script.py")
+    plain = read_report(python(path, cwd=tmp_path).stdout)
+    main(["run", path])
+    ours = read_report(capsys.readouterr().out)
+    for key in ("argv", "name", "path0", "file"):
+        assert ours[key] == plain[key], key
+    assert Path(ours["path0"]) == script.parent.resolve()
 
 
 def test_a_script_imports_its_neighbours(script, capsys):
@@ -157,3 +175,55 @@ def test_torchrun_starts_it(script, tmp_path):
     assert done.returncode == 0, done.stderr
     written = {path.name: path.read_text() for path in tmp_path.glob("rank_*.txt")}
     assert written == {f"rank_{rank}.txt": "osd_adamw OSD 4" for rank in range(2)}
+
+
+SPAWN = """
+import sys
+import torch.multiprocessing as mp
+
+def work(rank, text):
+    from transformers import TrainingArguments
+    args = TrainingArguments(output_dir="out", use_cpu=True, report_to="none", optim="osd_adamw")
+    with open(f"{text}_{rank}.txt", "w") as file:
+        file.write(f"{args.optim.value} {[path for path in sys.path if path.endswith('children')]}")
+
+if __name__ == "__main__":
+    mp.spawn(work, (sys.argv[1],), nprocs=1)
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("form", ["script", "module"])
+def test_spawned_processes_know_the_names(form, script, tmp_path):
+    (tmp_path / "spawning.py").write_text(SPAWN)
+    words = ["spawning.py"] if form == "script" else ["-m", "spawning"]
+    done = python("-m", "hf_osd", "run", *words, "said", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "said_0.txt").read_text() == "osd_adamw []"
+
+
+@pytest.mark.distributed
+def test_a_command_that_starts_torchrun_itself(script, tmp_path):
+    script.write_text(TRAIN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    (tmp_path / "command.py").write_text(f"import subprocess\nsubprocess.run({torchrun + OPTIONS}, check=True)\n")
+    done = python("-m", "hf_osd", "run", "command.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = {path.name: path.read_text() for path in tmp_path.glob("rank_*.txt")}
+    assert written == {f"rank_{rank}.txt": "osd_adamw OSD 4" for rank in range(2)}
+
+
+CHILD = "import sys; print('hf_osd' in sys.modules, getattr(sys.modules.get('sitecustomize'), 'MINE', None))"
+
+
+@pytest.mark.parametrize("executable", [sys.executable, getattr(sys, "_base_executable", sys.executable)])
+@pytest.mark.parametrize("mine", [True, False])
+def test_a_sitecustomize_of_ones_own_runs_as_well(mine, executable, script, tmp_path, monkeypatch):
+    if mine:
+        (tmp_path / "sitecustomize.py").write_text("MINE = 'mine'\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    script.write_text(f"import subprocess\nsubprocess.run([{executable!r}, '-c', {CHILD!r}], check=True)\n")
+    done = python("-m", "hf_osd", "run", str(script), cwd=tmp_path)
+    knows, own = done.stdout.split()
+    assert done.returncode == 0 and not done.stderr
+    assert own == str("mine" if mine else None) and (knows == "True" or executable != sys.executable)

@@ -1,6 +1,7 @@
 """The lines that the documentation names for scripts of Hugging Face: trl's, and those in the shape of run_glue.py."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     return tmp_path
 
 
@@ -91,10 +93,15 @@ def test_trls_script_runs_under_accelerate(folder):
     assert len(ProjectionState.from_pretrained(folder / "out" / "checkpoint-2")) == 14
 
 
-@pytest.mark.parametrize("module", ["trl.cli", "trl.cli.main"])
-def test_trls_command_is_refused_with_the_line_that_works(module):
-    with pytest.raises(SystemExit, match="process of its own.*hf-osd run -m trl.scripts.dpo --optim"):
-        main(["run", "-m", module, "dpo", "--optim", "osd_adamw8bit"])
+@pytest.mark.distributed
+def test_trls_command_trains_in_processes_that_know_the_names(folder):
+    pytest.importorskip("trl")
+    line = f"-m trl.cli.main sft --optim osd_adamw8bit {SFT_OPTIONS} --num_processes 2 --num_machines 1 --cpu"
+    line = line.replace("--save_strategy no", "--save_steps 2")
+    words = [sys.executable, "-m", "hf_osd", "run", *shlex.split(line)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(ProjectionState.from_pretrained(folder / "out" / "checkpoint-2")) == 14
 
 
 # In the shape of the scripts in transformers' examples/pytorch.

@@ -1,6 +1,7 @@
 """`hf-osd show`: tables that can be read, JSON that can be parsed, and the same numbers in both."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -121,6 +122,46 @@ def test_names_without_layers_can_be_plotted(tmp_path):
 )
 def test_what_cannot_be_is_said_in_one_sentence(words, message, folders, capsys):
     assert message.format(**folders) in refused(capsys, *(word.format(**folders) for word in words))
+
+
+def copy_p(folders, folder, **config) -> str:
+    shutil.copytree(folders["only_p"], folder)
+    path = folder / "osd_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return str(folder)
+
+
+def test_what_a_repository_says_cannot_act_on_the_terminal(folders, capsys, tmp_path):
+    evil = "\x1b]0;title\x07\x1b[2J\nsecond line \u202e\ud800"
+    lines = show(capsys, copy_p(folders, tmp_path / "a", optim=evil, subspace=evil)).split("\n")
+    assert lines[1].startswith(r"optim \x1b]0;title\x07\x1b[2J\nsecond line \u202e\ud800, ") and lines[2] == ""
+    assert all(line.isprintable() for line in lines)
+    message = refused(capsys, copy_p(folders, tmp_path / "b", step=evil))
+    assert message.isprintable() and "'step' in osd_config.json in" in message
+    report = json.loads(show(capsys, str(tmp_path / "a"), "--json"))
+    assert report["config"]["optim"] == evil
+
+
+@pytest.mark.parametrize("depth", [40, 300, 900, 100_000])
+def test_deep_nesting_is_refused(folders, capsys, tmp_path, depth):
+    folder = copy_p(folders, tmp_path / "p", more="MORE")
+    config = tmp_path / "p" / "osd_config.json"
+    config.write_text(config.read_text().replace('"MORE"', '{"a":[' * (depth // 2) + "]}" * (depth // 2)))
+    message = refused(capsys, folder)
+    assert "nested more than 32 levels" in message or "recursion" in message
+
+
+def test_a_run_whose_p_is_in_its_checkpoints_is_told_which(folders, capsys, tmp_path):
+    for step in (500, 1000):
+        copy_p(folders, tmp_path / "out" / f"checkpoint-{step}")
+    newest = tmp_path / "out" / "checkpoint-1000"
+    assert refused(capsys, str(tmp_path / "out")).endswith(
+        f"is missing in {tmp_path}/out: give {newest}, which has one."
+    )
+    show(capsys, str(newest))
+    (newest / "osd_config.json").unlink()
+    assert refused(capsys, str(newest)).endswith("(it is written last: a save was interrupted).")
+    assert refused(capsys, folders["base"]).endswith(f"osd_config.json is missing in {folders['base']}.")
 
 
 def test_a_damaged_file_is_said_in_one_sentence(folders, capsys, tmp_path):

@@ -71,8 +71,9 @@ def test_rso_reports_the_plain_model_and_what_it_keeps(jsonl_folder, tiny_config
     matrices = [p.shape for name, p in model.named_parameters() if "layers" in name and p.ndim == 2]
     outside = results["parameters"] - sum(m * n for m, n in matrices)
     blocks, others = model.config.num_hidden_layers, len(list(model.parameters())) - len(matrices)
-    small = 4 * (3 * len(matrices) + 2 * others) + 8 * 4 * blocks  # counters, and a seed for each of 4 inputs
-    assert results["optimizer_state_bytes"] == 8 * (sum(4 * m for m, _ in matrices) + outside) + small
+    size, inner = model.config.hidden_size, model.config.intermediate_size
+    counters, inputs = 4 * (3 * len(matrices) + 2 * others), blocks * (8 * 4 + 4 * 4 * (3 * size + inner))
+    assert results["optimizer_state_bytes"] == 8 * (sum(4 * m for m, _ in matrices) + outside) + counters + inputs
     assert results["settings"]["osd_update_interval"] == 2 and results["settings"]["osd_rank"] == 4
     resumed = pretrain_llama.main([*rso, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-3")])
     assert resumed["eval_loss"] == results["eval_loss"]

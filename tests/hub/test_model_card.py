@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import logging
 import math
 import re
 import sys
@@ -81,6 +80,9 @@ def test_nothing_projected_and_an_optimizer_of_ones_own(run, llama, tmp_path):
 def test_how_to_install_is_what_the_readme_says(optim, projection_rule, line, run, tmp_path):
     text = update_card(tmp_path, run(optim, projection_optim=projection_rule).facts).read_text()
     assert f"`{line}` in a clone" in text
+    facts = dataclasses.replace(run(optim, projection_optim=projection_rule).facts, library_name="peft")
+    extras = ".[8bit,peft]" if "8bit" in line else ".[peft]"
+    assert f'`pip install "{extras}"` in a clone' in update_card(tmp_path, facts).read_text()
     install = (ROOT / "README.md").read_text().partition("## Install")[2].partition("```\n")[0]
     assert 'pip install ".[8bit]" ' in install and "in a clone" in install
 
@@ -173,7 +175,7 @@ def test_the_picture_is_a_png_and_optional(run, tmp_path, monkeypatch, caplog):
     assert (tmp_path / "with" / PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     picture._say_no_picture.cache_clear()
-    caplog.set_level(logging.WARNING, logger="hf_osd")
+    caplog.clear()
     for _ in range(2):
         assert "### Loss" not in update_card(tmp_path / "without", facts).read_text()
     assert [record.getMessage() for record in caplog.records] == [

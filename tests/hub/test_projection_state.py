@@ -73,11 +73,23 @@ def test_it_is_a_copy_and_starts_another_run(tmp_path):
     initial = ProjectionState.from_pretrained(tmp_path).initial_projections()
     ids = torch.randint(0, 32, (2, 8))
     another = tiny_llama()
-    again = create_osd_optimizer(another, rank=4, init=initial, subspace="static")
+    again = create_osd_optimizer(another, init=initial, subspace="static")
     another(input_ids=ids, labels=ids).loss.backward()
     again.step()
     for name, P in ProjectionState.from_optimizer(again).initial_projections().items():
         assert torch.equal(P, before[name])
+
+
+def test_its_rank_is_the_default_where_it_is_one():
+    model = tiny_llama()
+    optimizer = create_osd_optimizer(model, rank=4, side="two_sided")
+    train(model, optimizer)
+    state = ProjectionState.from_optimizer(optimizer)
+    assert create_osd_optimizer(tiny_llama(), init=state, side="two_sided").param_groups[0]["rank"] == 4
+    mixed = create_osd_optimizer(model, rank=4, rank_pattern="q_proj:2")
+    train(model, mixed)
+    with pytest.raises(ValueError, match="give the rank and side that it was learned with"):
+        create_osd_optimizer(tiny_llama(), init=ProjectionState.from_optimizer(mixed))
 
 
 def test_8bit_codes_are_kept_bit_for_bit(tmp_path):

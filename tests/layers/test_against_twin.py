@@ -3,9 +3,9 @@
 import copy
 
 import pytest
-import torch
-from layers.nets import Net, batch, distance, loss_of, make, train
+
 from reference.activations_twin import ActivationsTwin
+from reference.nets_in_layers import Net, batch, distance, loss_of, make, train
 
 
 SHARED = [["layers.0", "layers.1"], ["layers.2"]]

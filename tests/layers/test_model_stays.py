@@ -5,11 +5,11 @@ import io
 
 import pytest
 import torch
-from layers.nets import Net, batch, distance, loss_of, make, train
 from torch import nn
 
 import hf_osd
 from hf_osd.layers import CHILD, unload
+from reference.nets_in_layers import Net, batch, distance, loss_of, make, train
 
 
 def test_state_dict_is_the_plain_models():

@@ -5,9 +5,10 @@ import gc
 
 import pytest
 import torch
-from layers.nets import Net, Other, batch, loss_of, make, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from reference.nets_in_layers import Net, Other, batch, loss_of, make, train
 
 
 def gradients(net):

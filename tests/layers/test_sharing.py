@@ -5,11 +5,11 @@ import logging
 
 import pytest
 import torch
-from layers.nets import Net, Other, batch, distance, loss_of, make, train
-from reference.tiny_models import tiny_llama
 from torch import nn
 
 import hf_osd
+from reference.nets_in_layers import Net, Other, batch, distance, loss_of, make, train
+from reference.tiny_models import tiny_llama
 
 
 def llama_step(model, optimizer, seed=0):

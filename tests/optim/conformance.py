@@ -49,8 +49,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "random_gaussian_sign": EVERY_3
     | SIGN
     | {"distribution": "gaussian", "weight_rule": "lion", "residual_scale": 0.1},
-    "random_unbiased_restart_8bit": EVERY_3
-    | {"unbiased": True, "restart_moments": True, "weight_rule": "adamw8bit"},
+    "random_unbiased_restart_8bit": EVERY_3 | {"unbiased": True, "restart_moments": True, "weight_rule": "adamw8bit"},
     "random_two_sided_carry": EVERY_3 | TWO_SIDED | CARRY,
     "cosine": EVERY_3,
     "cosine_right_carry": EVERY_3 | CARRY | {"side": "right", "weight_rule": "sgd"},

@@ -33,11 +33,13 @@ def parameter() -> nn.Parameter:
 
 
 def test_a_checkpoint_must_match_or_is_restored():
-    matched = "weight_rule moment_dtype subspace projection_rule projection_dtype residual"
+    matched = "weight_rule source moment_dtype subspace projection_rule projection_dtype residual restart_moments"
     assert set(matched.split()) == set(MATCHED)
     restored = "alpha lambda_ scale weight_decay projection_lr projection_weight_decay betas eps momentum init seed"
-    restored += " update_interval projection_interval distribution mixing carry_moments residual_scale"
-    assert {*restored.split(), "stochastic_rounding"} == set(RESTORED)
+    restored += (
+        " update_interval projection_interval distribution mixing carry_moments residual_scale projection_sample"
+    )
+    assert {*restored.split(), "stochastic_rounding", "unbiased"} == set(RESTORED)
 
 
 def test_the_config_of_a_saved_p():
@@ -49,8 +51,9 @@ def test_the_config_of_a_saved_p():
     }
     assert FURTHER_OPTIONS == {
         **dict.fromkeys(("projection_lr", "mixing", "residual_scale"), float),
-        **dict.fromkeys(("distribution", "residual", "projection_dtype", "moment_dtype"), str),
-        **{"projection_interval": int, "carry_moments": bool, "stochastic_rounding": bool},
+        **dict.fromkeys(("source", "distribution", "residual", "projection_dtype", "moment_dtype"), str),
+        **dict.fromkeys(("projection_interval", "projection_sample"), int),
+        **dict.fromkeys(("carry_moments", "restart_moments", "stochastic_rounding", "unbiased"), bool),
     }
 
 
@@ -142,9 +145,10 @@ def test_written_texts_are_what_the_declarations_make():
 
 def test_the_signature_is_complete():
     defaults = {**OSD.__init__.__kwdefaults__}
-    assert defaults.pop("maximize") is False
+    assert defaults.pop("maximize") is False and defaults.pop("layers") is None
     assert all(defaults[name] == getattr(cls, name) for cls in (Options, Mode) for name in cls.__dataclass_fields__)
-    rules = {"lambda_", "projection_interval", "update_interval", "distribution", "mixing", "betas", "eps", "momentum"}
+    rules = {"lambda_", "projection_interval", "update_interval", "distribution", "unbiased", "mixing"}
+    rules |= {"betas", "eps", "momentum"}
     assert defaults.keys() - Options.__dataclass_fields__.keys() - Mode.__dataclass_fields__.keys() == rules
 
 
@@ -208,3 +212,18 @@ def test_an_option_is_one_line_and_one_command(tmp_path: Path):
     wrote = run("-m", "hf_osd.optim.options.texts").splitlines()
     assert len(wrote) == 3 and all(line.startswith(f"wrote {tmp_path}") for line in wrote)
     assert run("-c", ADDED) == "complete\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rnk": 4}, "`rnk` in create_osd_optimizer. Did you mean `rank`"),
+        ({"target_module": "q"}, "Did you mean `target_modules`"),
+        ({"exclude": "q"}, "Did you mean `exclude_modules`"),
+        ({"lambda_": -1}, "`lambda_` of create_osd_optimizer must be a number >= 0, got -1"),
+        ({"projection_optim": "adma"}, "`projection_optim` of create_osd_optimizer must be one of .*'adamw'"),
+    ],
+)
+def test_messages_name_what_the_factory_takes(given, message):
+    with pytest.raises(ValueError, match=message):
+        create_osd_optimizer(nn.Linear(8, 8), **given)

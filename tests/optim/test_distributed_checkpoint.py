@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -119,6 +120,57 @@ def test_the_initial_zero_step_neither_moves_weights_nor_starts_p(rule: str):
     assert not P.any() and float(optimizer.state[model.wide.weight]["step"]) == 0
     train(model, optimizer, range(1))
     torch.testing.assert_close(P.T @ P, torch.eye(48), atol=1e-4, rtol=0)  # started from the first real gradient
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_initial_zero_step_does_not_count(rule: str, layerwise: bool):
+    (model, optimizer), (other_model, other) = (make(rule, layerwise=layerwise) for _ in range(2))
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.state[model.wide.bias]["step"] == 0
+    for trained in ((model, optimizer), (other_model, other)):
+        train(*trained, range(3))
+    for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(value, other.state[q][name]) for name, value in optimizer.state[p].items())
+
+
+def test_a_first_step_of_ones_own_with_lr_0_counts():
+    model, optimizer = make("adamw")
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.0  # as at the beginning of a warm-up
+    train(model, optimizer, range(1))
+    assert all(entries["step"] == 1 for entries in optimizer.state.values())
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_parameter_that_never_had_a_gradient(flatten: bool, tmp_path):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def made() -> tuple[Model, OSD]:
+        model, optimizer = make("adamw")
+        model.unused = nn.Linear(96, 80)
+        model.frozen = nn.Linear(96, 80).requires_grad_(False)
+        optimizer.add_param_group({"params": [("unused.weight", model.unused.weight)], "rank": 8})
+        rest = [("unused.bias", model.unused.bias), ("frozen.weight", model.frozen.weight)]
+        optimizer.add_param_group({"params": rest})
+        return model, optimizer
+
+    model, optimizer = made()
+    train(model, optimizer, range(3))
+    saved = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options), "model": model.state_dict()}
+    assert model.unused.weight not in optimizer.state  # in what is saved alone
+    save(saved, checkpoint_id=tmp_path)
+    train(model, optimizer, range(3, 6))
+    resumed, other = made()
+    template = {"optimizer": get_optimizer_state_dict(resumed, other, options=options), "model": resumed.state_dict()}
+    load(template, checkpoint_id=tmp_path)
+    resumed.load_state_dict(template["model"])
+    set_optimizer_state_dict(resumed, other, template["optimizer"], options=options)
+    train(resumed, other, range(3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
+    resumed.unused.weight.grad = torch.randn(80, 96)
+    other.step()
+    assert other.weight_of(resumed.unused.weight).started
 
 
 @pytest.mark.parametrize("given", FAMILY.values(), ids=FAMILY)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import warnings
 import weakref
 
 import pytest
@@ -103,9 +104,28 @@ def test_a_grad_scaler_is_refused():
         scaler.step(optimizer)
 
 
-def test_a_closure_is_refused():
-    with pytest.raises(ValueError, match="A `closure` evaluates the model several times"):
-        optimizer_of(Net(), layerwise=True).step(lambda: None)
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_closure_is_called_once(accumulates: bool):
+    """As Lightning steps: forgetting, forward and backward pass are in the closure."""
+    model, other = Net(), Net()
+    optimizer = optimizer_of(model, layerwise=True, gradient_accumulation=accumulates)
+    plain = optimizer_of(other, layerwise=True, gradient_accumulation=accumulates)
+
+    def closure() -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = model(inputs(step))
+        loss.backward()
+        return loss
+
+    for step in range(3):
+        calls: list[bool] = []
+        expected = model(inputs(step)).item()
+        assert optimizer.step(closure).item() == expected
+        assert calls == [True]
+    train(other, plain, range(3))
+    assert_equal(model, other)
+    assert optimizer.step(lambda: None) is None  # nothing has come
 
 
 @pytest.mark.parametrize(
@@ -172,3 +192,45 @@ def test_a_parameter_that_is_unfrozen_later_is_stepped_in_its_hook_like_the_othe
     optimizer.step()
     train(other, ordinary, range(3, 4))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+TOLD = "Compile its blocks"
+
+
+@pytest.mark.parametrize("way", ["function", "method", "blocks"])
+def test_a_model_compiled_as_a_whole_is_told(way: str):
+    """Whose gradients all come at once; those of its blocks come block by block."""
+
+    def make(layerwise: bool) -> OSD:
+        model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(24, 24) for _ in range(4))})
+        if way == "function":
+            return optimizer_of(torch.compile(model, backend="eager"), layerwise=layerwise)
+        for module in [model] if way == "method" else model["layers"]:
+            module.compile(backend="eager")
+        return optimizer_of(model, layerwise=layerwise)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(layerwise=False)
+    assert not [warning for warning in caught if TOLD in str(warning.message)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(layerwise=True)
+    assert len([warning for warning in caught if TOLD in str(warning.message)]) == (way != "blocks")
+
+
+def test_gradients_of_compiled_blocks_come_block_by_block(monkeypatch):
+    layers = torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(4))
+    optimizer = OSD([{"params": list(layers.parameters()), "rank": 4}], layerwise=True)
+    events: list[str] = []
+    names = {layer.weight: f"weight {i}" for i, layer in enumerate(layers)}
+    take = optimizer.stream._take
+    monkeypatch.setattr(optimizer.stream, "_take", lambda p: events.append(names[p]) or take(p))
+    x = torch.randn(4, 32)
+    for i, layer in enumerate(layers):
+        layer.compile(backend="aot_eager")
+        x = layer(x)
+        x.register_hook(lambda gradient, i=i: events.append(f"into block {i}"))
+    x.square().mean().backward()
+    optimizer.step()
+    assert events == [f"{event} {i}" for i in (3, 2, 1, 0) for event in ("into block", "weight")]

@@ -152,3 +152,52 @@ def test_a_gradient_of_a_stack_is_that_of_each():
     stack = pca_gradient(P, A, inv_norm2[:, None, None], 0.3)
     for own in zip(P, A, inv_norm2, stack, strict=True):
         torch.testing.assert_close(pca_gradient(*own[:3], 0.3), own[3], rtol=1e-12, atol=1e-12)
+
+
+def largest_singular_value(rows: int, steps: int = 30, **options) -> float:
+    """Of any P of a run whose gradients have one leading direction, new at each step."""
+    W = nn.Parameter(torch.zeros(rows, rows + 8))
+    optimizer = OSD([{"params": [W], "rank": 32}], **options)
+    largest = 0.0
+    for step in range(steps):
+        torch.manual_seed(step)
+        W.grad = torch.randn(rows, 1) @ torch.randn(1, rows + 8) + 0.1 * torch.randn_like(W)
+        optimizer.step()
+        weight = optimizer.weight_of(W)
+        for factor in weight.op.split(weight.projection):
+            largest = max(largest, float(torch.linalg.matrix_norm(factor, 2)))
+    return largest
+
+
+@pytest.mark.filterwarnings("ignore:lr alpha")
+@pytest.mark.parametrize("side", ["auto", "two_sided"])
+@pytest.mark.parametrize(
+    ("rule", "lr"), [("adamw", 0.01), ("adamw8bit", 0.01), ("lion", 0.01), ("adafactor", 0.01), ("sgd", 1.0)]
+)
+def test_p_stays_about_orthonormal(rule: str, lr: float, side: str):
+    assert largest_singular_value(256, weight_rule=rule, lr=lr, alpha=5.0, side=side) < 1.6
+
+
+def test_steps_that_are_not_too_long_are_those_of_the_paper(monkeypatch):
+    def trained() -> list[Tensor]:
+        params, optimizer = make(torch.float32, alpha=2.3)
+        run(params, optimizer)
+        return tensors(params, optimizer)
+
+    looked_at = []
+    shorten_ = movement.shorten_
+    monkeypatch.setattr(movement, "shorten_", lambda *given: looked_at.append(1) or shorten_(*given))
+    limited = trained()
+    assert looked_at  # 0.01 * 2.3 * sqrt(480) = 0.504, if all entries had one size and rank
+    monkeypatch.setattr(movement, "shorten_", lambda *given: None)
+    torch.testing.assert_close(limited, trained(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "options"), [(2048, {}), (64, {"projection_rule": "sgd", "alpha": 200.0})])
+def test_a_rate_at_which_most_steps_are_too_long_is_told(rows: int, options: dict):
+    def make(lr: float) -> OSD:
+        return OSD([{"params": [nn.Parameter(torch.zeros(rows, 2 * rows))], "rank": 8}], lr=lr, **options)
+
+    make(1e-3)
+    with pytest.warns(UserWarning, match=r"lr alpha.* Use an alpha of"):
+        make(1e-2)

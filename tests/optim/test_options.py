@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd import OSD
-from hf_osd.optim.options.presets import OPTIM_NAMES, PRESETS, resolve
+from hf_osd.optim.options.presets import OPTIM_NAMES, PRESETS, RSO_NAMES, resolve
 from hf_osd.optim.options.table import DEFAULTS, OPTIONS, PROJECTED, validate
 
 
@@ -23,22 +23,33 @@ def complete(**given: Any) -> dict[str, Any]:
 NEEDED: dict[str, dict[str, Any]] = {
     "update_interval": {"subspace": "svd"},
     "distribution": {"subspace": "random"},
+    "unbiased": {"subspace": "random"},
+    "restart_moments": {"subspace": "random"},
     "mixing": {"subspace": "power"},
     "momentum": {"weight_rule": "sgd"},
     "residual_scale": {"residual": "scaled"},
 }
 VALUES: dict[str, Any] = {"distribution": "gaussian", "mixing": 0.5, "momentum": 0.5, "update_interval": 7}
+VALUES |= {"unbiased": True, "restart_moments": True}
 
 
 def test_the_options_of_a_group_are_these():
     """As written: a name that is lost would make checkpoints unreadable."""
     general = "rank weight_rule alpha scale weight_decay projection_rule subspace init side projection_lr seed"
-    further = "projection_weight_decay carry_moments residual residual_scale projection_dtype moment_dtype"
-    rules = "lambda_ projection_interval update_interval distribution mixing betas eps momentum stochastic_rounding"
+    further = "projection_weight_decay carry_moments residual residual_scale projection_dtype moment_dtype source"
+    rules = "lambda_ projection_interval update_interval distribution mixing betas eps momentum"
+    rules += " stochastic_rounding projection_sample unbiased restart_moments"
     assert set(f"{general} {further} {rules}".split()) == OPTIONS.keys() == DEFAULTS.keys()
-    given = {"weight_rule": "adamw", "subspace": "online_pca", "alpha": 5.0, "scale": 1.0, "weight_decay": 0.0}
+    given = {
+        "weight_rule": "adamw",
+        "source": "gradients",
+        "subspace": "online_pca",
+        "alpha": 5.0,
+        "scale": 1.0,
+        "weight_decay": 0.0,
+    }
     given |= {"init": "auto", "side": "auto", "carry_moments": False, "residual": "none", "residual_scale": 1.0}
-    given |= {"stochastic_rounding": False, "seed": 0}
+    given |= {"stochastic_rounding": False, "seed": 0, "restart_moments": False}
     assert {name: value for name, value in DEFAULTS.items() if value is not None} == given
     validate(DEFAULTS)
     validate(complete())
@@ -51,6 +62,7 @@ def test_who_declares_what():
         "projection_interval": ("online_pca", "power"),
         "update_interval": ("svd", "random", "cosine", "importance"),
         "distribution": ("random",),
+        "unbiased": ("random",),
         "mixing": ("power",),
         "betas": ("adamw", "adamw8bit", "lion", "lion8bit"),
         "eps": ("adamw", "adamw8bit"),
@@ -61,7 +73,8 @@ def test_who_declares_what():
 def test_what_only_projected_groups_use():
     projected = "subspace scale side init projection_dtype carry_moments residual residual_scale alpha projection_lr"
     projected += " projection_rule projection_weight_decay lambda_ update_interval projection_interval distribution"
-    assert {*projected.split(), "mixing"} == PROJECTED
+    projected += " mixing source projection_sample unbiased restart_moments"
+    assert set(projected.split()) == PROJECTED
 
 
 @pytest.mark.parametrize("name", NEEDED)
@@ -154,7 +167,7 @@ def test_options_with_an_effect_pass(given):
     OSD([parameter(8, 12)], rank=4, **given)
 
 
-@pytest.mark.parametrize("name", OPTIM_NAMES)
+@pytest.mark.parametrize("name", [name for name in OPTIM_NAMES if name not in RSO_NAMES])
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_resolve_is_complete_and_valid(name, preset):
     settings = resolve(name, {"rank": 4}, preset, "a test")
@@ -216,10 +229,12 @@ def test_an_unknown_argument_is_refused():
 @pytest.mark.parametrize("shape", [(8,), (2, 3, 4, 6), ()])
 def test_only_matrices_are_projected(shape):
     with pytest.raises(ValueError, match=r"parameter 1 has shape .* only matrices can, and stacks of them"):
-        OSD([parameter(8, 12), parameter(*shape)], rank=4)
+        OSD([{"params": [parameter(8, 12), parameter(*shape)], "rank": 4}])
     with pytest.raises(ValueError, match="layer.bias has shape"):
-        OSD([("layer.weight", parameter(8, 12)), ("layer.bias", parameter(*shape))], rank=4)
+        OSD([{"params": [("layer.weight", parameter(8, 12)), ("layer.bias", parameter(*shape))], "rank": 4}])
     OSD([parameter(*shape)])  # at full size
+    with pytest.raises(ValueError, match="`rank` of OSD has no effect: no parameter that it is for is a matrix"):
+        OSD([parameter(*shape)], rank=4)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,20 @@ def test_declared_bytes_are_measured_bytes(rule: str):
     assert state_bytes(optimizer) == declared
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (3, *SHAPE)])
+def test_a_random_p_is_counted_though_its_seed_is_all_that_is_saved(shape: tuple[int, ...]):
+    held = {}
+    for subspace in ("svd", "random"):
+        W = nn.Parameter(torch.randn(shape))
+        optimizer = OSD([{"params": [W], "rank": RANK}], subspace=subspace)
+        declared = predicted_state_bytes(optimizer)
+        W.grad = torch.randn(shape)
+        optimizer.step()
+        held[subspace] = state_bytes(optimizer)
+        assert held[subspace] == declared
+    assert held["random"] == held["svd"] + 8 * (shape[0] if len(shape) == 3 else 1)
+
+
 def test_bytes_follow_the_formula():
     """For s = min(m, n): two moments of r x max(m, n), P of s x r and its two moments, and counters."""
     (m, n), r = SHAPE, RANK
@@ -201,7 +215,8 @@ def test_a_parameter_without_gradient_stays_inert():
     W, b, optimizer = make()
     give_gradients(b)
     optimizer.step()
-    assert W not in optimizer.state and optimizer.state_dict()["state"].keys() == {1}
+    assert W not in optimizer.state
+    assert not any(value.any() for value in optimizer.state_dict()["state"][0].values())
 
 
 def test_loading_a_state_that_does_not_fit_changes_nothing():

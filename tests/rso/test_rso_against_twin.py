@@ -102,4 +102,6 @@ def test_several_intervals_are_those_of_the_twin(make, matrices: int, inputs: in
         module, _, last = name.rpartition(".")
         expected = getattr(plain.get_submodule(module), last)
         # x Wᵀ against x (W + B Pᵀ)ᵀ: rounding only, which ten steps of Adam hardly amplify
-        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,4 +1,4 @@
-"""Two processes train as one, exchange r m numbers for a weight, and draw the same P; they may not share weights out."""
+"""Two processes train as one, exchange r m numbers for a weight, and draw the same P; no weight may be sharded."""
 
 import sys
 from pathlib import Path

@@ -40,3 +40,22 @@ def test_narrow_products_and_other_precisions_stay(X: torch.Tensor, monkeypatch)
     monkeypatch.setattr(precision, "_has_bfloat16_units", lambda: True)
     with precision.reduced_precision(X):
         assert setting() != "bf16"
+
+
+@needs_setting
+@pytest.mark.parametrize("own", ["none", "ieee", "bf16"])
+@pytest.mark.parametrize("outer", ["none", "ieee", "tf32", "bf16"])
+def test_the_setting_of_products_is_left_as_it_was(outer: str, own: str, monkeypatch):
+    """One that follows that of all operators follows it afterwards, too."""
+    monkeypatch.setattr(precision, "_has_bfloat16_units", lambda: True)
+    matmul = torch.backends.mkldnn.matmul
+    try:
+        torch.backends.fp32_precision, matmul.fp32_precision = outer, own
+        with precision.reduced_precision(torch.randn(64, 64)):
+            assert matmul.fp32_precision == "bf16"
+        assert torch.backends.fp32_precision == outer
+        for later in ("none", "ieee", "bf16"):
+            torch.backends.fp32_precision = later
+            assert matmul.fp32_precision == (later if own == "none" else own)
+    finally:
+        torch.backends.fp32_precision = matmul.fp32_precision = "none"

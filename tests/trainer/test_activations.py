@@ -1,16 +1,16 @@
-"""`source=activations` in stock Trainers: resume, accumulation, checkpointing, half precision, and what comes after."""
+"""`source=activations` in stock Trainers: resume, accumulation, checkpointing, half precision, what comes after."""
 
 import copy
 from pathlib import Path
 
 import pytest
 import torch
-from reference.tiny_models import tiny_llama
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_osd.layers.linear import SubspaceLinear
+from reference.tiny_models import tiny_llama
 
 
 class Tokens(Dataset):
@@ -43,7 +43,8 @@ def make(folder: Path, optim: str = "osd_adamw", optim_args: str = "rank=4,sourc
 
 
 def logged(trainer: Trainer) -> list[dict]:
-    return [{k: v for k, v in entry.items() if k in ("loss", "grad_norm", "step")} for entry in trainer.state.log_history]
+    names = ("loss", "grad_norm", "step")
+    return [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
 
 
 @pytest.mark.parametrize("optim", ["osd_adamw", "osd_adamw8bit"])

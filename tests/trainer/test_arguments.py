@@ -10,9 +10,12 @@ import pytest
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainer, OSDTrainingArguments
-from hf_osd.optim.options.presets import KEYS, OPTIM_NAMES
+from hf_osd.optim.options.presets import KEYS, OPTIM_NAMES, RSO_NAMES
 from hf_osd.trainer.settings import KINDS, TRAINER_FIELDS, parse_optim_args, read_settings
 from reference.tiny_models import tiny_llama
+
+
+LEARNING = [name for name in OPTIM_NAMES if name not in RSO_NAMES]  # names whose P has an update rule
 
 
 @pytest.fixture
@@ -59,7 +62,12 @@ MISTAKES = [
     ("rank=0", "`rank` of the training arguments must be an integer >= 1, got 0"),
     ("alpha=-1", "`alpha` of the training arguments must be a number >= 0"),
     ("alpha=nan", "`alpha` of the training arguments must be a number >= 0"),
-    ("projection_optim=adam", "`projection_rule` .* must be one of .*did you mean 'adamw'"),
+    ("projection_optim=adam", "`projection_optim` .* must be one of .*did you mean 'adamw'"),
+    ("lambda=-1", "`lambda` of the training arguments must be a number >= 0, got -1"),
+    ("subspace=svd,lambda=1", "`lambda` of the training arguments has no effect with subspace='svd'"),
+    ("subspace=svd,projection_optim=sgd", "`projection_optim` of the training arguments has no effect"),
+    ("init=runs/a,b", "got 'b' in 'init=runs/a,b'. A value with `,` or `=` goes into .*, such as `osd_init`"),
+    ("init=runs/a=b", "got 'init=runs/a=b' .* such as `osd_init`"),
     ("subspace=online_pc", "must be one of .*did you mean 'online_pca'"),
     ("init=svdd", "`init` .* must be one of .*did you mean 'svd'"),
     ("preset=referense", "`preset` of the training arguments must be one of reference"),
@@ -240,14 +248,14 @@ def test_adam_fields_without_a_user_are_refused(optim, changed, stock):
 
 
 @pytest.mark.parametrize("projection", ["adamw", "lion", "sgd", "adafactor"])
-@pytest.mark.parametrize("optim", OPTIM_NAMES)
+@pytest.mark.parametrize("optim", LEARNING)
 def test_every_rule_combines_with_every_rule_of_the_projection(optim, projection, stock):
     optimizer = optimizer_of(stock(optim=optim, optim_args=f"rank=4,projection_optim={projection}"))
     assert optimizer.param_groups[0]["projection_rule"] == projection
     assert {group["weight_rule"] for group in optimizer.param_groups} == {OPTIM_NAMES[optim]}
 
 
-@pytest.mark.parametrize("optim", OPTIM_NAMES)
+@pytest.mark.parametrize("optim", LEARNING)
 def test_the_reference_preset_works_with_every_name(optim, stock, typed):
     by_text = optimizer_of(stock(optim=optim, optim_args="rank=4,preset=reference"))
     by_field = optimizer_of(typed(optim=optim, osd_rank=4, osd_preset="reference"))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_osd import OSD
+from hf_osd import OSD, create_osd_optimizer
 from hf_osd.optim.step import algorithm
-from hf_osd.trainer.summary import summary
+from hf_osd.optim.summary import summary
 from reference.tiny_models import tiny_llama
 
 
@@ -222,6 +222,25 @@ def test_the_summary_is_said_once_when_training_begins(trainer, caplog):
         "OSD: 14 matrices projected to rank 4 (0.0M parameters: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
         "down_proj), 0.0M parameters at full size (embed_tokens, lm_head, 5 vectors); optimizer state"
     )
+
+
+def test_an_optimizer_made_for_a_loop_of_ones_own_says_its_summary_once(trainer, caplog):
+    caplog.set_level(logging.INFO, logger="hf_osd")
+    run = trainer(optim="adamw_torch", optim_args=None)
+    run.optimizer = create_osd_optimizer(run.model, rank=4)
+    lines = [record.getMessage() for record in caplog.records if record.name == "hf_osd"]
+    assert lines == [summary(run.optimizer, run.model)] and "14 matrices projected to rank 4" in lines[0]
+    run.train()  # which does not say it again
+    assert [record.getMessage() for record in caplog.records if record.name == "hf_osd"] == lines
+
+
+def test_no_summary_of_other_processes_and_of_models_that_are_only_measured(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="hf_osd")
+    with torch.device("meta"):
+        create_osd_optimizer(tiny_llama(), rank=4)
+    monkeypatch.setenv("RANK", "1")
+    create_osd_optimizer(tiny_llama(), rank=4)
+    assert not caplog.records
 
 
 def test_the_schedule_reaches_the_optimizer(trainer):

@@ -1,6 +1,7 @@
 """Layerwise mode in a Trainer: the same weights, learning rates, norms and resume as the ordinary mode."""
 
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,20 @@ def test_the_true_gradient_norm_is_logged(tmp_path: Path):
 def test_fp16_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="fp16 scales the loss.*Use bf16=True"):
         make_trainer(tmp_path, "osd_adamw_layerwise", fp16=True)
+
+
+@pytest.mark.parametrize(
+    ("optim", "regions"), [("osd_sgd_layerwise", False), ("osd_sgd_layerwise", True), ("osd_sgd", False)]
+)
+def test_torch_compile_of_the_whole_model_is_told(tmp_path: Path, optim: str, regions: bool, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which the arguments set for the whole process
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(regions))
+    trainer = make_trainer(tmp_path, optim, torch_compile=True, torch_compile_backend="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.create_optimizer()
+    told = [warning for warning in caught if "Compile its blocks" in str(warning.message)]
+    assert len(told) == (optim == "osd_sgd_layerwise" and not regions)
 
 
 def test_the_name_says_it_and_no_option(tmp_path: Path):

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_osd.hub import ProjectionState
-from hf_osd.trainer.summary import summary
+from hf_osd.optim.summary import summary
 
 
 SIZES = {

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 from test_resume import SAVED_AT, STEPS, make_trainer
+from transformers import Trainer
 
-from hf_osd import ProjectionState
+from hf_osd import OSDTrainingArguments, ProjectionState
 
 
 def projections(trainer) -> dict[str, torch.Tensor]:
@@ -46,6 +47,14 @@ def test_a_model_only_checkpoint_holds_p_too(tmp_path: Path):
 def test_another_optimizer_saves_none(tmp_path: Path):
     make_trainer(tmp_path, "adamw_torch", optim_args=None).train()
     assert not list(tmp_path.rglob("osd_*"))
+
+
+def test_a_path_that_no_optim_args_can_hold_is_given_as_a_field(tmp_path: Path):
+    folder = tmp_path / "a=1,b" / f"checkpoint-{STEPS}"
+    trainer = make_trainer(folder.parent, "osd_adamw")
+    trainer.train()
+    args = OSDTrainingArguments(str(tmp_path / "c"), optim="osd_adamw", osd_init=str(folder), use_cpu=True)
+    assert Trainer(trainer.model, args).create_optimizer().param_groups[0]["rank"] == 48
 
 
 def test_a_saved_p_starts_another_run(tmp_path: Path):

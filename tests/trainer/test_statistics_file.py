@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_osd import OSD
+from hf_osd.optim import adamw_state_bytes, state_bytes
 from hf_osd.optim.statistics import OBSERVED, summarize_each
 from hf_osd.trainer.statistics_file import STATISTICS_NAME, StatisticsFile, read_lines
 from reference.tiny_models import tiny_llama
@@ -53,6 +54,8 @@ def test_a_line_for_each_logged_step_whose_means_are_the_logged_ones(tmp_path):
     trainer.train()
     header, *rows = lines(tmp_path)
     model = [name for name, p in trainer.model.named_parameters() if "layers" in name and p.ndim == 2]
+    memory = [header.pop(f"{name}_state_bytes") for name in ("optimizer", "adamw")]
+    assert memory == [state_bytes(trainer.optimizer.optimizer), adamw_state_bytes(trainer.optimizer)]
     assert header == {"format_version": 1, "names": model} and len(model) == 14
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     for row, logged in zip(rows, [row for row in trainer.state.log_history if "loss" in row], strict=True):
@@ -129,6 +132,15 @@ def test_a_training_from_the_start_begins_a_new_file(tmp_path):
     assert [line.get("step") for line in lines(tmp_path)] == [None, 2, 4]
 
 
+def test_each_trial_of_a_search_has_a_file_of_its_own(tmp_path):
+    make_trainer(tmp_path).train()
+    whole = lines(tmp_path)
+    trial = make_trainer(tmp_path, max_steps=4)
+    trial._get_output_dir = lambda trial=None: str(tmp_path / "run-0")  # as in `hyperparameter_search`
+    trial.train()
+    assert lines(tmp_path) == whole and [line.get("step") for line in lines(tmp_path / "run-0")] == [None, 2, 4]
+
+
 @pytest.mark.parametrize("given", [{"logging_strategy": "no"}, {"optim": "adamw_torch", "optim_args": None}])
 def test_no_file_without_logs_or_without_our_optimizer(given, tmp_path):
     make_trainer(tmp_path, **given).train()
@@ -142,11 +154,11 @@ def test_only_the_process_that_saves_writes(tmp_path, monkeypatch):
 
 
 def test_numbers_that_are_none_are_null_and_other_names_get_a_header(tmp_path):
-    file = StatisticsFile(tmp_path, 0)
+    file = StatisticsFile(tmp_path, 0, {})
     file.append(1, VALUES)
     file.append(2, {})
-    StatisticsFile(tmp_path, 1).append(3, VALUES)
-    StatisticsFile(tmp_path, 3).append(4, {"c": VALUES["a"]})
+    StatisticsFile(tmp_path, 1, {}).append(3, VALUES)
+    StatisticsFile(tmp_path, 3, {}).append(4, {"c": VALUES["a"]})
     rows = lines(tmp_path)
     assert [row.get("step", row.get("names")) for row in rows] == [["a", "b"], 1, 3, ["c"], 4]
     assert rows[1]["orthogonality"] == [0.125, None]
@@ -154,7 +166,7 @@ def test_numbers_that_are_none_are_null_and_other_names_get_a_header(tmp_path):
 
 
 def test_lines_that_are_no_statistics_are_passed_over(tmp_path):
-    StatisticsFile(tmp_path, 0).append(1, VALUES)
+    StatisticsFile(tmp_path, 0, {}).append(1, VALUES)
     good = lines(tmp_path)
     with open(tmp_path / STATISTICS_NAME, "a") as file:
         for line in ("[]", "null", "{}", '{"step":2,"pca_loss":[1],"orthogonality":[1]}', '{"step":NaN}', "\x00\xff"):
@@ -177,5 +189,5 @@ def test_a_newer_format_is_left_alone(tmp_path, caplog):
     path = tmp_path / STATISTICS_NAME
     path.write_text('{"format_version":2}\n')
     caplog.set_level(logging.WARNING, logger="hf_osd")
-    StatisticsFile(tmp_path, 5).append(6, VALUES)
+    StatisticsFile(tmp_path, 5, {}).append(6, VALUES)
     assert path.read_text() == '{"format_version":2}\n' and "update hf_osd" in caplog.text

@@ -38,6 +38,8 @@ def render_section(facts: CardFacts, *, picture: str | None, projections: bool) 
     from huggingface_hub import ModelCard, ModelCardData
 
     rules = (facts.optim, *facts.options.get("projection_rule", ()))
+    extras = ["8bit"] if any("8bit" in str(rule) for rule in rules) else []
+    extras += ["peft"] if facts.library_name == "peft" else []
     values: dict[str, Any] = {
         "base_model": facts.base_model,
         "matrices": facts.matrices,
@@ -52,7 +54,7 @@ def render_section(facts: CardFacts, *, picture: str | None, projections: bool) 
         "projections": projections,
         "optim_args": _optim_args(facts) if projections else "",
         "versions": ", ".join(f"{key.removesuffix('_version')} {value}" for key, value in facts.versions.items()),
-        "install": "pip install " + ('".[8bit]"' if any("8bit" in str(rule) for rule in rules) else "."),
+        "install": f'pip install ".[{",".join(extras)}]"' if extras else "pip install .",
     }
     # The template has a head, as all templates of model cards; only the text below it is ours to place.
     card = ModelCard.from_template(ModelCardData(tags=["hf_osd"]), template_path=str(TEMPLATE), **values)

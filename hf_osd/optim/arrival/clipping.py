@@ -78,10 +78,9 @@ class Clipping:
                 group[CLIP_NORM2] = None if self.before2 is None else float(self.before2)
         return saved
 
-    def set_norm(self, clip_norm2: float | None, dtype: torch.dtype) -> None:
-        """The norm that the next step is clipped by, as a state dict has it; `dtype`: of the parameters."""
-        wide = torch.promote_types(dtype, torch.float32)
-        self.before2 = None if clip_norm2 is None else torch.tensor(clip_norm2, dtype=wide, device="cpu")
+    def set_norm(self, clip_norm2: float | None) -> None:
+        """The norm that the next step is clipped by, as a state dict has it."""
+        self.before2 = None if clip_norm2 is None else torch.tensor(clip_norm2, dtype=torch.float64, device="cpu")
 
 
 def take_norm(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], float | None]:

@@ -24,6 +24,7 @@ from ..step.full_weight import FullWeight
 from ..step.gradients import check_of, refuse_unsupported, squared_norm
 from ..step.movement import Movements
 from ..step.sharding import is_sharded
+from ..step.sides import is_projected
 from ..step.weights import Weights
 from . import exchange
 from .clipping import Clipping
@@ -71,11 +72,17 @@ class GradientStream:
         self._attached = True
         self._attach_missing()
 
+    def extend(self) -> None:
+        """Put the hooks on parameters that were added to the optimizer, too."""
+        if self.attached:
+            self._check_processes()
+            self._attach_missing()
+
     def _attach_missing(self) -> None:
         """Put hooks on parameters that need them and have none, as those that were unfrozen since."""
         for group in self.weights.groups:
-            for p in group["params"] if self._takes(group) else ():
-                if p.requires_grad and p not in self._handles:
+            for p in group["params"]:
+                if p.requires_grad and p not in self._handles and self._takes(p, group):
                     owner = _OWNERS[p]() if p in _OWNERS else None
                     if owner is not None and owner is not self:
                         owner.remove()
@@ -95,14 +102,24 @@ class GradientStream:
         self._windows.clear()
         self._norms2.clear()
 
+    def load(self, clip_norm2: float | None) -> None:
+        """Go on from a state that has been loaded: what has come to a subspace is not in that state's.
+
+        Args:
+            clip_norm2 (`float`, *optional*): The norm that the next step is clipped by, as a state dict has it.
+        """
+        self.clipping.set_norm(clip_norm2)
+        if self.mode.layerwise:
+            self.discard()
+
     def held_bytes(self) -> int:
         """Bytes of what waits for `step()`."""
         return sum(window.nbytes() for window in self._windows.values())
 
-    def _takes(self, group: dict[str, Any]) -> bool:
+    def _takes(self, p: Tensor, group: dict[str, Any]) -> bool:
         # Beside other processes, DDP averages the full-size parameters: they are complete after the backward pass
         # only, stay where they are, and `step()` finds them there.
-        return group["rank"] is not None or (self.mode.layerwise and exchange.world_size() == 1)
+        return is_projected(p, group) or (self.mode.layerwise and exchange.world_size() == 1)
 
     def _check_processes(self) -> None:
         if any(is_sharded(p) for group in self.weights.groups for p in group["params"]):
@@ -192,12 +209,10 @@ class GradientStream:
         movements.finish()
         weight.release()
 
-    def finish(self, closure: object) -> None:
+    def finish(self) -> None:
         """What is left for `step()`: to step with what was kept, and to note the norm."""
         if not self.attached:
             raise ValueError("The hooks of this optimizer have been removed: call `attach()` to train on.")
-        if closure is not None:
-            raise ValueError("A `closure` evaluates the model several times in a step, which this mode cannot undo.")
         self._check_processes()
         with own_precision(self.weights.device_types):
             self._finish()
@@ -230,7 +245,7 @@ class GradientStream:
             refuse_unsupported(p.grad, self.weights.of(p).geometry.name)
             window = window or Window()
             window.add_whole(p.grad)
-        expected = group["rank"] is not None and p.requires_grad and p not in self._norms2
+        expected = is_projected(p, group) and p.requires_grad and p not in self._norms2
         if window is None and expected and exchange.world_size() > 1:
             window = Window()  # others may have used it, and wait
             window.add_whole(torch.zeros_like(p))

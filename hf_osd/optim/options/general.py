@@ -36,9 +36,7 @@ def _names(rules: Iterable[str]) -> str:
 
 
 RANK = Need(lambda group: group["rank"] is not None, "without a `rank`")
-GRADIENTS = Need(
-    lambda group: group["source"] == "gradients", "with source='activations', where there is no gradient"
-)
+GRADIENTS = Need(lambda group: group["source"] == "gradients", "with source='activations', where there is no gradient")
 ACTIVATIONS = Need(lambda group: group["source"] == "activations", "without source='activations'")
 LEARNED = Need(_rule(lambda rule: rule.learns, unknown=False), in_subspace(), ", or use subspace='online_pca'")
 
@@ -50,9 +48,11 @@ class Options:
     rank: int | None = option(
         None,
         "Rank r of the subspaces.\n\n"
-        "Groups without it are updated at full size; parameters of groups with it must be matrices (m, n), or stacks "
-        "(E, m, n) of experts' matrices, of which each is projected by itself and left alone in steps in which its "
-        "gradient is zero. Clipped to min(m, n), with one warning.",
+        "It is for matrices (m, n), and stacks (E, m, n) of experts' matrices, of which each is projected by itself "
+        "and left alone in steps in which its gradient is zero. Parameters of other dimensions are updated at full "
+        "size (in a group that has a `rank` of its own they are refused), and so are groups without it. Clipped to "
+        "min(m, n), with one warning. Without a model, embeddings and heads are matrices like others: "
+        "`create_osd_optimizer` leaves them at full size.",
         check=integer(1),
         state=True,
         in_run=str(DEFAULT_RANK),
@@ -67,10 +67,9 @@ class Options:
     source: str = option(
         "gradients",
         "What R and P are made of: `gradients`, or `activations`, with which gradients of projected linear layers "
-        "never exist.\n\nThe layers make R in the backward pass, and P learns from their inputs; it is one P for those "
-        "that are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and "
-        "Trainer prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those of "
-        "R.",
+        "never exist.\n\nThe layers make R in the backward pass, and P learns from their inputs, one P for those that "
+        "are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and Trainer "
+        "prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those of R.",
         check=one_of(SOURCES),
         needs=(RANK,),
         state=True,

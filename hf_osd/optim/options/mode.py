@@ -43,8 +43,7 @@ class Mode:
     layerwise: bool = option(
         False,
         "Step each parameter as soon as the backward pass has completed its gradient, and free that.\n\n"
-        "`step` then only ends the step; a `closure` is refused, and so is a `GradScaler`, whose scale nothing could "
-        "undo.",
+        "`step` then only ends the step; a `GradScaler` is refused, whose scale nothing could undo.",
         check=boolean(),
         argument="optim='osd_*_layerwise'",
     )

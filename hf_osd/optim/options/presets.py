@@ -73,6 +73,9 @@ KEYWORDS: dict[str, Option] = {
     for own in (OPTIONS | MODE_OPTIONS | NAME_OPTIONS).values()
     if own not in BY_NAME.values()
 }
+# Option -> what it is called in `create_osd_optimizer`, and in a Trainer's arguments.
+KEYWORD_OF = {own.name: keyword for keyword, own in KEYWORDS.items()}
+ARGUMENT_OF = {own.name: own.argument or own.key for own in OPTIONS.values()}
 
 
 def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str) -> dict[str, Any]:
@@ -88,7 +91,8 @@ def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str)
         `dict`: Every option of a group.
     """
     if name not in OPTIM_NAMES:
-        close = difflib.get_close_matches(name, OPTIM_NAMES, n=1, cutoff=0.4)
+        known = [other for other in OPTIM_NAMES if (other in RSO_NAMES) == name.startswith("rso")]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"Unknown optimizer {name!r}.{hint} Known: {', '.join(OPTIM_NAMES)}.")
     refuse_unknown(given, DEFAULTS.keys() - {"weight_rule"}, where)

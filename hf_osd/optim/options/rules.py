@@ -24,6 +24,11 @@ class Rules(NamedTuple):
     residual: str
     restarts: bool  # whether the weight's moments do, with each new P
 
+    @property
+    def moments(self) -> list[str]:
+        """Names of all moments that are kept."""
+        return [moment.name for rule in (self.weight, self.projection) if rule for moment in rule.moments((2, 2))]
+
 
 # What the rules are made of: their names, and the options that they declare.
 _NAMES: tuple[str, ...] = ("rank", "weight_rule", "projection_rule", "projection_weight_decay")

@@ -55,24 +55,27 @@ DEFAULTS: dict[str, Any] = {name: own.default for name, own in OPTIONS.items()}
 PROJECTED = frozenset(name for name, own in OPTIONS.items() if RANK in own.needs)  # what only projected groups use
 
 
-def validate(options: Mapping[str, Any], where: str = "OSD") -> None:
+def validate(options: Mapping[str, Any], where: str = "OSD", names: Mapping[str, str] | None = None) -> None:
     """Raise `ValueError` unless every value has the right type and range and has an effect.
 
     Args:
         options (`dict`): All options, complete.
         where (`str`, *optional*): What the message calls the place where they were given.
+        names (`dict[str, str]`, *optional*): What options are called there, if otherwise than in a group.
     """
-    check_values(OPTIONS, options, where)
+    check_values(OPTIONS, options, where, names)
     # a group without a rank may share the options of those with one
     projects = options["rank"] is not None
     used = {name: own for name, own in OPTIONS.items() if projects or name not in PROJECTED}
-    refuse_without_effect(used, options, where)
+    refuse_without_effect(used, options, where, names)
     if projects:
         _refuse_impossible_rule(options, where)
 
 
 def refuse_without_rank(options: Mapping[str, Any]) -> None:
     """Raise `ValueError` for options that only projected groups use, where no group has a `rank`."""
+    if options["rank"] is not None:
+        raise ValueError("`rank` of OSD has no effect: no parameter that it is for is a matrix. Leave it out.")
     for name in sorted(PROJECTED):
         if not OPTIONS[name].has_default(options[name]):
             raise ValueError(
@@ -124,8 +127,8 @@ def _refuse_without_gradients(options: Mapping[str, Any], where: str) -> None:
         )
     if options["init"] in ("svd", "randomized_svd"):
         raise ValueError(
-            f"init={options['init']!r} of {where} decomposes a gradient, of which source='activations' has none. Leave "
-            "it out: P starts from the first step's activations."
+            f"init={options['init']!r} of {where} decomposes a gradient, of which source='activations' has none: "
+            "leave it out, and P starts from the first step's activations."
         )
 
 

@@ -2,9 +2,10 @@
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
+
+from .wrappers import WRAPPERS
 
 
 @dataclass
@@ -13,7 +14,7 @@ class ModuleNames:
 
     Attributes:
         plain (`dict[str, str]`):
-            Name of each of the model's own modules -> the same without what peft puts in between, so
+            Name of each of the model's own modules -> the same without what peft and torch put in between, so
             `base_model.model.model.layers.0.q_proj.base_layer` -> `model.layers.0.q_proj`.
         adapters (`set[str]`):
             Modules that belong to adapters (LoRA's A and B, prompt encoders, ...), or are the frozen originals of
@@ -39,7 +40,7 @@ def module_names(model: nn.Module) -> ModuleNames:
             continue
         if name:
             stem = names.plain[parent]
-            names.plain[name] = stem if parent in inner else f"{stem}.{last}".removeprefix(".")
+            names.plain[name] = stem if parent in inner or last in WRAPPERS else f"{stem}.{last}".removeprefix(".")
         if parent in names.copies or inner.get(parent, last) is None:
             names.copies.add(name)
         child = _inner_child(module)

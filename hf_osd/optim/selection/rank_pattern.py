@@ -6,6 +6,10 @@ from collections.abc import Iterable, Mapping
 from ...text import shortened
 
 
+# What follows the name of a linear layer in that of its weight, also of one that is computed (`weight_norm`).
+WEIGHT = re.compile(r"\.(weight(_v|_orig)?|parametrizations\.weight\.original\d*)$")
+
+
 def parse_rank_pattern(pattern: str | Mapping[str, int] | None) -> dict[str, int]:
     """`{"q_proj": 64}`, or the same in one string: `"q_proj:64;layers.0.mlp.*:32"`.
 
@@ -49,7 +53,7 @@ def ranks_of(
     ranks, used = dict.fromkeys(names, rank), set()
     for name in ranks:
         owner, _, last = name.rpartition(".")
-        modules = [f"{found}.{last}".removesuffix(".weight") for found in (owner, (plain or {}).get(owner, owner))]
+        modules = [WEIGHT.sub("", f"{found}.{last}") for found in (owner, (plain or {}).get(owner, owner))]
         for key, own in pattern.items():
             if any(re.fullmatch(rf"(?:.*\.)?(?:{key})", module) for module in modules):
                 ranks[name] = own

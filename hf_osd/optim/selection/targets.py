@@ -1,15 +1,15 @@
 """Which parameters of a model are projected, and why. Names match as in peft."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from ...text import shortened
 from .adapters import ModuleNames, module_names
+from .blocks import block_prefixes, given_heads, is_head
+from .matching import match, without
 from .quantised import EXPERTS, WAY_OUT, is_quantised
 
 
@@ -50,19 +50,21 @@ def select(
         model (`nn.Module`): The model. Frozen parameters are left out of everything.
         target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`):
             `"all-linear"`: every linear layer and every layer of experts inside the model's blocks (the elements of
-            its `nn.ModuleList`s; of a model without any, every one), neither the output head nor gates of a single
-            row; and of a `PeftModel` the linear layers that `modules_to_save` trains wherever they are, if `rank` is
-            low for them. A list, or a string of plain names with commas between them: modules with that name or whose
-            name ends in `.` + it, and experts' parameters such as `experts.gate_up_proj`. Another string: a regular
-            expression that must match the whole name. Names are those that the model has without peft's wrappers, or
-            with them.
+            its `nn.ModuleList`s, and of containers of several alike, see [`~optim.selection.blocks.block_prefixes`];
+            of a model without any, every one), neither heads nor gates of a single row; and of a `PeftModel` the
+            linear layers that `modules_to_save` trains wherever they are, if `rank` is low for them. A list, or a
+            string of plain names with commas between them: modules with that name or whose name ends in `.` + it, and
+            parameters (m, n) or (E, m, n) such as `experts.gate_up_proj` and `in_proj_weight`. Another string: a
+            regular expression that must match the whole name, of a parameter without matching its module. Names are
+            those that the model has without the wrappers of peft and torch, or with them.
         exclude_modules (`str` or `list[str]`, *optional*): What to leave out again, matched likewise.
         rank (`int`, *optional*): r, for the choice among `modules_to_save`: a classifier of two rows stays whole.
 
     Returns:
-        [`Selection`]: `nn.Linear`, GPT-2's `Conv1D` and the 3-D parameters (E, m, n) of modules whose class name ends
-        in `Experts` are projected, never the factors of adapters. A weight shared by several modules counts once,
-        under its name in `named_parameters`.
+        [`Selection`]: `nn.Linear`, GPT-2's `Conv1D`, the 3-D parameters (E, m, n) of modules whose class name ends
+        in `Experts` and parameters that are named are projected, never the factors of adapters. Of a linear layer that
+        computes its weight (`weight_norm`, `spectral_norm`) it is the parameter of the weight's shape. A weight shared
+        by several modules counts once, under its name in `named_parameters`.
 
     Raises:
         ValueError: If nothing is selected, a name in a list matches no module, or a quantised layer is named.
@@ -75,21 +77,26 @@ def select(
     stacks = expert_stacks(model, known)
     names = {name: plain for name, plain in known.plain.items() if name and name not in known.wrappers}
     names |= {stack: _join(known.plain[owner], stack.rpartition(".")[2]) for stack, owner in stacks.items()}
+    matrices = _matrices(model, known, names)
+    names |= matrices
     if wanted == ALL_LINEAR:
         matched = _all_linear(model, known, stacks, rank)
     else:
-        matched = _match(wanted, names, known, "target_modules")
+        matched = match(wanted, names, known, "target_modules")
         # a layer of experts stands for its stacks
         matched = [part for name in matched for part in [s for s in stacks if stacks[s] == name] or [name]]
     unmatched = not matched
     if unwanted:
-        matched = _without(matched, unwanted, names, known)
+        matched = without(matched, unwanted, names, known)
     selection, chosen = Selection(adapters=bool(known.adapters)), set()
     for name in matched:
-        if name not in stacks and is_quantised(model.get_submodule(name)):
+        if name in stacks or name in matrices:
+            weight: nn.Parameter | None = model.get_parameter(name)
+        elif is_quantised(model.get_submodule(name)):
             selection.quantised.append(name)
             continue
-        weight = model.get_parameter(name) if name in stacks else _linear_weight(model.get_submodule(name))
+        else:
+            weight = linear_weight(model.get_submodule(name))
         if weight is None:
             selection.ignored.append(name)
         elif not weight.requires_grad:
@@ -105,7 +112,9 @@ def select(
         if p.requires_grad:
             (selection.projected if p in chosen else selection.full_size)[name] = p
     if not selection.projected:
-        _refuse_empty(selection, wanted, unwanted, unmatched)
+        weights = {name: linear_weight(model.get_submodule(name)) for name in known.plain}
+        others = [name for name, weight in weights.items() if weight is not None and weight.requires_grad]
+        _refuse_empty(selection, wanted, unwanted, unmatched, others)
     return selection
 
 
@@ -133,38 +142,48 @@ def expert_stacks(model: nn.Module, known: ModuleNames) -> dict[str, str]:
     }
 
 
-def _linear_weight(module: nn.Module) -> Any:
-    weight = getattr(module, "weight", None)
-    is_linear = isinstance(module, linear_classes()) and weight is not None and weight.is_floating_point()
-    return weight if is_linear else None
+def linear_weight(module: nn.Module) -> nn.Parameter | None:
+    """The parameter that is a linear layer's weight, or that its weight is computed from in the same shape."""
+    if not isinstance(module, linear_classes()):
+        return None
+    weight = module._parameters.get("weight")
+    if weight is None:
+        shape = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else (module.nx, module.nf)
+        weight = next((p for p in module.parameters() if tuple(p.shape) == shape), None)
+    return weight if weight is not None and weight.is_floating_point() else None
+
+
+def _matrices(model: nn.Module, known: ModuleNames, names: Mapping[str, str]) -> dict[str, str]:
+    """The model's own parameters (m, n) and (E, m, n) that are no stacks of experts, to be named as those are."""
+    return {
+        _join(owner, name): _join(plain, name)
+        for owner, plain in known.plain.items()
+        if owner not in known.wrappers and not is_quantised(model.get_submodule(owner))
+        for name, p in model.get_submodule(owner).named_parameters(recurse=False)
+        if p.ndim in (2, 3) and p.is_floating_point() and _join(owner, name) not in names
+    }
 
 
 def _all_linear(model: nn.Module, known: ModuleNames, stacks: Mapping[str, str], rank: int | None) -> list[str]:
-    modules = {name: model.get_submodule(name) for name in known.plain}
-    blocks = tuple(
-        f"{name}.{index}."
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList)
-        for index in range(len(module))
-    )
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = {known.plain[name] for name, module in modules.items() if module is head}
+    modules = {name: model.get_submodule(name) for name in known.plain if name not in known.wrappers}
+    quantised = {name for name, module in modules.items() if is_quantised(module)}
+    layers = {name for name, module in modules.items() if isinstance(module, linear_classes())} | quantised
+    blocks, heads = block_prefixes(modules, layers.__contains__), given_heads(model)
 
     def inside(name: str) -> bool:
-        return not blocks or f"{name}.".startswith(blocks)
+        return f"{name}.".startswith(blocks) if blocks else not is_head(known.plain[name])
 
     found = []
-    for name, module in modules.items():
-        quantised = is_quantised(module)
-        if not isinstance(module, linear_classes()) and not quantised:
+    for name in modules:
+        if name not in layers:
             continue
-        weight: Any = getattr(module, "weight", None)
-        size = 2 if quantised else min(weight.shape)  # codes have another shape
-        if inside(name) and known.plain[name] not in heads and size > 1:
+        weight = linear_weight(modules[name])
+        size = 2 if name in quantised else 0 if weight is None else min(weight.shape)  # codes have another shape
+        if inside(name) and modules[name] not in heads and size > 1:
             found.append(name)
         elif name in known.copies and (rank is None or rank < size):
             found.append(name)
-    return found + [name for name in stacks if inside(name)]
+    return found + [stack for stack, owner in stacks.items() if inside(owner)]
 
 
 def _join(owner: str, name: str) -> str:
@@ -193,49 +212,12 @@ def _shorthand(name: str) -> str:
     return ALL_LINEAR if name.lower().replace("_", "-") == ALL_LINEAR else name
 
 
-def _match(wanted: str | list[str], names: Mapping[str, str], known: ModuleNames, option: str) -> list[str]:
-    """Those of `names` (full name -> name without peft's wrappers) that are meant, under either."""
-    if isinstance(wanted, str):
-        try:
-            return [name for name, plain in names.items() if re.fullmatch(wanted, name) or re.fullmatch(wanted, plain)]
-        except re.error as error:
-            raise ValueError(f"`{option}` {wanted!r} is not a regular expression: {error}.") from error
-    for entry in wanted:
-        if any(_ends(name, entry) or _ends(plain, entry) for name, plain in names.items()):
-            continue
-        if any(_ends(name, entry) for name in known.adapters):
-            raise ValueError(f"{entry!r} in `{option}` is part of an adapter: adapters' factors are never projected.")
-        last = sorted({plain.rsplit(".", 1)[-1] for plain in names.values()} - {str(i) for i in range(1000)})
-        close = difflib.get_close_matches(entry, last, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else f" The model has: {', '.join(last)}."
-        raise ValueError(f"{entry!r} in `{option}` matches no module.{hint}")
-    return [
-        name for name, plain in names.items() if any(_ends(name, entry) or _ends(plain, entry) for entry in wanted)
-    ]
-
-
-def _without(matched: list[str], unwanted: str | list[str], names: Mapping[str, str], known: ModuleNames) -> list[str]:
-    """What is left of `matched` without what is named, and without what is inside of that."""
-    left = matched
-    for entry in [unwanted] if isinstance(unwanted, str) else [[name] for name in unwanted]:
-        excluded = set(_match(entry, names, known, "exclude_modules"))
-        inside = tuple(f"{name}." for name in excluded)
-        own = [name for name in matched if name not in excluded and not name.startswith(inside)]
-        if len(own) == len(matched):
-            raise ValueError(f"`exclude_modules` {entry!r} leaves nothing out of what is projected. Leave it out.")
-        left = [name for name in left if name in own]
-    return left
-
-
-def _ends(name: str, entry: str) -> bool:
-    return name == entry or name.endswith("." + entry)
-
-
 def _refuse_empty(
     selection: Selection,
     target_modules: str | list[str],
     exclude_modules: str | list[str] | None,
     unmatched: bool,
+    others: list[str],  # layers that could be named
 ) -> None:
     if selection.quantised:
         count = len(selection.quantised)
@@ -247,7 +229,11 @@ def _refuse_empty(
         reasons.append(f"{len(selection.frozen)} matching layers are frozen")
     if selection.ignored:
         reasons.append(f"{shortened(selection.ignored, 3)} matched but are no linear layers")
-    way_out = "target_modules='all-linear', names such as ['q_proj', 'v_proj'], or an optimizer that does not project"
+    if unmatched and target_modules == ALL_LINEAR:
+        reasons.append("those it has are heads, or outside of its blocks" if others else "it has none")
+    named = [f"names such as {others[:1]}"] if others else []
+    default = ["target_modules='all-linear'"] if target_modules != ALL_LINEAR else []
+    way_out = " or ".join([*default, *named, "an optimizer that does not project"])
     if selection.adapters:
         reasons.append("adapters' factors are small and never projected")
         way_out = (

@@ -16,7 +16,6 @@ where gP is the gradient of Eq. 6 at P, made of P and A (`subspace.pca`). Anothe
 else in the place of the last line, or nothing.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -37,8 +36,6 @@ from .residual import RESIDUALS, Residual, pieces
 from .rounding import add_rounded_
 from .weight import Weight
 
-
-logger = logging.getLogger("hf_osd")
 
 Turn = Enum("Turn", "ONLY FIRST LATER")  # of a gradient among those of one step: P may be replaced before it is used
 ONLY, FIRST, LATER = Turn
@@ -77,16 +74,16 @@ class ProjectedWeight(Weight):
 
     Attributes:
         P ([`LiveProjection`]): Its projection.
-        given (`dict[str, torch.Tensor]`): P_0 by parameter name, where the user gave one, until it is used.
+        overdue (`bool`): Whether the gradient that P was to be made anew from was of no use.
     """
 
     geometry: ProjectedGeometry
 
-    def __init__(
-        self, p: Tensor, geometry: ProjectedGeometry, group: Mapping[str, Any], given: dict[str, Tensor] | None = None
-    ):
+    overdue = False
+
+    def __init__(self, p: Tensor, geometry: ProjectedGeometry, group: Mapping[str, Any]):
         super().__init__(p, geometry, group)
-        self.op, self.given = geometry.op, {} if given is None else given
+        self.op = geometry.op
         self.P = LiveProjection(geometry, group, self.slot)
 
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
@@ -101,7 +98,7 @@ class ProjectedWeight(Weight):
             fresh = self._start(G, check)
             if not self.P.started:
                 return None
-        elif turn is not LATER and self.renews(check):
+        elif turn is not LATER and self.renews(check) and self.steps > 0:  # a P that was given is used at first
             self._renew(G, check)
         return self.source.low_rank(G, not fresh and self.moves(check, turn))
 
@@ -144,7 +141,7 @@ class ProjectedWeight(Weight):
 
     def renews(self, check: GradientCheck) -> bool:
         """Whether P is to be made anew from the coming gradient."""
-        return self.rules.subspace.refresh_due(self.count)
+        return self.overdue or self.rules.subspace.refresh_due(self.count)
 
     def moves(self, check: GradientCheck, turn: Turn) -> bool:
         """Whether P moves after the coming step."""
@@ -152,7 +149,8 @@ class ProjectedWeight(Weight):
 
     def may_renew(self, turns: Sequence[Turn]) -> bool:
         """Whether the next gradient, whose turn it is, may make a P, as far as the host knows."""
-        return turns[0] is not LATER and (not self.started or self.rules.subspace.refresh_due(self.steps))
+        due = not self.started or self.overdue or self.rules.subspace.refresh_due(self.steps)
+        return turns[0] is not LATER and due
 
     def recount(self, check: GradientCheck) -> None:
         """Bring `count` up to date before P starts. Reads the device: this happens once."""
@@ -168,24 +166,19 @@ class ProjectedWeight(Weight):
             return False
         self.recount(check)
         init = self.group["init"]
-        if init == "given":
-            given = self.given.pop(self.geometry.name, None)
-            if given is None:  # it was used, and the state that it went into is gone
-                logger.warning("%s starts from its gradient: the P given as `init` was used.", self.geometry.name)
-            if given is not None and given.any():
-                self.slot.state["projection"].copy_(given)
-            else:  # a saved state has zero for an expert that had no tokens yet
-                init = "auto"
-        if init != "given":
-            init = self.P.make(G, Make(init, self.steps, first=True))
+        # a P that was given is in the state from its beginning, unless it is zero: of an expert that had no tokens yet
+        init = self.P.make(G, Make("auto" if init == "given" else init, self.steps, first=True))
         self.P.started = True
-        return init not in ("given", "orthonormal")
+        return init != "orthonormal"
 
     def _renew(self, G: Tensor, check: GradientCheck) -> None:
         """Make P anew from G, if it is neither zero nor broken. Reads the device, as an SVD does anyway."""
-        if usable(check):
-            init = self.group["init"] if self.group["init"] in ("svd", "randomized_svd") else "auto"
-            self.P.renew(G, Make(init, self.steps, first=False), check)
+        if not usable(check):  # an expert without tokens does not count this step
+            self.overdue |= bool(check.broken) or not bool(check.skip)
+            return
+        self.overdue = False
+        init = self.group["init"] if self.group["init"] in ("svd", "randomized_svd") else "auto"
+        self.P.renew(G, Make(init, self.steps, first=False), check)
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         kind = RESIDUALS.get(rules.residual)
@@ -197,11 +190,12 @@ class ProjectedWeight(Weight):
 
     def begin(self) -> None:  # noqa: D102
         super().begin()
-        self.P.started = False
+        self.P.started = self.overdue = False
         self.P.forget()
 
     def resume(self) -> None:  # noqa: D102
         super().resume()
+        self.overdue = False
         # P may have been made in a step that was skipped in the end, and zero is no P, but may be a code of one
         code = self.rules.subspace.code is not None and bool(self.slot.state["step"] > 0)
         self.P.started = code or bool(self.slot.state[self.P.key].any())

@@ -64,7 +64,7 @@ class ExpertWeight(ProjectedWeight):
         due = self.rules.subspace.refresh_due
         if self.doubtful or due(self.steps):
             self.ask(check)
-        return due(self.steps)
+        return self.overdue or due(self.steps)
 
     def moves(self, check: GradientCheck, turn: Turn) -> bool:
         """Whether P moves. Reads the device where the expert's own count decides."""
@@ -74,7 +74,7 @@ class ExpertWeight(ProjectedWeight):
         return moves_at(self.steps)
 
     def may_renew(self, turns: Sequence[Turn]) -> bool:  # noqa: D102
-        due = not self.started or self.rules.subspace.refresh_due(self.steps + self.doubtful)
+        due = not self.started or self.overdue or self.rules.subspace.refresh_due(self.steps + self.doubtful)
         return turns[0] is not LATER and due
 
     def recount(self, check: GradientCheck) -> None:  # noqa: D102
@@ -97,9 +97,8 @@ class ExpertWeights(Weight):
 
     geometry: ProjectedGeometry
 
-    def __init__(self, p: Tensor, geometry: ProjectedGeometry, group: Mapping[str, Any], given: dict[str, Tensor]):
+    def __init__(self, p: Tensor, geometry: ProjectedGeometry, group: Mapping[str, Any]):
         super().__init__(p, geometry, group)
-        self.given = given
         self.experts = [ExpertWeight(p, geometry.expert(e), group) for e in range(geometry.matrices)]
         self.slots += [expert.slot for expert in self.experts]
 
@@ -151,14 +150,10 @@ class ExpertWeights(Weight):
         if not all(expert.started for expert in self.experts):
             fit = usable(check).tolist()
             ready = [expert.started or own for expert, own in zip(self.experts, fit, strict=True)]
-            self._hand_out_given()
         self._open()
         turns = [ONLY] * len(self.experts) if turns is None else turns
         parts = zip(self.experts, G.unbind(), checks_by_expert(check), turns, ready, strict=True)
-        lows = [expert.project(own, check, turn) if fit else None for expert, own, check, turn, fit in parts]
-        if all(expert.started for expert in self.experts):
-            self.given.pop(self.geometry.name, None)  # copied into the state: not kept twice
-        return lows
+        return [expert.project(own, check, turn) if fit else None for expert, own, check, turn, fit in parts]
 
     def update(self, lows: Sequence[LowRank | None], check: GradientCheck, movements: Movements) -> None:
         """The second half of each expert's step."""
@@ -180,12 +175,6 @@ class ExpertWeights(Weight):
         for expert, p, *values in zip(self.experts, self.p.unbind(), *entries, strict=True):
             expert.p = p
             expert.slot.state = dict(zip(self._entries, values, strict=True))
-
-    def _hand_out_given(self) -> None:
-        given = self.given.get(self.geometry.name)
-        for expert, P in zip(self.experts, () if given is None else given, strict=given is not None):
-            if not expert.started:
-                expert.given = {expert.geometry.name: P}
 
 
 def checks_by_expert(check: GradientCheck) -> list[GradientCheck]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...subspace import LinearOperator, effective_rank, operator_of
 from .sharding import Sharding, sharding_of
+from .sides import FULL_SIZE
 
 
 SEEDS_APART = 1_000_003  # between the seeds of two groups' parameters of one position
@@ -44,6 +45,11 @@ class Geometry:
     def update_shape(self) -> tuple[int, ...]:
         """Shape that the weight's rule works in."""
         return self.shape
+
+    @property
+    def holds_projection(self) -> bool:
+        """Whether there is a P in its state."""
+        return False
 
     @property
     def stacked(self) -> bool:
@@ -89,8 +95,7 @@ class ProjectedGeometry(Geometry):
         return self.shape[0] if self.stacked else 1
 
     @property
-    def holds_projection(self) -> bool:
-        """Whether P is in this weight's state."""
+    def holds_projection(self) -> bool:  # noqa: D102 - see Geometry
         return self.holder in (None, self.name)
 
     @property
@@ -136,7 +141,7 @@ def geometry_of(group: Mapping[str, Any], index: int, p: Tensor, position: int) 
     name = names_of(group, position - index)[index]
     compute_dtype, sharding = torch.promote_types(p.dtype, torch.float32), sharding_of(p, name)
     seed = group["seed"] * SEEDS_APART + position
-    if group["rank"] is None:
+    if group["rank"] is None or group["sides"][index] == FULL_SIZE:
         return Geometry(name, tuple(p.shape), compute_dtype, seed, sharding=sharding)
     return ProjectedGeometry(
         name,

@@ -12,7 +12,7 @@ from .sharding import Sharding
 
 
 PIECE = 2**22  # entries worked on at a time: bounds float32 temporaries to 16 MiB
-EPS = 1e-30  # below this ||G||² counts as zero; float32 holds its inverse
+EPS = 2.0**-122  # up to this ||G||² counts as zero; float32 holds it and its inverse exactly
 
 
 def check_gradients(
@@ -77,6 +77,8 @@ def clip_coefficient(norm2: Tensor, max_norm: float) -> Tensor:
 
 
 def _squared_norms(grads: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if not grads:  # of a stack of no matrices
+        return torch.empty(0, dtype=dtype, device=device)
     if device.type != "cpu":
         return torch.stack(torch._foreach_norm(grads, 2, dtype=dtype)).square_()
     found = []

@@ -32,6 +32,7 @@ class InputWeight(ProjectedWeight):
     Attributes:
         layer ([`LayerInfo`]): What its layers know.
         leader ([`InputWeight`]): The weight that holds P, maybe itself.
+        given (`torch.Tensor`, *optional*): P_0, where the user gave one.
         renewal_due (`bool`): Whether P is to be made anew after this step.
     """
 
@@ -40,11 +41,11 @@ class InputWeight(ProjectedWeight):
         p: Tensor,
         geometry: ProjectedGeometry,
         group: Mapping[str, Any],
-        given: dict[str, Tensor],
         layer: LayerInfo,
+        given: Tensor | None,
     ):
-        super().__init__(p, geometry, group, given)
-        self.layer, self.leader, self.renewal_due = layer, self, False
+        super().__init__(p, geometry, group)
+        self.layer, self.leader, self.given, self.renewal_due = layer, self, given, False
 
     def share(self, leader: "InputWeight") -> None:
         """Use the P of another weight."""
@@ -71,8 +72,10 @@ class InputWeight(ProjectedWeight):
             geometry.rank,
             geometry.seed,
             geometry.compute_dtype,
-            self.given.get(geometry.name),
+            self.given,
         )
+        if layer.input is not None and layer.input.leader == geometry.name:
+            layer.input.first, layer.input.every = layer.first, layer.every
 
     @property
     def place(self) -> int:
@@ -113,6 +116,8 @@ class InputWeight(ProjectedWeight):
     def learn(self, shared: SharedInput, check: GradientCheck, movements: Movements) -> None:
         """Start or move P by what its input has shown since the last step; `check` is of ||x||²."""
         A = shared.A
+        if A is not None and A.dtype != self.geometry.compute_dtype:  # the model has been converted since
+            A = A.to(self.geometry.compute_dtype)
         if A is not None and not self.P.started:
             if not usable(check):  # reads the device: this happens once
                 return

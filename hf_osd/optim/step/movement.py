@@ -1,7 +1,8 @@
 """How P moves after a step has used it: by itself, or together with others of its shape.
 
 What a rule computes for one P is r wide, too little to fill a processor; for the many weights of one shape that a
-transformer has, it is one batched product. Letters and shapes as in `subspace.operators`.
+transformer has, it is one batched product. A step of P's optimizer is taken as it is, up to a length that leaves P
+about orthonormal, and shortened to that beyond. Letters and shapes as in `subspace.operators`.
 """
 
 from functools import partial
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...subspace import Movement
+from ...subspace.precision import reduced_precision
 from ...update_rules import GradientCheck
-from .projection import LiveProjection, usable
+from .projection import LONGEST_STEP, LiveProjection, usable
 
 
 # Entries of a stack of P, 4 MiB in float32: as much again of A and of copies of both is held while it fills.
@@ -66,18 +68,19 @@ class Movements:
 def _move(projection: LiveProjection, A: Tensor, check: GradientCheck) -> None:
     """One movement of one P."""
     P, carries = projection.read(), projection.group["carry_moments"]
-    old = P.clone() if carries else None
+    old = P.clone() if carries or projection.rule.learns else None
 
     def descend(gP: Tensor) -> None:
         if projection.moments is None:
             _refuse_without_optimizer(projection)
         projection.slot.state["projection_step"].add_(check.keep)
-        projection.descend(P, gP, check)
+        if projection.descend(P, gP, check) and old is not None:
+            shorten_([P], old.unsqueeze(0))
 
     move = Movement(A, check.inv_norm2, partial(usable, check), projection.geometry.op, descend)
     projection.rule.advance_(P, move)
     projection.write(P)
-    if old is not None:
+    if carries and old is not None:
         projection.carry(P, old, check.skip)
 
 
@@ -96,13 +99,28 @@ def _move_all(waiting: list[Moving]) -> None:
             _refuse_without_optimizer(first)
         counters = [moving.projection.slot.state["projection_step"] for moving in waiting]
         torch._foreach_add_(counters, [moving.check.keep for moving in waiting])
+        far = False
         for moving, P, own in zip(waiting, Ps, gP.unbind(), strict=True):
-            moving.projection.descend(P, own, moving.check)
+            far = moving.projection.descend(P, own, moving.check)
+        if far:  # of one group and shape
+            shorten_(Ps, before)
 
+    before = torch.stack(Ps)
     unusable = partial(usable, waiting[0].check)  # a stackable rule does not ask
-    first.rule.advance_(torch.stack(Ps), Movement(A, inv_norm2, unusable, first.geometry.op, descend))
+    first.rule.advance_(before, Movement(A, inv_norm2, unusable, first.geometry.op, descend))
     for moving, P in zip(waiting, Ps, strict=True):
         moving.projection.write(P)
+
+
+def shorten_(Ps: list[Tensor], before: Tensor) -> None:
+    """P <- before + min(1, LONGEST_STEP / ||step||) step, where P is before + step: of each of a stack (k, s, r)."""
+    step = torch.stack(Ps).sub_(before)
+    with reduced_precision(step):
+        M = step.mT @ step
+        # ||step||_2 <= ||M²||_F^(1/4), not much less: equal where the rank is one, as of the steps that are too long
+        norm = torch.linalg.matrix_norm(M @ M).sqrt_().sqrt_()
+    excess = (1 - LONGEST_STEP / norm).clamp_(min=0)  # exactly 0 of most steps, which stay what they are
+    torch._foreach_sub_(Ps, step.mul_(excess[:, None, None]).unbind())
 
 
 def _refuse_without_optimizer(projection: LiveProjection) -> NoReturn:

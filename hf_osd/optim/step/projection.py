@@ -3,6 +3,7 @@
 Letters and shapes as in `subspace.operators`.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from .slot import Slot
 
 
 FACTORS_APART = 7_368_787  # between the seeds of a weight's two factors: far from other weights'
+# Norm of the longest step of P. Entries of one size, as of Lion's steps and Adam's first, have the signs of a rank-one
+# matrix where one direction leads: without a limit their norm would grow with sqrt(s r), and P D with it.
+LONGEST_STEP = 0.5
 
 
 class Make(NamedTuple):
@@ -47,6 +51,7 @@ class LiveProjection:
     Attributes:
         started (`bool`): Whether P has been initialised.
         rule ([`SubspaceRule`]): How P moves.
+        expanded (`torch.Tensor`, *optional*): P beside the state, where the rule keeps it there.
     """
 
     def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any], slot: Slot):
@@ -68,7 +73,7 @@ class LiveProjection:
 
     def forget(self) -> None:
         """Drop what was derived from the state."""
-        self._expanded: Tensor | None = None
+        self.expanded: Tensor | None = None
 
     def read(self) -> Tensor:
         """P in the precision of the computation: the tensor in the state itself where that has it."""
@@ -78,8 +83,8 @@ class LiveProjection:
         return P if P.dtype == self.geometry.compute_dtype else P.to(self.geometry.compute_dtype)
 
     def _expand(self, rule: SubspaceRule) -> Tensor:
-        if self._expanded is not None:
-            return self._expanded
+        if self.expanded is not None:
+            return self.expanded
         geometry = self.geometry
         codes = self.slot.state[self.key].unbind() if geometry.two_sided else (self.slot.state[self.key],)
         parts = [
@@ -88,7 +93,7 @@ class LiveProjection:
         ]
         P = torch.cat(parts) if geometry.two_sided else parts[0]
         if rule.keeps_expanded:
-            self._expanded = P
+            self.expanded = P
         return P
 
     def write(self, P: Tensor) -> None:
@@ -122,11 +127,16 @@ class LiveProjection:
         self.forget()
         return init
 
-    def descend(self, P: Tensor, gP: Tensor, check: GradientCheck) -> None:
-        """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP)."""
+    def descend(self, P: Tensor, gP: Tensor, check: GradientCheck) -> bool:
+        """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP).
+
+        Returns:
+            `bool`: Whether the step may be longer than `LONGEST_STEP`, as far as the host knows.
+        """
         assert self.moments is not None
-        group = self.group
-        self.moments.update_(P, gP, Pace(check, group["alpha"] * group["lr"], group[self._decay]))
+        rate = self.group["alpha"] * self.group["lr"]
+        self.moments.update_(P, gP, Pace(check, rate, self.group[self._decay]))
+        return rate * math.sqrt(P.numel()) > LONGEST_STEP
 
     def renew(self, G: Tensor, how: Make, check: GradientCheck) -> None:
         """A new P from G, in which the weights' moments go on as the group says."""

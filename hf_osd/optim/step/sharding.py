@@ -142,8 +142,8 @@ FLAT = (
     "`fsdp_config`) or DDP."
 )
 NOT_SHARDED = (
-    "source='activations' is not for FSDP2 and tensor parallelism as yet: use DDP, or source='gradients' with an `osd_` "
-    "name."
+    "source='activations' is not for FSDP2 and tensor parallelism as yet: use DDP, or an `osd_` name with "
+    "source='gradients'."
 )
 
 

@@ -10,8 +10,23 @@ from ...subspace import choose_side
 from .sharding import FLAT, sharding_of
 
 
+FULL_SIZE = "full size"  # in place of the side
+
+
+def is_matrix(p: Tensor) -> bool:
+    """Whether a parameter can be projected: a matrix, or a stack of them."""
+    return p.ndim in (2, 3)
+
+
+def is_projected(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter of a group is."""
+    return group["rank"] is not None and is_matrix(p)
+
+
 def settle_sides(group: dict[str, Any], names: Sequence[str], layers: Mapping[Tensor, LayerInfo]) -> None:
-    """Store the side of each matrix of a group. A plain tensor's never changes; a sharded one's comes when it is met.
+    """Store the side of each matrix of a group, and `FULL_SIZE` of what is no matrix.
+
+    A plain tensor's side never changes; a sharded one's comes when it is met.
 
     A weight of a prepared layer is projected on the side of the inputs, and which weight's state has P of its input is
     stored, too: it is known once the layer has been called.
@@ -24,9 +39,9 @@ def settle_sides(group: dict[str, Any], names: Sequence[str], layers: Mapping[Te
     Raises:
         ValueError: For a side that would divide P, and for what has become of a matrix in an engine that flattens.
     """
-    stored = group.get("sides") or [None] * len(names)
+    stored = group.get("sides") or [None if is_matrix(p) else FULL_SIZE for p in group["params"]]
     sides = [
-        layers[p].side if p in layers else _side(name, p, group["side"], before)
+        layers[p].side if p in layers else FULL_SIZE if before == FULL_SIZE else _side(name, p, group["side"], before)
         for name, p, before in zip(names, group["params"], stored, strict=True)
     ]
     if group["source"] == "activations":
@@ -46,7 +61,7 @@ def settle_sides(group: dict[str, Any], names: Sequence[str], layers: Mapping[Te
 
 
 def _side(name: str, p: Tensor, asked: str, before: str | None) -> str:
-    if p.ndim not in (2, 3):
+    if not is_matrix(p):
         raise ValueError(f"{name} was a matrix and has the shape {tuple(p.shape)} now. {FLAT}")
     sharding = sharding_of(p, name)
     if sharding is None:

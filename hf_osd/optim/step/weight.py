@@ -22,13 +22,14 @@ class Weight:
         group (`dict`): Its group, live: schedulers change it between steps.
 
     Attributes:
+        dtype (`torch.dtype`): Of the parameter when this was made.
         slot ([`Slot`]): Holds its state.
         slots (`list[Slot]`): All that hold any of it.
         count (`int`): Steps so far, skipped ones included; what the host knows without asking the device.
     """
 
     def __init__(self, p: Tensor, geometry: Geometry, group: Mapping[str, Any]):
-        self.p, self.geometry, self.group = p, geometry, group
+        self.p, self.geometry, self.group, self.dtype = p, geometry, group, p.dtype
         self.slot = Slot()
         self.slots = [self.slot]
         self.count = 0

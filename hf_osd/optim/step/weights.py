@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from ...layers import PreparedLayers
 from ...layers.layer import LayerInfo
 from ...layers.shared_input import SharedInput
+from ...subspace.precision import own_precision
 from ...update_rules import GradientCheck
-from ..options.rules import rule_options_of, rules_of
+from ..options.rules import Rules, rule_options_of, rules_of
 from .algorithm import ProjectedWeight
 from .experts import ExpertWeights
 from .full_weight import FullWeight
@@ -20,9 +21,10 @@ from .geometry import Geometry, ProjectedGeometry, geometry_of, names_of
 from .gradients import check_gradients, check_of, refuse_unsupported
 from .input_weight import InputWeight
 from .movement import Movements
+from .projection import usable
 from .sharding import Sharding, local
 from .sides import settle_sides
-from .state import create_state
+from .state import create_state, state_spec
 
 
 logger = logging.getLogger("hf_osd")
@@ -41,7 +43,7 @@ class Weights:
         layers ([`PreparedLayers`], *optional*): The model's, where P is learned from activations.
 
     Attributes:
-        device_types (`set[str]`): Of the parameters, as they were at first, where there is autocast.
+        device_types (`set[str]`): Of the parameters, as they were when last met, where there is autocast.
         observing (`bool`): Whether the coming step is observed.
         observations (`dict`): By weight, what `observe` saw in the last step that was.
     """
@@ -57,10 +59,8 @@ class Weights:
         self._layer_of: dict[Tensor, LayerInfo] = {}
         self.observing = False
         self.observations: dict[AnyWeight, tuple[Tensor, Tensor]] = {}
-        types = {p.device.type for group in groups for p in group["params"]}
-        self.device_types = set(filter(torch.amp.is_autocast_available, types))
         self._weights: dict[Tensor, AnyWeight] = {}
-        self._options: list[Any] = [None] * len(groups)  # of each group, as its weights go by them
+        self.meet()
 
     def __iter__(self) -> Iterator[AnyWeight]:
         """In the order of the groups."""
@@ -72,10 +72,10 @@ class Weights:
 
     def of(self, p: Tensor) -> AnyWeight:
         """The weight of a parameter, with the state that it has now, if any, until its next step."""
-        # Parameters may be exchanged behind the optimizer's back (accelerate's FSDP2 path does), and so may states and
-        # their tensors, to start anew or by a user's own loading.
+        # Parameters may be exchanged behind the optimizer's back (accelerate's FSDP2 path does), or be converted, and
+        # so may states and their tensors, to start anew or by a user's own loading.
         weight = self._weights.get(p)
-        if weight is None:
+        if weight is None or weight.dtype is not p.dtype:
             self.meet()
             weight = self._weights[p]
         state = self.state.get(p, {})
@@ -101,10 +101,47 @@ class Weights:
 
     def create_state(self, weight: AnyWeight, p: Tensor) -> None:
         """Zeros, when a weight is first stepped and not before: then all other states need not be there yet."""
-        state = self.state.setdefault(p, {})
+        state, name = self.state.setdefault(p, {}), weight.geometry.name
         state.update(create_state(p.device, weight.geometry, weight.rules))
         weight.mark = weakref.ref(state["step"])
         self._bind(weight, p, state)
+        if weight.geometry.holds_projection and weight.group["init"] == "given":
+            given = self.given.pop(name, None)
+            if given is None:  # it was used, and the state that it went into is gone
+                logger.warning("%s starts from its gradient: the P given as `init` was used.", name)
+            else:
+                weight.slot.state["projection"].copy_(given)
+                weight.resume()
+
+    def use_given(self) -> None:
+        """Put each P that was given and not used yet into its state, which training then starts from."""
+        for p, weight in list(self._weights.items()):
+            if weight.geometry.name in self.given:
+                self.ready(p).release()
+
+    def missing_states(self) -> dict[int, dict[str, Tensor]]:
+        """Zeros for each trainable parameter that never had a gradient, by its position; kept nowhere."""
+        return {
+            index: create_state(weight.p.device, weight.geometry, weight.rules)
+            for index, (p, weight) in enumerate(self._weights.items())
+            if p.requires_grad and p not in self.state
+        }
+
+    def only_make_states(self) -> bool:
+        """Make all states where the first step has zero gradients and lr 0; whether it was so.
+
+        By such a step `torch.distributed.checkpoint` has states made, and it must not count.
+        """
+        trainable = [p for p in self._weights if p.requires_grad]
+        if any(group["lr"] for group in self.groups) or any(p.grad is None for p in trainable):
+            return False
+        with own_precision(self.device_types):
+            checks = [check for *_, check in self.with_gradients()]
+        if any(bool((usable(check) | (check.broken > 0)).any()) for check in checks):
+            return False
+        for p in trainable:
+            self.ready(p).release()
+        return True
 
     def _bind(self, weight: AnyWeight, p: Tensor, state: dict[str, Tensor]) -> None:
         if weight.geometry.sharding is not None:  # FSDP2 may have moved its part
@@ -118,7 +155,12 @@ class Weights:
         """Make weights for all parameters as they are now, and for no others."""
         known, self._weights, position = self._weights, {}, 0
         self._layer_of = {} if self.layers is None else self.layers.by_weight()
+        types = {p.device.type for group in self.groups for p in group["params"]}
+        self.device_types = set(filter(torch.amp.is_autocast_available, types))
+        self._options: list[Any] = [None] * len(self.groups)  # of each group, as its weights go by them
+        self._rules: list[Rules | None] = [None] * len(self.groups)
         for group in self.groups:
+            _name_again(group, known)
             if group["rank"] is not None:
                 if group["source"] == "activations" and self.layers is None:
                     raise ValueError(
@@ -128,20 +170,26 @@ class Weights:
                 settle_sides(group, names_of(group, position), self._layer_of)
             for index, p in enumerate(group["params"]):
                 geometry, weight = geometry_of(group, index, p, position), known.get(p)
-                if weight is None or weight.geometry.holder != geometry.holder:
+                as_before = weight is not None and weight.group is group and weight.dtype is p.dtype
+                if weight is None or not as_before or weight.geometry.holder != geometry.holder:
                     weight = self._make(p, geometry, group)
+                    _convert(self.state.get(p, {}), weight)
                 self._weights[p] = weight
                 position += 1
         self._share()
-        self._options = [None] * len(self.groups)
         self.follow()
 
     def _make(self, p: Tensor, geometry: Geometry, group: Group) -> AnyWeight:
         if not isinstance(geometry, ProjectedGeometry):
             return FullWeight(local(p), geometry, group)
+        if p.dtype == torch.float16:
+            raise ValueError(
+                f"{geometry.name} is float16, which P's gradient over- and underflows. "
+                "Load with dtype=torch.bfloat16, or in float32 under autocast."
+            )
         if p in self._layer_of:
-            return InputWeight(p, geometry, group, self.given, self._layer_of[p])
-        return (ExpertWeights if geometry.stacked else ProjectedWeight)(local(p), geometry, group, self.given)
+            return InputWeight(p, geometry, group, self._layer_of[p], self.given.get(geometry.name))
+        return (ExpertWeights if geometry.stacked else ProjectedWeight)(local(p), geometry, group)
 
     def _share(self) -> None:
         """Let weights whose layers have one input use one P."""
@@ -150,6 +198,9 @@ class Weights:
         for weight in own:
             if weight.geometry.holder != weight.geometry.name:
                 weight.share(by_name[weight.geometry.holder])  # type: ignore[index]
+                state = self.state.get(weight.p, {})
+                for name in state.keys() - state_spec(weight.geometry, rules_of(weight.group)).keys():
+                    del state[name]  # of the P that it had before it met its input
 
     def follow(self) -> None:
         """Go by the groups' options as they are now: schedulers change betas between steps."""
@@ -157,10 +208,13 @@ class Weights:
             options = rule_options_of(group)
             if options != self._options[index]:
                 self._options[index] = options
-                rules = rules_of(group)
+                before, rules = self._rules[index], rules_of(group)
+                self._rules[index] = rules
                 for p in group["params"]:
                     weight = self._weights.get(p)
                     if weight is not None:  # else it will, once it is met
+                        if before is not None and before.moments != rules.moments:
+                            _exchange_moments(self.state.get(p, {}), weight, rules)
                         weight.follow(rules)
 
     def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:
@@ -171,11 +225,12 @@ class Weights:
                 self.meet()
                 self.layers.meeting.changed = False
         self.follow()
+        layers = self._layer_of
         params: list[Tensor] = []
         arrived: list[Tensor] = []
         for group in self.groups:
             for p in group["params"]:
-                G = p.grad if p not in self._layer_of else self._of_layer(p, group)
+                G = self._of_layer(p, group) if layers and p in layers else p.grad
                 if G is not None:
                     if G.layout is not torch.strided or G.is_complex():
                         refuse_unsupported(G, self.of(p).geometry.name)
@@ -199,17 +254,16 @@ class Weights:
         layer, G = self._layer_of[p], p.grad
         R = layer.stand_in.grad
         if layer.input is None and G is not None:
-            if group["lr"] == 0:  # asks for a state, before anything has been computed
-                self.ready(p)
-                return None
+            if group["lr"] == 0:  # as where states are asked for, before anything has been computed
+                return G
             self.leave(p)
             return G
         if layer.input is None:
             return None
         if G is not None and self.layers is not None and self.layers.meeting.group is not None:
             raise ValueError(
-                f"{layer.name} is used otherwise than by calling its layer, and DDP does not average that gradient: leave "
-                "it out (`exclude_modules`), or use source='gradients'."
+                f"{layer.name} is used otherwise than by calling its layer, and DDP does not average that gradient: "
+                "leave it out (`exclude_modules`), or use source='gradients'."
             )
         weight = self.of(p)
         assert isinstance(weight, InputWeight)
@@ -233,14 +287,12 @@ class Weights:
         del self._weights[p]
         self.meet()
 
-    def learn(self, movements: Movements) -> list[InputWeight]:
+    def learn(self, layers: PreparedLayers, movements: Movements) -> list[InputWeight]:
         """After all weights have been stepped: let P learn from what the layers' inputs have shown.
 
         Returns:
             `list[InputWeight]`: Those that have been given their state.
         """
-        if self.layers is None:
-            return []
         leaders = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is w and w.input]
         seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
         if seen:
@@ -256,8 +308,8 @@ class Weights:
             self.of(weight.p)  # with its state, if it has not been stepped now
         for weight in due:
             weight.renew(weight.input)  # type: ignore[arg-type]
-        self.layers.forget()
-        self.layers.findable = False
+        layers.forget()
+        layers.findable = False
         return leaders + sharing
 
     def give_projections(self) -> None:
@@ -281,3 +333,34 @@ class Weights:
     def observed(self) -> dict[AnyWeight, tuple[Tensor, Tensor]]:
         """`observations` in the order of the groups, whatever order the steps had: their mean is one in every mode."""
         return {weight: self.observations[weight] for weight in self if weight in self.observations}
+
+
+def _name_again(group: Group, known: Mapping[Tensor, AnyWeight]) -> None:
+    """Let the names and sides of a group be those of its parameters, where users have taken some out of it."""
+    own = [known[p].geometry if p in known and known[p].group is group else None for p in group["params"]]
+    for key, attribute in (("param_names", "name"), ("sides", "side")):
+        stored = group.get(key)
+        if stored is None:
+            continue
+        if len(stored) != len(own) and None in own:
+            raise ValueError("A parameter group was given parameters by hand: use `add_param_group`.")
+        group[key] = [
+            stored[index] if geometry is None else getattr(geometry, attribute) for index, geometry in enumerate(own)
+        ]
+
+
+def _exchange_moments(state: dict[str, Tensor], weight: AnyWeight, rules: Rules) -> None:
+    """Let a state have the moments that other rules keep: SGD's has one while its momentum is not 0."""
+    if state:
+        new = create_state(weight.p.device, weight.geometry, rules)
+        for name in state_spec(weight.geometry, weight.rules).keys() - new.keys():
+            state.pop(name, None)
+        state.update({name: value for name, value in new.items() if name not in state})
+
+
+def _convert(state: dict[str, Tensor], weight: AnyWeight) -> None:
+    """Bring a state into the precision of a parameter that was converted."""
+    spec = state_spec(weight.geometry, rules_of(weight.group)) if state else {}
+    for name in spec.keys() & state.keys():
+        if state[name].is_floating_point():
+            state[name] = state[name].to(spec[name].dtype)

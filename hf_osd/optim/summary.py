@@ -1,22 +1,41 @@
 """The one line that says what is projected, what is not, and what that saves."""
 
+import os
+from weakref import WeakSet
+
+import torch.distributed as dist
 from torch import nn
 
-from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
-from ..optim.selection.quantised import is_quantised
-from ..optim.step.geometry import ProjectedGeometry
-from ..text import format_bytes, format_count, shortened
+from ..text import announce, format_bytes, format_count, shortened
+from .memory import adamw_state_bytes, predicted_state_bytes
+from .osd import OSD
+from .selection.quantised import is_quantised
+from .step.geometry import ProjectedGeometry
 
 
 KINDS_SHOWN = 8
+_SUMMARIZED: WeakSet[OSD] = WeakSet()
 
 
-def summary(optimizer: OSD, model: nn.Module | None = None) -> str:
+def announce_summary(optimizer: OSD, model: object) -> None:
+    """Say the line once for an optimizer, on the main process: where it is made for a model, or Trainer trains."""
+    if optimizer not in _SUMMARIZED and _is_main_process():
+        announce(summary(optimizer, model))
+    _SUMMARIZED.add(optimizer)
+
+
+def _is_main_process() -> bool:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # of a launcher, before the processes have met
+
+
+def summary(optimizer: OSD, model: object = None) -> str:
     """What is projected, by the names of the layers, and what that saves.
 
     Args:
         optimizer ([`OSD`]): The optimizer.
-        model (`nn.Module`, *optional*): The model, to tell of what is frozen in it, too.
+        model (`nn.Module`, *optional*): The model, to tell of what is frozen in it, too; anything else tells nothing.
 
     Example:
         `OSD: 28 matrices projected to rank 8 (1.2M parameters: q_proj, o_proj), 0.3M parameters at full size
@@ -44,7 +63,7 @@ def summary(optimizer: OSD, model: nn.Module | None = None) -> str:
         f"OSD: {matrices} matrices projected to {rank} ({format_count(numel[True], 'M')} parameters"
         f"{f': {projected_kinds}' if projected_kinds else ''}), "
         f"{format_count(numel[False], 'M')} parameters at full size{f' ({whole})' if whole else ''}"
-        f"{_frozen(model) if model is not None else ''}; optimizer state "
+        f"{_frozen(model) if isinstance(model, nn.Module) else ''}; optimizer state "
         f"{format_bytes(predicted_state_bytes(optimizer), smallest='MB')}, "
         f"AdamW's {format_bytes(adamw_state_bytes(optimizer), smallest='MB')}"
     )

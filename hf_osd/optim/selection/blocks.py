@@ -1,0 +1,82 @@
+"""Where a model's blocks and its heads are: what `all-linear` goes by."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from torch import nn
+
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+# Names that heads have in transformers, timm and torchvision; DETR's are the embeddings of classes and boxes.
+HEAD = re.compile(r"(\w*_)?(heads?|classifiers?|predictors?|(bbox|class)_embed)")
+
+
+def block_prefixes(modules: Mapping[str, nn.Module], is_layer: Callable[[str], bool]) -> tuple[str, ...]:
+    """`model.layers.0.` and so on: what the names of all that is inside of blocks begin with.
+
+    A block is an element of a container that has parts of its own: of any `nn.ModuleList`, and of an `nn.Sequential`
+    or `nn.ModuleDict` that has another one of its class, for these also hold the different parts of a whole model.
+    What is in a container of heads is none.
+
+    Args:
+        modules (`dict[str, nn.Module]`): The modules of the model by name.
+        is_layer (`Callable`): Whether the module of a name is one layer, whatever it is made of.
+    """
+    found, heads = [], []
+    for name, module in modules.items():
+        if not isinstance(module, CONTAINERS):
+            continue
+        elements = {_join(name, key): child for key, child in module.named_children()}
+        if HEAD.fullmatch(name.rpartition(".")[2]) or any(map(_is_head_class, elements.values())):
+            heads.append(f"{name}.")
+        kinds = Counter(map(_kind, elements.values()))
+        found += [
+            f"{element}."
+            for element, child in elements.items()
+            if element in modules
+            and not is_layer(element)
+            and next(child.children(), None) is not None
+            and (isinstance(module, nn.ModuleList) or kinds[_kind(child)] > 1)
+        ]
+    outermost: list[str] = []
+    for prefix in sorted(found):  # what is inside of a block comes right after it
+        if not outermost or not prefix.startswith(outermost[-1]):
+            outermost.append(prefix)
+    return tuple(prefix for prefix in outermost if not prefix.startswith(tuple(heads)))
+
+
+def is_head(name: str) -> bool:
+    """Whether a module, or one that it is inside of, has the name of a head."""
+    return any(map(HEAD.fullmatch, name.split(".")))
+
+
+def given_heads(model: nn.Module) -> set[nn.Module]:
+    """The heads that a model, or a model inside of it, tells of, and all that is inside of them."""
+    heads: set[nn.Module] = set()
+    for module in model.modules():
+        for tell in ("get_output_embeddings", "get_classifier"):  # of transformers, of timm
+            if hasattr(type(module), tell):
+                for head in _flat(getattr(module, tell)()):
+                    heads |= set(head.modules())
+    return heads
+
+
+def _flat(found: object) -> Iterator[nn.Module]:
+    if isinstance(found, nn.Module):
+        yield found
+    elif isinstance(found, Iterable):
+        for one in found:
+            yield from _flat(one)
+
+
+def _kind(module: nn.Module) -> type:
+    return type(getattr(module, "_orig_mod", module))  # compiled blocks are all of one class
+
+
+def _is_head_class(module: nn.Module) -> bool:
+    return _kind(module).__name__.endswith(("Head", "Classifier"))
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}".removeprefix(".")
