@@ -1,4 +1,4 @@
-"""What RSO keeps and exchanges: x P instead of x for the backward pass, r m gradients instead of m n, one P an input."""
+"""What RSO keeps and exchanges: x P, not x, for the backward pass, r m gradients, not m n, and one P an input."""
 
 import pytest
 import torch
