@@ -176,6 +176,17 @@ def test_every_key_reaches_the_optimizer_from_both_entrances(stock, typed):
     assert {key: group[KEYS[key].name] for key in EVERY} == EVERY
 
 
+def test_numbers_from_yaml_are_numbers(typed, tmp_path):
+    path = tmp_path / "run.yaml"
+    text = "output_dir: out\noptim: osd_adamw\nlearning_rate: 1e-3\nosd_projection_lr: 1e-3\nosd_rank: '4'\n"
+    path.write_text(text + "osd_carry_moments: 'true'\nosd_subspace: online_pca\n")
+    (args,) = HfArgumentParser(OSDTrainingArguments).parse_yaml_file(str(path))
+    options = read_settings(args).options
+    assert (options["projection_lr"], options["rank"], options["carry_moments"]) == (1e-3, 4, True)
+    with pytest.raises(ValueError, match="`osd_alpha` must be a number, got 'large'"):
+        typed(osd_alpha="large")
+
+
 @pytest.mark.parametrize(
     ("optim", "key", "value", "more"),
     [

@@ -1,0 +1,137 @@
+"""`source="activations"` under DDP is one process on the global batch, and bit for bit the same on every process."""
+
+import contextlib
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from reference.nets_in_layers import N, Net, Other, batch, distance, loss_of, make
+
+
+STEPS = 8
+
+
+class Wrapped(nn.Module):
+    """A model inside of another, as some trainers have it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def share(x):
+    """This process's part of a global batch of two micro-batches for each of two processes."""
+    return x.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else x
+
+
+def large_batch(step):
+    return torch.cat([batch(10 * step + i) for i in range(4)])
+
+
+def trained(wrap=lambda net: net, parts=1, **options):
+    torch.manual_seed(0)
+    net = Net()
+    if dist.is_initialized():
+        with torch.no_grad():  # DDP gives all processes the weights of the first
+            for p in net.parameters():
+                p.add_(dist.get_rank())
+    optimizer = make(net, **options)
+    model = wrap(net)
+    for step in range(STEPS):
+        pieces = share(large_batch(step)).chunk(parts)
+        for i, x in enumerate(pieces):
+            last = i == parts - 1 or not isinstance(model, DistributedDataParallel)
+            with contextlib.nullcontext() if last else model.no_sync():
+                (loss_of(model(x)) / parts).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net, optimizer
+
+
+OPTIONS = [{}, {"projection_sample": 1}, {"subspace": "power"}, {"subspace": "random", "update_interval": 3}]
+
+
+def same_everywhere(net, optimizer):
+    tensors = [*net.state_dict().values()]
+    tensors += [value for p in optimizer.state for value in optimizer.state[p].values()]
+    for tensor in tensors:
+        first = tensor.clone()
+        dist.broadcast(first, src=0)
+        assert torch.equal(first, tensor)
+
+
+def as_one_process(rank: int, world_size: int, folder: Path) -> None:
+    for number, options in enumerate(OPTIONS):
+        for parts, wrap in ((1, DistributedDataParallel), (2, lambda net: DistributedDataParallel(Wrapped(net)))):
+            net, optimizer = trained(wrap, parts, **options)
+            same_everywhere(net, optimizer)
+            whole = Net()
+            whole.load_state_dict(torch.load(folder / f"net_{number}.pt"))
+            assert distance(net, whole) < 1e-9  # the same tokens are seen: 4 divides each process's part
+
+
+def experts(layers, x):
+    """Each process calls a layer of its own, and one that both do."""
+    own = "a" if dist.get_rank() == 0 else "b"
+    return layers["c"](x) + layers[own](x)
+
+
+def conditional(rank: int, world_size: int, folder: Path) -> None:
+    net = Other(experts, a=nn.Linear(N, 24), b=nn.Linear(N, 24), c=nn.Linear(N, 24))
+    optimizer = make(net)
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    for step in range(4):
+        loss_of(model(share(large_batch(step)))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    same_everywhere(net, optimizer)
+    assert all(not torch.equal(start[name], value) for name, value in net.state_dict().items())
+
+
+def used_otherwise(rank: int, world_size: int, folder: Path) -> None:
+    def forward(layers, x):
+        return layers["a"](x) @ layers["a"].weight + layers["b"](x)
+
+    net = Other(forward, a=nn.Linear(N, 24), b=nn.Linear(N, N))
+    optimizer = make(net)
+    model = DistributedDataParallel(net)
+    loss_of(model(share(large_batch(0)))).backward()
+    with pytest.raises(ValueError, match="exclude_modules"):
+        optimizer.step()
+
+
+def evaluation_on_one_process(rank: int, world_size: int, folder: Path) -> None:
+    net = Net()
+    optimizer = make(net)
+    if rank == 0:
+        with torch.no_grad():
+            net(batch(0))
+    model = DistributedDataParallel(net)
+    loss_of(model(share(large_batch(0)))).backward()
+    optimizer.step()
+    same_everywhere(net, optimizer)
+
+
+SCENARIOS = [as_one_process, conditional, used_otherwise, evaluation_on_one_process]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("activations")
+    for number, options in enumerate(OPTIONS):
+        torch.save(trained(**options)[0].state_dict(), folder / f"net_{number}.pt")
+    return processes.run(2, SCENARIOS, folder)
+
+
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+def test_two_processes(scenario, results):
+    assert not results[scenario], results[scenario]
