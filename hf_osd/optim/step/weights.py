@@ -305,7 +305,7 @@ class Weights:
         """After all weights have been stepped: let P learn from what the layers' inputs have shown.
 
         Returns:
-            `list[InputWeight]`: Those that hold P, with their state.
+            `list[InputWeight]`: Those that have been given their state.
         """
         leaders = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is w and w.input]
         seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
@@ -316,8 +316,15 @@ class Weights:
                 self.ready(weight.p)
                 self._observe_input(weight, shared, check)
                 weight.learn(shared, check, movements)
+        due = {weight for weight in leaders if weight.renewal_due}
+        sharing = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader in due] if due else []
+        for weight in sharing:
+            self.of(weight.p)  # with its state, if it has not been stepped now
+        for weight in due:
+            weight.renew(weight.input)  # type: ignore[arg-type]
         layers.forget()
-        return leaders
+        layers.findable = False
+        return leaders + sharing
 
     def give_projections(self) -> None:
         """Let the layers use the P of a state that has been loaded: the forward pass comes before the step."""
