@@ -1,4 +1,4 @@
-"""Time of a whole training step of LLaMA 60M, 350M and 1B: forward pass, backward pass and optimizer, by method.
+r"""Time of a whole training step of LLaMA 60M, 350M and 1B: forward pass, backward pass and optimizer, by method.
 
 Contenders (`whole_models.py`) take turns in random order, `at_once` of them at a time, and always with them fused
 AdamW at full rank, to whose times beside theirs they are compared. All train the same weights, in memory as well, with
@@ -16,6 +16,8 @@ Needs: the `examples` extra. A library that is missing is left out, and the resu
     python examples/benchmarks/training_step.py --cases 60m@2:128:3           # two blocks of 60M, a look
     python examples/benchmarks/training_step.py training_step                 # the committed figures on a CPU
     python examples/benchmarks/training_step.py training_step_gpu --device cuda
+    python examples/benchmarks/training_step.py --cases quickstart:48:20 --batch 4 256 \
+        --contenders osd_adamw8bit osd_adamw8bit:source=activations           # what `make quickstart` trains
 """
 
 import argparse

@@ -43,15 +43,16 @@ def table(row: dict[str, Any]) -> str:
     lines = [
         f"**{title(row)}**, {sequences} x {tokens} tokens, {row['rounds']} steps; median / minimum in ms",
         "",
-        f"| | first step | whole step | {' | '.join(PARTS)} | spread over steps | of {BASELINE} |",
-        "| --- " * (5 + len(PARTS)) + "|",
+        f"| | first step | whole step | {' | '.join(PARTS)} | spread over steps | of {BASELINE} | tokens per second |",
+        "| --- " * (6 + len(PARTS)) + "|",
     ]
     for name, entry in row["seconds"].items():
         cells = [f"{1e3 * entry['first']:.0f}", *(_times(entry[part]) for part in ("whole", *PARTS))]
         cells += [f"{1e3 * entry['renewal']:.1f}", f"{ratio(entry):.3f} / {ratio(entry, 'minimum'):.3f}"]
+        cells.append(f"{sequences * tokens / (entry['whole']['median'] + entry['renewal']):,.0f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name, reason in row["left_out"].items():
-        lines.append(f"| {name} | {reason} |" + " |" * (3 + len(PARTS)))
+        lines.append(f"| {name} | {reason} |" + " |" * (4 + len(PARTS)))
     return "\n".join(lines) + "\n"
 
 
