@@ -6,7 +6,6 @@ A name is that of an optimizer, or `lora`; options of ours, and of peft, follow 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set
 import hf_osd
 from contenders import galore_group
 from hf_osd.optim import select
-from shapes import CONFIGS
+from shapes import config_file
 
 
 BASELINE = "adamw_torch_fused"
@@ -29,9 +28,8 @@ def parse_name(name: str) -> tuple[str, dict[str, str]]:
 
 
 def load_config(model: str, layers: int = 0) -> PretrainedConfig:
-    """That of `llama_<model>.json` in `llama_configs/`, or of another such file, with this many blocks (0: all)."""
-    name = f"llama_{model.removeprefix('llama_')}.json"
-    config = AutoConfig.from_pretrained(Path(model) if "/" in model else CONFIGS / name)
+    """That of a file in `llama_configs/`, or of another such file, with this many blocks (0: all)."""
+    config = AutoConfig.from_pretrained(config_file(model))
     config.num_hidden_layers = layers or config.num_hidden_layers
     config.use_cache = False
     return config
