@@ -68,6 +68,7 @@ class TrainingStep:
     def backward(self) -> None:
         """All gradients."""
         self.loss.backward()
+        self.loss = self.loss.detach()
 
     def update(self) -> None:
         """New weights, and gradients freed."""
