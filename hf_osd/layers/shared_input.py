@@ -94,6 +94,11 @@ class SharedInput:
         self.A = self.energy = None
         self._outside = False
 
+    def make_room(self) -> None:
+        """Drop the sketch, of which A tells all, before P is made of that."""
+        if not self.started and self.A is not None:
+            self.P = None
+
     def bind(self, P: Tensor) -> None:
         """Use this P, the optimizer's, from now on, and step by it."""
         self.P, self.started = P, True

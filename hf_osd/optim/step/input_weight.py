@@ -120,6 +120,7 @@ class InputWeight(ProjectedWeight):
             A = A.to(self.geometry.compute_dtype)
         if A is not None and not self.P.started:
             if not usable(check):  # reads the device: this happens once
+                shared.P = shared.first.draw(A.shape[0], A.device)
                 return
             # P_0 = orth(xᵀ x Ω)
             self.slot.state["projection"].copy_(torch.linalg.qr(A).Q)

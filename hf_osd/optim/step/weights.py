@@ -281,6 +281,7 @@ class Weights:
             )
         weight = self.of(p)
         assert isinstance(weight, InputWeight)
+        layer.input.make_room()
         self.ready(weight.leader.p)
         weight.leader.adopt()
         if G is None or not weight.P.started:
