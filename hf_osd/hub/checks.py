@@ -54,14 +54,19 @@ def is_shape(value: Any) -> bool:
 
 
 def name_fault(name: str) -> str | None:
-    """Why `name` cannot be a parameter's name, or `None`. Names are never paths, and must not look like one."""
+    """Why `name` cannot be a parameter's name, or `None`. Names are never paths: a module's may have any slash."""
     if not name or len(name) > MAX_NAME:
         return f"is empty or longer than {MAX_NAME} characters"
-    if ENTRY_SEPARATOR in name or name == "__metadata__":
+    if name == "__metadata__":
         return "is reserved"
-    if ".." in name or set(name) & set("/\\") or not name.isprintable():
-        return "looks like a path or has control characters"
+    if ".." in name or not name.isprintable():
+        return "has `..` or control characters"
     return None
+
+
+def keys_of(name: str, moments: list[str]) -> list[str]:
+    """The keys that a parameter has: its P's, then those of its other state entries."""
+    return [name, *(name + ENTRY_SEPARATOR + moment for moment in moments)]
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:

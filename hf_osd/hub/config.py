@@ -16,7 +16,7 @@ from ..optim import OPTIM_NAMES
 from ..optim.options import table as options
 from ..subspace import SIDES
 from ..version import __version__
-from .checks import MAX_DIMENSION, ProjectionFileError, is_count, is_shape, name_fault
+from .checks import MAX_DIMENSION, ProjectionFileError, is_count, is_shape, keys_of, name_fault
 
 
 FORMAT_VERSION = 1
@@ -79,6 +79,9 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         raise ProjectionFileError(f"{where} has no 'parameters', an object with an entry for each P.")
     for name, entry in parameters.items():
         _check_parameter(name, entry, where)
+    keys = [key for name, entry in parameters.items() for key in keys_of(name, entry.get("moments") or [])]
+    if len(set(keys)) < len(keys):
+        raise ProjectionFileError(f"{where} has two tensors called {max(keys, key=keys.count)[:200]!r}.")
 
 
 def versions() -> dict[str, str]:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..text import beside
 from .checks import (
-    ENTRY_SEPARATOR,
     ProjectionFileError,
     TensorHeader,
     file_size,
+    keys_of,
     read_header,
     read_json,
     sha256,
@@ -209,11 +209,6 @@ def check_tensors(parameters: Mapping[str, Any], tensors: Mapping[str, TensorHea
                 raise ProjectionFileError(
                     f"{key} in {source} has the shape {got}, which no state entry of {name} has."
                 )
-
-
-def keys_of(name: str, moments: list[str]) -> list[str]:
-    """The keys that a parameter has: its P's, then those of its other state entries."""
-    return [name, *(name + ENTRY_SEPARATOR + moment for moment in moments)]
 
 
 def _load(path: Path, where: str) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,9 +14,9 @@ from ..optim.osd import osd_of
 from ..optim.selection.wrappers import plain_name
 from ..optim.step.full_weight import FullWeight
 from ..version import __version__
-from .checks import ProjectionFileError
+from .checks import ProjectionFileError, keys_of, name_fault
 from .config import CONFIG_NAME, FORMAT_VERSION, check_config, options_config, versions
-from .files import is_data_file, keys_of, read_config, read_tensors, write_set
+from .files import is_data_file, read_config, read_tensors, write_set
 from .locate import Source
 from .projection import Projection, check_values, copy_projection
 
@@ -117,12 +117,8 @@ class ProjectionState(Mapping[str, Projection]):
             raise ValueError("This optimizer projects nothing: none of its groups has a `rank`.")
         projections: dict[str, Projection] = {}
         steps = 0
+        refuse_names(groups)
         for group in groups:
-            if "param_names" not in group:
-                raise ValueError(
-                    "The parameters of this optimizer have no names. Build it with create_osd_optimizer, or from "
-                    "(name, parameter) pairs such as model.named_parameters() gives."
-                )
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 weight = osd.weight_of(p)
                 if isinstance(weight, FullWeight) or not weight.started:
@@ -266,3 +262,17 @@ class ProjectionState(Mapping[str, Projection]):
             return api.create_commit(
                 repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
             )
+
+
+def refuse_names(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `ValueError` unless the parameters of these groups have names, and such as files can hold."""
+    for group in groups:
+        if "param_names" not in group:
+            raise ValueError(
+                "The parameters of this optimizer have no names. Build it with create_osd_optimizer, or from "
+                "(name, parameter) pairs such as model.named_parameters() gives."
+            )
+        for name in group["param_names"]:
+            fault = name_fault(name)
+            if fault:
+                raise ValueError(f"The parameter name {name[:100]!r} {fault}.")

@@ -1,7 +1,7 @@
 """From a model to an optimizer: parameter groups, and the factory for loops without a Trainer."""
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,36 +19,40 @@ from .osd import OSD
 from .selection.adapters import module_names
 from .selection.rank_pattern import parse_rank_pattern, ranks_of
 from .selection.targets import ALL_LINEAR, Selection, select
-from .selection.wrappers import plain_name, plain_names, unwrapped
+from .selection.wrappers import plain_name, unwrapped
 from .summary import announce_summary
 
 
-def build_param_groups(
-    selection: Selection, decay_names: Collection[str], ranks: Mapping[str, int], init: Any, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Groups of (name, parameter) pairs: of each rank and at full size, with weight decay and without.
+def selected_groups(selection: Selection, ranks: Mapping[str, int], init: Any) -> list[dict[str, Any]]:
+    """Groups of (name, parameter) pairs: of each rank and at full size.
 
     Args:
         selection ([`Selection`]): What is projected.
-        decay_names (`Collection[str]`): Parameters that weight decay applies to, without wrappers in their names.
         ranks (`Mapping[str, int]`): Rank of every projected parameter, by name.
         init (`str` or tensors by name): P_0 of the projected groups.
-        weight_decay (`float`): Weight decay of the groups that have it.
     """
-    groups = []
-    kinds: list[tuple[Mapping[str, Tensor], dict[str, Any]]] = [
-        (
-            {name: p for name, p in selection.projected.items() if ranks[name] == rank},
-            {"rank": rank, "init": init},
-        )
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [(name, p) for name, p in selection.projected.items() if ranks[name] == rank],
+            "rank": rank,
+            "init": init,
+        }
         for rank in dict.fromkeys(ranks.values())
     ]
-    for parameters, own in (*kinds, (selection.full_size, {})):
-        for decays in (True, False):
-            params = [(name, p) for name, p in parameters.items() if (plain_name(name) in decay_names) == decays]
-            if params:
-                groups.append({"params": params, "weight_decay": weight_decay if decays else 0.0, **own})
-    return groups
+    return [*groups, {"params": list(selection.full_size.items())}]
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters with weight decay and those without, as `Trainer` groups them."""
+    names = set(decay_parameter_names(model))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return [
+        {
+            "params": [p for name, p in trained.items() if (name in names) == decays],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
@@ -64,16 +68,14 @@ def osd_kwargs(
     settings: Mapping[str, Any],
     target_modules: str | Iterable[str] = ALL_LINEAR,
     exclude_modules: str | Iterable[str] | None = None,
-    decay_names: Collection[str] | None = None,
     rank_pattern: str | Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Everything [`OSD`] is constructed from but the learning rate and the mode: `params` and options.
+    """What [`OSD`] is constructed with besides parameters, learning rate and mode: options and what they go for.
 
     Args:
         model (`nn.Module`): The model.
         settings (`dict`): All options, as `presets.resolve` gives them.
         target_modules, exclude_modules: See [`~optim.selection.targets.select`].
-        decay_names (`Collection[str]`, *optional*): Defaults to what `Trainer` decides.
         rank_pattern (`str` or `Mapping[str, int]`, *optional*): See [`create_osd_optimizer`].
     """
     unload(model)
@@ -87,15 +89,11 @@ def osd_kwargs(
             stacklevel=3,
         )
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
-    if decay_names is None:
-        decay_names = decay_parameter_names(model)
-    decay_names = set(plain_names(list(decay_names)))
     ranks = ranks_of(selection.projected, settings["rank"], pattern, module_names(model).plain)
     if settings["source"] == "activations":
         refuse_wrapped(whole)
         own["layers"] = PreparedLayers(model, ranks, plain_name)
-    groups = build_param_groups(selection, decay_names, ranks, settings["init"], settings["weight_decay"])
-    return {"params": groups, **own}
+    return {"selection": selected_groups(selection, ranks, settings["init"]), **own}
 
 
 def warn_compiled(model: nn.Module, later: bool = False) -> None:
@@ -186,8 +184,8 @@ def create_osd_optimizer(
     validate(settings, where, KEYWORD_OF)
     if mode["layerwise"]:
         warn_compiled(model)
-    kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, rank_pattern=rank_pattern)
-    optimizer = OSD(lr=lr, **mode, **kwargs)
+    kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, rank_pattern)
+    optimizer = OSD(decay_groups(model, settings["weight_decay"]), lr=lr, **mode, **kwargs)
     if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured
         announce_summary(optimizer, model)
     return optimizer

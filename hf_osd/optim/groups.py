@@ -1,7 +1,9 @@
 """What is decided once for a parameter group: its options are checked, sides and P's learning rate settled."""
 
+import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +14,66 @@ from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from ..update_rules import RULES, require_bitsandbytes
 from .options import table as options
-from .options.mode import Mode, refuse_in_mode
+from .options.mode import MODE_OPTIONS, Mode, refuse_in_mode
+from .options.presets import KEYS
 from .selection.wrappers import DDP, plain_name, plain_names
 from .step.geometry import ProjectedGeometry, geometry_of, names_of
 from .step.sharding import refuse_flat
 from .step.sides import is_matrix, is_projected, settle_sides
+
+
+# What a group may not have: options of a whole optimizer, ours and torch's, which would do nothing there.
+OF_OPTIMIZERS = (KEYS.keys() | MODE_OPTIONS.keys() | {"maximize", "amsgrad", "nesterov"}) - options.OPTIONS.keys()
+
+
+def refuse_ignored(group: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for options that a group does not have; what is no option of ours is its owner's own."""
+    for name in sorted(group.keys() - options.OPTIONS.keys()):
+        near = difflib.get_close_matches(name, options.OPTIONS, n=1, cutoff=0.75)
+        if name in OF_OPTIMIZERS and group[name]:
+            near = [KEYS[name].name] if name in KEYS and KEYS[name].name in options.OPTIONS else []
+        elif not near or abs(len(near[0]) - len(name)) > 1:
+            continue
+        hint = f" Did you mean `{near[0]}`?" if near else " It is for the whole optimizer." if name in KEYS else ""
+        raise ValueError(f"`{name}` in a parameter group has no effect.{hint}")
+
+
+def named(group: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A new group; where the others have names and it has none, with such as unnamed parameters have in messages."""
+    params = group["params"]
+    if not others or "param_names" not in others[0] or isinstance(params, set):
+        return dict(group)
+    params = [params] if isinstance(params, Tensor) else list(params)
+    if all(isinstance(p, Tensor) for p in params) and "param_names" not in group:
+        known = {name for other in others for name in other["param_names"]}
+        free = (name for i in count(len(known)) if (name := f"parameter {i}") not in known)
+        params = list(zip(free, params, strict=False))
+    return {**group, "params": params}
+
+
+def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of one's own, of which each keeps its options, divided into those of a selection.
+
+    Args:
+        params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
+        selection (`list[dict]`):
+            Groups of (name, parameter) pairs that differ in what is projected, as `factory.py` makes them.
+
+    Returns:
+        In the order of the selection, and last what it does not know.
+    """
+    given: list[Any] = list(params)
+    own = [dict(one) for one in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    left: list[dict[Tensor, Any]] = []
+    for group in own:
+        entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        left.append({entry[1] if isinstance(entry, tuple) else entry: entry for entry in entries})
+    found = []
+    for chosen in selection:
+        for group, rest in zip(own, left, strict=True):
+            pairs = [(name, p) for name, p in chosen["params"] if rest.pop(p, None) is not None]
+            found += [{**chosen, **group, "params": pairs}] if pairs else []
+    return found + [{**group, "params": list(rest.values())} for group, rest in zip(own, left, strict=True) if rest]
 
 
 def settle_group(
@@ -40,12 +97,15 @@ def settle_group(
     Returns:
         P_0 by name where the user gave one, and the names of parameters whose rank is not low.
     """
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1:  # as torch's own optimizers take it
+        group["lr"] = group["lr"].item()
     group.update({name: plain(value) for name, value in group.items() if name in options.DEFAULTS or name == "lr"})
     options.check_lr(group["lr"], where)
     if isinstance(group["subspace"], SubspaceRule):
         group["subspace"] = name_rule(group["subspace"])
     options.validate(group, where)
     refuse_in_mode(group, mode, where)
+    options.spell_out(group)
     if any(RULES[rule].eight_bit for rule in (group["weight_rule"], options.projection_rule(group)) if rule):
         require_bitsandbytes()
     names = names_of(group, position)
@@ -124,7 +184,8 @@ def warn_far(groups: Sequence[Mapping[str, Any]]) -> None:
         if rule is None or not group["params"]:
             continue
         # a column's step: the other rules have entries of about one size, SGD those of a gradient of norm 1
-        rows = 1 if rule == "sgd" else max(min(p.shape[-2:]) for p in group["params"])
+        matrices = [p for p in group["params"] if is_projected(p, group)]
+        rows = 1 if rule == "sgd" or not matrices else max(min(p.shape[-2:]) for p in matrices)
         if rate * rows**0.5 > 1:
             root = "" if rule == "sgd" else f" sqrt({rows})"
             warnings.warn(

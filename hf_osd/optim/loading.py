@@ -4,7 +4,7 @@ A saved state is compared with the optimizer parameter by parameter; what differ
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..update_rules import TensorSpec
 from .options.rules import rules_of
-from .options.table import DEFAULTS, OPTIONS, in_effect
+from .options.table import DEFAULTS, OPTIONS, in_effect, spell_out
 from .selection.wrappers import plain_names
 from .step.geometry import Geometry, ProjectedGeometry, geometry_of, names_of
 from .step.sharding import is_sharded
@@ -51,6 +51,10 @@ def match_state(
     Raises:
         ValueError: With a table of what differs, or if an entry is missing or has another shape or dtype.
     """
+    if not partial and not all("weight_rule" in group for group in state_dict["param_groups"]):
+        raise ValueError(
+            "This is not a state of hf_osd: begin with the weights alone, or set `partial_load` to start all anew."
+        )
     saved_groups = [as_of_today(group) for group in state_dict["param_groups"]]
     names = iter(plain_names([name for group in saved_groups for name in group.get("param_names") or ()]))
     for group in saved_groups:  # those of a wrapped model were saved as they were
@@ -75,7 +79,13 @@ def match_state(
         )
     different = {name for name, _, _ in rows}
     by_name = {name: state_dict["state"].get(key, {}) for name, key in keys.items() if name not in different}
-    by_name = fitting_states(saved_groups, by_name, params)
+    by_name, unfit = fitting_states(saved_groups, by_name, params)
+    for name, got, expected in unfit if not partial else ():
+        raise ValueError(
+            f"The saved state of {name} does not fit: it has {got}, expected {expected}. Is it of another shape? "
+            "`partial_load` would start it anew."
+        )
+    rows, as_saved = rows + unfit, as_saved and not unfit
     if rows:
         warnings.warn(
             f"{_counted(rows, current, 'differ from the saved state and start anew')}.\n{table(rows)}",
@@ -115,7 +125,9 @@ def as_of_today(group: Mapping[str, Any]) -> dict[str, Any]:
                 f"The state was saved with {name}={group[name]!r}, which hf_osd no longer has: go on with the version "
                 "that saved it, or start a new run."
             )
-    return DEFAULTS | {name: value for name, value in group.items() if name not in FORMER}
+    group = DEFAULTS | {name: value for name, value in group.items() if name not in FORMER}
+    spell_out(group)
+    return group
 
 
 def _to_device(entries: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
@@ -156,6 +168,9 @@ def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) ->
             if name not in params:
                 found[name] = None
                 continue
+            if group["rank"] is not None and params[name].ndim < 2:  # a matrix then, and none now
+                found[name] = {"projected": f"rank {group['rank']}"}
+                continue
             geometry = geometry_of(group, index, params[name], len(found))
             found[name] = {
                 "place": f"group {number} position {index}",  # the groups' options are restored by place
@@ -184,7 +199,7 @@ def differences(
         if old is None or new is None:
             rows.append((name, "has it" if name in saved else "-", "has it" if name in current else "-"))
             continue
-        fields = [field for field in old if old[field] != new[field] and (placed or field != "place")]
+        fields = [field for field in old if field in new and old[field] != new[field] and (placed or field != "place")]
         if fields:
             rows.append((name, _listed(old, fields), _listed(new, fields)))
     return rows
@@ -228,42 +243,56 @@ def _plain(value: Any) -> Any:
 
 def fitting_states(
     groups: Sequence[Mapping[str, Any]], states: Mapping[str, Mapping[str, Tensor]], params: Mapping[str, Tensor]
-) -> dict[str, dict[str, Tensor]]:
-    """The saved states in the dtypes of today: second moments may have been saved in bfloat16.
+) -> tuple[dict[str, dict[str, Tensor]], list[tuple[str, str, str]]]:
+    """The saved states, in the dtypes of today: second moments may have been saved in bfloat16.
 
     Args:
         groups (`list[dict]`): The saved groups.
         states (`dict`): Saved state by parameter name; an empty one is that of a parameter that was never stepped.
         params (`dict[str, torch.Tensor]`): The parameters by name.
 
+    Returns:
+        Those in which every entry has the shape and dtype that the saved options ask for, and (parameter, what its
+        state has, what it should have) for the others.
+
     Raises:
-        ValueError: Unless every entry has the shape and dtype that the saved options ask for.
+        ValueError: For a sharded state of a whole parameter, and the other way round.
     """
     found: dict[str, dict[str, Tensor]] = {}
+    unfit: list[tuple[str, str, str]] = []
     position = 0
     for group in groups:
         for index, name in enumerate(names_of(group, position)):
             if states.get(name):
                 geometry = geometry_of(group, index, params[name], position + index)
-                found[name] = _fitting(states[name], geometry, state_spec(geometry, rules_of(group)))
+                spec = state_spec(geometry, rules_of(group))
+                state = _as_wide(states[name], spec)
+                got, expected = _entries(state), _entries(spec)
+                if got == expected:
+                    _refuse_other_sharding(state, geometry, spec)
+                    found[name] = state
+                else:
+                    unfit.append((name, ", ".join(got - expected) or "-", ", ".join(expected - got) or "-"))
         position += len(group["params"])
-    return found
+    return found, unfit
 
 
-def _fitting(state: Mapping[str, Tensor], geometry: Geometry, spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-    expected = {name: (entry.shape, entry.dtype) for name, entry in spec.items()}
+def _entries(state: Mapping[str, Tensor | TensorSpec]) -> Set[str]:
+    return {f"{name} {tuple(entry.shape)} {str(entry.dtype)[6:]}": None for name, entry in state.items()}.keys()
+
+
+def _as_wide(state: Mapping[str, Tensor], spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
     wide = {name for name, entry in spec.items() if entry.dtype == torch.float32 and not name.endswith("step")}
-    state = {
+    return {
         name: value.float() if name in wide and value.dtype == torch.bfloat16 else value
         for name, value in state.items()
     }
-    got = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
-    if got != expected:
-        raise ValueError(f"The saved state of {geometry.name} does not fit: it has {got}, expected {expected}.")
+
+
+def _refuse_other_sharding(state: Mapping[str, Tensor], geometry: Geometry, spec: Mapping[str, TensorSpec]) -> None:
     if any((entry.divided is not None) != is_sharded(state[key]) for key, entry in spec.items()):
         kinds = ("whole", "sharded") if geometry.sharding else ("sharded", "whole")
         raise ValueError(
             f"The saved state of {geometry.name} is {kinds[0]}, the parameter {kinds[1]}: load it with "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
         )
-    return state

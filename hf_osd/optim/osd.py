@@ -9,13 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..declare import refuse_unknown
 from ..layers import CHILD, PreparedLayers
 from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
 from .arrival.clipping import CLIP_NORM2, take_norm
 from .arrival.stream import GradientStream
-from .groups import refuse_same_names, settle_group, warn_clipped, warn_far, with_plain_names
+from .groups import (
+    divided,
+    named,
+    refuse_ignored,
+    refuse_same_names,
+    settle_group,
+    warn_clipped,
+    warn_far,
+    with_plain_names,
+)
 from .loading import as_of_today, match_state, saved_inputs
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode
@@ -131,6 +139,8 @@ class OSD(torch.optim.Optimizer):
         partial_load (`bool`, *optional*, defaults to `False`):
             Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
+        selection (`Sequence[dict]`, *optional*):
+            Groups that differ in what is projected, which `params` are divided into. Trainer's own arguments have it.
 
     Raises:
         ValueError: For an option that is unknown, out of range or without effect, for a projected parameter that is
@@ -193,6 +203,7 @@ class OSD(torch.optim.Optimizer):
         # end of options
         layers: PreparedLayers | None = None,
         maximize: bool = False,
+        selection: Sequence[Mapping[str, Any]] | None = None,
     ):
         if maximize:
             raise ValueError("OSD has no `maximize`: P learns from the loss's own gradients. Negate the loss instead.")
@@ -207,7 +218,7 @@ class OSD(torch.optim.Optimizer):
         self._weights: Weights | None = None
         self._groups: list[dict[str, Any]] | None = None  # that they were made of
         self._constructed = False
-        super().__init__(with_plain_names(params), defaults)
+        super().__init__(with_plain_names(params if selection is None else divided(params, selection)), defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
@@ -255,8 +266,8 @@ class OSD(torch.optim.Optimizer):
         if not isinstance(self.defaults["init"], str):
             self.defaults["init"] = "auto"
         self.defaults["subspace"] = str(self.defaults["subspace"])
-        for name in ("betas", "momentum"):
-            if self.defaults[name] is None:  # each rule's own: nothing that OneCycleLR could cycle
+        for name in options.CYCLED:  # OneCycleLR looks for the key, and for the values in the groups
+            if any(group[name] is None for group in self.param_groups):
                 del self.defaults[name]
 
     @property
@@ -302,12 +313,12 @@ class OSD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with the optimizer's options where it has none of its own."""
-        own = set(param_group) - {"params", "param_names", "lr", "initial_lr", "name"}
-        refuse_unknown(own, options.DEFAULTS, "a parameter group")
+        own = set(param_group)
+        refuse_ignored(param_group)
         # A copy, for what is settled here is this optimizer's: the same dictionary can make another one.
         shared = options.DEFAULTS | self.defaults
-        group = with_plain_names([param_group])[0] if self._constructed else param_group
-        super().add_param_group(shared | group)
+        group = named(param_group, self.param_groups)
+        super().add_param_group(shared | (with_plain_names([group])[0] if self._constructed else group))
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
         if "rank" not in own and not any(map(is_matrix, group["params"])):
             group["rank"] = None

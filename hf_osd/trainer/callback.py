@@ -1,14 +1,18 @@
 """What every Trainer does for our optimizer: check its arguments, say what is projected, log how P fares."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from ..hub import ProjectionState
 from ..hub.config import CONFIG_NAME
+from ..hub.projection_state import refuse_names
 from ..layers import unload
 from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
 from ..optim.arrival.stream import release
@@ -24,6 +28,9 @@ from .statistics_file import StatisticsFile
 
 
 TRAINING_KEYS = {"loss", "learning_rate"}  # a training step's log has one: some trainers rename the loss
+
+
+logger = logging.getLogger("hf_osd")
 
 
 class OSDCallback(TrainerCallback):
@@ -75,6 +82,9 @@ class OSDCallback(TrainerCallback):
         if args.should_save:
             folder = getattr(state, "run_folder", _output_dir(args))
             self._statistics = StatisticsFile(folder, state.global_step, _state_bytes(osd))
+        if args.should_save and (args.save_strategy != SaveStrategy.NO or args.push_to_hub):
+            with _may_fail():  # said now, and not at the first save
+                refuse_names(group for group in osd.trained_groups if group["rank"] is not None)
         announce_summary(osd, model)
         osd.attach()  # a second training: the first has taken the hooks off at its end
 
@@ -147,7 +157,8 @@ class OSDCallback(TrainerCallback):
         if self._best is None:
             self._save_projections(_output_dir(args), args, state, osd)
         elif args.should_save and (self._best / CONFIG_NAME).is_file():
-            ProjectionState.from_pretrained(self._best).save_pretrained(_output_dir(args))
+            with _may_fail():
+                ProjectionState.from_pretrained(self._best).save_pretrained(_output_dir(args))
         if args.should_save:
             refresh_card(osd, args, state, model)
 
@@ -175,8 +186,18 @@ class OSDCallback(TrainerCallback):
         if not args.should_save or not folder.is_dir() or self._saved.get(folder) == state.global_step:
             return
         if has_started(osd):
-            ProjectionState.from_optimizer(osd).save_pretrained(folder)
+            with _may_fail():
+                ProjectionState.from_optimizer(osd).save_pretrained(folder)
             self._saved[folder] = state.global_step
+
+
+@contextmanager
+def _may_fail() -> Iterator[None]:
+    """P beside the model must not cost a training its model, whatever is wrong with names, values or disk."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        logger.warning("P is not saved beside the model: %s", error)
 
 
 def has_started(optimizer: OSD) -> bool:

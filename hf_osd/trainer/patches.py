@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers import trainer as transformers_trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -22,11 +22,11 @@ from ..optim import OPTIM_NAMES, OSD
 from ..optim.osd import osd_of
 from ..rso import RSOCallback
 from .callback import OSDCallback
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import last_complete_checkpoint, load_converted
 from .partial_load import fitted
 from .push import Destination, make_card
 from .rso import build_rso_optimizer_kwargs
-from .settings import constructor_arguments
+from .settings import constructor_arguments, uses_osd
 
 
 class Patch(NamedTuple):
@@ -108,6 +108,26 @@ def _fit_schedule(original: Callable, self: Trainer, *args: Any, **kwargs: Any) 
         del scheduler.load_state_dict
 
 
+def _load_whole(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    if osd_of(self.optimizer) is None and not uses_osd(self.args):
+        return original(self, *args, **kwargs)
+    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    folder = str(given.get("resume_from_checkpoint", self.state.best_model_checkpoint))
+    model = self.model if given.get("model") is None else given["model"]
+    results: list[Any] = []
+    own: Any = self
+    own._issue_warnings_after_load = results.append  # on the object, for this one call
+    try:
+        original(self, *args, **kwargs)
+    finally:
+        del own._issue_warnings_after_load
+    for result in results:
+        if result.unexpected_keys and isinstance(model, PreTrainedModel):
+            result = load_converted(model, folder)
+        self._issue_warnings_after_load(result)
+    return None
+
+
 def _leave_clipping(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
     osd = osd_of(self.optimizer)
     if osd is None or not osd.mode.layerwise:
@@ -154,6 +174,18 @@ PATCHES = (
     ),
     Patch(
         Trainer,
+        "_load_from_checkpoint",
+        "weights that are saved in the Hub's layout (experts', ViT's) are left out of a resume (its issue 48805)",
+        _load_whole,
+    ),
+    Patch(
+        Trainer,
+        "_load_best_model",
+        "likewise `load_best_model_at_end` leaves those of the last step beside others of the best one",
+        _load_whole,
+    ),
+    Patch(
+        Trainer,
         "_clip_grad_norm",
         "an optimizer that takes gradients clips them: Trainer would see those of full-size parameters alone",
         _leave_clipping,
@@ -179,7 +211,5 @@ def register() -> None:
 
 
 def build_optimizer_kwargs(context: OptimizerContext) -> tuple[type[OSD], dict[str, Any]]:
-    """Trainer's handler: the optimizer's class and everything to construct it with."""
-    if context.model is None:
-        raise ValueError(f"{context.args.optim} needs the model to choose what it projects.")
+    """Trainer's handler: the optimizer's class and what to construct it with beside groups of parameters."""
     return OSD, constructor_arguments(context.args, context.model)

@@ -17,10 +17,12 @@ from .settings import (
     KINDS,
     WITHOUT_OPTIM_ARGS,
     engine_of,
+    forget_engine,
     keys_of,
     optim_name,
     parse_optim_args,
     target_modules_of,
+    typed,
 )
 
 
@@ -57,7 +59,7 @@ def read_rso_settings(args: TrainingArguments) -> RSOSettings:
         if value is not None and key in given:
             raise ValueError(f"{key!r} is given twice: in `optim_args` and as `{field}`.")
         if value is not None:
-            given[key] = value
+            given[key] = typed(value, RSO_KINDS[key], f"`{field}`")
     allowed = {*FIELDS.values(), "osd_exclude_modules"}
     stray = sorted(name for name in _own_fields(args) if name not in allowed)
     if stray:
@@ -73,6 +75,7 @@ def check_rso_arguments(args: TrainingArguments) -> None:
     if uses_rso(args):
         engine = engine_of(args) or ("FSDP2" if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" else None)
         if engine is not None:
+            forget_engine(args)
             raise ValueError(
                 f"{optim_name(args)} cannot be used with {engine}: its outer loop needs whole weights. Use DDP, or an "
                 "`osd_` optimizer with FSDP2."

@@ -1,7 +1,8 @@
 """From training arguments to an optimizer, strictly: one reading of `optim_args`, `osd_*` fields and Trainer's own."""
 
 import os
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def parse_optim_args(text: str | None, kinds: Mapping[str, type] = KINDS) -> dic
         refuse_unknown([key], kinds, "`optim_args`")
         if key in values:
             raise ValueError(f"{key!r} is given twice in `optim_args`: {text!r}.")
-        values[key] = _convert(key, value, kinds[key])
+        values[key] = typed(value, kinds[key], f"{key!r} in `optim_args`")
     return values
 
 
@@ -104,15 +105,12 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
     return OSDSettings(options, "rank" in own, *target_modules_of(args), rank_pattern, mode)
 
 
-def constructor_arguments(
-    args: TrainingArguments, model: nn.Module, decay_names: Collection[str] | None = None
-) -> dict[str, Any]:
-    """Keyword arguments of [`OSD`].
+def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> dict[str, Any]:
+    """Keyword arguments of [`OSD`], for Trainer's groups of parameters or one's own.
 
     Args:
         args (`TrainingArguments`): With an `osd_` name as `optim`.
-        model (`nn.Module`): The model.
-        decay_names (`Collection[str]`, *optional*): Parameters with weight decay; defaults to what `Trainer` decides.
+        model (`nn.Module`, *optional*): The model. Without it every matrix of the groups is projected.
     """
     settings = read_settings(args)
     options = settings.options
@@ -120,6 +118,9 @@ def constructor_arguments(
         options["init"] = ProjectionState.from_pretrained(options["init"])
         if not settings.rank_given:
             options["rank"] = learned_rank(options["init"]) or options["rank"]
+    if model is None:
+        _refuse_without_model(args, settings)
+        return {"lr": args.learning_rate, **settings.mode, **options}
     if settings.mode["layerwise"]:  # accelerate's regions are the blocks
         warn_compiled(model, args.torch_compile and not _environment("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"))
     kwargs = osd_kwargs(
@@ -127,10 +128,21 @@ def constructor_arguments(
         options,
         settings.target_modules,
         settings.exclude_modules,
-        decay_names,
         rank_pattern=settings.rank_pattern,
     )
     return {"lr": args.learning_rate, **settings.mode, **kwargs}
+
+
+def _refuse_without_model(args: TrainingArguments, settings: OSDSettings) -> None:
+    if args.optim_target_modules or settings.exclude_modules or settings.rank_pattern:
+        raise ValueError(
+            f"{optim_name(args)} needs the model for its choice of layers: get_optimizer_cls_and_kwargs(args, model)."
+        )
+    warnings.warn(
+        "Without the model every matrix is projected, embeddings and heads as well. Pass it to "
+        "`get_optimizer_cls_and_kwargs`, or give groups a `rank` of their own.",
+        stacklevel=2,
+    )
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -182,7 +194,8 @@ def refuse_flat_engines(args: TrainingArguments) -> None:
     """Raise `ValueError` where a run is to use DeepSpeed, FSDP1 or XLA's FSDP, all of which flatten parameters."""
     engine = engine_of(args)
     if engine is not None:
-        raise ValueError(f"{args.optim} cannot be used with {engine}. {FLAT}")
+        forget_engine(args)
+        raise ValueError(f"{optim_name(args)} cannot be used with {engine}. {FLAT}")
 
 
 def engine_of(args: TrainingArguments) -> str | None:
@@ -206,19 +219,28 @@ def engine_of(args: TrainingArguments) -> str | None:
     return engine
 
 
+def forget_engine(args: TrainingArguments) -> None:
+    """Take back what accelerate has noted in the environment for a run that is refused: later runs would go by it."""
+    if args.fsdp:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+
+
 def _environment(name: str) -> bool:
     """What `accelerate launch` tells its processes."""
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-def _convert(key: str, value: str, wanted: type) -> Any:
+def typed(value: Any, wanted: type, where: str) -> Any:
+    """What a text stands for, as YAML gives `1e-3`; anything else as it is."""
+    if not isinstance(value, str):
+        return value
     kind = {int: "an integer", float: "a number", bool: "true or false"}.get(wanted, "")
     try:
         if wanted is bool:
             return {"true": True, "false": False}[value.lower()]
         return wanted(value)
     except (ValueError, KeyError):
-        raise ValueError(f"{key!r} in `optim_args` must be {kind}, got {value!r}.") from None
+        raise ValueError(f"{where} must be {kind}, got {value!r}.") from None
 
 
 def _is_repository(init: str) -> bool:
@@ -228,7 +250,9 @@ def _is_repository(init: str) -> bool:
 
 def _fields(args: TrainingArguments) -> dict[str, Any]:
     # arguments that an earlier version has saved may have more
-    return {key: value for key in (*KEYS, *RETIRED) if (value := getattr(args, f"osd_{key}", None)) is not None}
+    found = {key: getattr(args, f"osd_{key}", None) for key in (*KEYS, *RETIRED)}
+    given = {key: value for key, value in found.items() if value is not None}
+    return {key: typed(value, KINDS.get(key, str), f"`osd_{key}`") for key, value in given.items()}
 
 
 def _mode(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:

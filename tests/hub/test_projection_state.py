@@ -133,8 +133,8 @@ def test_it_is_a_mapping_that_does_not_change():
     ("entries", "message"),
     [
         ({}, "at least one"),
-        ({"../a": projection()}, "looks like a path"),
-        ({"a::b": projection()}, "is reserved"),
+        ({"../a": projection()}, "has `..` or control characters"),
+        ({"__metadata__": projection()}, "is reserved"),
         ({"a": projection(rank=7)}, "rank 7, larger than its matrix"),
         ({"a": Projection(torch.zeros(6, 3), "up", 3, (6, 10))}, "side 'up', expected left or right"),
         ({"a": Projection(torch.zeros(10, 3), "left", 3, (6, 10))}, r"must have the shape \(6, 3\), got \(10, 3\)"),
@@ -145,11 +145,23 @@ def test_it_is_a_mapping_that_does_not_change():
             {"a": Projection(torch.full((6, 3), torch.nan), "left", 3, (6, 10))},
             "P of a has values that are not finite",
         ),
+        (
+            {"a": projection(exp_avg=torch.zeros(3, 10)), "a::exp_avg": projection()},
+            "has two tensors called 'a::exp_avg'",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(entries, message):
     with pytest.raises(ValueError, match=message):
         ProjectionState(entries)
+
+
+def test_names_that_modules_may_have(tmp_path):
+    names = ["tasks.user/model.weight", "tasks.a::b.weight", "/etc/a.weight", "a\\b", "~"]
+    state = ProjectionState({name: projection(exp_avg=torch.zeros(3, 10)) for name in names})
+    files = state.save_pretrained(tmp_path / "set")
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == set(files)
+    assert_same(ProjectionState.from_pretrained(tmp_path / "set"), state)
 
 
 def test_from_optimizer_says_what_it_needs():

@@ -144,7 +144,8 @@ def test_written_texts_are_what_the_declarations_make():
 
 def test_the_signature_is_complete():
     defaults = {**OSD.__init__.__kwdefaults__}
-    assert defaults.pop("maximize") is False and defaults.pop("layers") is None
+    assert defaults.pop("maximize") is False
+    assert defaults.pop("layers") is None and defaults.pop("selection") is None
     assert all(defaults[name] == getattr(cls, name) for cls in (Options, Mode) for name in cls.__dataclass_fields__)
     rules = {"lambda_", "projection_interval", "update_interval", "distribution", "mixing", "betas", "eps", "momentum"}
     assert defaults.keys() - Options.__dataclass_fields__.keys() - Mode.__dataclass_fields__.keys() == rules

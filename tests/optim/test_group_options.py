@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 import hf_osd
 from hf_osd import OSD
@@ -68,18 +68,50 @@ def test_groups_can_make_another_optimizer():
     assert first.param_groups[0]["sides"] == second.param_groups[0]["sides"] == ["left"]
 
 
-def test_one_cycle_says_that_there_is_no_momentum_to_cycle_unless_there_is():
-    with pytest.raises(ValueError, match="must support momentum or beta1 with `cycle_momentum`"):
-        OneCycleLR(OSD([parameter(8, 12)], rank=2), 0.1, total_steps=10)
-    OneCycleLR(OSD([parameter(8, 12)], rank=2), 0.1, total_steps=10, cycle_momentum=False)
-    p = parameter(8, 12)
-    optimizer = OSD([p], rank=2, betas=(0.9, 0.99))
-    schedule = OneCycleLR(optimizer, 0.1, total_steps=10)
-    for _ in range(3):
-        p.grad = torch.randn_like(p)
+SCHEDULES = {
+    "one cycle": lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=10),
+    "cyclic": lambda optimizer: CyclicLR(optimizer, 0.01, 0.1, step_size_up=3),
+}
+
+
+@pytest.mark.parametrize("given", [{}, {"betas": (0.9, 0.98)}], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("rule", ["adamw", "adamw8bit", "lion", "lion8bit", "sgd"])
+def test_schedules_cycle_the_momentum(rule: str, schedule: str, given: dict):
+    given = {"momentum": 0.8} if given and rule == "sgd" else given
+    params = [parameter(8, 12), parameter(12)]
+    optimizer = OSD([{"params": params[:1], "rank": 2}, {"params": params[1:]}], weight_rule=rule, **given)
+    betas = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99)}.get(rule.removesuffix("8bit"))
+    name, expected = ("momentum", 0.9) if rule == "sgd" else ("betas", betas)
+    expected = given.get(name, expected)
+    assert [group[name] for group in optimizer.param_groups] == [expected] * 2
+    cycle = SCHEDULES[schedule](optimizer)
+    saved = optimizer.state_dict()
+    if not given:  # as it was saved once
+        saved["param_groups"] = [own | {name: None} for own in saved["param_groups"]]
+    optimizer.load_state_dict(saved)
+    seen = []
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.randn_like(p)
         optimizer.step()
-        schedule.step()
-    assert optimizer.param_groups[0]["betas"][0] != 0.9
+        cycle.step()
+        seen += [group[name] if rule == "sgd" else group[name][0] for group in optimizer.param_groups]
+        assert rule == "sgd" or all(group[name][1] == expected[1] for group in optimizer.param_groups)
+    assert len(set(seen)) > 2
+    if not given:
+        optimizer.add_param_group({"params": parameter(3), "weight_rule": "adafactor"})  # which has neither
+
+
+@pytest.mark.parametrize(
+    "own", [{"weight_rule": "adafactor"}, {"weight_rule": "adamw", "projection_rule": "lion"}], ids=str
+)
+def test_one_cycle_says_that_there_is_no_momentum_to_cycle(own: dict):
+    """Of AdamW and Lion each has betas of its own, which a schedule would make one."""
+    with pytest.raises(ValueError, match="must support momentum or beta1 with `cycle_momentum`"):
+        OneCycleLR(OSD([parameter(8, 12)], rank=2, **own), 0.1, total_steps=10)
+    OneCycleLR(OSD([parameter(8, 12)], rank=2, **own), 0.1, total_steps=10, cycle_momentum=False)
+    OneCycleLR(OSD([parameter(8, 12)], rank=2, weight_rule="adamw", betas=(0.9, 0.99)), 0.1, total_steps=10)
 
 
 def test_a_compiled_model_has_the_names_of_the_model():
@@ -87,4 +119,72 @@ def test_a_compiled_model_has_the_names_of_the_model():
     plain, compiled = (hf_osd.create_osd_optimizer(own, rank=2) for own in (model, torch.compile(model)))
     assert [group["param_names"] for group in compiled.param_groups] == [
         group["param_names"] for group in plain.param_groups
+    ]
+
+
+def test_pruned_weights_stay_at_zero_with_a_hook():
+    """With masked gradients alone they move: P is dense."""
+    W = parameter(16, 24)
+    mask = torch.rand(16, 24) > 0.5
+    optimizer = OSD([W], rank=4, lr=1e-2)
+    moved = {}
+    for hooked in (False, True):
+        W.data *= mask
+        if hooked:
+            optimizer.register_step_post_hook(lambda *_: W.data.mul_(mask))
+        for _ in range(2):
+            W.grad = torch.randn(16, 24) * mask
+            optimizer.step()
+        moved[hooked] = W[~mask].abs().max().item()
+    assert moved[False] > 1e-3 and moved[True] == 0
+
+
+def test_a_tensor_as_learning_rate():
+    lr = torch.tensor(1e-3, dtype=torch.float64)
+    optimizer = OSD([{"params": [parameter(8, 12)], "rank": 2, "lr": lr}, {"params": [parameter(12)]}], lr=lr)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3]
+    with pytest.raises(ValueError, match="`lr` of parameter group 0 must be a number"):
+        OSD([parameter(8, 12)], lr=torch.ones(2))
+
+
+def test_keys_of_ones_own_stay_in_a_group():
+    own = {"lr_mult": 0.1, "layer_id": 3, "weight_decay_mult": 0.0, "maximize": False, "max_lr": 1.0}
+    optimizer = OSD([{"params": [parameter(8, 12)], "rank": 2, **own}, {"params": [parameter(12)]}])
+    assert optimizer.param_groups[0].items() >= own.items()
+    other = OSD([{"params": [parameter(8, 12)], "rank": 2}, {"params": [parameter(12)]}])
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0].items() >= own.items()
+
+
+def test_a_group_added_later_needs_no_names():
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
+    model[0].requires_grad_(False)
+
+    def unfrozen() -> OSD:
+        optimizer = hf_osd.create_osd_optimizer(model, rank=2)
+        optimizer.add_param_group({"params": model[0].parameters(), "lr": 1e-4})
+        optimizer.add_param_group({"params": parameter(3), "name": "loss"})
+        return optimizer
+
+    optimizer, resumed = unfrozen(), unfrozen()
+    model[0].requires_grad_(True)
+    for _ in range(2):
+        model(torch.randn(5, 8)).square().mean().backward()
+        optimizer.step()
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert names == ["1.weight", "1.bias", "parameter 2", "parameter 3", "parameter 4"]
+    resumed.load_state_dict(optimizer.state_dict())
+    assert torch.equal(resumed.state[model[0].weight]["exp_avg"], optimizer.state[model[0].weight]["exp_avg"])
+
+
+def test_a_group_that_takes_the_place_of_another_has_a_name_of_its_own():
+    optimizer = OSD([{"params": [("a", parameter(8, 12))], "rank": 2}])
+    for _ in range(2):
+        optimizer.add_param_group({"params": [parameter(12)]})
+    del optimizer.param_groups[1]
+    optimizer.add_param_group({"params": [parameter(12), parameter(4)]})
+    assert [group["param_names"] for group in optimizer.param_groups] == [
+        ["a"],
+        ["parameter 2"],
+        ["parameter 3", "parameter 4"],
     ]

@@ -52,6 +52,13 @@ def test_another_setting_is_refused_with_a_table(changed: dict, told: str):
         assert all(torch.equal(value, after["state"][key][name]) for name, value in entries.items())
 
 
+def test_a_state_of_adamw_is_called_that():
+    params, optimizer = make()
+    others = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}])
+    with pytest.raises(ValueError, match="This is not a state of hf_osd: begin with the weights alone"):
+        optimizer.load_state_dict(others.state_dict())
+
+
 def test_another_selection_is_refused():
     params, optimizer = make()
     run(params, optimizer, range(2))
@@ -90,6 +97,35 @@ def test_partial_load_takes_what_fits_and_starts_the_rest_anew():
     run([A, B, b], other, range(3, 5))
     run(params, optimizer, range(3, 5))
     assert torch.equal(A, params[0]) and torch.equal(b, params[2]) and other.state[B]["projection"].shape == (16, 4)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adamw8bit", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize(
+    ("grown", "shape"),
+    [("A", (24, 30)), ("A", (20, 34)), ("A", (32, 30)), ("A", (5, 20, 30)), ("A", (30,)), ("b", (33,)), ("b", (6, 5))],
+)
+def test_partial_load_starts_another_shape_anew(rule: str, grown: str, shape: tuple[int, ...]):
+    params, optimizer = make(weight_rule=rule)
+    run(params, optimizer, range(2))
+    own = {"A": nn.Parameter(torch.randn(20, 30)), "B": nn.Parameter(torch.randn(40, 16)), "b": params[2]}
+    own[grown] = nn.Parameter(torch.randn(shape))
+    projected = {name: 6 if p.ndim > 1 and name != "b" else None for name, p in own.items()}
+    groups = [
+        {"params": [(name, own[name]) for name in own if projected[name] == rank], "rank": rank} for rank in (6, None)
+    ]
+    other = OSD(groups, lr=1e-2, weight_rule=rule)
+    with pytest.raises(ValueError, match=rf"(?s)state of {grown} does not fit|differ.*\n  {grown} "):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+    other = OSD(groups, lr=1e-2, weight_rule=rule, partial_load=True)
+    with pytest.warns(UserWarning, match=rf"1 of 3 parameters differ .* start anew.\n.*\n  {grown} "):
+        other.load_state_dict(optimizer.state_dict())
+    assert own[grown] not in other.state
+    for name, p in zip("ABb", params, strict=True):
+        if name != grown:
+            assert all(torch.equal(v, other.state[own[name]][key]) for key, v in optimizer.state[p].items())
+    run(list(own.values()), other, range(2, 4))
+    assert all(p.isfinite().all() for p in own.values())
 
 
 def test_partial_load_takes_the_learning_rate_of_each_group():

@@ -121,6 +121,11 @@ def test_modules_that_match_but_are_not_linear_are_reported():
     ("wanted", "unwanted", "message"),
     [
         (["q_porj"], None, "'q_porj' in `target_modules` matches no module. Did you mean 'q_proj'"),
+        (
+            [".*.attn.*", ".*.mlp.*"],
+            None,
+            r"A list has names; write patterns as one text .* '\.\*\.attn\.\*\|\.\*\.mlp",
+        ),
         (["zzz"], None, "'zzz' in `target_modules` matches no module. The model has: .*q_proj"),
         ("all-linear", ["v_porj"], "'v_porj' in `exclude_modules` matches no module. Did you mean 'v_proj'"),
         (["q_proj"], ["q_proj"], "Nothing to project"),

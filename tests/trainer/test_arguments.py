@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainer, OSDTrainingArguments
 from hf_osd.optim.options.presets import KEYS, OPTIM_NAMES
-from hf_osd.trainer.rso import FIELDS
+from hf_osd.trainer.rso import FIELDS, read_rso_settings
 from hf_osd.trainer.settings import KINDS, TRAINER_FIELDS, parse_optim_args, read_settings
 from reference.tiny_models import tiny_llama
 
@@ -179,6 +179,18 @@ def test_every_key_reaches_the_optimizer_from_both_entrances(stock, typed):
         assert settings == {key: value for key, value in third.items() if key != "params"}
     group = by_text.param_groups[0]
     assert {key: group[KEYS[key].name] for key in EVERY} == EVERY
+
+
+def test_numbers_from_yaml_are_numbers(typed, tmp_path):
+    path = tmp_path / "run.yaml"
+    text = "output_dir: out\noptim: osd_adamw\nlearning_rate: 1e-3\nosd_projection_lr: 1e-3\nosd_rank: '4'\n"
+    path.write_text(text + "osd_carry_moments: 'true'\nosd_subspace: online_pca\n")
+    (args,) = HfArgumentParser(OSDTrainingArguments).parse_yaml_file(str(path))
+    options = read_settings(args).options
+    assert (options["projection_lr"], options["rank"], options["carry_moments"]) == (1e-3, 4, True)
+    assert read_rso_settings(typed(optim="rso_adamw", rso_eta="1e-3")).options.eta == 1e-3
+    with pytest.raises(ValueError, match="`osd_alpha` must be a number, got 'large'"):
+        typed(osd_alpha="large")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainingArguments
+from hf_osd.trainer.rso import check_rso_arguments
 from hf_osd.trainer.settings import check_arguments
 
 
@@ -46,6 +47,17 @@ def test_fsdp2_is_accepted(tmp_path, monkeypatch):
 def test_trainer_arguments(tmp_path, config):
     with pytest.raises(ValueError, match="FSDP.*fsdp_version: 2"):
         arguments(tmp_path, fsdp=True, fsdp_config=config)
+
+
+@pytest.mark.parametrize("optim", ["osd_adamw", "rso_adamw"])
+def test_a_refused_run_leaves_nothing_in_the_environment(tmp_path, monkeypatch, optim):
+    args = arguments(tmp_path, TrainingArguments, fsdp=True, fsdp_config={"version": 1})
+    args.optim, check = optim, check_rso_arguments if optim == "rso_adamw" else check_arguments
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate does where there are GPUs, before we are asked
+    with pytest.raises(ValueError, match=f"^{optim} cannot be used with FSDP1"):
+        check(args)
+    args.fsdp = False
+    check(args)
 
 
 def test_flat_parameters_of_a_loop_of_ones_own():

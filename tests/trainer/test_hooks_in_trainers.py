@@ -89,6 +89,51 @@ def test_an_optimizer_of_ones_own_that_trainer_cannot_reach_is_refused(tmp_path:
         trainer.train()
 
 
+class Cached(Trainer):
+    """As a cached contrastive loss: a backward pass of its own for the first half of a batch."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        first, second = ({name: value.chunk(2)[half] for name, value in inputs.items()} for half in (0, 1))
+        self.accelerator.backward(model(**first).loss / 2)
+        return model(**second).loss / 2
+
+
+def test_several_backward_passes_a_step_and_the_way_that_the_message_shows(tmp_path: Path):
+    def trainer(optim: str, **mode) -> Trainer:
+        built = make_trainer(tmp_path, "osd_adamw", max_steps=3, max_grad_norm=0.0, save_strategy="no")
+        built.model.config.attention_dropout = 0.0
+        for layer in built.model.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+        fixed = {"rank": 8, "subspace": "static", "init": "orthonormal", "lr": built.args.learning_rate}
+        optimizer = hf_osd.create_osd_optimizer(built.model, optim, **fixed, **mode)
+        set_seed(0)
+        return Cached(built.model, built.args, train_dataset=built.train_dataset, optimizers=(optimizer, None))
+
+    with pytest.raises(ValueError, match="arrived twice.*`gradient_accumulation=True` .*pass it in `optimizers`"):
+        trainer("osd_sgd_layerwise").train()
+    trainers = trainer("osd_sgd"), trainer("osd_sgd_layerwise", gradient_accumulation=True)
+    for own in trainers:
+        own.train()
+    for p, q in zip(*(own.model.parameters() for own in trainers), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_a_failed_backward_pass_says_what_it_has_stepped(tmp_path: Path):
+    """As with `auto_find_batch_size`, which begins anew with a smaller batch and the weights as they are."""
+    trainer = make_trainer(tmp_path, "osd_adamw_layerwise", auto_find_batch_size=True, save_strategy="no")
+    sizes: list[int] = []
+
+    def fail(module, grad_input, grad_output) -> None:
+        sizes.append(len(grad_output[0]))
+        if sizes == [2]:
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer.model.model.layers[0].register_full_backward_hook(fail)
+    with pytest.warns(UserWarning, match=r"without `step\(\)`: it has stepped 11 parameters"):
+        trainer.train()
+    assert sizes == [2, *[1] * trainer.state.global_step]
+
+
 def test_an_optimizer_of_ones_own_with_the_same_clipping_trains_as_trainers(tmp_path: Path):
     trainers = make_trainer(tmp_path, "osd_adamw_layerwise", optim_args="rank=8", max_grad_norm=0.5, weight_decay=0.0)
     own = make_trainer(tmp_path, "osd_adamw", max_grad_norm=0.5, weight_decay=0.0)

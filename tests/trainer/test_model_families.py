@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import itertools
 import logging
 import re
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -146,13 +147,9 @@ class Examples(Dataset):
         }[self.kind]
 
 
-def build(family: Family, checkpoint: Path | None = None) -> nn.Module:
+def build(family: Family) -> nn.Module:
     hf.set_seed(0)
     model = family.model(family.config(**family.sizes))
-    if checkpoint is not None and load_file(checkpoint / "model.safetensors").keys() - model.state_dict().keys():
-        # Trainer saves weights in the Hub's layout and does not convert them back when it resumes (transformers'
-        # issue 48805): experts' weights, and ViT's, must come from `from_pretrained`.
-        model = family.model.from_pretrained(checkpoint)
     for name, p in model.named_parameters():
         if re.search(r"mlp\.(gate|router)\.(weight|bias)", name):
             # a·h or -a·h is above zero for every h: the two first experts take all tokens
@@ -162,7 +159,7 @@ def build(family: Family, checkpoint: Path | None = None) -> nn.Module:
     return model
 
 
-def trainer(family: Family, folder: Path, checkpoint: Path | None = None, options: str = "") -> hf.Trainer:
+def trainer(family: Family, folder: Path, options: str = "", **more: Any) -> hf.Trainer:
     args = hf.TrainingArguments(
         output_dir=str(folder),
         optim="osd_adamw",
@@ -176,8 +173,10 @@ def trainer(family: Family, folder: Path, checkpoint: Path | None = None, option
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        **more,
     )
-    return hf.Trainer(build(family, checkpoint), args, train_dataset=Examples(family.inputs))
+    examples = Examples(family.inputs)
+    return hf.Trainer(build(family), args, train_dataset=examples, eval_dataset=examples)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -225,13 +224,42 @@ def test_trains_resumes_and_says_what_is_projected(name: str, tmp_path: Path, ca
 
     # the third step after a resume
     checkpoint = tmp_path / f"checkpoint-{SAVED_AT}"
-    other = trainer(family, tmp_path, checkpoint)
+    other = trainer(family, tmp_path)
     other.train(resume_from_checkpoint=str(checkpoint))
     for (key, p), q in zip(run.model.named_parameters(), other.model.parameters(), strict=True):
         assert torch.equal(p, q), key
     for (_, p), q in zip(found, (q for group in other.optimizer.param_groups for q in group["params"]), strict=True):
         left, right = optimizer.state[p], other.optimizer.optimizer.state[q]
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("name", ["vit", *MIXTURES])
+def test_the_best_model_is_loaded_as_a_whole(name: str, tmp_path: Path):
+    more = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": SAVED_AT}
+    run = trainer(FAMILIES[name], tmp_path, metric_for_best_model="count", greater_is_better=False, **more)
+    evaluate, counted = run.evaluate, itertools.count()
+    run.evaluate = lambda *args, **kwargs: evaluate(*args, **kwargs) | {"eval_count": next(counted)}
+    run.train()
+    assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{SAVED_AT}")
+    best = FAMILIES[name].model.from_pretrained(run.state.best_model_checkpoint)
+    last = FAMILIES[name].model.from_pretrained(tmp_path / f"checkpoint-{STEPS}")
+    moved = 0
+    for (key, p), q, other in zip(run.model.named_parameters(), best.parameters(), last.parameters(), strict=True):
+        assert torch.equal(p, q), key
+        moved += not torch.equal(p, other)
+    assert moved > 5
+
+
+def test_a_checkpoint_without_some_of_the_weights_is_refused(tmp_path: Path):
+    family = FAMILIES["mixtral"]
+    run = trainer(family, tmp_path)
+    run.train()
+    path = tmp_path / f"checkpoint-{SAVED_AT}" / "model.safetensors"
+    saved = load_file(path)
+    del saved["model.layers.0.self_attn.q_proj.weight"]
+    save_file(saved, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks model.layers.0.self_attn.q_proj.weight"):
+        trainer(family, tmp_path).train(resume_from_checkpoint=str(path.parent))
 
 
 # One after the other over the families, each with the residual
@@ -262,7 +290,7 @@ def test_every_subspace_with_the_residual(number: int, name: str, tmp_path: Path
             elif p.grad is not None:
                 assert any(moved) and p.isfinite().all(), geometry.name
     checkpoint = tmp_path / f"checkpoint-{SAVED_AT}"
-    other = trainer(family, tmp_path, checkpoint, options)
+    other = trainer(family, tmp_path, options)
     other.train(resume_from_checkpoint=str(checkpoint))
     for (key, p), q in zip(run.model.named_parameters(), other.model.parameters(), strict=True):
         assert torch.equal(p, q), key

@@ -1,12 +1,14 @@
 """P beside the model in every checkpoint, through a stock Trainer."""
 
+import os
 from pathlib import Path
 
+import pytest
 import torch
 from test_resume import SAVED_AT, STEPS, make_trainer
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from hf_osd import OSDTrainingArguments, ProjectionState
+from hf_osd import OSD, OSDTrainingArguments, ProjectionState
 
 
 def projections(trainer) -> dict[str, torch.Tensor]:
@@ -66,3 +68,48 @@ def test_a_saved_p_starts_another_run(tmp_path: Path):
     shared, start = ProjectionState.from_pretrained(folder), projections(other)
     assert other.optimizer.param_groups[0]["rank"] == 48  # the shared P's, where none is asked for
     assert all(torch.equal(shared[name].projection, start[name]) for name in start)
+
+
+def no_space(source, target) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def spoil(state) -> None:
+    for entries in state.values():
+        entries.get("projection", torch.zeros(())).fill_(torch.nan)
+
+
+class EveryStep(TrainerCallback):
+    """Calls something before each step."""
+
+    def __init__(self, call) -> None:
+        self.call = call
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.call()
+
+
+@pytest.mark.parametrize(("name", "fault"), [(None, "have no names"), ("a\n{}", "control characters")])
+def test_names_that_no_file_can_hold_are_told_before_the_first_step(tmp_path: Path, caplog, name, fault):
+    trainer = make_trainer(tmp_path, "adamw_torch", optim_args=None)
+    matrices = [p for p in trainer.model.parameters() if p.ndim == 2]
+    params = matrices if name is None else [(name.format(i), p) for i, p in enumerate(matrices)]
+    trainer.optimizer = OSD([{"params": params, "rank": 8}], lr=1e-3)
+    told: list[list[str]] = []
+    trainer.add_callback(EveryStep(lambda: told.append(list(caplog.messages))))
+    trainer.train()
+    assert any(message.startswith("P is not saved") and fault in message for message in told[0])
+    assert (tmp_path / f"checkpoint-{STEPS}" / "optimizer.pt").exists() and not list(tmp_path.rglob("osd_*"))
+
+
+@pytest.mark.parametrize("fault", ["No space left", "not finite"])
+def test_a_p_that_cannot_be_saved_costs_no_run(tmp_path: Path, caplog, monkeypatch, fault):
+    trainer = make_trainer(tmp_path, "osd_sgd", max_steps=SAVED_AT)
+    if fault == "not finite":
+        trainer.add_callback(EveryStep(lambda: spoil(trainer.optimizer.state)))
+    else:
+        monkeypatch.setattr(os, "replace", no_space)
+    trainer.train()
+    assert any(message.startswith("P is not saved") and fault in message for message in caplog.messages)
+    folder = tmp_path / f"checkpoint-{SAVED_AT}"
+    assert (folder / "trainer_state.json").exists() and not list(folder.glob("*osd_*"))

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from test_resume import make_trainer
 
-import hf_osd
 from hf_osd import ProjectionState
 
 
@@ -62,7 +61,7 @@ def test_a_run_that_ends_before_its_first_step_leaves_the_layers_history(tmp_pat
     before = path.read_text()
     trainer = make_trainer(tmp_path, "osd_adamw")
     trainer.callback_handler.train_dataloader = None
-    hf_osd.OSDTrainer.create_optimizer(trainer)
+    trainer.create_optimizer()
     trainer.callback_handler.optimizer = trainer.optimizer
     trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
     assert before and path.read_text() == before

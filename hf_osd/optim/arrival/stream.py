@@ -7,6 +7,7 @@ needs G itself while its parameter is stepped: G is freed at the end of the hook
 Letters and shapes as in `subspace.operators`.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -96,7 +97,16 @@ class GradientStream:
         self.discard()
 
     def discard(self) -> None:
-        """Forget the gradients since the last step."""
+        """Forget the gradients since the last step; steps that have been made with some are told."""
+        if self._norms2:
+            warnings.warn(
+                f"A backward pass has ended without `step()`: it has stepped {len(self._norms2)} parameters, and not "
+                "the others. Load the weights again to undo it.",
+                stacklevel=4,
+            )
+        self._clear()
+
+    def _clear(self) -> None:
         self._windows.clear()
         self._norms2.clear()
 
@@ -142,8 +152,9 @@ class GradientStream:
                 self._add(p, G, window)
         elif p in self._norms2:
             raise ValueError(
-                f"The gradient of {weight.geometry.name} arrived twice before `step()`, after a layerwise step: "
-                "set `gradient_accumulation=True`; after a failed backward pass call `zero_grad()`."
+                f"The gradient of {weight.geometry.name} arrived twice before `step()`. Several backward passes need "
+                "an optimizer with `gradient_accumulation=True` (in a Trainer: pass it in `optimizers`); after a "
+                "failed one call `zero_grad()`."
             )
         else:
             if self.weights.observing and not self._norms2:
@@ -207,7 +218,7 @@ class GradientStream:
             total2 = torch.stack([norm2.to(norms2[0]) for norm2 in norms2]).sum()
             self.grad_norm2 = total2
             self.clipping.note(total2)
-        self.discard()
+        self._clear()
         self._attach_missing()
 
     def _waiting(self, p: Tensor) -> Arrived | None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...declare import Need, Option, check_values, number, options_of, refuse_without_effect, same
-from ...subspace import SUBSPACES, SubspaceRule, build_subspace, rule_class
+from ...subspace import SUBSPACES, SubspaceRule, build_subspace, is_rule, rule_class
 from ...update_rules import RULES, build_rule
 from .general import RANK, Options, in_subspace
 
@@ -52,6 +52,7 @@ def _owned_by_updates(owners: tuple[str, ...]) -> tuple[Need, ...]:
 # name in a group -> its option
 OPTIONS: dict[str, Option] = options_of(Options) | _declared_by_rules()
 DEFAULTS: dict[str, Any] = {name: own.default for name, own in OPTIONS.items()}
+CYCLED = ("betas", "momentum")  # what torch's schedules change in a group, beside the learning rate
 PROJECTED = frozenset(name for name, own in OPTIONS.items() if RANK in own.needs)  # what only projected groups use
 
 
@@ -174,6 +175,15 @@ def in_effect(group: Mapping[str, Any], name: str) -> Any:
 def rule_default(rule: str, name: str) -> Any:
     """The default that a rule has declared for an option."""
     return options_of(SUBSPACES.get(rule) or RULES[rule].rule)[name].default
+
+
+def spell_out(group: dict[str, Any]) -> None:
+    """Put what schedules cycle into a group in place of `None`, where all of its rules have one default of it."""
+    for name in CYCLED if is_rule(group["subspace"]) else ():  # else a state that will not be loaded
+        rules = [rule for rule in used_rules(group) if rule in OPTIONS[name].owners]
+        values = {rule_default(rule, name) for rule in rules}
+        if group[name] is None and group["weight_rule"] in rules and len(values) == 1:
+            group[name] = values.pop()
 
 
 def check_lr(value: Any, where: str) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from .adapters import ModuleNames
 
 
+PLAIN_NAME = re.compile(r"[\w.-]+")
+
+
 def match(wanted: str | list[str], names: Mapping[str, str], known: ModuleNames, option: str) -> list[str]:
     """Those of `names` (full name -> name without wrappers) that are meant, under either."""
     if isinstance(wanted, str):
@@ -24,6 +27,8 @@ def match(wanted: str | list[str], names: Mapping[str, str], known: ModuleNames,
         last = sorted({plain.rsplit(".", 1)[-1] for plain in names.values()} - {"weight", *map(str, range(1000))})
         close = difflib.get_close_matches(entry, last, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else f" The model has: {', '.join(last)}."
+        if not PLAIN_NAME.fullmatch(entry) or entry.startswith("."):
+            hint = f" A list has names; write patterns as one text for whole names, such as {'|'.join(wanted)!r}."
         raise ValueError(f"{entry!r} in `{option}` matches no module.{hint}")
     return [
         name for name, plain in names.items() if any(_ends(name, entry) or _ends(plain, entry) for entry in wanted)

@@ -1,6 +1,5 @@
 """Which parameters of a model are projected, and why. Names match as in peft."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -9,12 +8,11 @@ from torch import nn
 from ...text import shortened
 from .adapters import ModuleNames, module_names, rso_loop
 from .blocks import block_prefixes, given_heads, is_head
-from .matching import match, without
+from .matching import PLAIN_NAME, match, without
 from .quantised import EXPERTS, WAY_OUT, is_quantised
 
 
 ALL_LINEAR = "all-linear"
-PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass
