@@ -129,7 +129,8 @@ def test_the_keys_are_these():
 def test_what_a_key_sets_and_its_type():
     renamed = {key: own.name for key, own in KEYS.items() if own.name != key}
     assert renamed == {"lambda": "lambda_", "projection_optim": "projection_rule"}
-    whole, texts = {"rank", "update_interval", "projection_interval", "seed"}, {"subspace", "init", "preset"}
+    whole = {"rank", "update_interval", "projection_interval", "seed", "projection_sample"}
+    texts = {"subspace", "init", "preset", "source"}
     assert {key for key, kind in KINDS.items() if kind is int} == whole
     assert {key for key, kind in KINDS.items() if kind is bool} == {
         "carry_moments",
