@@ -35,7 +35,7 @@ def exchanged_bytes(optimizer: hf_osd.OSD, model: nn.Module) -> tuple[int, int, 
         optimizer ([`OSD`]): Of `source="activations"`, after a forward pass of the model.
         model (`nn.Module`): The model.
     """
-    layers = [module.osd for module in model.modules() if isinstance(module, InSubspace)]
+    layers = {module.osd: None for module in model.modules() if isinstance(module, InSubspace)}  # tied ones once
     inputs = {layer.input: layer.weight.dtype for layer in layers}  # A is exchanged in the precision of R
     prepared = sum(layer.stand_in.nbytes for layer in layers)
     prepared += sum((shared.P.numel() + 1) * dtype.itemsize for shared, dtype in inputs.items())
