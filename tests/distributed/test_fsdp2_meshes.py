@@ -31,7 +31,7 @@ pytestmark = pytest.mark.distributed
 TOLERANCE = 1e-9  # float64, see test_fsdp2.py
 
 
-def shard_as_accelerate(model: nn.Module, optimizer: OSD, keep: bool = False) -> None:
+def shard_as_accelerate(model: nn.Module, optimizer: OSD) -> None:
     """`Accelerator._prepare_fsdp2`: empty the optimizer's parameters, shard the model, put the new ones in."""
     from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
 
@@ -44,7 +44,7 @@ def shard_as_accelerate(model: nn.Module, optimizer: OSD, keep: bool = False) ->
     shard(model)
     del p
     gc.collect()
-    assert keep or not any(reference() is not None for reference in gone)  # no whole weight is kept
+    assert not any(reference() is not None for reference in gone)  # no whole weight is kept
     new = dict(model.named_parameters())
     fsdp2_switch_optimizer_parameters(optimizer, {pointer: new[name] for name, pointer in old.items()})
 
