@@ -2,10 +2,9 @@ r"""Pretrains a LLaMA from scratch with an ordinary `transformers.Trainer`, as i
 
 What it does: loads text, tokenizes and packs it, trains one of the models in `llama_configs/`, and writes the model,
 `results.json` (perplexity, tokens per second, optimizer memory, all losses) and `loss.png` to `--output_dir`.
-The optimizer is Trainer's `--optim`: `osd_adamw8bit` for Online Subspace Descent, `rso_adamw` with `--osd_rank 128`
-and `--rso_interval 200` for Randomized Subspace Optimization, or a baseline: `adamw_torch_fused`, `adamw_bnb_8bit`, or
-`galore_adamw` with `--optim_target_modules '.*(self_attn|mlp).*'` and
-`--optim_args rank=128,scale=0.25,update_proj_gap=200`.
+The optimizer is Trainer's `--optim`: `osd_adamw8bit` for Online Subspace Descent, `rso_adamw` for Randomized Subspace
+Optimization, or a baseline: `adamw_torch_fused`, `adamw_bnb_8bit`, or `galore_adamw` with
+`--optim_target_modules '.*(self_attn|mlp).*'` and `--optim_args rank=128,scale=0.25,update_proj_gap=200`.
 
 What it needs: `pip install "hf_osd[examples]"`. The small command needs neither a GPU nor a network and takes about
 five minutes on two CPU cores; the real one needs a GPU and streams C4 from the Hub.

@@ -1,7 +1,6 @@
 """What a training run reports: perplexity, throughput, memory, `results.json` and `loss.png`.
 
-Nothing here depends on the optimizer, so runs with different optimizers are measured alike. What RSO adds to the model
-(P and B) counts as optimizer state, and not as the model's parameters.
+Nothing here depends on the optimizer, so runs with different optimizers are measured alike.
 """
 
 import dataclasses
@@ -22,7 +21,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_osd import OSD
 from hf_osd.optim import state_bytes
-from hf_osd.rso import subspace_bytes, subspace_parameters, trained_parameters
 
 
 REPORTED_PACKAGES = (
@@ -141,7 +139,7 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def adamw_state_bytes(model: torch.nn.Module) -> int:
     """Returns the bytes of AdamW's two moments, which have the shape and dtype of the trained parameters."""
-    return 2 * sum(p.numel() * p.element_size() for _, p in trained_parameters(model))
+    return 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def peak_memory_bytes() -> int:
@@ -175,8 +173,8 @@ def tokens_seen(state: TrainerState, args: TrainingArguments, sequence_length: i
 
 
 def optimizer_settings(args: TrainingArguments) -> dict[str, Any]:
-    """Returns the arguments that determine the updates: Trainer's, and what was given of `osd_*` and `rso_*`."""
-    given = [field.name for field in dataclasses.fields(args) if field.name.startswith(("osd_", "rso_"))]
+    """Returns the arguments that determine the updates: Trainer's, and what was given of `osd_*`."""
+    given = [field.name for field in dataclasses.fields(args) if field.name.startswith("osd_")]
     settings = {key: getattr(args, key) for key in ("optim", *REPORTED_ARGUMENTS, *given)}
     return {key: getattr(value, "value", value) for key, value in settings.items() if value is not None}
 
@@ -237,8 +235,7 @@ def build_results(
     eval_loss = next(entry["eval_loss"] for entry in reversed(state.log_history) if "eval_loss" in entry)
     return {
         "model": model_name,
-        "parameters": sum(p.numel() for p in trainer.model.parameters())
-        - sum(p.numel() for p in subspace_parameters(trainer.model)),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "dataset": dataset_name,
         "sequence_length": sequence_length,
         "steps": state.global_step,
@@ -248,7 +245,7 @@ def build_results(
         "tokens_per_second": (seen - seen_before) / clock.seconds if clock.seconds else None,
         "training_seconds": clock.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
-        "optimizer_state_bytes": optimizer_state_bytes(trainer.optimizer) + subspace_bytes(trainer.model),
+        "optimizer_state_bytes": optimizer_state_bytes(trainer.optimizer),
         "adamw_state_bytes": adamw_state_bytes(trainer.model),
         "settings": optimizer_settings(args),
         "parameter_groups": parameter_groups(trainer.optimizer),

@@ -1,9 +1,9 @@
 """Online Subspace Descent for the Hugging Face ecosystem.
 
-Importing this package makes `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor` and `osd_sgd`
-known to transformers as values of `TrainingArguments(optim=...)`, and `rso_adamw` and `rso_adamw8bit` (`hf_osd.rso`):
-at once where transformers' Trainer is imported already, else together with it (`startup.py`). Nothing else is imported
-before it is used, not even torch.
+Importing this package makes `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor`, `osd_sgd`,
+`rso_adamw` and `rso_adamw8bit` known to transformers as values of `TrainingArguments(optim=...)`: at once where
+transformers' Trainer is imported already, else together with it (`startup.py`). Nothing else is imported before it is
+used, not even torch.
 """
 
 from importlib import import_module
@@ -16,6 +16,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .hub import ProjectionState
     from .interop import extract_lora, init_lora_from_projection
+    from .layers import unload
     from .optim import OSD, create_osd_optimizer
     from .subspace import Movement, Start, SubspaceRule
     from .trainer import OSDCallback, OSDTrainer, OSDTrainingArguments, last_complete_checkpoint, register
@@ -35,18 +36,20 @@ __all__ = [
     "init_lora_from_projection",
     "last_complete_checkpoint",
     "register",
+    "unload",
 ]
 
 # Name -> the package that has it, as above for type checkers.
 _HOMES = {
     "ProjectionState": "hub",
     **dict.fromkeys(("extract_lora", "init_lora_from_projection"), "interop"),
+    "unload": "layers",
     **dict.fromkeys(("OSD", "create_osd_optimizer"), "optim"),
     **dict.fromkeys(("Movement", "Start", "SubspaceRule"), "subspace"),
     **dict.fromkeys(("OSDCallback", "OSDTrainer", "OSDTrainingArguments"), "trainer"),
     **dict.fromkeys(("last_complete_checkpoint", "register"), "trainer"),
 }
-_PACKAGES = ("estimate", "hub", "interop", "layers", "optim", "report", "rso", "subspace", "trainer", "update_rules")
+_PACKAGES = ("estimate", "hub", "interop", "layers", "optim", "report", "subspace", "trainer", "update_rules")
 
 if not TYPE_CHECKING:  # a type checker that saw it would take any name for ours
 

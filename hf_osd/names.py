@@ -8,12 +8,10 @@ from .optim import OPTIM_NAMES
 if TYPE_CHECKING:
     from transformers.training_args import OptimizerNames
 
-RSO_NAMES = ("rso_adamw", "rso_adamw8bit")
-
 
 def add_names(enum: "type[OptimizerNames]") -> None:
     """Add our names to `OptimizerNames`, where they are not yet."""
-    for name in (*OPTIM_NAMES, *RSO_NAMES):
+    for name in OPTIM_NAMES:
         if name not in enum._value2member_map_:
             _add_member(enum, name)
 

@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_osd
 from hf_osd import startup
-from hf_osd.names import RSO_NAMES, add_names
+from hf_osd.names import add_names
 from hf_osd.optim import OPTIM_NAMES
 
 
@@ -57,8 +57,8 @@ ORDERS = {
 def test_everything_is_there_once_in_any_order(order):
     (line,) = [line for line in python(ORDERS[order] + STATE).splitlines() if line.startswith("STATE ")]
     state = json.loads(line.removeprefix("STATE "))
-    assert state.pop("names") == [*OPTIM_NAMES, *RSO_NAMES]
-    assert state.pop("callbacks") == ["DefaultFlowCallback", "OSDCallback", "RSOCallback"]
+    assert state.pop("names") == [*OPTIM_NAMES]
+    assert state.pop("callbacks") == ["DefaultFlowCallback", "OSDCallback"]
     assert len(state["patched"]) > 4 and all(state.pop("patched"))
     assert state == {"listed": True, "handled": True}
 
@@ -140,7 +140,7 @@ thread.join(60)
 names = [callback.__name__ for callback in transformers.trainer.DEFAULT_CALLBACKS]
 print("DONE", thread.is_alive(), failures, *names)
 """
-    assert "DONE False [] DefaultFlowCallback OSDCallback RSOCallback\n" in python(code)
+    assert "DONE False [] DefaultFlowCallback OSDCallback\n" in python(code)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from environment import describe, load_experiment, named, results_folder
+from environment import added, describe, load_experiment, named, results_folder, save
 
 
 HERE = Path(__file__).parent
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("experiment", help="name of a file in experiments/")
     parser.add_argument("--tasks", nargs="+", help="only these; nothing is written to results/ then")
     parser.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
+    parser.add_argument("--add", action="store_true", help="put the rows of --methods into the result that there is")
     parser.add_argument("--model", help="folder of the model, where there is no Hub")
     parser.add_argument("--data_dir", help="folder of the data, where there is no Hub")
     parser.add_argument("--use_cpu", action="store_true", help="needed for bf16 without a GPU")
@@ -184,13 +185,12 @@ def main() -> None:
     run = Runner(arguments.work_dir / arguments.experiment, common)
     rows = [row for task in tasks for row in compare_task(task, experiment, methods, run)]
     print("\n" + report(rows))
-    if arguments.tasks or arguments.methods:
+    if arguments.tasks or (arguments.methods and not arguments.add):
         return
-    folder = results_folder()
     result = {"environment": describe(), **{key: experiment[key] for key in ("model", "common", "tasks", "seeds")}}
-    (folder / f"{arguments.experiment}.json").write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
-    render({"rows": rows}, folder / arguments.experiment)
-    print(f"Written: {folder / arguments.experiment}.json and .md")
+    result["rows"] = rows
+    path = results_folder() / arguments.experiment
+    save(path, added(path, result, ("task", "method")) if arguments.add else result, render)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison_plot import draw
-from environment import describe, load_experiment, named, results_folder, save
+from environment import added, describe, load_experiment, named, results_folder, save
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # of pretrain_llama
@@ -237,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", help="name of a file in experiments/")
     parser.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
+    parser.add_argument("--add", action="store_true", help="put the rows of --methods into the result that there is")
     parser.add_argument("--max_steps", type=int, help="another length; nothing is written to results/ then")
     parser.add_argument("--data", help="another data set for --dataset; written to results/ under its own name")
     parser.add_argument("--jobs", type=int, default=1, help="methods at a time, which run side by side (default: 1)")
@@ -255,14 +256,15 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         rows = list(pool.map(lambda method: compare(method, lambda run: execute(run, work_dir)), methods))
     print("\n" + table(rows))
-    if arguments.methods or arguments.max_steps:
+    if (arguments.methods and not arguments.add) or arguments.max_steps:
         return
     result = {
         "environment": describe(),
         **{key: experiment[key] for key in ("title", "common", "seeds", "curves", "against") if key in experiment},
         "rows": rows,
     }
-    save(results_folder() / name, result, render)
+    path = results_folder() / name
+    save(path, added(path, result, ("method",)) if arguments.add else result, render)
 
 
 if __name__ == "__main__":

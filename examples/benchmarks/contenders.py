@@ -146,7 +146,8 @@ def torchao_adamw(bits: int) -> Callable[[list[Parameter], int], Step]:
     return make
 
 
-def _galore_group(params: list[Parameter], rank: int) -> dict[str, object]:
+def galore_group(params: list[Parameter], rank: int) -> dict[str, object]:
+    """Projected parameters with the settings of GaLore's README."""
     return {"params": params, "rank": rank, "update_proj_gap": INTERVAL, "scale": 0.25, "proj_type": "std"}
 
 
@@ -154,21 +155,21 @@ def galore_adamw(params: list[Parameter], rank: int) -> Step:
     """GaLore's own library."""
     from galore_torch import GaLoreAdamW
 
-    return GaLoreAdamW([_galore_group(params, rank)], lr=LR, no_deprecation_warning=True).step
+    return GaLoreAdamW([galore_group(params, rank)], lr=LR, no_deprecation_warning=True).step
 
 
 def galore_adamw8bit(params: list[Parameter], rank: int) -> Step:
     """GaLore's own library with bitsandbytes' moments."""
     from galore_torch import GaLoreAdamW8bit
 
-    return GaLoreAdamW8bit([_galore_group(params, rank)], lr=LR).step
+    return GaLoreAdamW8bit([galore_group(params, rank)], lr=LR).step
 
 
 def apollo_adamw(params: list[Parameter], rank: int) -> Step:
     """APOLLO's own library with the settings of its README."""
     from apollo_torch import APOLLOAdamW
 
-    group = _galore_group(params, rank) | {"proj": "random", "scale_type": "channel", "scale": 1}
+    group = galore_group(params, rank) | {"proj": "random", "scale_type": "channel", "scale": 1}
     return APOLLOAdamW([group], lr=LR).step
 
 

@@ -73,6 +73,28 @@ def save(path: Path, result: dict[str, Any], render: Callable[[dict[str, Any], P
     print(f"Written: {', '.join(sorted(str(file) for file in path.parent.glob(path.name + '.*')))}")
 
 
+def added(path: Path, result: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The result that there is, with these rows in the place of its own or after them; they say where they were made.
+
+    Args:
+        path (`Path`): As of `save`.
+        result (`dict`): What was measured, with the environment.
+        keys (`tuple[str, ...]`): The entries by which rows are told apart.
+    """
+    file = named(path, ".json")
+    if not file.is_file():
+        return result
+    there = json.loads(file.read_text())
+    told = {"environment", "rows", "title", "curves"}
+    differing = [key for key in (there.keys() | result.keys()) - told if there.get(key) != result.get(key)]
+    if differing:
+        raise SystemExit(f"{file} was measured with another {', '.join(sorted(differing))}.")
+    rows = {tuple(row[key] for key in keys): row for row in there["rows"]}
+    own = {} if there["environment"] == result["environment"] else {"environment": result["environment"]}
+    rows |= {tuple(row[key] for key in keys): row | own for row in result["rows"]}
+    return result | {"environment": there["environment"], "rows": list(rows.values())}
+
+
 def named(path: Path, ending: str) -> Path:
     """The path with this at its end; unlike `with_suffix`, whatever dots the name has."""
     return path.with_name(path.name + ending)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import Dataset
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import hf_osd
@@ -65,11 +66,18 @@ class LiveGradients:
         """Watch before an optimizer does: hooks run in the order in which they were put on."""
         self.peak = 0
         self.watched: list[tuple[StorageWeakRef, int]] = []
-        self.handles = [
-            p.register_post_accumulate_grad_hook(self._arrived) for p in model.parameters() if p.requires_grad
-        ]
+        self.handles: dict[torch.nn.Parameter, RemovableHandle] = {}
+        self.watch(model)
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Watch the parameters of a model that are not watched yet."""
+        for p in model.parameters():
+            if p.requires_grad and p not in self.handles:
+                self.handles[p] = p.register_post_accumulate_grad_hook(self._arrived)
 
     def _arrived(self, p: torch.Tensor) -> None:
+        if p.grad is None:  # the weight of a layer that makes R instead
+            return
         storage = p.grad.untyped_storage()
         known = {reference.cdata for reference, _ in self.watched}
         reference = StorageWeakRef(storage)

@@ -2,7 +2,8 @@
 
 Three steps of a LLaMA with random weights for each optimizer of ours and its peers, ordinary and layerwise, without
 and with gradient checkpointing. On the CPU allocations are counted by torch.profiler, on a GPU by the caching
-allocator. bitsandbytes' kernels decode into temporaries on CPUs and only there: its peak is told without them.
+allocator. bitsandbytes' kernels decode into temporaries on CPUs and only there: its peak is told without them. With
+`source=activations` R and A count as gradients, beside those of what is not projected.
 Writes results/<device>/memory.json, .md (a few, measured), _all.md (predicted and measured) and .png.
 
 Needs: the `examples` extra.
@@ -13,31 +14,27 @@ Needs: the `examples` extra.
 """
 
 import argparse
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set_seed
 
-import hf_osd
 from allocations import counted
-from environment import describe, named, results_folder
+from environment import added, describe, named, results_folder, save
 from hf_osd.estimate import DTYPES, Method, Workload, adamw, adamw8bit, galore, lora, osd
 from hf_osd.estimate.models import enable_checkpointing
-from hf_osd.optim import OPTIM_NAMES, select
+from hf_osd.layers import CHILD
+from hf_osd.optim import OPTIM_NAMES
 from layerwise_memory import LiveGradients
+from whole_models import BASELINE, PEERS, load_config, make_optimizer, parse_name, prepare_model, random_model
 
 
-CONFIGS = Path(__file__).parents[1] / "llama_configs"
-PEERS = ("adamw_torch_fused", "adamw_bnb_8bit", "galore_adamw", "lora")
-CHECKPOINTED = ("adamw_torch_fused", "osd_adamw8bit", "osd_adamw8bit_layerwise")
+ACTIVATIONS = ("osd_adamw:source=activations", "osd_adamw8bit:source=activations")
+CHECKPOINTED = (BASELINE, "osd_adamw8bit", "osd_adamw8bit_layerwise", "osd_adamw8bit:source=activations")
 STEPS = 3
-RUNS = [*PEERS, *OPTIM_NAMES]
-FEW = [*PEERS, "osd_adamw", "osd_adamw8bit", "osd_adamw8bit_layerwise"]
+RUNS = [*PEERS, *OPTIM_NAMES, *ACTIVATIONS]
+FEW = [*PEERS, "osd_adamw", "osd_adamw8bit", "osd_adamw8bit_layerwise", *ACTIVATIONS]
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -59,54 +56,13 @@ def predict(work: Workload, name: str, rank: int) -> Method:
     """The method that `--runs` names."""
     model = work.model()
     if name.startswith("osd_"):
-        layerwise = name.endswith("_layerwise")
-        return osd(model, name.removesuffix("_layerwise"), rank, {}, layerwise=layerwise)
+        optim, options = parse_name(name)
+        return osd(model, optim.removesuffix("_layerwise"), rank, options, layerwise=optim.endswith("_layerwise"))
     if name == "lora":
         return lora(work.model("lora"))
     if name == "galore_adamw":
         return galore(model, rank, "all-linear")
     return {"adamw_torch_fused": adamw, "adamw_bnb_8bit": adamw8bit}[name](model)
-
-
-def make_model(config: PretrainedConfig, name: str, rank: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """The model that is trained, with random weights."""
-    set_seed(0)
-    config.use_cache = False
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-        if name == "lora":
-            from peft import LoraConfig, get_peft_model
-
-            model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
-    return model
-
-
-@contextmanager
-def make_optimizer(model: torch.nn.Module, name: str, rank: int) -> Iterator[torch.optim.Optimizer]:
-    """The optimizer, as Trainer makes it."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    if name.startswith("osd_"):
-        optimizer = hf_osd.create_osd_optimizer(model, name, rank=rank)
-        yield optimizer
-        optimizer.remove()
-    elif name == "adamw_bnb_8bit":
-        import bitsandbytes
-
-        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Embedding):
-                manager.register_module_override(module, "weight", {"optim_bits": 32})
-        yield bitsandbytes.optim.AdamW8bit(params)
-        manager.initialize()  # it knows parameters by their ids, which come again
-    elif name == "galore_adamw":
-        from galore_torch import GaLoreAdamW
-
-        projected = {p for p in select(model).projected.values() if p.ndim == 2}
-        low = {"params": list(projected), "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-        others = {"params": [p for p in params if p not in projected]}
-        yield GaLoreAdamW([low, others], no_deprecation_warning=True)
-    else:
-        yield torch.optim.AdamW(params, fused=True)
 
 
 def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Namespace) -> dict[str, int]:
@@ -117,14 +73,16 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
     ids = torch.randint(config.vocab_size, tokens, device=device)
     with counted(device) as (phase, seen):
         with phase("model"):
-            model = make_model(config, name, settings.rank, DTYPES[settings.dtype], device)
+            model = prepare_model(random_model(config, DTYPES[settings.dtype], device), name, settings.rank)
             if checkpointing:
                 enable_checkpointing(model)
         gradients = LiveGradients(model)
         with make_optimizer(model, name, settings.rank) as optimizer:
+            gradients.watch(model)  # of stand-ins, which come with it
             for step in range(STEPS):
                 with phase(f"forward {step}"):
                     loss = model(input_ids=ids, labels=ids).loss
+                seen_inputs = bytes_of_inputs(model)
                 with phase(f"backward {step}"):
                     loss.backward()
                 with phase(f"optimizer {step}"):
@@ -140,28 +98,34 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
     decodes = name == "adamw_bnb_8bit" and device == "cpu"
     return {
         "weights": seen["model"].end - seen["model"].start,
-        "gradients": gradients.peak,
+        "gradients": gradients.peak + seen_inputs,
         "state": seen[f"end {last}"].end - seen["model"].end - projection,
         "projection": projection,
-        "activations": seen[f"forward {last}"].end - seen[f"forward {last}"].start,
+        "activations": seen[f"forward {last}"].end - seen[f"forward {last}"].start - seen_inputs,
         "temporaries": max(part.peak - part.end for part in steps),
         "peak": max(part.peak for part in seen.values() if not (decodes and part in steps)) - seen["model"].start,
     }
+
+
+def bytes_of_inputs(model: torch.nn.Module) -> int:
+    """A of `source="activations"`: made in the forward pass, but kept until the step, as R is."""
+    layers = getattr(model, CHILD, None)
+    return 0 if layers is None else sum(shared.A.nbytes for shared in layers.inputs() if shared.A is not None)
 
 
 def predicted(work: Workload, name: str, checkpointing: bool, settings: argparse.Namespace) -> dict[str, int]:
     """The same parts from the config alone."""
     method = predict(work, name, settings.rank)
     parts = asdict(work.parts(method, checkpointing, settings.batch))
-    parts["activations"] = work.run(method.model, checkpointing, settings.batch).forward  # with what the loss keeps
+    run = work.run(method.model, checkpointing, settings.batch)
+    parts["activations"] = run.forward - run.left  # with what the loss keeps
+    parts["gradients"] += run.left  # A
     return {part: parts[part] for part in PARTS}
 
 
 def run_all(settings: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each optimizer and mode."""
-    path = Path(settings.model) if "/" in settings.model else CONFIGS / f"{settings.model}.json"
-    config = AutoConfig.from_pretrained(path)
-    config.num_hidden_layers = settings.layers or config.num_hidden_layers
+    config = load_config(settings.model, settings.layers)
     work = Workload(config, DTYPES[settings.dtype], settings.seq, settings.rank)
     rows = []
     for name in settings.runs:
@@ -172,19 +136,23 @@ def run_all(settings: argparse.Namespace) -> list[dict[str, Any]]:
             if name.endswith("_layerwise"):
                 row["measured"]["temporaries"] = None  # they come and go within the backward pass
             rows.append(row)
-            print(name, "checkpointing" if checkpointing else "", row["predicted"]["peak"], row["measured"]["peak"])
+            print(label(row), row["measured"]["peak"], flush=True)
     return rows
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
     """Markdown: a few, measured; all where AdamW, which they are compared with, was not asked for."""
     measured = {row["optim"]: row["measured"] for row in rows if not row["gradient_checkpointing"]}
-    few = {name: seen for name, seen in measured.items() if name in FEW} if PEERS[0] in measured else measured
-    lines = ["| MiB | weights | gradients | optimizer | activations | peak | of AdamW's |", "| --- " * 7 + "|"]
+    few = {name: seen for name, seen in measured.items() if name in FEW} if BASELINE in measured else measured
+    lines = [
+        "| MiB | weights | gradients | optimizer | of it P | activations | peak | of AdamW's |",
+        "| --- " * 8 + "|",
+    ]
     for name, seen in few.items():
-        parts = (seen["weights"], seen["gradients"], seen["state"] + seen["projection"], seen["activations"])
-        cells = [f"{value / 2**20:,.0f}" for value in (*parts, seen["peak"])]
-        share = f"{seen['peak'] / few[PEERS[0]]['peak']:.0%}" if PEERS[0] in few else "-"
+        parts = {"optimizer": seen["state"] + seen["projection"], **seen}
+        shown = ("weights", "gradients", "optimizer", "projection", "activations", "peak")
+        cells = [f"{parts[part] / 2**20:,.0f}" for part in shown]
+        share = f"{seen['peak'] / few[BASELINE]['peak']:.0%}" if BASELINE in few else "-"
         lines.append(f"| {name} | {' | '.join(cells)} | {share} |")
     return "\n".join(lines) + "\n"
 
@@ -196,12 +164,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| --- " * (len(PARTS) + 2) + "|",
     ]
     for row in rows:
-        told, seen = row["predicted"], row["measured"]
+        told, seen = row["predicted"] or dict.fromkeys(PARTS), row["measured"]
         cells = [
             " / ".join("-" if value is None else f"{value / 2**20:.1f}" for value in (told[part], seen[part]))
             for part in PARTS
         ]
-        lines.append(f"| {label(row)} | {' | '.join(cells)} | {told['peak'] / seen['peak'] - 1:+.1%} |")
+        cells.append("-" if told["peak"] is None else f"{told['peak'] / seen['peak'] - 1:+.1%}")
+        lines.append(f"| {label(row)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -211,14 +180,14 @@ def label(row: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Bars of the predicted peak by part, with the measured peak as a line."""
+    """Bars of the predicted peak by part, where it is predicted, with the measured peak as a line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
     axes, rows = figure.subplots(), rows[::-1]
     left = [0.0] * len(rows)
     for part, (name, color) in COLORS.items():
-        told = [row["predicted"] for row in rows]
+        told = [row["predicted"] or row["measured"] for row in rows]
         fixed = [sum(parts[key] for key in list(COLORS)[:-1]) for parts in told]
         sizes = [
             parts["peak"] - rest if part == "rest" else parts[part] for parts, rest in zip(told, fixed, strict=True)
@@ -259,15 +228,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--runs", nargs="+", default=RUNS, help="optimizers (default: all)")
+    parser.add_argument("--add", action="store_true", help="put these runs into the result that there is")
     parser.add_argument("--output_dir", type=Path, help="default: results/<device>/")
     settings = parser.parse_args()
     rows = run_all(settings)
-    folder = settings.output_dir or results_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     chosen = {key: getattr(settings, key) for key in ("device", "model", "layers", "dtype", "rank", "batch", "seq")}
     result = {"environment": describe(), **chosen, "rows": rows}
-    (folder / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    render(result, folder / "memory")
+    path = (settings.output_dir or results_folder()) / "memory"
+    save(path, added(path, result, ("optim", "gradient_checkpointing")) if settings.add else result, render)
     print(table(rows), end="")
 
 

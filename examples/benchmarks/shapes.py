@@ -7,13 +7,18 @@ from pathlib import Path
 CONFIGS = Path(__file__).parents[1] / "llama_configs"
 
 
-def sizes(model: str) -> tuple[int, int, int]:
-    """Hidden size, intermediate size and number of blocks of `llama_<model>.json`, or of another such file."""
-    path = Path(model) if model.endswith(".json") else CONFIGS / f"llama_{model}.json"
+def config_file(model: str) -> Path:
+    """`llama_<model>.json`, by either name, or another such file."""
+    path = Path(model) if model.endswith(".json") else CONFIGS / f"llama_{model.removeprefix('llama_')}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem.removeprefix("llama_") for file in CONFIGS.glob("*.json")))
         raise SystemExit(f"There is no {path}; known: {known}.")
-    config = json.loads(path.read_text())
+    return path
+
+
+def sizes(model: str) -> tuple[int, int, int]:
+    """Hidden size, intermediate size and number of blocks of a model."""
+    config = json.loads(config_file(model).read_text())
     return config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
 
 

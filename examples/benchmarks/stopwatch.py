@@ -3,7 +3,8 @@
 import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -20,17 +21,25 @@ IDLE = ("empty", "new_empty", "promote_types", "profiler::", "detach", "lift_fre
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call; on a GPU between two events around it, which includes its waiting for launches."""
+    return laps([call], device)[0]
+
+
+def laps(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Seconds of each of several calls, one right after the other: on a GPU nothing waits for it in between."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        marks = [time.perf_counter()]
+        for call in calls:
+            call()
+            marks.append(time.perf_counter())
+        return [after - before for before, after in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for call, event in zip(calls, events[1:], strict=True):
         call()
-        return time.perf_counter() - start
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event.record()
     torch.cuda.synchronize()
-    before.record()
-    call()
-    after.record()
-    torch.cuda.synchronize()
-    return before.elapsed_time(after) / 1e3
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
 
 
 def in_turn(

@@ -9,6 +9,7 @@ DESCRIPTION = """Estimate the memory of training a model, from its config alone:
   hf-osd estimate meta-llama/Llama-2-7b-hf --rank 512 --layerwise --seq 2048 --batch 4 --gpu 24GB
   hf-osd estimate examples/llama_configs/llama_7b.json --rank 1024 --optim_args projection_dtype=bfloat16
   hf-osd estimate out/config.json --gpu 80GiB --json
+  hf-osd estimate out/config.json --optim_args source=activations
 
 A step is run on the meta device, where tensors have shapes and no memory, and what is alive is counted: with fused
 attention, weights in --dtype, one batch for each step. GaLore has the rank of ours, LoRA too without --lora_rank; P is

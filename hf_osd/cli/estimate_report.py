@@ -86,14 +86,14 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
     rows: list[dict[str, Any]] = []
     for checkpointing in (False, True):
         for method in methods:
-            if (method.model, checkpointing) not in kinds:
+            if (method.unprepared, checkpointing) not in kinds:
                 continue
             parts = work.parts(method, checkpointing, arguments.batch)
             rows.append({"method": method.name, "gradient_checkpointing": checkpointing, "bytes": asdict(parts)})
             if memory is not None:
                 rows[-1]["fits"] = parts.peak <= memory
                 rows[-1]["largest_batch"] = work.largest_batch(method, checkpointing, memory)
-                if method.model == "full" and method.name.startswith("osd_"):
+                if method.unprepared == "full" and method.name.startswith("osd_"):
                     unit = max(1, highest // 256)  # ranks in between are asked for by nobody
                     rows[-1]["largest_rank"] = unit * largest(
                         lambda k: work.parts(ours(k * unit), checkpointing, arguments.batch).peak <= memory,  # noqa: B023

@@ -12,7 +12,8 @@ DESCRIPTION = """Show the projections P in a folder or in a repository on the Hu
 
 orthogonality: ||P'P - I|| / sqrt(r), 0 for orthonormal columns. share: how much of the weight's change since --base
 lies in P's subspace, ||QQ' dW||^2 / ||dW||^2 with Q a basis of it; random: what a random subspace would hold, r / s.
-Of a two-sided P both are of its two factors: the mean, and the product.
+Of a two-sided P both are of its two factors: the mean, and the product. P of: the weight whose P this is, where layers
+that are given one input share it.
 """
 
 

@@ -29,6 +29,7 @@ def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
             "rank": entry.rank,
             "side": entry.side,
             "dtype": str(entry.projection.dtype).removeprefix("torch."),
+            "holder": entry.holder,
             "orthogonality": statistics.fmean(map(orthogonality, entry.factors)),
         }
         if models:
@@ -43,7 +44,7 @@ def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
         "source": arguments.source,
         "config": {key: config.get(key) for key in SETTINGS}
         | {key: config[key] for key in OTHER_SETTINGS if config.get(key) is not None},
-        "bytes": sum(entry.projection.numel() * entry.projection.element_size() for entry in state.values()),
+        "bytes": sum(entry.projection.nbytes for entry in state.values() if entry.holder is None),
         "moments": any(entry.moments for entry in state.values()),
         "parameters": rows,
     }
@@ -62,13 +63,16 @@ def _models(arguments: argparse.Namespace) -> tuple[ModelWeights, ModelWeights]:
 def inspect_text(report: dict[str, Any]) -> str:
     """The report as a table with a line on the settings above and the means below."""
     rows, with_share = report["parameters"], "share" in report["parameters"][0]
-    header = ["parameter", "shape", "rank", "side", "orthogonality", *(["share", "random"] if with_share else [])]
+    shared = sum(row["holder"] is not None for row in rows)
+    header = ["parameter", "shape", "rank", "side", *(["P of"] if shared else []), "orthogonality"]
+    header += ["share", "random"] if with_share else []
     lines = [
         [
             row["name"],
             " x ".join(map(str, row["shape"])),
             str(row["rank"]),
             row["side"],
+            *([_holder(row)] if shared else []),
             f"{row['orthogonality']:.2e}",
             *([_percent(row["share"]), _percent(row["random_share"])] if with_share else []),
         ]
@@ -77,11 +81,11 @@ def inspect_text(report: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in report["config"].items() if value is not None)
     dtypes = ", ".join(sorted({row["dtype"] for row in rows}))
     text = [
-        f"{report['source']}: {len(rows)} projections, {format_bytes(report['bytes'], 2, 'MB')} in {dtypes}"
-        + (", with moments" if report["moments"] else ""),
+        f"{report['source']}: {len(rows) - shared} projections{f' of {len(rows)} matrices' if shared else ''}, "
+        f"{format_bytes(report['bytes'], 2, 'MB')} in {dtypes}" + (", with moments" if report["moments"] else ""),
         *([printable(settings)] if settings else []),
         "",
-        table(header, lines, left=("parameter", "side")),
+        table(header, lines, left=("parameter", "side", "P of")),
         "",
         f"orthogonality: mean {statistics.fmean(row['orthogonality'] for row in rows):.2e}, "
         f"largest {max(row['orthogonality'] for row in rows):.2e}",
@@ -92,6 +96,14 @@ def inspect_text(report: dict[str, Any]) -> str:
         without = f"; {len(rows) - len(shares)} without (unchanged, or not found)" if len(shares) < len(rows) else ""
         text.append(f"share of the change in P's subspace: mean {mean} of {len(shares)} weights{without}")
     return "\n".join(text)
+
+
+def _holder(row: dict[str, Any]) -> str:
+    """The kind of the weight that holds P, or its name where that is in another layer."""
+    if row["holder"] is None:
+        return ""
+    (layer, _), (of_holder, kind) = map(layer_and_kind, (row["name"], row["holder"]))
+    return kind if layer == of_holder else row["holder"]
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str) -> None:

@@ -1,27 +1,31 @@
 """What each way to train keeps for its optimizer, and what a step of it needs for a moment.
 
 Ours is asked itself: its state is what `state_spec` declares, and a step of one parameter of each shape is run on the
-meta device. The others are described here, as Trainer runs their current releases.
+meta device; with `source="activations"` whole steps of the prepared model, in which layers that are given one input
+find each other. The others are described here, as Trainer runs their current releases.
 """
 
+import copy
 import math
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..optim import OSD, create_osd_optimizer, select
 from ..optim.memory import predicted_entry_bytes
+from ..optim.options.mode import LAYERWISE_SUFFIX
 from ..optim.options.rules import rules_of
 from ..optim.step.geometry import ProjectedGeometry
 from ..optim.step.movement import STACK_LIMIT
-from .models import explained
-from .trace import LiveBytes, meta_device
+from .models import explained, inputs_of
+from .trace import LiveBytes, loss_of, meta_device
 
 
+TOKENS = 16  # with which layers meet their inputs
 BNB_BLOCK, BNB_MIN_SIZE = 256, 4096  # bitsandbytes: elements for each absmax, and the smallest tensor in 8 bits
 
 
@@ -36,7 +40,8 @@ class Method:
         saved (`int`): Bytes of P alone, or of what stands for it, as checkpoints and the Hub hold it.
         temporaries (`dict[str, int]`): For each trained parameter what its step allocates, beside the state.
         layerwise (`bool`): Whether parameters are stepped in the backward pass and gradients freed at once.
-        model (`str`): Which model is trained: `full`, or `lora`.
+        model (`str`): Which model is trained: `full`, `lora`, or by another name `prepared`.
+        prepared ([`Prepared`], *optional*): The model that runs otherwise with this optimizer, ready to be run.
     """
 
     name: str
@@ -46,6 +51,25 @@ class Method:
     temporaries: dict[str, int] = field(default_factory=dict)
     layerwise: bool = False
     model: str = "full"
+    prepared: "Prepared | None" = None
+
+    @property
+    def unprepared(self) -> str:
+        """The model before an optimizer has prepared it: `full`, or `lora`."""
+        return self.model if self.prepared is None else "full"
+
+
+class Prepared(NamedTuple):
+    """A model on the meta device whose layers know their inputs, and the optimizer without which it would not."""
+
+    model: nn.Module
+    optimizer: OSD
+
+    @property
+    def projections(self) -> list[Tensor]:
+        """P that the layers use, each once."""
+        layers = self.optimizer.layers
+        return [] if layers is None else [shared.P for shared in layers.inputs()]
 
 
 def adamw(model: nn.Module) -> Method:
@@ -96,20 +120,47 @@ def galore(model: nn.Module, rank: int, target_modules: Any) -> Method:
 
 def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, layerwise: bool) -> Method:
     """One of ours; `options` are those of `create_osd_optimizer`, without the rank."""
+    name = optim + LAYERWISE_SUFFIX * layerwise
+    by_activations = options.get("source") == "activations"
+    if by_activations:
+        model = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`rank` is")
-        optimizer = create_osd_optimizer(model, optim, rank=rank, **options)
+        # without hooks, but for what would refuse them
+        optimizer = create_osd_optimizer(model, name if by_activations else optim, rank=rank, **options)
+    if not by_activations:
+        return replace(_of_state(name, optimizer, step_temporaries(optimizer, layerwise)), layerwise=layerwise)
+    prepared = Prepared(model, optimizer)
+    temporaries = {"": _two_steps(prepared)}  # from which on it is known what layers share
+    return replace(_of_state(name, optimizer, temporaries), model=f"{name}, rank {rank}, {options}", prepared=prepared)
+
+
+def _of_state(name: str, optimizer: OSD, temporaries: dict[str, int]) -> Method:
     sizes = predicted_entry_bytes(optimizer)
     projection = sum(size for name, size in sizes.items() if name.startswith("projection"))
     names = {rules_of(group).subspace.code or "projection" for group in optimizer.trained_groups if group["rank"]}
-    return Method(
-        optim + "_layerwise" * layerwise,
-        sizes.total() - projection,
-        projection,
-        step_temporaries(optimizer, layerwise),
-        layerwise,
-        saved=sum(sizes[name] for name in names),
-    )
+    return Method(name, sizes.total() - projection, projection, temporaries, saved=sum(sizes[name] for name in names))
+
+
+def _two_steps(prepared: Prepared) -> int:
+    """Train a prepared model: its layers meet their inputs, P starts, and moves as it will from then on.
+
+    Returns:
+        `int`: What a step allocates beside the state.
+    """
+    model, optimizer = prepared
+    inputs = inputs_of(model, 1, TOKENS)
+    counter, most, state = LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()]), 0, 0
+    with explained(f"{type(model).__name__} could not be run on {TOKENS} tokens"), meta_device(), counter:
+        for _ in range(2):
+            loss_of(model(**inputs)).backward()
+            start, before = len(counter.series), counter.live
+            optimizer.step()
+            made = sum(v.nbytes for entries in optimizer.state.values() for v in entries.values()) - state
+            most = max(most, max(counter.series[start:]) - before - made)
+            state += made
+            optimizer.zero_grad()
+    return most
 
 
 def step_temporaries(optimizer: OSD, layerwise: bool) -> dict[str, int]:

@@ -95,6 +95,12 @@ def enable_checkpointing(model: nn.Module) -> None:
     enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
+def disable_checkpointing(model: nn.Module) -> None:
+    """Undo that, or do nothing."""
+    disable: Any = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
+
+
 def inputs_of(model: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:
     """A batch on the meta device: `sequence` tokens each with labels, or pictures of the model's own size.
 

@@ -2,7 +2,7 @@
 
     peak = weights + state + P + the larger of
         ordinary:   the most that is alive in the forward and backward pass, the gradients that are complete included;
-                    all gradients, and the largest temporaries of a parameter's step
+                    all gradients, what else is left for the step, and the largest temporaries of a parameter's step
         layerwise:  the most that is alive in the forward and backward pass, no complete gradient included;
                     for each parameter what is alive when its gradient is complete, and the temporaries of its step
 
@@ -11,15 +11,15 @@ a gradient, with its SVD, counts as if the whole state were there. What a device
 context of the driver and the workspaces of its libraries come on top.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .methods import Method, lora_model
-from .models import enable_checkpointing, explained, inputs_of, meta_model
+from .models import disable_checkpointing, enable_checkpointing, explained, inputs_of, meta_model
 from .trace import StepTrace, trace_step
 
 
@@ -32,10 +32,12 @@ class Parts:
 
     Attributes:
         weights (`int`): Parameters and buffers.
-        gradients (`int`): All of them, or layerwise the largest one.
+        gradients (`int`): All of them, or layerwise the largest one; R where a layer makes that instead.
         state (`int`): The optimizer's moments and counters, without P's.
         projection (`int`): P and its moments.
-        activations (`int`): What the forward pass keeps for the backward pass, up to the output head.
+        activations (`int`):
+            What the forward pass keeps for the backward pass, up to the output head. With `source="activations"` this
+            is x P where nobody else keeps x, and what P is to learn of x, which is there until the step.
         logits (`int`): What head and loss add to them.
         temporaries (`int`): What the optimizer's step of one parameter allocates.
         peak (`int`): The most that is there at once.
@@ -59,7 +61,7 @@ def parts(weights: int, trace: StepTrace, method: Method) -> Parts:
         step = max(alive + method.temporaries.get(name, 0) for name, (alive, _) in trace.arrivals.items())
     else:
         passes = int((trace.live + trace.done).max())
-        step = trace.gradients + largest
+        step = trace.gradients + trace.left + largest
     return Parts(
         weights,
         trace.largest_gradient if method.layerwise else trace.gradients,
@@ -107,30 +109,42 @@ class Workload:
         """
         key = (kind, checkpointing, batch)
         if key not in self._runs:
-            inputs = inputs_of(self.model(), batch, self.sequence)
-            model, names = self.model(kind, checkpointing), " and ".join(f"`{name}`" for name in inputs)
-            with explained(f"{type(self.model()).__name__} could not be run on a batch of {names}"):
-                self._runs[key] = trace_step(model, inputs)
+            self._runs[key] = self._trace(self.model(kind, checkpointing), batch)
         return self._runs[key]
+
+    def _trace(self, model: nn.Module, batch: int, known: Sequence[Tensor] = ()) -> StepTrace:
+        inputs = inputs_of(self.model(), batch, self.sequence)
+        names = " and ".join(f"`{name}`" for name in inputs)
+        with explained(f"{type(self.model()).__name__} could not be run on a batch of {names}"):
+            return trace_step(model, inputs, known)
+
+    def _run(self, method: Method, checkpointing: bool, batch: int) -> StepTrace:
+        key = (method.model, checkpointing, batch)
+        if method.prepared is not None and key not in self._runs:
+            model, optimizer = method.prepared
+            (enable_checkpointing if checkpointing else disable_checkpointing)(model)
+            self._runs[key] = self._trace(model, batch, method.prepared.projections)
+            optimizer.zero_grad()  # and what P was to learn
+        return self.run(*key)
 
     def parts(self, method: Method, checkpointing: bool, batch: int) -> Parts:
         """What a step with this method takes."""
-        return parts(self._weights(method), self.run(method.model, checkpointing, batch), method)
+        return parts(self._weights(method), self._run(method, checkpointing, batch), method)
 
     def largest_batch(self, method: Method, checkpointing: bool, memory: int) -> int:
         """The largest batch whose peak is at most `memory`; 0 where there is none."""
         # A batch of one is its own case: a tensor expanded over the batch is a view then, and a copy else.
-        two, three = (self.run(method.model, checkpointing, batch) for batch in (2, 3))
+        two, three = (self._run(method, checkpointing, batch) for batch in (2, 3))
         weights = self._weights(method)
 
         def fits(batch: int) -> bool:
-            run = two.towards(three, batch - 2) if batch > 1 else self.run(method.model, checkpointing, 1)
+            run = two.towards(three, batch - 2) if batch > 1 else self._run(method, checkpointing, 1)
             return parts(weights, run, method).peak <= memory
 
         return largest(fits, LARGEST_BATCH)
 
     def _weights(self, method: Method) -> int:
-        model = self.model(method.model)
+        model = self.model(method.unprepared)  # stand-ins take no memory
         return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 

@@ -6,7 +6,7 @@ the model's own code, whatever its architecture.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +179,7 @@ class StepTrace:
         forward (`int`): What is alive after the forward pass, for the backward pass.
         activations (`int`): What the forward pass holds where the output head begins.
         logits (`int`): What the head and the loss add to it at most.
+        left (`int`): What is alive after the backward pass beside gradients, for the optimizer's step.
     """
 
     live: Tensor
@@ -187,6 +188,7 @@ class StepTrace:
     forward: int
     activations: int
     logits: int
+    left: int
 
     @property
     def gradients(self) -> int:
@@ -217,19 +219,27 @@ class StepTrace:
             at(self.forward, other.forward),
             at(self.activations, other.activations),
             at(self.logits, other.logits),
+            at(self.left, other.left),
         )
 
 
-def trace_step(model: nn.Module, inputs: Mapping[str, Tensor]) -> StepTrace:
-    """Run a forward and a backward pass of a model on the meta device, in its mode of checkpointing."""
-    counter = LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()])
+def trace_step(model: nn.Module, inputs: Mapping[str, Tensor], known: Sequence[Tensor] = ()) -> StepTrace:
+    """Run a forward and a backward pass of a model on the meta device, in its mode of checkpointing.
+
+    Args:
+        model (`nn.Module`): The model.
+        inputs (`dict[str, torch.Tensor]`): A batch.
+        known (`list[torch.Tensor]`, *optional*): Tensors that do not count either: P that layers use.
+    """
+    counter = LiveBytes([*model.parameters(), *model.buffers(), *inputs.values(), *known])
     marks: dict[str, int] = {}
     arrivals: dict[str, tuple[int, int]] = {}
     ends: list[int] = []  # of `series`, where each gradient is complete
 
     def arrived(name: str) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
-            assert p.grad is not None
+            if p.grad is None:  # the weight of a layer that makes R instead
+                return
             arrivals[name] = (counter.live, p.grad.nbytes)
             ends.append(len(counter.series))
             p.grad = None
@@ -245,10 +255,11 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor]) -> StepTrace:
         handles.append(head.register_forward_hook(lambda *call: _mark(call[-1], marks, counter)))
     try:
         with meta_device(), counter:
-            loss = _loss(model(**inputs))
+            loss = loss_of(model(**inputs))
             forward, kept = len(counter.series), counter.live
             counter.backward = True
             loss.backward()
+            del loss
     finally:
         for handle in handles:
             handle.remove()
@@ -259,7 +270,7 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor]) -> StepTrace:
     done = torch.zeros_like(live)
     for end, (_, size) in zip(ends, arrivals.values(), strict=True):
         done[end:] += size
-    return StepTrace(live, done, arrivals, kept, activations, logits)
+    return StepTrace(live, done, arrivals, kept, activations, logits, counter.live)
 
 
 def _mark(logits: Any, marks: dict[str, int], counter: LiveBytes) -> None:
@@ -268,5 +279,6 @@ def _mark(logits: Any, marks: dict[str, int], counter: LiveBytes) -> None:
         logits.register_hook(lambda _: marks.update(logits=len(counter.series)))
 
 
-def _loss(outputs: Any) -> Tensor:
+def loss_of(outputs: Any) -> Tensor:
+    """What the backward pass starts from."""
     return outputs.loss if outputs.get("loss") is not None else outputs[0].float().sum()

@@ -7,6 +7,7 @@ parsing is ever driven by a number that was not compared with the size of the fi
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,9 +65,9 @@ def name_fault(name: str) -> str | None:
     return None
 
 
-def keys_of(name: str, moments: list[str]) -> list[str]:
-    """The keys that a parameter has: its P's, then those of its other state entries."""
-    return [name, *(name + ENTRY_SEPARATOR + moment for moment in moments)]
+def moment_keys(name: str, moments: Iterable[str]) -> list[str]:
+    """The keys of a parameter's other state entries than P, whose key is its name."""
+    return [name + ENTRY_SEPARATOR + moment for moment in moments]
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Top level: `format_version`, the versions of hf_osd, torch and transformers, `optim`, `step`, and the options of the
 projected groups (`null` where groups differ, or where an option has no effect), of which those in `FURTHER_OPTIONS`
 are there only if they differ from their defaults. `parameters`: for each
-name `side`, `rank`, `shape` (m, n), or (E, m, n) of a stack of experts' matrices, and the names of its `moments`.
+name `side`, `rank`, `shape` (m, n), or (E, m, n) of a stack of experts' matrices, the names of its `moments`, and
+`holder`, the name of the parameter whose P this is, where two or more share one (from format version 2 on).
 `files`: `size` and `sha256` of each data file.
 """
 
@@ -16,10 +17,11 @@ from ..optim import OPTIM_NAMES
 from ..optim.options import table as options
 from ..subspace import SIDES
 from ..version import __version__
-from .checks import MAX_DIMENSION, ProjectionFileError, is_count, is_shape, keys_of, name_fault
+from .checks import MAX_DIMENSION, ProjectionFileError, is_count, is_shape, moment_keys, name_fault
+from .projection import projection_shape
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_NAME = "osd_config.json"
 DATA_NAME = "osd_projection.safetensors"
 INDEX_NAME = DATA_NAME + ".index.json"
@@ -68,7 +70,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     if is_count(version, FORMAT_VERSION + 1):
         raise ProjectionFileError(f"{where} has format_version {version}, newer than {FORMAT_VERSION}: update hf_osd.")
     if not is_count(version, 1):
-        raise ProjectionFileError(f"{where} has format_version {version!r}, expected {FORMAT_VERSION}.")
+        raise ProjectionFileError(f"{where} has format_version {version!r}, expected 1 to {FORMAT_VERSION}.")
     for name, kind in (OPTION_TYPES | FURTHER_OPTIONS).items():
         value = config.get(name)
         if value is not None and not _has_type(value, kind):
@@ -79,7 +81,11 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         raise ProjectionFileError(f"{where} has no 'parameters', an object with an entry for each P.")
     for name, entry in parameters.items():
         _check_parameter(name, entry, where)
-    keys = [key for name, entry in parameters.items() for key in keys_of(name, entry.get("moments") or [])]
+    keys = [*parameters]
+    for name, entry in parameters.items():
+        keys += moment_keys(name, entry.get("moments") or [])
+        if entry.get("holder") is not None:
+            _check_holder(name, entry, parameters, where)
     if len(set(keys)) < len(keys):
         raise ProjectionFileError(f"{where} has two tensors called {max(keys, key=keys.count)[:200]!r}.")
 
@@ -128,6 +134,23 @@ def _check_parameter(name: str, entry: Any, where: str) -> None:
         )
         if not fine or len(set(moments)) != len(moments):
             raise ProjectionFileError(f"the moments of {name} in {where} must be a list of different names.")
+
+
+def _check_holder(name: str, entry: Mapping[str, Any], parameters: Mapping[str, Any], where: str) -> None:
+    holder = entry["holder"]
+    if not isinstance(holder, str) or holder not in parameters:
+        raise ProjectionFileError(
+            f"{name} in {where} has the holder {str(holder)[:100]!r}, which is no parameter there."
+        )
+    if parameters[holder].get("holder") is not None:
+        raise ProjectionFileError(f"{name} in {where} has the holder {holder}, which holds no P of its own.")
+    own, shared = (
+        projection_shape(found["side"], tuple(found["shape"]), found["rank"]) for found in (entry, parameters[holder])
+    )
+    if own != shared:
+        raise ProjectionFileError(
+            f"{name} in {where} has a P of shape {own}, but its holder {holder} one of {shared}."
+        )
 
 
 def check_files(files: Any, where: str) -> None:

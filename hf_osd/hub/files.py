@@ -1,8 +1,9 @@
 """A set of files with P: written so that a torn one is never mistaken for a whole one, and read accordingly.
 
-`osd_projection.safetensors` holds P under each parameter's name and, where asked for, its other state entries under
-`<name>::<entry>`. Above a size it is split as transformers splits weights, with an index. `osd_config.json`
-(`config.py`) comes last and holds size and SHA-256 of all others. Nothing but safetensors and JSON is ever read.
+`osd_projection.safetensors` holds P under the name of its parameter, of those that share it the holder's, and, where
+asked for, other state entries under `<name>::<entry>`. Above a size it is split as transformers splits weights, with
+an index. `osd_config.json` (`config.py`) comes last and holds size and SHA-256 of all others. Nothing but safetensors
+and JSON is ever read.
 """
 
 import json
@@ -19,7 +20,7 @@ from .checks import (
     ProjectionFileError,
     TensorHeader,
     file_size,
-    keys_of,
+    moment_keys,
     read_header,
     read_json,
     sha256,
@@ -186,13 +187,14 @@ def _check_index(index: Mapping[str, Any], headers: Mapping[str, Mapping[str, Te
 
 def check_tensors(parameters: Mapping[str, Any], tensors: Mapping[str, TensorHeader], source: str) -> None:
     """Raise `ProjectionFileError` unless keys, shapes and dtypes are what the config's parameters ask for."""
-    expected = {key for name, entry in parameters.items() for key in keys_of(name, entry.get("moments") or [])}
+    expected = {entry.get("holder") or name for name, entry in parameters.items()}
+    expected |= {key for name, entry in parameters.items() for key in moment_keys(name, entry.get("moments") or [])}
     for keys, fault in ((expected - tensors.keys(), "has no tensor"), (tensors.keys() - expected, "has the extra")):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ProjectionFileError(f"{source} {fault} {min(keys)[:200]!r}{more}, judging by {CONFIG_NAME}.")
     for name, entry in parameters.items():
-        weight, r, P = tuple(entry["shape"]), entry["rank"], tensors[name]
+        weight, r, P = tuple(entry["shape"]), entry["rank"], tensors[entry.get("holder") or name]
         shape = projection_shape(entry["side"], weight, r)
         if P.shape != shape:
             raise ProjectionFileError(
@@ -203,7 +205,7 @@ def check_tensors(parameters: Mapping[str, Any], tensors: Mapping[str, TensorHea
             raise ProjectionFileError(
                 f"P of {name} in {source} has the dtype {P.dtype}, expected one of {', '.join(PROJECTION_DTYPES)}."
             )
-        for key in keys_of(name, entry.get("moments") or [])[1:]:
+        for key in moment_keys(name, entry.get("moments") or []):
             got = tensors[key].shape
             if not is_moment_shape(got, entry["side"], weight, r):
                 raise ProjectionFileError(

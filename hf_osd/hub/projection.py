@@ -29,6 +29,9 @@ class Projection:
         moments (`dict[str, torch.Tensor]`, *optional*):
             The other entries of the weight's optimizer state, by their names there and in their format (8-bit moments
             as codes), or nothing. The seed or the indices that some rules make P from are none of them.
+        holder (`str`, *optional*):
+            Name of another weight whose P this is, where layers that are given one input share it
+            (`source="activations"`).
     """
 
     projection: Tensor
@@ -36,6 +39,7 @@ class Projection:
     rank: int
     shape: tuple[int, ...]
     moments: dict[str, Tensor] = field(default_factory=dict)
+    holder: str | None = None
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
@@ -46,14 +50,26 @@ class Projection:
         return self.projection.split(self.shape[-2:], dim=-2) if self.side == "two_sided" else (self.projection,)
 
 
-def copy_projection(weight: ProjectedWeight | ExpertWeights, include_moments: bool) -> Projection:
-    """All that the optimizer holds for one weight, copied to the CPU: P itself, whatever it is made of there."""
+def copy_projection(
+    weight: ProjectedWeight | ExpertWeights, include_moments: bool, shared: dict[str, Tensor]
+) -> Projection:
+    """All that the optimizer holds for one weight, copied to the CPU: P itself, whatever it is made of there.
+
+    Args:
+        weight ([`ProjectedWeight`]): The weight.
+        include_moments (`bool`): Whether to copy all other entries of its state.
+        shared (`dict[str, torch.Tensor]`): Copies of P by the name of the weight that holds it; added to.
+    """
     own = {"projection", weight.rules.subspace.code}
     kept = {name: value for name, value in weight.slot.state.items() if include_moments and name not in own}
     values = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
-    P, geometry = weight.projection.detach().to("cpu", copy=True), weight.geometry
+    geometry = weight.geometry
+    holder = geometry.holder or geometry.name
+    if holder not in shared:
+        shared[holder] = weight.projection.detach().to("cpu", copy=True)
     weight.release()
-    return Projection(P, geometry.side, geometry.rank, geometry.shape, values)
+    other = None if geometry.holds_projection else holder
+    return Projection(shared[holder], geometry.side, geometry.rank, geometry.shape, values, other)
 
 
 def projection_shape(side: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:

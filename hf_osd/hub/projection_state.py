@@ -14,7 +14,7 @@ from ..optim.osd import osd_of
 from ..optim.selection.wrappers import plain_name
 from ..optim.step.full_weight import FullWeight
 from ..version import __version__
-from .checks import ProjectionFileError, keys_of, name_fault
+from .checks import ProjectionFileError, moment_keys, name_fault
 from .config import CONFIG_NAME, FORMAT_VERSION, check_config, options_config, versions
 from .files import is_data_file, read_config, read_tensors, write_set
 from .locate import Source
@@ -63,6 +63,8 @@ class ProjectionState(Mapping[str, Projection]):
         check_config(self.config, "the config of this ProjectionState")
         for name, entry in self.items():
             check_values(name, entry)
+            if entry.holder is not None and not torch.equal(entry.projection, self[entry.holder].projection):
+                raise ValueError(f"P of {name} is another than that of its holder {entry.holder}.")
 
     def __getitem__(self, name: str) -> Projection:
         return self._projections[name]
@@ -90,11 +92,14 @@ class ProjectionState(Mapping[str, Projection]):
                 "rank": entry.rank,
                 "shape": list(entry.shape),
                 "moments": list(entry.moments) if include_moments else [],
+                **({} if entry.holder is None else {"holder": entry.holder}),
             }
             for name, entry in self.items()
         }
-        fixed = {"format_version": FORMAT_VERSION, "parameters": parameters}
-        return {"format_version": FORMAT_VERSION, **versions(), **copy.deepcopy(self._config), **fixed}
+        # What earlier versions can read, they may.
+        version = FORMAT_VERSION if any(entry.holder for entry in self.values()) else 1
+        fixed = {"format_version": version, "parameters": parameters}
+        return {"format_version": version, **versions(), **copy.deepcopy(self._config), **fixed}
 
     @classmethod
     def from_optimizer(cls, optimizer: torch.optim.Optimizer, include_moments: bool = False) -> "ProjectionState":
@@ -112,16 +117,17 @@ class ProjectionState(Mapping[str, Projection]):
         osd = osd_of(optimizer)
         if osd is None:
             raise ValueError(f"ProjectionState.from_optimizer needs an OSD optimizer, got {type(optimizer).__name__}.")
-        groups = [group for group in osd.param_groups if group["rank"] is not None]
+        groups = [group for group in osd.trained_groups if group["rank"] is not None]
         if not groups:
             raise ValueError("This optimizer projects nothing: none of its groups has a `rank`.")
         projections: dict[str, Projection] = {}
+        shared: dict[str, Tensor] = {}
         steps = 0
         refuse_names(groups)
         for group in groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 weight = osd.weight_of(p)
-                if isinstance(weight, FullWeight) or not weight.started:
+                if isinstance(weight, FullWeight) or not weight.started or not osd.state.get(p):
                     continue
                 if include_moments and weight.geometry.sharding is not None:
                     raise ValueError(
@@ -130,9 +136,8 @@ class ProjectionState(Mapping[str, Projection]):
                     )
                 if name in projections:
                     raise ValueError(f"Two parameters of this optimizer have the name {name}.")
-                state = osd.state[p]
-                projections[name] = copy_projection(weight, include_moments)
-                steps = max(steps, int(state["step"].max()))
+                projections[name] = copy_projection(weight, include_moments, shared)
+                steps = max(steps, int(osd.state[p]["step"].max()))
         if not projections:
             raise ValueError("No projected parameter has been stepped yet: there is no P before the first step.")
         return cls(projections, {**options_config(groups), "step": steps})
@@ -159,9 +164,10 @@ class ProjectionState(Mapping[str, Projection]):
         """
         tensors: dict[str, Tensor] = {}
         for name, entry in self.items():
-            moments = entry.moments if include_moments else {}
-            values = [entry.projection, *moments.values()]
-            tensors |= dict(zip(keys_of(name, list(moments)), values, strict=True))
+            if entry.holder is None:
+                tensors[name] = entry.projection
+            if include_moments:
+                tensors |= dict(zip(moment_keys(name, entry.moments), entry.moments.values(), strict=True))
         return write_set(Path(save_directory), tensors, self._build_config(include_moments), max_shard_size)
 
     @classmethod
@@ -202,11 +208,12 @@ class ProjectionState(Mapping[str, Projection]):
         tensors = read_tensors(config, paths, source.name)
         projections = {
             name: Projection(
-                tensors[name],
+                tensors[entry.get("holder") or name],
                 entry["side"],
                 entry["rank"],
                 tuple(entry["shape"]),
-                dict(zip(moments, (tensors[key] for key in keys_of(name, moments)[1:]), strict=True)),
+                dict(zip(moments, (tensors[key] for key in moment_keys(name, moments)), strict=True)),
+                entry.get("holder"),
             )
             for name, entry in config["parameters"].items()
             for moments in [entry.get("moments") or []]

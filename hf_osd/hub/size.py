@@ -25,6 +25,9 @@ def projection_bytes(
 ) -> int:
     """Bytes of P for weights of these shapes, as they will be saved; headers, some 100 bytes a tensor, not counted.
 
+    With `source="activations"` layers that are given one input share P: give one shape for each input, and the side of
+    the inputs, `right` for an `nn.Linear`. `hf-osd estimate` finds the inputs.
+
     Args:
         shapes (`Iterable[tuple[int, ...]]`): (m, n) of each projected weight, or (E, m, n) of a stack of experts'.
         rank (`int`): r; clipped to min(m, n) for each.

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optim.selection.adapters import rso_loop
 from ..text import shortened
 from .changes import CARRY, CONTAINERS, check_same_architecture, find_changes, relative_text
 from .loading import Model, load_pair
@@ -74,7 +73,7 @@ def extract_lora(
 
     Raises:
         ValueError: If no matrix changed, the models differ in the name or shape of a weight (the first difference is
-            named), one is still prepared for RSO, or an argument cannot be.
+            named), or an argument cannot be.
 
     Example:
     ```python
@@ -94,12 +93,6 @@ def extract_lora(
     `adapter.save_pretrained(folder)` writes it; `peft.PeftModel.from_pretrained(base, folder)` loads it.
     """
     fixed, energy = _check(rank, energy, max_rank, carry)
-    for given in (model, base):
-        if isinstance(given, nn.Module) and rso_loop(given) is not None:
-            raise ValueError(
-                "The model is prepared for RSO, which keeps what it trains in LoRA layers of its own: call "
-                "`hf_osd.rso.unload_rso_model(model)` first, or give the folder that the model was saved in."
-            )
     import peft  # noqa: F401 - needed at the end: its absence is said before the work
 
     tuned, before, new = load_pair(model, base)

@@ -36,6 +36,7 @@ class PreparedLayers(nn.Module):
         left (`dict[str, str]`): What could not be prepared, and why.
         meeting ([`Meeting`]): Where they find those that are given the same tensor.
         installed (`bool`): Whether the layers are in the model.
+        findable (`bool`): Whether a loop is being made: DDP, and who lists what to clip, must find the stand-ins.
     """
 
     def __init__(self, model: nn.Module, ranks: Mapping[str, int], plain_name: Callable[[str], str]):
@@ -44,7 +45,7 @@ class PreparedLayers(nn.Module):
         self.layers: dict[str, LayerInfo] = {}
         self.left: dict[str, str] = {}
         self.meeting = Meeting()
-        self.installed = False
+        self.installed = self.findable = False
         owners = _owners(model)
         self._exchanged = in_a_process_of_many()
         for name, rank in ranks.items():
@@ -56,6 +57,10 @@ class PreparedLayers(nn.Module):
             key = name.replace(".", "/")
             self.register_parameter(key, nn.Parameter(_zeros(p, rank, modules[0], self._exchanged)))
             self.layers[name] = LayerInfo(name, modules, self, key, self.meeting)
+
+    def forward(self, x: Any) -> Any:
+        """Nothing: an `nn.Sequential` calls all its children."""
+        return x
 
     def install(self) -> None:
         """Put the layers into the model. What it was prepared with before goes out."""
@@ -69,8 +74,8 @@ class PreparedLayers(nn.Module):
                 vars(module)["osd"] = layer
             if self._exchanged:
                 layer.hide()
-        self.installed = True
-        self.show()
+        model.add_module(CHILD, self)
+        self.installed = self.findable = True
         if any(layer.input is None for layer in self.layers.values()):
             wait_for_first_pass(self)
 
@@ -82,19 +87,20 @@ class PreparedLayers(nn.Module):
             layer.show()
         end_first_pass(self)
         self.installed = False
-        self.hide()
-
-    def show(self) -> None:
-        """Be among the model's modules, where its parameters are looked for."""
-        (model,) = self._model
-        if self.installed:
-            model._modules[CHILD] = self
-
-    def hide(self) -> None:
-        """Be none of the model's modules: between steps, what pairs its parameters with another's finds those."""
-        (model,) = self._model
         if model._modules.get(CHILD) is self:
             del model._modules[CHILD]
+
+    def named_modules(self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
+        """None for the model, unless the stand-ins are to be found, or have gradients to be clipped or cleared.
+
+        What pairs the model's parameters with another's, to average or copy them, finds the model's own.
+        """
+        if (
+            memo is None
+            or self.findable
+            or any(B.grad is not None for B in self._parameters.values() if B is not None)
+        ):
+            yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def leave(self, name: str, reason: str) -> None:
         """Make one layer plain for good."""
@@ -142,9 +148,11 @@ class PreparedLayers(nn.Module):
         average_inputs({met: layer.weight.dtype for layer in layers if (met := layer.input) is not None}, group)
 
     def forget(self) -> None:
-        """Forget what was seen since the last step."""
+        """Forget what was seen since the last step, R included."""
         for shared in self.inputs():
             shared.forget()
+        for B in self.parameters():
+            B.grad = None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing."""

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..subspace.precision import full_precision
+
 
 class SubspaceProduct(torch.autograd.Function):
     """y = x Wᵀ + b. The gradient of the stand-in B, shaped like R, is R; W gets none."""
@@ -39,5 +41,6 @@ class SubspaceProduct(torch.autograd.Function):
         dY = dY.reshape(-1, dY.shape[-1])
         R = None
         if needs[3]:
-            R = xP.t() @ dY if ctx.transposed else dY.t() @ xP
+            with full_precision(dY):
+                R = xP.t() @ dY if ctx.transposed else dY.t() @ xP
         return dx, None, dY.sum(0) if needs[2] else None, R, None, None

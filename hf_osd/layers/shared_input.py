@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..subspace.precision import reduced_precision
+from ..subspace.precision import full_precision, reduced_precision
 from .start import FirstProjection
 
 
@@ -66,18 +66,16 @@ class SharedInput:
     def _product(self, x: Tensor, learns: bool) -> Tensor:
         x = x.reshape(-1, x.shape[-1])
         assert self.P is not None
-        xP = x @ self.P.to(x.dtype)
+        with full_precision(x):
+            xP = x @ self.P.to(x.dtype)
         if learns:
             self._learn(x[self.turn :: self.every], xP[self.turn :: self.every])
         return xP
 
     def _learn(self, x: Tensor, xP: Tensor) -> None:
         dtype = self.first.dtype
-        if torch.compiler.is_compiling():
+        with reduced_precision(x):
             A = x.t().to(xP.dtype) @ xP
-        else:
-            with reduced_precision(x):
-                A = x.t().to(xP.dtype) @ xP
         energy = torch.linalg.vector_norm(x, dtype=dtype).square()
         if self.A is None or self.energy is None:
             self.A, self.energy = A.to(dtype), energy
@@ -95,6 +93,11 @@ class SharedInput:
         """What was seen since the last step."""
         self.A = self.energy = None
         self._outside = False
+
+    def make_room(self) -> None:
+        """Drop the sketch, of which A tells all, before P is made of that."""
+        if not self.started and self.A is not None:
+            self.P = None
 
     def bind(self, P: Tensor) -> None:
         """Use this P, the optimizer's, from now on, and step by it."""

@@ -209,6 +209,7 @@ def given_projections(
         missing = [name for name in names if name not in given]
         if missing:
             raise ValueError(f"`init` has no P for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")
+        _refuse_other_sides(given, group, names)
         # A ProjectionState's entries hold P and what it was learned with
         tensors = [getattr(given[name], "projection", given[name]) for name in names]
     else:
@@ -226,3 +227,14 @@ def given_projections(
                 f"and side that it was learned with, here rank {geometry.rank} and {geometry.side}."
             )
     return dict(zip(names, tensors, strict=True))
+
+
+def _refuse_other_sides(given: Mapping[str, Any], group: Mapping[str, Any], names: list[str]) -> None:
+    """Raise `ValueError` for P of a ProjectionState that belongs to the other dimension: of a square, it would fit."""
+    for name, side in zip(names, group["sides"], strict=True):
+        own = getattr(given[name], "side", side)
+        if own != side:
+            way_out = f"Give side={own!r}." if group["source"] == "gradients" else "Use source='gradients' for it."
+            raise ValueError(
+                f"The P given as `init` for {name} is of the {own} side, here it is projected on the {side}. {way_out}"
+            )

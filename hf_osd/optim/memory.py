@@ -25,7 +25,7 @@ def predicted_entry_bytes(optimizer: OSD) -> Counter[str]:
             geometry = optimizer.weight_of(p).geometry
             for name, entry in state_spec(geometry, rules).items():
                 sizes[name] += torch.Size(local_shape(entry, geometry)).numel() * entry.dtype.itemsize
-            if rules.subspace.keeps_expanded and isinstance(geometry, ProjectedGeometry):
+            if rules.subspace.keeps_expanded and isinstance(geometry, ProjectedGeometry) and geometry.holds_projection:
                 P = torch.Size(geometry.projection_shape).numel() * geometry.compute_dtype.itemsize
                 sizes["projection"] += geometry.matrices * P
     return sizes
@@ -46,7 +46,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     for weight in osd.weights if osd is not None else ():
         matrices = weight.experts if isinstance(weight, ExpertWeights) else [weight]
-        held += [W.P.expanded for W in matrices if isinstance(W, ProjectedWeight) and W.P.expanded is not None]
+        own = [W.P.expanded for W in matrices if isinstance(W, ProjectedWeight) and W.geometry.holds_projection]
+        held += [P for P in own if P is not None]
     return sum(local(value).numel() * value.element_size() for value in held)
 
 

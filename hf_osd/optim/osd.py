@@ -88,6 +88,8 @@ class OSD(torch.optim.Optimizer):
         carry_moments (`bool`, *optional*, defaults to `False`):
             Turn moments into the new basis when P moves (LDAdam, arXiv 2410.16103). It helps where P is drawn from
             gradients often: `power`, and `svd` at short intervals.
+        restart_moments (`bool`, *optional*, defaults to `False`):
+            Start moments and their bias correction anew with each new P (RSO, arXiv 2502.07222).
         residual (`str`, *optional*, defaults to `"none"`):
             The gradient outside the subspace: `none` drops it (the paper), `scaled` adds it in the scale of the inside
             (Fira, arXiv 2410.01673), `sign` adds its sign (FRUGAL, arXiv 2411.07837). See [`~optim.step.residual`].
@@ -115,6 +117,8 @@ class OSD(torch.optim.Optimizer):
         distribution (`str`, *optional*):
             `orthonormal` columns, uniform over all subspaces (GoLore), or `gaussian` entries N(0, 1/s) (Flora). For
             `random`. Defaults to `orthonormal`.
+        unbiased (`bool`, *optional*):
+            Make P longer by sqrt(s/r), so that E[P Pᵀ] = I (RSO). For `random`. Defaults to false.
         mixing (`float`, *optional*):
             Share of the momentum in what P follows, rho (Adam's beta1; LDAdam's is 0.908). For `power`. Defaults to
             0.9. 0 looks at the last gradient alone, and is the only choice with rules that keep no first moment.
@@ -180,6 +184,7 @@ class OSD(torch.optim.Optimizer):
         init: str | Sequence[Tensor] | Mapping[str, Tensor] = "auto",
         side: str = "auto",
         carry_moments: bool = False,
+        restart_moments: bool = False,
         residual: str = "none",
         residual_scale: float = 1.0,
         projection_sample: int | None = None,
@@ -191,6 +196,7 @@ class OSD(torch.optim.Optimizer):
         lambda_: float | None = None,
         update_interval: int | None = None,
         distribution: str | None = None,
+        unbiased: bool | None = None,
         mixing: float | None = None,
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
@@ -228,6 +234,7 @@ class OSD(torch.optim.Optimizer):
         self._simplify_defaults()
         if layers is not None:
             self._add_stand_ins(layers)
+            self.weights.share_given()
             self.attach()
             weakref.finalize(self, layers.remove)  # nobody else would step what the layers make
         if self.mode.layerwise:
@@ -251,10 +258,10 @@ class OSD(torch.optim.Optimizer):
         """Whether layers of the model make R (`source="activations"`)."""
         return self._layers is not None
 
-    def show_stand_ins(self, shown: bool) -> None:
-        """Whether the stand-ins of prepared layers are among the model's parameters: they must be within a step."""
+    def begin_loop(self) -> None:
+        """From now on the model's parameters are those that it always has, but for stand-ins that have a gradient."""
         if self._layers is not None:
-            (self._layers.show if shown else self._layers.hide)()
+            self._layers.findable = False
 
     @property
     def trained_groups(self) -> list[dict[str, Any]]:
@@ -297,6 +304,11 @@ class OSD(torch.optim.Optimizer):
     def stream(self) -> GradientStream | None:
         """Hooks of `layerwise`; `None` in the ordinary mode."""
         return self._stream
+
+    @property
+    def layers(self) -> PreparedLayers | None:
+        """Those that make R in the backward pass (`source="activations"`); `None` with `source="gradients"`."""
+        return self._layers
 
     def weight_of(self, p: Tensor) -> AnyWeight:
         """How `p` is stepped: its side, rank and shapes are in `geometry`. Read it, do not change it."""

@@ -39,7 +39,9 @@ def summary(optimizer: OSD, model: object = None) -> str:
 
     Example:
         `OSD: 28 matrices projected to rank 8 (1.2M parameters: q_proj, o_proj), 0.3M parameters at full size
-        (embed_tokens, 5 vectors); optimizer state 0.4 MB, AdamW's 12.0 MB`
+        (embed_tokens, 5 vectors); optimizer state 0.4 MB, AdamW's 12.0 MB`. With `source="activations"`:
+        `...; 26 learn from activations, 2 from gradients (no plain linear layer: experts.down_proj); optimizer state
+        at most 0.4 MB, ...`, which ends when layers have met their inputs.
     """
     ranks, numel, matrices, vectors = set(), {True: 0, False: 0}, 0, 0
     kinds: dict[bool, dict[str, None]] = {True: {}, False: {}}  # as ordered sets
@@ -63,10 +65,29 @@ def summary(optimizer: OSD, model: object = None) -> str:
         f"OSD: {matrices} matrices projected to {rank} ({format_count(numel[True], 'M')} parameters"
         f"{f': {projected_kinds}' if projected_kinds else ''}), "
         f"{format_count(numel[False], 'M')} parameters at full size{f' ({whole})' if whole else ''}"
-        f"{_frozen(model) if isinstance(model, nn.Module) else ''}; optimizer state "
+        f"{_frozen(model) if isinstance(model, nn.Module) else ''}{_sources(optimizer, matrices)}; optimizer state "
+        f"{'' if _sharing_is_known(optimizer) else 'at most '}"
         f"{format_bytes(predicted_state_bytes(optimizer), smallest='MB')}, "
         f"AdamW's {format_bytes(adamw_state_bytes(optimizer), smallest='MB')}"
     )
+
+
+def _sources(optimizer: OSD, matrices: int) -> str:
+    """How many learn from activations, how many from gradients, and why."""
+    if optimizer.layers is None:
+        return ""
+    count = len(optimizer.layers.layers)
+    text = f"; {count} learn from activations"
+    reasons: dict[str, dict[str, None]] = {}
+    for name, reason in optimizer.layers.left.items():
+        reasons.setdefault(reason, {})[_kind(name)] = None
+    why = "; ".join(f"{reason}: {shortened(kinds, KINDS_SHOWN)}" for reason, kinds in reasons.items())
+    return text + (f", {matrices - count} from gradients ({why})" if reasons else "")
+
+
+def _sharing_is_known(optimizer: OSD) -> bool:
+    """Whether all layers have met their inputs, so that it is known which of them share P."""
+    return optimizer.layers is None or all(layer.input is not None for layer in optimizer.layers.layers.values())
 
 
 def _kind(name: str) -> str:

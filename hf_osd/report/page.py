@@ -94,13 +94,13 @@ def _charts(runs: Sequence[Run]) -> dict[str, list[tuple[str, str, str | None]]]
         ],
         "schedule": [
             ("Learning rate", "of the weights", "learning_rate", {"from_zero": True}),
-            ("Gradient norm", "before clipping", "grad_norm", {}),
+            ("Gradient norm", "before clipping; with source=activations of R, not G", "grad_norm", {}),
         ],
         "subspaces": [
             (
                 "PCA loss",
-                "share of the gradients’ energy outside the subspaces: mean of all layers, and from the least to the "
-                "largest of them",
+                "share of the gradients’ energy outside the subspaces, or with source=activations of the layers’ "
+                "inputs’: mean of all layers, and from the least to the largest of them",
                 "osd/pca_loss",
                 {"band": "pca_loss", "from_zero": True},
             ),

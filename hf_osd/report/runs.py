@@ -11,6 +11,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..optim import OPTIM_NAMES
 from ..text import shortened
 from ..trainer.checkpoints import last_complete_checkpoint
 from ..trainer.statistics_file import STATISTICS_NAME, number
@@ -121,7 +122,7 @@ def read_run(folder: str | os.PathLike, name: str | None = None) -> Run:
     settings = read_settings(folders, results, notes)
     layers = None
     optim = settings.get("Training", {}).get("optim")
-    if optim is None or str(optim).startswith("osd_"):  # else it is of another run in this folder
+    if optim is None or str(optim) in OPTIM_NAMES:  # else it is of another run in this folder
         layers = _layers(path, notes)
     if not log and layers is None:
         raise RunError("; ".join(note.rstrip(".") for note in notes) or _nothing(path))
@@ -166,9 +167,9 @@ def _layers(path: Path, notes: list[str]) -> Layers | None:
 
 
 def _why_no_layers(optim: Any) -> str:
-    if optim is not None and not str(optim).startswith("osd_"):
+    if optim is not None and str(optim) not in OPTIM_NAMES:
         return f"the optimizer was {optim}."
-    return f"{STATISTICS_NAME} is not there; it is written at logged steps of an osd_ optimizer."
+    return f"{STATISTICS_NAME} is not there; it is written at logged steps of an osd_ or rso_ optimizer."
 
 
 def _nothing(path: Path) -> str:

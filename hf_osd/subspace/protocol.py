@@ -136,6 +136,10 @@ class SubspaceRule:
         """P, (rows, rank), from its code, on the code's device."""
         raise NotImplementedError
 
+    def length(self, rows: int, rank: int) -> float:
+        """What the columns of P (rows, rank) are meant to be long; statistics are those of a P of length 1."""
+        return 1.0
+
     def moves_at(self, count: int) -> bool:
         """Whether `advance_` is called after step `count`. A is only computed then."""
         return False

@@ -1,7 +1,7 @@
 """Random subspaces, drawn anew every k steps: stochastic subspace descent (Kozak et al. 2019, arXiv 1904.01145).
 
-Also GoLore's P (He et al. 2024, arXiv 2410.11289), which converges where top singular vectors follow the noise, and
-Flora's (Hao et al. 2024, arXiv 2402.03293).
+Also GoLore's P (He et al. 2024, arXiv 2410.11289), which converges where top singular vectors follow the noise,
+Flora's (Hao et al. 2024, arXiv 2402.03293), and RSO's (Chen et al. 2025, arXiv 2502.07222).
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..declare import one_of, option
+from ..declare import boolean, one_of, option
 from .initialization import gaussian
 from .protocol import Renewed, Start
 
@@ -38,6 +38,12 @@ class Random(Renewed):
         check=one_of(DISTRIBUTIONS),
         card="distribution of P",
     )
+    unbiased: bool = option(
+        False,
+        "Make P longer by sqrt(s/r), so that E[P Pᵀ] = I (RSO).",
+        check=boolean(),
+        card="P with E[P Pᵀ] = I",
+    )
 
     def make(self, G: Tensor, start: Start, old: Tensor | None) -> Tensor:
         """The seed of the next P, int64, 0-dim."""
@@ -51,4 +57,9 @@ class Random(Renewed):
     def expand(self, code: Tensor, rows: int, rank: int, dtype: torch.dtype) -> Tensor:
         """P, drawn on the CPU. Reads the device."""
         P = gaussian(rows, rank, int(code), code.device, dtype)
-        return torch.linalg.qr(P).Q.contiguous() if self.distribution == "orthonormal" else P.mul_(rows**-0.5)
+        P = torch.linalg.qr(P).Q.contiguous() if self.distribution == "orthonormal" else P.mul_(rows**-0.5)
+        return P.mul_(self.length(rows, rank))
+
+    def length(self, rows: int, rank: int) -> float:
+        """Of the columns of P: sqrt(s/r) where it is unbiased."""
+        return (rows / rank) ** 0.5 if self.unbiased else 1.0

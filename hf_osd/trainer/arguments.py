@@ -6,16 +6,12 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..optim.options.texts import flag
-from .rso import check_rso_arguments
 from .settings import check_arguments
 
 
 @dataclass
 class OSDTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the options of [`OSD`] as fields; use them with an `osd_` name as `optim`.
-
-    `rso_*` are options of `optim="rso_adamw"` and `"rso_adamw8bit"` (see [`~rso.create_rso_model`]), which also take
-    `osd_rank`, `osd_scale`, `osd_seed` and `osd_exclude_modules`.
+    """`TrainingArguments` with the options of [`OSD`] as fields; use them with an `osd_` or `rso_` name as `optim`.
 
     A field left at `None` takes the optimizer's default, or the preset's. `learning_rate`, `weight_decay`,
     `adam_beta1`, `adam_beta2` and `adam_epsilon` keep their meaning, and `optim_target_modules` says what is projected
@@ -56,6 +52,7 @@ class OSDTrainingArguments(TrainingArguments):
     osd_init: str | None = flag("init")
     osd_side: str | None = flag("side")
     osd_carry_moments: bool | None = flag("carry_moments")
+    osd_restart_moments: bool | None = flag("restart_moments")
     osd_residual: str | None = flag("residual")
     osd_residual_scale: float | None = flag("residual_scale")
     osd_projection_sample: int | None = flag("projection_sample")
@@ -67,6 +64,7 @@ class OSDTrainingArguments(TrainingArguments):
     osd_lambda: float | None = flag("lambda")
     osd_update_interval: int | None = flag("update_interval")
     osd_distribution: str | None = flag("distribution")
+    osd_unbiased: bool | None = flag("unbiased")
     osd_mixing: float | None = flag("mixing")
     osd_momentum: float | None = flag("momentum")
     osd_layerwise_clipping: str | None = flag("layerwise_clipping")
@@ -77,17 +75,6 @@ class OSDTrainingArguments(TrainingArguments):
 
     osd_exclude_modules: None | str | list[str] = field(
         default=None, metadata={"help": "What optim_target_modules names and is not projected, in the same form."}
-    )
-
-    rso_interval: int | None = field(
-        default=None, metadata={"help": "Steps with one random subspace with optim=rso_*. Defaults to 200."}
-    )
-    rso_eta: float | None = field(
-        default=None,
-        metadata={"help": "Adds ||B||² / (2 eta) to the objective with optim=rso_*. Default: no such term."},
-    )
-    rso_sampling: str | None = field(
-        default=None, metadata={"help": "P with optim=rso_*: gaussian (the default) or orthonormal."}
     )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -105,4 +92,3 @@ class OSDTrainingArguments(TrainingArguments):
         """Check everything that can be checked without a model."""
         super().__post_init__()
         check_arguments(self)
-        check_rso_arguments(self)

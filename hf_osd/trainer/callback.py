@@ -22,8 +22,7 @@ from ..optim.step.full_weight import FullWeight
 from ..optim.summary import announce_summary
 from .checkpoints import written_checkpoint
 from .push import refresh_card
-from .rso import check_rso_arguments, uses_rso
-from .settings import check_arguments, optim_name, refuse_ignored_by_mode
+from .settings import check_arguments, refuse_ignored_by_mode
 from .statistics_file import StatisticsFile
 
 
@@ -36,17 +35,17 @@ logger = logging.getLogger("hf_osd")
 class OSDCallback(TrainerCallback):
     """Added to every Trainer by `import hf_osd`; silent unless the optimizer is [`OSD`].
 
-    Logs, at each logging step, `osd/pca_loss` (mean share of the gradients' energy outside their subspaces),
-    `osd/orthogonality` (mean ||PᵀP - I|| / sqrt(r)) and `osd/skipped_steps` (parameter steps skipped for gradients
-    that were not finite). They are computed in steps that are logged only, and read in one transfer. The first two of
-    each layer go into `_osd_statistics.jsonl` in `output_dir`, which is not uploaded; `hf-osd report` draws them.
+    Logs, at each logging step, `osd/pca_loss` (mean share of the gradients' energy outside their subspaces, or with
+    `source="activations"` of the energy of the layers' inputs), `osd/orthogonality` (mean ||PᵀP - I|| / sqrt(r)) and
+    `osd/skipped_steps` (parameter steps skipped for gradients that were not finite). They are computed in steps that
+    are logged only, and read in one transfer. The first two of each layer go into `_osd_statistics.jsonl` in
+    `output_dir`, which is not uploaded; `hf-osd report` draws them.
     """
 
     def __init__(self) -> None:
         self._saved: dict[Path, int] = {}  # step of the P that was last written into a folder
         self._best: Path | None = None  # the checkpoint whose weights the model was given at the end
         self._statistics: StatisticsFile | None = None  # of the main process
-        self._shown = False  # the stand-ins of prepared layers, for the step that has begun
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,7 +54,6 @@ class OSDCallback(TrainerCallback):
         if not isinstance(args, TrainingArguments):  # some trainers show callbacks arguments of another class
             return
         check_arguments(args)
-        check_rso_arguments(args)
 
     def on_train_begin(
         self,
@@ -74,8 +72,6 @@ class OSDCallback(TrainerCallback):
             release(model.parameters(), keep=None if osd is None else osd.stream)
             if osd is None or not osd.prepares_layers:
                 unload(model)  # another optimizer's: this one would get no gradients
-        elif uses_rso(args):
-            raise ValueError(f"{optim_name(args)} needs the model; this Trainer hides it in a {type(model).__name__}.")
         if osd is None:
             return
         refuse_ignored_by_mode(osd, args)
@@ -87,6 +83,7 @@ class OSDCallback(TrainerCallback):
                 refuse_names(group for group in osd.trained_groups if group["rank"] is not None)
         announce_summary(osd, model)
         osd.attach()  # a second training: the first has taken the hooks off at its end
+        osd.begin_loop()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
@@ -95,16 +92,6 @@ class OSDCallback(TrainerCallback):
         osd = osd_of(optimizer)
         if osd is not None:
             osd.collect_statistics = _will_log(args, state)
-            osd.show_stand_ins(True)
-            self._shown = True
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
-    ) -> None:
-        """Let callbacks that pair the model's parameters with another model's see no others."""
-        osd = osd_of(optimizer)
-        if osd is not None and self._shown:  # else this Trainer does not call `on_step_begin`
-            osd.show_stand_ins(False)
 
     def on_log(
         self,

@@ -17,15 +17,13 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 
-from ..names import RSO_NAMES, add_names
+from ..names import add_names
 from ..optim import OPTIM_NAMES, OSD
 from ..optim.osd import osd_of
-from ..rso import RSOCallback
 from .callback import OSDCallback
 from .checkpoints import last_complete_checkpoint, load_converted
 from .partial_load import fitted
 from .push import Destination, make_card
-from .rso import build_rso_optimizer_kwargs
 from .settings import constructor_arguments, uses_osd
 
 
@@ -194,18 +192,17 @@ PATCHES = (
 
 
 def register() -> None:
-    """Add the names to `OptimizerNames`, their handlers to Trainer's table, the callbacks to every Trainer, and patch.
+    """Add the names to `OptimizerNames`, their handler to Trainer's table, our callback to every Trainer, and patch.
 
     `import hf_osd` has it called when Trainer is imported (`startup.py`); calling it again changes nothing.
     """
-    handlers: dict[str, Any] = dict.fromkeys(OPTIM_NAMES, build_optimizer_kwargs)
-    handlers |= dict.fromkeys(RSO_NAMES, build_rso_optimizer_kwargs)
+    handler: Any = build_optimizer_kwargs
     add_names(OptimizerNames)
-    for name, handler in handlers.items():
+    for name in OPTIM_NAMES:
         # By member as Trainer looks it up, and by string, which is what arguments hold after unpickling.
         _OPTIMIZER_HANDLERS[OptimizerNames(name)] = _OPTIMIZER_HANDLERS[name] = handler
     callbacks: list[Any] = transformers_trainer.DEFAULT_CALLBACKS
-    callbacks += [callback for callback in (OSDCallback, RSOCallback) if callback not in callbacks]
+    callbacks += [OSDCallback] if OSDCallback not in callbacks else []
     for patch in PATCHES:
         patch.apply()
 

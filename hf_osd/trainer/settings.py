@@ -11,7 +11,6 @@ from transformers import TrainingArguments
 
 from ..declare import RETIRED, check_values, refuse_unknown
 from ..hub import ProjectionState
-from ..names import RSO_NAMES
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
 from ..optim.factory import learned_rank, warn_compiled
 from ..optim.options.mode import MODE_DEFAULTS, MODE_OPTIONS, Mode, mode_of
@@ -19,7 +18,7 @@ from ..optim.options.presets import ARGUMENT_OF, KEYS
 from ..optim.options.table import OPTIONS, used_rules, validate
 from ..optim.selection.rank_pattern import parse_rank_pattern
 from ..optim.selection.targets import parse_modules
-from ..optim.step.sharding import FLAT
+from ..optim.step.sharding import FLAT, NOT_SHARDED
 from ..subspace.initialization import INITS
 from ..update_rules import rule_options
 
@@ -149,9 +148,10 @@ def check_arguments(args: TrainingArguments) -> None:
     """Raise `ValueError` as early as possible for arguments that are wrong or would be ignored."""
     if uses_osd(args):
         refuse_flat_engines(args)
-        read_settings(args)
-        return
-    if optim_name(args) in RSO_NAMES:  # `check_rso_arguments` reads these
+        source = read_settings(args).options["source"]
+        if source == "activations" and (args.fsdp or _environment("ACCELERATE_USE_FSDP")):
+            forget_engine(args)
+            raise ValueError(NOT_SHARDED)
         return
     stray = sorted(f"osd_{key}" for key in _fields(args))
     stray += ["osd_exclude_modules"] if getattr(args, "osd_exclude_modules", None) is not None else []

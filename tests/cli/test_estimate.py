@@ -185,3 +185,37 @@ def test_what_cannot_be_is_said_in_one_sentence(words, message, folder, capsys):
 def test_sizes(text, size):
     assert usable_memory(Namespace(gpu=text, reserve="1KB")) == size - 1000
     assert usable_memory(Namespace(gpu="24GB", reserve=None)) == 23e9
+
+
+def test_learning_from_activations(folder, capsys):
+    """By `optim_args`, as for a Trainer: what fits, and the command that trains so."""
+    words = (folder, "--rank", "8", "--seq", "64", "--batch", "2", "--preset", "osd_adamw")
+    given = (*words, "--optim_args", "source=activations", "--gpu", "2MB", "--reserve", "0KB")
+    report, plain = report_of(capsys, *given), report_of(capsys, *words)
+    ours, gradients = row_of(report, "osd_adamw"), row_of(plain, "osd_adamw")
+    assert ours["bytes"]["weights"] == gradients["bytes"]["weights"]
+    assert ours["bytes"]["gradients"] < gradients["bytes"]["gradients"]
+    assert row_of(report, "galore_adamw")["bytes"] == row_of(plain, "galore_adamw")["bytes"]
+    batch, rank = ours["largest_batch"], ours["largest_rank"]
+
+    def peak(rank: int, batch: int) -> int:
+        other = (folder, "--rank", str(rank), "--seq", "64", "--batch", str(batch), *given[7:11])
+        return row_of(report_of(capsys, *other), "osd_adamw")["bytes"]["peak"]
+
+    assert peak(8, batch) <= 2_000_000 < peak(8, batch + 1) and peak(rank, 2) <= 2_000_000
+    assert "source=activations" in report["suggestion"]["command"]
+    model = meta_model(load_config(folder), torch.bfloat16)
+    inputs = [p.shape for name, p in select(model).projected.items() if not re.search("k_proj|v_proj|up_proj", name)]
+    assert report["projection_file_bytes"] == projection_bytes(inputs, 8, side="right")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("source=activations", "--layerwise"), "source='activations' has no gradients of full size to free"),
+        (("source=activations,residual=scaled",), "`residual` of --optim_args has no effect with source="),
+        (("source=activations,subspace=svd",), "subspace='svd' of"),
+    ],
+)
+def test_what_cannot_be_with_activations(more, message, folder, capsys):
+    assert message in refused(capsys, folder, "--rank", "8", "--seq", "8", "--optim_args", *more)

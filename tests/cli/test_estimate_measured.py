@@ -31,8 +31,12 @@ BLOCK = 60 * 60 * 4  # of the CPU's transposing copy
 RUNS = (*memory.PEERS, "osd_adamw", "osd_adamw8bit", "osd_adamw8bit_layerwise")
 
 
+def settings_of(**changes) -> Namespace:
+    return Namespace(**{"rank": 8, "dtype": "fp32", "device": "cpu", "batch": 2, "seq": 64} | changes)
+
+
 def both(config, run: str, checkpointing: bool, **changes) -> tuple[dict[str, int], dict[str, int]]:
-    settings = Namespace(**{"rank": 8, "dtype": "fp32", "device": "cpu", "batch": 2, "seq": 64} | changes)
+    settings = settings_of(**changes)
     work = Workload(config, memory.DTYPES[settings.dtype], settings.seq, settings.rank)
     told = memory.predicted(work, run, checkpointing, settings)
     return told, memory.measure(config, run, checkpointing, settings)
@@ -65,6 +69,32 @@ def test_the_prediction_is_what_is_allocated(family: str, run: str, checkpointin
         assert told["temporaries"] >= 0.95 * seen["temporaries"]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learning_from_activations(family: str, checkpointing: bool):
+    """P of each input once, R in the place of G, x P in that of x; experts of the third go by gradients."""
+    told, seen = both(FAMILIES[family], "osd_adamw8bit:source=activations", checkpointing)
+    check(told, seen)
+    assert told["peak"] == pytest.approx(seen["peak"], rel=0.01)
+    work = Workload(FAMILIES[family], torch.float32, 64, 8)
+    plain = memory.predicted(work, "osd_adamw8bit", checkpointing, settings_of())
+    assert told["gradients"] < plain["gradients"] and told["peak"] < plain["peak"]
+    assert checkpointing or told["activations"] < plain["activations"]
+
+
+@pytest.mark.parametrize("options", ["projection_dtype=bfloat16", "subspace=static", "init=orthonormal"])
+def test_other_ways_to_learn_from_activations(options: str):
+    check(*both(FAMILIES["llama"], f"osd_adamw:source=activations,{options}", False))
+
+
+def test_a_p_that_is_drawn_is_there_all_the_same():
+    """Layers need it in each forward pass: what a state keeps of it is a seed."""
+    told, seen = both(FAMILIES["llama"], "osd_adamw:source=activations,subspace=random", False)
+    total = ("state", "projection")
+    assert sum(told[part] for part in total) == pytest.approx(sum(seen[part] for part in total), rel=0.01)
+    assert told["peak"] == pytest.approx(seen["peak"], rel=0.01)
+
+
 def first_step(shape: torch.Size) -> int:
     """What the first step of one parameter allocates beside its state."""
     p = torch.nn.Parameter(torch.randn(shape))
@@ -85,19 +115,23 @@ def test_attention_with_a_mask_that_is_trained(checkpointing: bool, monkeypatch)
     check(*both(config, "adamw_torch_fused", checkpointing))
 
 
-@pytest.mark.parametrize("run", ["adamw_torch_fused", "osd_adamw_layerwise"])
+@pytest.mark.parametrize("run", ["adamw_torch_fused", "osd_adamw_layerwise", "osd_adamw:source=activations"])
 def test_in_bfloat16(run: str):
     check(*both(FAMILIES["llama"], run, False, dtype="bf16"))
 
 
-@pytest.mark.parametrize("run", ["osd_adafactor", "osd_adamw8bit"])
+@pytest.mark.parametrize("run", ["osd_adafactor", "osd_adamw8bit", "osd_adafactor:source=activations"])
 def test_where_the_step_is_the_peak(run: str):
     """One token, many weights: what decides is the optimizer's step with all gradients, not the backward pass."""
     config = LlamaConfig(**SIZES | {"hidden_size": 128, "vocab_size": 2000})
     told, seen = both(config, run, False, batch=1, seq=2)
     check(told, seen)
     parts = told["weights"] + told["state"] + told["projection"] + told["gradients"] + told["temporaries"]
-    assert told["peak"] == parts and told["temporaries"] > 0.05 * parts
+    assert told["temporaries"] > 0.05 * parts
+    if "activations" in run:  # what P is to learn is there, too: as large as P itself
+        assert parts < told["peak"] < parts + told["projection"]
+    else:
+        assert told["peak"] == parts
 
 
 def test_a_batch_is_affine_in_its_size():

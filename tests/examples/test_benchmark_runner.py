@@ -96,3 +96,27 @@ def test_a_new_result_replaces_its_table_in_the_readme(tmp_path: Path, monkeypat
     assert readme.read_text() == "before\n\n| 2 |\n\nafter\n"
     environment.save(tmp_path / "elsewhere" / "a" / "name", {"value": 3}, render)
     assert readme.read_text() == "before\n\n| 2 |\n\nafter\n"
+
+
+def test_rows_are_added_to_a_result_of_the_same_settings(tmp_path: Path):
+    path = tmp_path / "name"
+    new = {
+        "environment": {"commit": "b"},
+        "title": "new",
+        "seeds": [1],
+        "rows": [{"m": "x", "v": 2}, {"m": "z", "v": 3}],
+    }
+    assert environment.added(path, new, ("m",)) == new  # there is none
+    old = {
+        "environment": {"commit": "a"},
+        "title": "old",
+        "seeds": [1],
+        "rows": [{"m": "x", "v": 1}, {"m": "y", "v": 0}],
+    }
+    environment.named(path, ".json").write_text(json.dumps(old))
+    found = environment.added(path, new, ("m",))
+    assert (found["environment"], found["title"]) == ({"commit": "a"}, "new")
+    made = {"environment": {"commit": "b"}}
+    assert found["rows"] == [{"m": "x", "v": 2, **made}, {"m": "y", "v": 0}, {"m": "z", "v": 3, **made}]
+    with pytest.raises(SystemExit, match="was measured with another seeds"):
+        environment.added(path, new | {"seeds": [2]}, ("m",))

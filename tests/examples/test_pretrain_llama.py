@@ -60,8 +60,8 @@ def test_resumed_run_continues_to_the_same_loss(jsonl_folder, tiny_config, tmp_p
     assert resumed["tokens_seen"] == whole["tokens_seen"]
 
 
-def test_rso_reports_the_plain_model_and_all_that_it_keeps(jsonl_folder, tiny_config, tmp_path):
-    options = ("--osd_rank", "4", "--rso_interval", "2", "--max_steps", "4", "--save_steps", "3")
+def test_rso_reports_the_plain_model_and_what_it_keeps(jsonl_folder, tiny_config, tmp_path):
+    options = ("--osd_rank", "4", "--osd_update_interval", "2", "--max_steps", "4", "--save_steps", "3")
     rso = command(jsonl_folder, tiny_config, tmp_path / "run", *options)
     rso[rso.index("adamw_torch_fused")] = "rso_adamw"
     results = pretrain_llama.main(rso)
@@ -70,16 +70,13 @@ def test_rso_reports_the_plain_model_and_all_that_it_keeps(jsonl_folder, tiny_co
     assert results["adamw_state_bytes"] == 8 * results["parameters"]
     matrices = [p.shape for name, p in model.named_parameters() if "layers" in name and p.ndim == 2]
     outside = results["parameters"] - sum(m * n for m, n in matrices)
-    steps = 4 * (len(matrices) + outside_tensors(model))  # AdamW's counters
-    # P, B and two moments of B; two moments of what is at full size
-    assert results["optimizer_state_bytes"] == 4 * sum(4 * (n + 3 * m) for m, n in matrices) + 8 * outside + steps
-    assert results["settings"]["rso_interval"] == 2 and results["settings"]["osd_rank"] == 4
+    blocks, others = model.config.num_hidden_layers, len(list(model.parameters())) - len(matrices)
+    size, inner = model.config.hidden_size, model.config.intermediate_size
+    counters, inputs = 4 * (3 * len(matrices) + 2 * others), blocks * (8 * 4 + 4 * 4 * (3 * size + inner))
+    assert results["optimizer_state_bytes"] == 8 * (sum(4 * m for m, _ in matrices) + outside) + counters + inputs
+    assert results["settings"]["osd_update_interval"] == 2 and results["settings"]["osd_rank"] == 4
     resumed = pretrain_llama.main([*rso, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-3")])
     assert resumed["eval_loss"] == results["eval_loss"]
-
-
-def outside_tensors(model):
-    return sum("layers" not in name or p.ndim == 1 for name, p in model.named_parameters())
 
 
 def test_resume_true_takes_the_last_checkpoint(jsonl_folder, tiny_config, tmp_path):

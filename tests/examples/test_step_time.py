@@ -1,5 +1,6 @@
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,12 @@ def test_turns_are_fair_and_end_at_the_budget():
     assert all(len(taken) == 6 for taken in times.values())
     assert all(set(calls[i : i + 2]) == {"a", "b"} for i in range(0, 12, 2)) and calls != ["a", "b"] * 6
     assert len(stopwatch.in_turn({"a": lambda: None}, 5, CPU, budget=0.0)["a"]) == 0
+
+
+def test_laps_are_times_of_calls_in_a_row():
+    calls: list[str] = []
+    times = stopwatch.laps([lambda: calls.append("a"), lambda: time.sleep(0.01), lambda: calls.append("b")], CPU)
+    assert calls == ["a", "b"] and len(times) == 3 and times[1] >= 0.01 > times[0] >= 0
 
 
 class KeepGradient(torch.optim.SGD):

@@ -20,7 +20,7 @@ def assert_same(one: ProjectionState, other: ProjectionState):
     assert list(one) == list(other) and one.config == other.config
     for name, entry in one.items():
         got = other[name]
-        assert (got.side, got.rank, got.shape) == (entry.side, entry.rank, entry.shape)
+        assert (got.side, got.rank, got.shape, got.holder) == (entry.side, entry.rank, entry.shape, entry.holder)
         assert got.moments.keys() == entry.moments.keys()
         pairs = [(entry.projection, got.projection), *((v, got.moments[k]) for k, v in entry.moments.items())]
         for before, after in pairs:

@@ -25,7 +25,6 @@ from transformers import (
 
 import hf_osd
 from hf_osd import create_osd_optimizer, extract_lora
-from hf_osd.rso import create_rso_model, unload_rso_model
 
 
 peft = pytest.importorskip("peft")
@@ -248,16 +247,6 @@ BASE = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.LayerNorm(4))
 def test_what_cannot_be_is_refused(tuned, options, message):
     with pytest.raises(ValueError, match=message):
         extract_lora(tuned, BASE, **options)
-
-
-def test_a_model_that_is_prepared_for_rso_is_refused():
-    tuned, base = fine_tuned("llama", torch.float32)
-    prepared = create_rso_model(copy.deepcopy(tuned), rank=2)
-    for pair in ((prepared, base), (tuned, prepared)):
-        with pytest.raises(ValueError, match="prepared for RSO.*`hf_osd.rso.unload_rso_model"):
-            extract_lora(*pair)
-    adapter = extract_lora(unload_rso_model(prepared), base, carry="all")
-    assert adapter.layers.keys() == extract_lora(tuned, base, carry="all").layers.keys() and not adapter.dropped
 
 
 MODEL_FILE_NAMES = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]

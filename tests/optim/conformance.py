@@ -43,11 +43,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "online_pca_low_precision": CARRY | {"projection_dtype": "bfloat16", "moment_dtype": "bfloat16"},
     "svd": EVERY_3,
     "svd_randomized_two_sided": EVERY_3 | TWO_SIDED | {"init": "randomized_svd", "weight_rule": "sgd"},
+    "svd_two_sided_restart": EVERY_3 | TWO_SIDED | {"restart_moments": True, "weight_rule": "adafactor"},
     "svd_carry_scaled": EVERY_3 | CARRY | SCALED,
     "random": EVERY_3,
     "random_gaussian_sign": EVERY_3
     | SIGN
     | {"distribution": "gaussian", "weight_rule": "lion", "residual_scale": 0.1},
+    "random_unbiased_restart_8bit": EVERY_3 | {"unbiased": True, "restart_moments": True, "weight_rule": "adamw8bit"},
     "random_two_sided_carry": EVERY_3 | TWO_SIDED | CARRY,
     "cosine": EVERY_3,
     "cosine_right_carry": EVERY_3 | CARRY | {"side": "right", "weight_rule": "sgd"},

@@ -33,13 +33,13 @@ def parameter() -> nn.Parameter:
 
 
 def test_a_checkpoint_must_match_or_is_restored():
-    matched = "weight_rule source moment_dtype subspace projection_rule projection_dtype residual"
+    matched = "weight_rule source moment_dtype subspace projection_rule projection_dtype residual restart_moments"
     assert set(matched.split()) == set(MATCHED)
     restored = "alpha lambda_ scale weight_decay projection_lr projection_weight_decay betas eps momentum init seed"
     restored += (
         " update_interval projection_interval distribution mixing carry_moments residual_scale projection_sample"
     )
-    assert {*restored.split(), "stochastic_rounding"} == set(RESTORED)
+    assert {*restored.split(), "stochastic_rounding", "unbiased"} == set(RESTORED)
 
 
 def test_the_config_of_a_saved_p():
@@ -52,7 +52,8 @@ def test_the_config_of_a_saved_p():
     assert FURTHER_OPTIONS == {
         **dict.fromkeys(("projection_lr", "mixing", "residual_scale"), float),
         **dict.fromkeys(("source", "distribution", "residual", "projection_dtype", "moment_dtype"), str),
-        **{"projection_interval": int, "projection_sample": int, "carry_moments": bool, "stochastic_rounding": bool},
+        **dict.fromkeys(("projection_interval", "projection_sample"), int),
+        **dict.fromkeys(("carry_moments", "restart_moments", "stochastic_rounding", "unbiased"), bool),
     }
 
 
@@ -147,7 +148,8 @@ def test_the_signature_is_complete():
     assert defaults.pop("maximize") is False
     assert defaults.pop("layers") is None and defaults.pop("selection") is None
     assert all(defaults[name] == getattr(cls, name) for cls in (Options, Mode) for name in cls.__dataclass_fields__)
-    rules = {"lambda_", "projection_interval", "update_interval", "distribution", "mixing", "betas", "eps", "momentum"}
+    rules = {"lambda_", "projection_interval", "update_interval", "distribution", "unbiased", "mixing"}
+    rules |= {"betas", "eps", "momentum"}
     assert defaults.keys() - Options.__dataclass_fields__.keys() - Mode.__dataclass_fields__.keys() == rules
 
 

@@ -72,13 +72,15 @@ def test_equals_separate_parameters_that_have_no_gradient_without_tokens(rule, s
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3])
-def test_svd_is_renewed_by_each_experts_own_count(interval: int):
+@pytest.mark.parametrize("restart", [False, True])
+def test_svd_is_renewed_by_each_experts_own_count(interval: int, restart: bool):
+    options = {"subspace": "svd", "update_interval": interval, "restart_moments": restart}
     p = weights()
-    optimizer = make(p, subspace="svd", update_interval=interval)
-    own, other = separate(p, subspace="svd", update_interval=interval)
+    optimizer = make(p, **options)
+    own, other = separate(p, **options)
     for step in range(3 * len(TOKENS)):
         if step == len(TOKENS) + 2:  # what the host knows of the counts is read from the state
-            saved, optimizer = copy.deepcopy(optimizer.state_dict()), make(p, subspace="svd", update_interval=interval)
+            saved, optimizer = copy.deepcopy(optimizer.state_dict()), make(p, **options)
             optimizer.load_state_dict(saved)
         G = gradient(step)
         p.grad = G

@@ -5,7 +5,7 @@ import torch
 from test_osd_against_twin import RANK, SHAPES, gradients, run_both
 
 from hf_osd import OSD
-from reference.twin import TwoSidedTwin
+from reference.twin import RULES, TwoSidedTwin
 
 
 both_sides = pytest.mark.parametrize("side", SHAPES)
@@ -50,6 +50,27 @@ def test_the_limiter_binds_and_lets_go(side: str):
 @pytest.mark.parametrize("rule", ["adamw", "lion", "sgd"])
 def test_carried_moments_are_ldadams(rule: str, side: str):
     run_both(side, {"weight_rule": rule, "carry_moments": True}, {"rule": rule, "carry": True}, steps=STEPS)
+
+
+@both_sides
+@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd", "adafactor"])
+def test_restarted_moments_are_those_of_a_new_optimizer(rule: str, side: str):
+    W = torch.nn.Parameter(torch.randn(SHAPES[side], dtype=torch.float64))
+    expected, state = W.detach().clone(), {}
+    group = {"params": [W], "rank": RANK, "side": side, "subspace": "svd", "update_interval": 4}
+    optimizer = OSD([group], lr=0.01, weight_rule=rule, restart_moments=True)
+    for step, G in enumerate(gradients(SHAPES[side], 10)):
+        if step == 6:
+            G[0, 0] = float("nan")  # a skipped step is none of the moments'
+        W.grad = G
+        optimizer.step()
+        if step % 4 == 0:
+            state = {}
+        if step != 6:
+            P = optimizer.weight_of(W).projection
+            D = RULES[rule](state, P.T @ G if side == "left" else G @ P)
+            expected = expected - 0.01 * (P @ D if side == "left" else D @ P.T)
+    torch.testing.assert_close(W.detach(), expected, rtol=0, atol=1e-12)
 
 
 @both_sides

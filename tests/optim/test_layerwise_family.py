@@ -13,6 +13,7 @@ from hf_osd.optim.step.algorithm import ProjectedWeight
 INTERVAL = {"update_interval": 2}
 FAMILY = {
     "random": {"subspace": "random", **INTERVAL},
+    "restart": {"subspace": "random", **INTERVAL, "restart_moments": True, "unbiased": True},
     "cosine": {"subspace": "cosine", **INTERVAL, "carry_moments": True},
     "importance": {"subspace": "importance", **INTERVAL},
     "power": {"subspace": "power", "residual": "scaled"},

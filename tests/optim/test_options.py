@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd import OSD
-from hf_osd.optim.options.presets import OPTIM_NAMES, PRESETS, resolve
+from hf_osd.optim.options.presets import OPTIM_NAMES, PRESETS, RSO_NAMES, resolve
 from hf_osd.optim.options.table import DEFAULTS, OPTIONS, PROJECTED, validate
 
 
@@ -23,11 +23,14 @@ def complete(**given: Any) -> dict[str, Any]:
 NEEDED: dict[str, dict[str, Any]] = {
     "update_interval": {"subspace": "svd"},
     "distribution": {"subspace": "random"},
+    "unbiased": {"subspace": "random"},
+    "restart_moments": {"subspace": "random"},
     "mixing": {"subspace": "power"},
     "momentum": {"weight_rule": "sgd"},
     "residual_scale": {"residual": "scaled"},
 }
 VALUES: dict[str, Any] = {"distribution": "gaussian", "mixing": 0.5, "momentum": 0.5, "update_interval": 7}
+VALUES |= {"unbiased": True, "restart_moments": True}
 
 
 def test_the_options_of_a_group_are_these():
@@ -35,7 +38,7 @@ def test_the_options_of_a_group_are_these():
     general = "rank weight_rule alpha scale weight_decay projection_rule subspace init side projection_lr seed"
     further = "projection_weight_decay carry_moments residual residual_scale projection_dtype moment_dtype source"
     rules = "lambda_ projection_interval update_interval distribution mixing betas eps momentum"
-    rules += " stochastic_rounding projection_sample"
+    rules += " stochastic_rounding projection_sample unbiased restart_moments"
     assert set(f"{general} {further} {rules}".split()) == OPTIONS.keys() == DEFAULTS.keys()
     given = {
         "weight_rule": "adamw",
@@ -46,7 +49,7 @@ def test_the_options_of_a_group_are_these():
         "weight_decay": 0.0,
     }
     given |= {"init": "auto", "side": "auto", "carry_moments": False, "residual": "none", "residual_scale": 1.0}
-    given |= {"stochastic_rounding": False, "seed": 0}
+    given |= {"stochastic_rounding": False, "seed": 0, "restart_moments": False}
     assert {name: value for name, value in DEFAULTS.items() if value is not None} == given
     validate(DEFAULTS)
     validate(complete())
@@ -59,6 +62,7 @@ def test_who_declares_what():
         "projection_interval": ("online_pca", "power"),
         "update_interval": ("svd", "random", "cosine", "importance"),
         "distribution": ("random",),
+        "unbiased": ("random",),
         "mixing": ("power",),
         "betas": ("adamw", "adamw8bit", "lion", "lion8bit"),
         "eps": ("adamw", "adamw8bit"),
@@ -69,7 +73,8 @@ def test_who_declares_what():
 def test_what_only_projected_groups_use():
     projected = "subspace scale side init projection_dtype carry_moments residual residual_scale alpha projection_lr"
     projected += " projection_rule projection_weight_decay lambda_ update_interval projection_interval distribution"
-    assert {*projected.split(), "mixing", "source", "projection_sample"} == PROJECTED
+    projected += " mixing source projection_sample unbiased restart_moments"
+    assert set(projected.split()) == PROJECTED
 
 
 @pytest.mark.parametrize("name", NEEDED)
@@ -162,7 +167,7 @@ def test_options_with_an_effect_pass(given):
     OSD([parameter(8, 12)], rank=4, **given)
 
 
-@pytest.mark.parametrize("name", OPTIM_NAMES)
+@pytest.mark.parametrize("name", [name for name in OPTIM_NAMES if name not in RSO_NAMES])
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_resolve_is_complete_and_valid(name, preset):
     settings = resolve(name, {"rank": 4}, preset, "a test")
@@ -203,7 +208,7 @@ def test_resolve_refuses_what_it_does_not_know(name, given, preset, message):
         resolve(name, given, preset, "a test")
 
 
-@pytest.mark.parametrize("lr", [-1e-3, "1e-3", None, float("nan"), torch.tensor(1e-3)])
+@pytest.mark.parametrize("lr", [-1e-3, "1e-3", None, float("nan"), torch.ones(2)])
 def test_a_wrong_learning_rate_is_refused(lr):
     with pytest.raises(ValueError, match="`lr` of parameter group 0 must be a number >= 0"):
         OSD([parameter(8, 12)], lr=lr)

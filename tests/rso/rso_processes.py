@@ -2,25 +2,25 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_osd.rso import create_rso_model, gradient_bytes, outer_loop, rso_param_groups
+import hf_osd
 
 
 STEPS, INTERVAL = 6, 4
 
 
-def train(rank: int = 0, world_size: int = 1) -> tuple[dict[str, torch.Tensor], int, int]:
-    """Weights, bytes that this process has exchanged in a step, and the bytes that were predicted."""
+def train(rank: int = 0, world_size: int = 1) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]], int]:
+    """Weights, the optimizer's state, and the bytes that this process has exchanged in the last backward pass."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 16)).double()
-    create_rso_model(net, 6, interval=INTERVAL, eta=2.0, seed=1)
-    optimizer = torch.optim.AdamW(rso_param_groups(net, 0.02, decay_names=[]))
-    loop = outer_loop(net)
-    assert loop is not None
+    optimizer = hf_osd.create_osd_optimizer(net, "rso_adamw", lr=0.02, rank=6, update_interval=INTERVAL, seed=1)
     exchanged: list[int] = []
     model: nn.Module = net
     if world_size > 1:
@@ -34,17 +34,23 @@ def train(rank: int = 0, world_size: int = 1) -> tuple[dict[str, torch.Tensor], 
 
         model.register_comm_hook(None, exchange)
     generator = torch.Generator().manual_seed(3)
-    for step in range(STEPS):
+    for _ in range(STEPS):
         x = torch.randn(8, 24, dtype=torch.float64, generator=generator)[rank::world_size]
-        loop.before_step(optimizer, step)
         exchanged.clear()
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loop.index == 1
-    return net.state_dict(), sum(exchanged), gradient_bytes(net)
+    return net.state_dict(), list(optimizer.state_dict()["state"].values()), sum(exchanged)
 
 
 def two_processes(rank: int, world_size: int, folder: Path) -> None:
     """Scenario for `processes.run`."""
     torch.save(train(rank, world_size), folder / f"rank{rank}.pt")
+
+
+def sharded(rank: int, world_size: int, folder: Path) -> None:
+    """Scenario: weights that are sharded are refused in a sentence."""
+    net = nn.Sequential(nn.Linear(24, 40))
+    fully_shard(net, mesh=init_device_mesh("cpu", (world_size,)))
+    with pytest.raises(ValueError, match="source='activations' is not for FSDP2"):
+        hf_osd.create_osd_optimizer(net, "rso_adamw", rank=6, target_modules=["0"])

@@ -26,7 +26,7 @@ def make_trainer(folder: Path, optim: str = "rso_adamw", dtype: torch.dtype = to
     set_seed(0)
     model = given.pop("model", None) or tiny_llama(attention_dropout=0.1).to(dtype)
     defaults = {
-        "optim_args": "rank=8,interval=4,eta=10",
+        "optim_args": "rank=8,update_interval=4",
         "learning_rate": 1e-2,
         "weight_decay": 0.1,
         "max_steps": 10,

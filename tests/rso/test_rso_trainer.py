@@ -1,25 +1,24 @@
-"""RSO in a stock Trainer: it learns, resumes bit for bit within an interval, and leaves plain checkpoints."""
+"""RSO in a stock Trainer: what is given reaches it, it learns, resumes bit for bit, and leaves plain checkpoints."""
 
 from pathlib import Path
 
-import bitsandbytes
 import pytest
 import torch
 from rso_runs import Tokens, losses, make_trainer
-from transformers import LlamaForCausalLM, Trainer
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_osd.rso import create_rso_model, outer_loop, unload_rso_model
+from hf_osd import OSD, OSDTrainingArguments, create_osd_optimizer
 from reference.tiny_models import tiny_llama
 
 
 def assert_identical(a: Trainer, b: Trainer) -> None:
-    for (name, p), q in zip(a.model.named_parameters(), b.model.parameters(), strict=True):  # W, P, B and the rest
+    for (name, p), q in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
         assert torch.equal(p, q), name
-    left, right = a.optimizer.optimizer.state, b.optimizer.optimizer.state
-    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
-        assert left.get(p, {}).keys() == right.get(q, {}).keys()
-        for name, value in left.get(p, {}).items():
-            assert not isinstance(value, torch.Tensor) or torch.equal(value, right[q][name]), name
+    left, right = (trainer.optimizer.optimizer.state_dict()["state"] for trainer in (a, b))
+    assert left.keys() == right.keys()
+    for key, entries in left.items():
+        assert entries.keys() == right[key].keys()
+        assert all(torch.equal(value, right[key][name]) for name, value in entries.items())
     assert losses(b) == losses(a)
 
 
@@ -29,13 +28,11 @@ def assert_identical(a: Trainer, b: Trainer) -> None:
     + [("rso_adamw", torch.bfloat16, 6), ("rso_adamw8bit", torch.float32, 4), ("rso_adamw8bit", torch.bfloat16, 6)],
 )
 def test_resumes_exactly(tmp_path: Path, optim: str, dtype: torch.dtype, saved_at: int):
-    inner = torch.optim.AdamW if optim == "rso_adamw" else bitsandbytes.optim.AdamW8bit
-    # 128 x 64 factors: large enough to be kept in 8 bits
+    # 128 x 40: large enough to be kept in 8 bits
     config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "attention_dropout": 0.1}
-    options = {"optim_args": "rank=40,interval=4,eta=10", "gradient_accumulation_steps": 2, "max_steps": 7}
+    options = {"optim_args": "rank=40,update_interval=4", "gradient_accumulation_steps": 2, "max_steps": 7}
     whole = make_trainer(tmp_path, optim, model=tiny_llama(**config).to(dtype), **options)
     whole.train()
-    assert type(whole.optimizer.optimizer) is inner and outer_loop(whole.model).index == 1
     resumed = make_trainer(tmp_path, optim, model=tiny_llama(**config).to(dtype), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved_at}"))
     assert_identical(whole, resumed)
@@ -45,90 +42,73 @@ def test_resumes_exactly(tmp_path: Path, optim: str, dtype: torch.dtype, saved_a
 
 @pytest.mark.parametrize("optim", ["rso_adamw", "rso_adamw8bit"])
 def test_learns_and_saves_plain_models(tmp_path: Path, optim: str):
-    options = {
-        "optim_args": "rank=8,interval=10,seed=1",
-        "max_steps": 40,
-        "save_steps": 15,
-        "per_device_train_batch_size": 8,
-    }
-    trainer = make_trainer(tmp_path, optim, learning_rate=2e-2, **options)
+    options = {"optim_args": "rank=8,update_interval=10,seed=1", "max_steps": 40, "save_steps": 15}
+    trainer = make_trainer(tmp_path, optim, learning_rate=2e-2, per_device_train_batch_size=8, **options)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    after = trainer.evaluate()["eval_loss"]
-    assert before > 4 and after < 2
+    assert before > 4 and trainer.evaluate()["eval_loss"] < 2
     trainer.save_model()
-    for folder in (tmp_path, tmp_path / "checkpoint-15"):  # 15: B is not 0
-        model, info = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert not any(info.values())
-        assert not [path.name for path in Path(folder).iterdir() if "adapter" in path.name]
+    assert trainer.model.state_dict().keys() == tiny_llama().state_dict().keys()
+    saved, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
     ids = Tokens()[0]["input_ids"][None]
-    live, saved = trainer.model.eval(), LlamaForCausalLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(saved(ids).logits, live(ids).logits, rtol=1e-3, atol=1e-4)  # W + P B is rounded once
-    state = torch.load(tmp_path / "checkpoint-15" / "optimizer.pt", weights_only=True)
-    assert [name for name in state["state"][0] if name.startswith("rso")] == ["rso_weight", "rso_factor"]
+    assert torch.equal(saved.eval()(ids).logits, trainer.model.eval()(ids).logits)
+    state = torch.load(tmp_path / "checkpoint-15" / "optimizer.pt", weights_only=True)["state"]
+    kept = {name for entries in state.values() for name in entries if "absmax" not in name}
+    assert kept == {"step", "skipped_steps", "moment_step", "exp_avg", "exp_avg_sq", "projection_seed"}
 
 
-def test_the_best_model_is_loaded_at_the_end(tmp_path: Path):
-    options = {"eval_strategy": "steps", "eval_steps": 3, "save_steps": 3, "max_steps": 6, "learning_rate": 0.02}
-    trainer = make_trainer(tmp_path, load_best_model_at_end=True, metric_for_best_model="loss", **options)
-    trainer.train()
-    best = LlamaForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
-    assert all(torch.equal(value, best.state_dict()[name]) for name, value in trainer.model.state_dict().items())
-    evaluations = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(evaluations), rel=1e-5)
+def test_what_is_given_reaches_the_optimizer(tmp_path: Path):
+    given = {"osd_rank": 6, "osd_update_interval": 7, "osd_distribution": "orthonormal", "osd_scale": 0.5, "seed": 9}
+    args = OSDTrainingArguments(str(tmp_path), optim="rso_adamw", use_cpu=True, report_to="none", **given)
+    optimizer = Trainer(tiny_llama(), args).create_optimizer()
+    assert type(optimizer) is OSD
+    group = optimizer.param_groups[0]
+    asked = {"rank": 6, "update_interval": 7, "distribution": "orthonormal", "scale": 0.5, "seed": 9}
+    fixed = {"source": "activations", "subspace": "random", "unbiased": True, "restart_moments": True}
+    assert {name: group[name] for name in asked | fixed} == asked | fixed
+    assert create_osd_optimizer(tiny_llama(), "rso_adamw8bit").param_groups[0]["distribution"] == "gaussian"
 
 
-def test_a_prepared_model_trains_with_any_optim(tmp_path: Path):
-    def run(**options) -> Trainer:
-        model = create_rso_model(tiny_llama(), 8, interval=3, seed=4)
-        return make_trainer(tmp_path, "adamw_torch", model=model, optim_args=None, max_steps=8, **options)
-
-    whole = run()
-    whole.train()
-    assert outer_loop(whole.model).index == 2 and losses(whole)[-1] < losses(whole)[0]
-    resumed = run()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert_identical(whole, resumed)
-
-
-def test_a_second_training_starts_from_p_0_and_without_moments_of_b(tmp_path: Path):
-    trainer = make_trainer(tmp_path, max_steps=6, save_strategy="no")
-    first = outer_loop(trainer.model)
-    assert first is None  # the model is prepared when training begins
-    trainer.train()
-    saved = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    loop = outer_loop(trainer.model)
-    assert loop.index == 1
-    loop.begin(trainer.optimizer.optimizer, 0)
-    assert loop.index == 0
-    assert all(torch.equal(value, saved[name]) for name, value in trainer.model.state_dict().items())
-    assert all(B not in trainer.optimizer.optimizer.state for _, B in loop.factors())
+MISTAKES = [
+    ({"osd_subspace": "svd"}, "subspace='svd' of the training arguments contradicts optim='rso_adamw'"),
+    ({"optim_args": "source=gradients"}, "source='gradients' .* leave it out, or choose optim='osd_adamw'"),
+    ({"optim_args": "unbiased=false"}, "unbiased=False .* contradicts"),
+    ({"osd_restart_moments": False}, "restart_moments=False .* contradicts"),
+    ({"osd_alpha": 3.0}, "`alpha` of the training arguments has no effect with subspace='random'"),
+    ({"osd_preset": "reference"}, "cannot be combined with subspace='random'"),
+    ({"optim_args": "interval=3"}, "Unknown option `interval`.*Did you mean `update_interval`"),
+    ({"optim_args": "eta=3"}, "Unknown option `eta`"),
+    ({"fsdp": "full_shard", "fsdp_config": {"version": 1}}, "cannot be used with FSDP1"),
+    ({"fsdp": "full_shard", "fsdp_config": {"version": 2}}, "source='activations' is not for FSDP2"),
+    ({"optim": "rso_lion"}, "not a valid OptimizerNames"),
+]
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
-    make_trainer(tmp_path, max_steps=2).train()
-    for wrong in ("interval=5", "seed=3", "sampling=orthonormal", "rank=4"):
-        given = {"rank": "8", "interval": "4"} | dict([wrong.split("=")])
-        optim_args = ",".join(f"{key}={value}" for key, value in given.items())
-        trainer = make_trainer(tmp_path, optim_args=optim_args)
-        with pytest.raises(ValueError, match=f"trained with {wrong.split('=')[0]}=.*Continue it with the same"):
-            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+@pytest.mark.parametrize("given, message", MISTAKES, ids=[message[:40] for _, message in MISTAKES])
+def test_mistakes_are_answered(tmp_path: Path, given: dict, message: str):
+    with pytest.raises(ValueError, match=f"(?i){message}"):
+        OSDTrainingArguments(**{"output_dir": str(tmp_path), "use_cpu": True, "optim": "rso_adamw", **given})
 
 
-@pytest.mark.parametrize("saved_at", [2, 4])  # in the first interval, at its end
-@pytest.mark.parametrize("optim", ["rso_adamw", "rso_adamw8bit"])
-def test_a_checkpoint_of_osd_is_refused(tmp_path: Path, optim: str, saved_at: int):
-    make_trainer(tmp_path, "osd_adamw", optim_args="rank=8", max_steps=4).train()
-    with pytest.raises(ValueError, match="state is not of RSO: its checkpoint was trained with another optimizer"):
-        make_trainer(tmp_path, optim).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved_at}"))
+def test_what_cannot_be_trained_so_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(ValueError, match="adapters' factors are small and never projected"):
+        create_osd_optimizer(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), "rso_adamw")
+    quantised = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    quantised[0].weight = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="1 layers are quantised"):
+        create_osd_optimizer(quantised, "rso_adamw", rank=3)
 
 
-def test_osd_on_a_prepared_model_names_the_way_back(tmp_path: Path):
-    model = create_rso_model(tiny_llama(), 8)
-    options = {"optim_args": "rank=8", "max_steps": 1, "save_strategy": "no"}
-    with pytest.raises(
-        ValueError, match="14 matching layers are frozen; .*prepared for RSO.*unload_rso_model"
-    ) as error:
-        make_trainer(tmp_path, "osd_adamw", model=model, **options).train()
-    assert "modules_to_save" not in str(error.value)
-    make_trainer(tmp_path, "osd_adamw", model=unload_rso_model(model), **options).train()
+def test_another_optimizers_checkpoint_is_refused(tmp_path: Path):
+    make_trainer(tmp_path, "osd_adamw", optim_args="rank=8", max_steps=2).train()
+    with pytest.raises(ValueError, match="saved by another optimizer"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_arguments_pickle_as_plain_strings(tmp_path: Path):
+    args = TrainingArguments(str(tmp_path), optim="rso_adamw", optim_args="rank=4", report_to="none")
+    torch.save(args, tmp_path / "args.bin")
+    assert torch.load(tmp_path / "args.bin", weights_only=False).optim == "rso_adamw"

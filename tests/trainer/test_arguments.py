@@ -10,10 +10,12 @@ import pytest
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainer, OSDTrainingArguments
-from hf_osd.optim.options.presets import KEYS, OPTIM_NAMES
-from hf_osd.trainer.rso import FIELDS, read_rso_settings
+from hf_osd.optim.options.presets import KEYS, OPTIM_NAMES, RSO_NAMES
 from hf_osd.trainer.settings import KINDS, TRAINER_FIELDS, parse_optim_args, read_settings
 from reference.tiny_models import tiny_llama
+
+
+LEARNING = [name for name in OPTIM_NAMES if name not in RSO_NAMES]  # names whose P has an update rule
 
 
 @pytest.fixture
@@ -118,22 +120,23 @@ def test_the_keys_are_these():
     keys = "rank rank_pattern alpha lambda scale projection_optim subspace init side projection_lr partial_load preset"
     keys += " projection_weight_decay projection_dtype moment_dtype update_interval projection_interval distribution"
     keys += " mixing carry_moments residual residual_scale momentum stochastic_rounding seed layerwise_clipping"
-    keys += " source projection_sample"
+    keys += " source projection_sample unbiased restart_moments"
     assert set(keys.split()) == KEYS.keys() == KINDS.keys()
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
-    # RSO's own fields, and those that it shares
-    assert own == {f"osd_{key}" for key in KEYS} | {"osd_exclude_modules"} | set(FIELDS.values())
+    assert own == {f"osd_{key}" for key in KEYS} | {"osd_exclude_modules"}
     assert all(OSDTrainingArguments.__dataclass_fields__[name].default is None for name in own)
 
 
 def test_what_a_key_sets_and_its_type():
     renamed = {key: own.name for key, own in KEYS.items() if own.name != key}
     assert renamed == {"lambda": "lambda_", "projection_optim": "projection_rule"}
-    whole = {"rank", "update_interval", "projection_interval", "seed", "projection_sample"}
+    whole = {"rank", "update_interval", "projection_interval", "projection_sample", "seed"}
     texts = {"subspace", "init", "preset", "source"}
     assert {key for key, kind in KINDS.items() if kind is int} == whole
     assert {key for key, kind in KINDS.items() if kind is bool} == {
         "carry_moments",
+        "restart_moments",
+        "unbiased",
         "stochastic_rounding",
         "partial_load",
     }
@@ -189,7 +192,6 @@ def test_numbers_from_yaml_are_numbers(typed, tmp_path):
     (args,) = HfArgumentParser(OSDTrainingArguments).parse_yaml_file(str(path))
     options = read_settings(args).options
     assert (options["projection_lr"], options["rank"], options["carry_moments"]) == (1e-3, 4, True)
-    assert read_rso_settings(typed(optim="rso_adamw", rso_eta="1e-3")).options.eta == 1e-3
     with pytest.raises(ValueError, match="`osd_alpha` must be a number, got 'large'"):
         typed(osd_alpha="large")
 
@@ -266,14 +268,14 @@ def test_adam_fields_without_a_user_are_refused(optim, changed, stock):
 
 
 @pytest.mark.parametrize("projection", ["adamw", "lion", "sgd", "adafactor"])
-@pytest.mark.parametrize("optim", OPTIM_NAMES)
+@pytest.mark.parametrize("optim", LEARNING)
 def test_every_rule_combines_with_every_rule_of_the_projection(optim, projection, stock):
     optimizer = optimizer_of(stock(optim=optim, optim_args=f"rank=4,projection_optim={projection}"))
     assert optimizer.param_groups[0]["projection_rule"] == projection
     assert {group["weight_rule"] for group in optimizer.param_groups} == {OPTIM_NAMES[optim]}
 
 
-@pytest.mark.parametrize("optim", OPTIM_NAMES)
+@pytest.mark.parametrize("optim", LEARNING)
 def test_the_reference_preset_works_with_every_name(optim, stock, typed):
     by_text = optimizer_of(stock(optim=optim, optim_args="rank=4,preset=reference"))
     by_field = optimizer_of(typed(optim=optim, osd_rank=4, osd_preset="reference"))

@@ -6,7 +6,6 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainingArguments
-from hf_osd.trainer.rso import check_rso_arguments
 from hf_osd.trainer.settings import check_arguments
 
 
@@ -49,15 +48,18 @@ def test_trainer_arguments(tmp_path, config):
         arguments(tmp_path, fsdp=True, fsdp_config=config)
 
 
-@pytest.mark.parametrize("optim", ["osd_adamw", "rso_adamw"])
-def test_a_refused_run_leaves_nothing_in_the_environment(tmp_path, monkeypatch, optim):
-    args = arguments(tmp_path, TrainingArguments, fsdp=True, fsdp_config={"version": 1})
-    args.optim, check = optim, check_rso_arguments if optim == "rso_adamw" else check_arguments
+@pytest.mark.parametrize(
+    ("optim", "fsdp", "message"),
+    [("osd_adamw", 1, "^osd_adamw cannot be used with FSDP1"), ("rso_adamw", 2, "'activations' is not for FSDP2")],
+)
+def test_a_refused_run_leaves_nothing_in_the_environment(tmp_path, monkeypatch, optim, fsdp, message):
+    args = arguments(tmp_path, TrainingArguments, fsdp=True, fsdp_config={"version": fsdp})
+    args.optim = optim
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate does where there are GPUs, before we are asked
-    with pytest.raises(ValueError, match=f"^{optim} cannot be used with FSDP1"):
-        check(args)
+    with pytest.raises(ValueError, match=message):
+        check_arguments(args)
     args.fsdp = False
-    check(args)
+    check_arguments(args)
 
 
 def test_flat_parameters_of_a_loop_of_ones_own():

@@ -1,5 +1,6 @@
 """Every trl trainer takes the optimizer's name and nothing else: two steps each, with trl's own defaults."""
 
+import copy
 import dataclasses
 import math
 from typing import Any
@@ -157,6 +158,30 @@ def test_two_steps_with_trls_defaults(case, folders, tmp_path):
     assert [row["step"] for row in logged] == [1, 2]
     assert all(math.isfinite(row["loss"]) and row.keys() >= LOG_KEYS for row in logged)
     assert all(row["grad_norm"] > 0 and row["osd/skipped_steps"] == 0 for row in logged)
+
+
+@pytest.mark.parametrize("optim", ["osd_adamw", "rso_adamw"])
+def test_dpo_with_a_synchronized_reference(optim: str, folders, tmp_path):
+    options = {"output_dir": str(tmp_path), "optim": optim, "optim_args": "rank=4", "max_steps": 3}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 4}
+    sync = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, "bf16": False}
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(copy.deepcopy(model.state_dict()))
+
+    trainer = trl.DPOTrainer(
+        model=folders[LlamaForCausalLM],
+        args=trl.DPOConfig(**options, **quiet, **sync, learning_rate=1e-2, lr_scheduler_type="constant"),
+        train_dataset=rows(**PREFERENCES),
+        callbacks=[Look()],
+    )
+    start = copy.deepcopy(trainer.ref_model.state_dict())
+    trainer.train()
+    for name, value in trainer.ref_model.state_dict().items():
+        torch.testing.assert_close(value, (start[name] + seen[1][name]) / 2)
+    assert all(not torch.equal(value, start[name]) for name, value in seen[1].items() if "_proj" in name)
 
 
 def test_trls_card_at_every_checkpoint_keeps_ours_and_a_users(folders, tmp_path):

@@ -39,6 +39,8 @@ class CardFacts:
     options: Mapping[str, tuple[Any, ...]]  # name in `osd_config.json` -> its values over the projected groups
     ranks: tuple[int, ...]  # the effective ranks, ascending
     matrices: int  # how many weights are projected; each expert's counts
+    from_activations: int  # how many of them go by activations
+    projections: int  # how many P there are: layers that are given one input share theirs
     projected_parameters: int  # elements of these
     full_size_parameters: int  # elements of all other parameters of the optimizer
     state_bytes: int  # of the optimizer's state
@@ -108,6 +110,8 @@ class CardFacts:
             options=_options(groups) if projected else {},
             ranks=tuple(sorted({geometry.rank for geometry, _ in low_rank})),
             matrices=sum(geometry.matrices for geometry, _ in low_rank),
+            from_activations=sum(geometry.holder is not None for geometry, _ in low_rank),
+            projections=sum(geometry.matrices for geometry, _ in low_rank if geometry.holds_projection),
             projected_parameters=sum(numel for _, numel in low_rank),
             full_size_parameters=sum(
                 numel for geometry, numel in sizes if not isinstance(geometry, ProjectedGeometry)

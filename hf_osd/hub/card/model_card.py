@@ -62,7 +62,8 @@ def update_card(folder: str | os.PathLike, facts: CardFacts, **metadata: Any) ->
     card = _parse(f"# {facts.model_name}\n" if text is None else text)
     before, behind = _around_section(card.text)  # nothing is written if this or the head is not as it must be
     _merge(card.data.__dict__, _wanted(facts, **metadata))
-    picture = loss_picture(facts.log_history, title=facts.model_name)
+    of = "inputs" if facts.from_activations else "gradients"
+    picture = loss_picture(facts.log_history, facts.model_name, of)
     if picture is not None:
         write_bytes(path.with_name(PICTURE_NAME), picture)
     section = render_section(

@@ -17,12 +17,13 @@ def series(log_history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int
     return [row["step"] for row in rows], [row[key] for row in rows]
 
 
-def loss_picture(log_history: Sequence[Mapping[str, Any]], title: str) -> bytes | None:
+def loss_picture(log_history: Sequence[Mapping[str, Any]], title: str, of: str = "gradients") -> bytes | None:
     """A run as a PNG; `None` without losses, or without matplotlib, which is said in the log once.
 
     Args:
         log_history (`list[dict]`): As in `TrainerState`.
         title (`str`): The name of the model.
+        of (`str`, *optional*, defaults to `"gradients"`): What P learns from.
     """
     losses, evaluations, pca = (series(log_history, key) for key in ("loss", "eval_loss", "osd/pca_loss"))
     if not losses[0] and not evaluations[0]:
@@ -48,7 +49,7 @@ def loss_picture(log_history: Sequence[Mapping[str, Any]], title: str) -> bytes 
     panels[0].set_ylabel("loss")
     panels[0].legend(frameon=False, loc="upper right")
     if pca[0]:
-        panels[1].set_title("share of the gradients' energy outside the subspaces", loc="left", fontsize=9)
+        panels[1].set_title(f"share of the {of}' energy outside the subspaces", loc="left", fontsize=9)
         panels[1].set_ylabel("outside P")
         panels[1].set_ylim(0, max(1.0, 1.05 * max(pca[1])))
     for axes in panels:

@@ -45,6 +45,7 @@ def render_section(facts: CardFacts, *, picture: str | None, projections: bool) 
         "matrices": facts.matrices,
         "rank": _rank(facts),
         "movement": _movement(facts.options.get("subspace", ())),
+        "from_activations": facts.from_activations,
         "rows": [(name, value) for name, value in _rows(facts) if value],
         "state_size": format_bytes(facts.state_bytes),
         "adamw_size": format_bytes(facts.adamw_bytes),
@@ -78,12 +79,13 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("alpha (learning rate of P over the weights')", option("alpha")),
         ("lambda (orthogonality)", option("lambda")),
         ("scale", option("scale")),
-        ("side", f"`{option('side')}`" if option("side") != "auto" and facts.matrices else ""),
+        ("side", f"`{option('side')}`" if option("side") not in ("", "auto") else ""),
         *((own.card, _cell(option(name))) for name, own in OPTIONS.items() if own.card is not None and option(name)),
         ("start of P", _cell(facts.init) if facts.init else ""),
         ("projected layers", _cell(facts.targets) if facts.targets and facts.matrices else ""),
         ("except", _cell(facts.exclude) if facts.exclude else ""),
         ("projected", f"{facts.matrices} matrices, {format_count(facts.projected_parameters)} parameters"),
+        ("P", f"{facts.projections}, shared by layers with one input" if facts.projections < facts.matrices else ""),
         ("at full size", f"{format_count(facts.full_size_parameters)} parameters"),
         ("learning rate", scheduled),
         ("weight decay", _joined(decays)),
@@ -159,10 +161,11 @@ def _takes_init(facts: CardFacts) -> bool:
 
 def _optim_args(facts: CardFacts) -> str:
     """What a Trainer needs to start from this P, by online PCA; nothing where ranks or sides differ."""
-    rank, side = (facts.options.get(name, ()) for name in ("rank", "side"))
-    if len(rank) != 1 or len(side) != 1:
+    values = [facts.options.get(name) or (DEFAULTS[name],) for name in ("rank", "source", "side")]
+    if any(len(own) != 1 for own in values):
         return ""
-    return f"rank={rank[0]}{f',side={side[0]}' if side[0] != 'auto' else ''},init={facts.repo_id}"
+    told = {"rank": values[0][0], "source": values[1][0], "side": values[2][0], "init": facts.repo_id}
+    return ",".join(f"{name}={value}" for name, value in told.items() if value != DEFAULTS[name])
 
 
 def _movement(subspaces: tuple[str, ...]) -> str:

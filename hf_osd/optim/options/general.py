@@ -9,6 +9,7 @@ from torch import Tensor
 from ...declare import Need, boolean, integer, number, one_of, option
 from ...subspace import SIDES, SUBSPACES, SubspaceRule, is_rule, rule_class
 from ...subspace.initialization import INITS
+from ...subspace.protocol import Renewed
 from ...subspace.static import Static
 from ...update_rules import RULES, build_rule, has_carry
 
@@ -148,6 +149,22 @@ class Options:
             ),
         ),
         card="moments carried into a new basis",
+    )
+    restart_moments: bool = option(
+        False,
+        "Start moments and their bias correction anew with each new P (RSO, arXiv 2502.07222).",
+        check=boolean(),
+        needs=(
+            RANK,
+            Need(_rule(lambda rule: issubclass(rule, Renewed)), in_subspace(", whose P is not made anew")),
+            Need(lambda group: not group["carry_moments"], "with `carry_moments`"),
+            Need(
+                lambda group: build_rule(group["weight_rule"], group).moments((2, 2)) != (),
+                lambda group: f"with weight_rule={group['weight_rule']!r}, which keeps none",
+            ),
+        ),
+        state=True,
+        card="moments restarted with each new P",
     )
     residual: str = option(
         "none",

@@ -17,6 +17,13 @@ from .table import DEFAULTS, OPTIONS, RULES
 # (paper, Algorithm 1 and Table 6), in the subspace that `subspace` names.
 OPTIM_NAMES: dict[str, str] = {f"osd_{rule}": rule for rule in RULES}
 OPTIM_NAMES |= {name + LAYERWISE_SUFFIX: rule for name, rule in OPTIM_NAMES.items()}
+RSO_NAMES = {"rso_adamw": "adamw", "rso_adamw8bit": "adamw8bit"}
+OPTIM_NAMES |= RSO_NAMES
+
+# Randomized Subspace Optimization (arXiv 2502.07222) trains B of W + B Pᵀ from B = 0 on, and makes W + B Pᵀ the next W
+# before it draws the next P. With one P it is the same to do so at every step.
+RSO: dict[str, Any] = {"source": "activations", "subspace": "random", "unbiased": True, "restart_moments": True}
+RSO_DEFAULTS = {"distribution": "gaussian"}
 
 # `preset` -> options that replace the defaults; options given beside it win over it.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -84,12 +91,21 @@ def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str)
         `dict`: Every option of a group.
     """
     if name not in OPTIM_NAMES:
-        close = difflib.get_close_matches(name, OPTIM_NAMES, n=1, cutoff=0.4)
+        known = [other for other in OPTIM_NAMES if (other in RSO_NAMES) == name.startswith("rso")]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"Unknown optimizer {name!r}.{hint} Known: {', '.join(OPTIM_NAMES)}.")
     refuse_unknown(given, DEFAULTS.keys() - {"weight_rule"}, where)
     check_values({"preset": NAME_OPTIONS["preset"]}, {"preset": preset}, where)
     settings = dict(PRESETS[preset]) if preset else {}
+    if name in RSO_NAMES:
+        for key in RSO.keys() & given.keys():
+            if given[key] != RSO[key]:
+                raise ValueError(
+                    f"{key}={given[key]!r} of {where} contradicts optim={name!r}, whose {key} is {RSO[key]!r}. Leave "
+                    f"it out, or choose optim={name.replace('rso', 'osd')!r}."
+                )
+        given = RSO_DEFAULTS | RSO | dict(given)
     subspace = given.get("subspace", DEFAULTS["subspace"])
     if settings and is_rule(subspace) and not rule_class(subspace).learns:
         raise ValueError(

@@ -22,6 +22,7 @@ class Rules(NamedTuple):
     projection: UpdateRule | None  # None where P is not learned
     projection_storage: MomentStorage
     residual: str
+    restarts: bool  # whether the weight's moments do, with each new P
 
     @property
     def moments(self) -> list[str]:
@@ -31,7 +32,7 @@ class Rules(NamedTuple):
 
 # What the rules are made of: their names, and the options that they declare.
 _NAMES: tuple[str, ...] = ("rank", "weight_rule", "projection_rule", "projection_weight_decay")
-_NAMES += ("subspace", "moment_dtype", "residual")
+_NAMES += ("subspace", "moment_dtype", "residual", "restart_moments")
 _NAMES += tuple(name for name, own in OPTIONS.items() if own.owners)
 # A group's options that its rules are made of. No function of ours, because every step asks whether they changed.
 rule_options_of = itemgetter(*_NAMES)
@@ -57,4 +58,5 @@ def _rules(values: tuple[Any, ...], own: SubspaceRule | None) -> Rules:
         projection=build_rule(projection, group) if projection else None,
         projection_storage=build_storage(projection or weight),
         residual=group["residual"],
+        restarts=group["restart_moments"],
     )

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -52,11 +51,6 @@ def module_names(model: nn.Module) -> ModuleNames:
         if name in inner:
             names.wrappers.add(name)
     return names
-
-
-def rso_loop(model: nn.Module) -> Any:
-    """The outer loop that `hf_osd.rso.create_rso_model` has left in a model, however it is wrapped; else `None`."""
-    return next((loop for module in model.modules() if (loop := vars(module).get("_rso_loop"))), None)
 
 
 def _inner_child(module: nn.Module) -> str | None:

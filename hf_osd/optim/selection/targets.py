@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ...text import shortened
-from .adapters import ModuleNames, module_names, rso_loop
+from .adapters import ModuleNames, module_names
 from .blocks import block_prefixes, given_heads, is_head
 from .matching import PLAIN_NAME, match, without
 from .quantised import EXPERTS, WAY_OUT, is_quantised
@@ -112,7 +112,7 @@ def select(
     if not selection.projected:
         weights = {name: linear_weight(model.get_submodule(name)) for name in known.plain}
         others = [name for name, weight in weights.items() if weight is not None and weight.requires_grad]
-        _refuse_empty(selection, wanted, unwanted, unmatched, others, rso_loop(model) is not None)
+        _refuse_empty(selection, wanted, unwanted, unmatched, others)
     return selection
 
 
@@ -216,7 +216,6 @@ def _refuse_empty(
     exclude_modules: str | list[str] | None,
     unmatched: bool,
     others: list[str],  # layers that could be named
-    prepared: bool,  # for RSO
 ) -> None:
     if selection.quantised:
         count = len(selection.quantised)
@@ -233,13 +232,7 @@ def _refuse_empty(
     named = [f"names such as {others[:1]}"] if others else []
     default = ["target_modules='all-linear'"] if target_modules != ALL_LINEAR else []
     way_out = " or ".join([*default, *named, "an optimizer that does not project"])
-    if prepared:
-        reasons.append("the model is prepared for RSO, which trains its matrices in LoRA layers of its own")
-        way_out = (
-            "an ordinary optimizer such as optim='adamw_torch' to train it with RSO, or call "
-            "`hf_osd.rso.unload_rso_model(model)` first"
-        )
-    elif selection.adapters:
+    if selection.adapters:
         reasons.append("adapters' factors are small and never projected")
         way_out = (
             "optim='adamw_torch' for adapters alone, or train some layers in full beside them: name them in "

@@ -108,6 +108,8 @@ class ProjectedWeight(Weight):
             return
         self.count += 1
         self.slot.state["step"].add_(check.keep)
+        if self.rules.restarts:
+            self.slot.state["moment_step"].add_(check.keep)
         # D = weight_rule(R)
         update = Update(self.moments.direction(low.R, check), self.P.read())
         if self.residual is not None:
@@ -170,11 +172,8 @@ class ProjectedWeight(Weight):
             self.overdue |= bool(check.broken) or not bool(check.skip)
             return
         self.overdue = False
-        old = self.P.read().clone() if self.group["carry_moments"] else None
         init = self.group["init"] if self.group["init"] in ("svd", "randomized_svd") else "auto"
-        self.P.make(G, Make(init, self.steps, first=False))
-        if old is not None:
-            self.P.carry(self.P.read(), old, check.skip)
+        self.P.renew(G, Make(init, self.steps, first=False), check)
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         kind = RESIDUALS.get(rules.residual)

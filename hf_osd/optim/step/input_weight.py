@@ -18,6 +18,7 @@ from ..options.general import TOKENS_PER_SAMPLE
 from ..options.rules import Rules
 from .algorithm import ONLY, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
+from .gradients import check_of
 from .low_rank import LowRank
 from .movement import Movements
 from .observation import observation
@@ -32,6 +33,7 @@ class InputWeight(ProjectedWeight):
         layer ([`LayerInfo`]): What its layers know.
         leader ([`InputWeight`]): The weight that holds P, maybe itself.
         given (`torch.Tensor`, *optional*): P_0, where the user gave one.
+        renewal_due (`bool`): Whether P is to be made anew after this step.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class InputWeight(ProjectedWeight):
         given: Tensor | None,
     ):
         super().__init__(p, geometry, group)
-        self.layer, self.leader, self.given = layer, self, given
+        self.layer, self.leader, self.given, self.renewal_due = layer, self, given, False
 
     def share(self, leader: "InputWeight") -> None:
         """Use the P of another weight."""
@@ -52,6 +54,11 @@ class InputWeight(ProjectedWeight):
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
         """R itself, which is what has arrived; `None` as long as there is no P."""
         return LowRank(G.to(self.geometry.compute_dtype), None) if self.P.started else None
+
+    def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
+        """As of every matrix; the next forward pass needs the next P."""
+        super().update(low, check, movements)
+        self.renewal_due = low is not None and self.rules.subspace.refresh_due(self.count)
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         super().follow(rules)
@@ -107,23 +114,29 @@ class InputWeight(ProjectedWeight):
         self._give(shared)
 
     def learn(self, shared: SharedInput, check: GradientCheck, movements: Movements) -> None:
-        """Start, move or renew P by what its input has shown since the last step; `check` is of ||x||²."""
-        rule, A = self.P.rule, shared.A
+        """Start or move P by what its input has shown since the last step; `check` is of ||x||²."""
+        A = shared.A
         if A is not None and A.dtype != self.geometry.compute_dtype:  # the model has been converted since
             A = A.to(self.geometry.compute_dtype)
         if A is not None and not self.P.started:
             if not usable(check):  # reads the device: this happens once
+                shared.P = shared.first.draw(A.shape[0], A.device)
                 return
             # P_0 = orth(xᵀ x Ω)
             self.slot.state["projection"].copy_(torch.linalg.qr(A).Q)
             self.P.started = True
         elif A is not None:
             movements.add(self.P, A, check)
-        if rule.refresh_due(self.count) and self.count:
-            assert shared.P is not None
-            self.P.make(shared.P, Make(self.group["init"], self.count, first=False))
         if self.P.started:
             self._give(shared)
+
+    def renew(self, shared: SharedInput) -> None:
+        """Make P anew, without a look at anything; the moments of all that share it follow."""
+        assert shared.P is not None
+        self.renewal_due = False
+        none = torch.zeros((), device=shared.P.device)
+        self.P.renew(shared.P, Make(self.group["init"], self.count, first=False), check_of(none, False))
+        self._give(shared)
 
     def _give(self, shared: SharedInput) -> None:
         """P for the next forward pass, and whether it is to learn then."""

@@ -38,6 +38,7 @@ class Moments:
         slot ([`Slot`]): Holds the state of the parameter.
         prefix (`str`, *optional*): Of its entries in the state: empty for the weight, or `"projection_"`.
         sharding ([`Sharding`], *optional*): How its gradients are divided among processes.
+        step (`str`, *optional*): Name of the entry that counts its steps, behind the prefix.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class Moments:
         slot: Slot,
         prefix: str = "",
         sharding: Sharding | None = None,
+        step: str = "step",
     ):
         self.rule, self.storage, self.shape, self.sharding = rule, storage, shape, sharding
         self.slot = slot
-        self._step = prefix + "step"
+        self._step = prefix + step
         self._moments = rule.moments(shape)
         self._kept = [(moment.name, moment.kept(prefix, dtype)) for moment in self._moments]
         self._fused = hasattr(rule, "update_")
@@ -108,6 +110,12 @@ class Moments:
         for name, value in values.items():  # the stored tensor itself, where nothing is decoded
             value.copy_(torch.where(skip, value, new[name]))
         self._store(values, stored, skip)
+
+    def restart(self) -> None:
+        """Be as before the first step."""
+        state = self.slot.state
+        keys = [key for _, kept in self._kept for key in self.storage.spec(kept)]
+        torch._foreach_zero_([state[key] for key in (self._step, *keys) if key in state])
 
     def load(self, piece: slice | None = None) -> tuple[dict[str, Tensor], list]:
         """The moments by name, in the precision of the computation, and what storing them takes."""

@@ -4,7 +4,7 @@ Letters and shapes as in `subspace.operators`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +138,16 @@ class LiveProjection:
         self.moments.update_(P, gP, Pace(check, rate, self.group[self._decay]))
         return rate * math.sqrt(P.numel()) > LONGEST_STEP
 
+    def renew(self, G: Tensor, how: Make, check: GradientCheck) -> None:
+        """A new P from G, in which the weights' moments go on as the group says."""
+        old = self.read().clone() if self.group["carry_moments"] else None
+        self.make(G, how)
+        if old is not None:
+            self.carry(self.read(), old, check.skip)
+        if self.group["restart_moments"]:
+            for moments in self._living():
+                moments.restart()
+
     def carry(self, P: Tensor, old: Tensor, skip: Tensor) -> None:
         """Turn the weights' moments from the coordinates of the old P into those of P."""
         op = self.geometry.op
@@ -145,9 +155,12 @@ class LiveProjection:
         def turn(X: Tensor, square: bool = False) -> Tensor:
             return op.carry(X, P, old, square)
 
-        for moments in self.carried.values():
-            if moments.slot.state:  # else that weight has not been stepped yet
-                moments.carry(turn, skip)
+        for moments in self._living():
+            moments.carry(turn, skip)
+
+    def _living(self) -> Iterator[Moments]:
+        """The weights' moments; of a weight that has not been stepped yet there are none."""
+        return (moments for moments in self.carried.values() if moments.slot.state)
 
 
 def usable(check: GradientCheck) -> Tensor:

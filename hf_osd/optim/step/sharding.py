@@ -141,6 +141,10 @@ FLAT = (
     "(`torch.distributed.fsdp.fully_shard`; `fsdp_version: 2` in accelerate's config; `version: 2` in Trainer's "
     "`fsdp_config`) or DDP."
 )
+NOT_SHARDED = (
+    "source='activations' is not for FSDP2 and tensor parallelism as yet: use DDP, or an `osd_` name with "
+    "source='gradients'."
+)
 
 
 def is_sharded(X: Tensor) -> bool:

@@ -31,7 +31,11 @@ def _matrix_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
     for moment in rules.weight.moments(geometry.update_shape):
         dim = divided(moment, geometry.sharding, len(geometry.update_shape))
         spec |= rules.weight_storage.spec(moment.kept("", geometry.compute_dtype), dim)
-    if not isinstance(geometry, ProjectedGeometry) or not geometry.holds_projection:
+    if not isinstance(geometry, ProjectedGeometry):
+        return spec
+    if rules.restarts:
+        spec["moment_step"] = TensorSpec((), torch.float32)
+    if not geometry.holds_projection:
         return spec
     if rules.subspace.code is None:
         spec["projection"] = TensorSpec(geometry.projection_shape, geometry.projection_dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...update_rules import GradientCheck
 from ..options.rules import Rules
-from .geometry import Geometry
+from .geometry import Geometry, ProjectedGeometry
 from .moments import Moments
 from .rounding import Rounding, noise_of
 from .slot import Slot
@@ -46,6 +46,7 @@ class Weight:
             geometry.compute_dtype,
             self.slot,
             sharding=geometry.sharding,
+            step="moment_step" if rules.restarts and isinstance(geometry, ProjectedGeometry) else "step",
         )
 
     def release(self) -> None:

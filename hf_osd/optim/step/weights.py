@@ -105,13 +105,27 @@ class Weights:
         state.update(create_state(p.device, weight.geometry, weight.rules))
         weight.mark = weakref.ref(state["step"])
         self._bind(weight, p, state)
-        if weight.geometry.holds_projection and weight.group["init"] == "given":
+        if weight.group["init"] == "given":
             given = self.given.pop(name, None)
+            if not weight.geometry.holds_projection:  # it is in another's state
+                return
             if given is None:  # it was used, and the state that it went into is gone
                 logger.warning("%s starts from its gradient: the P given as `init` was used.", name)
             else:
                 weight.slot.state["projection"].copy_(given)
                 weight.resume()
+
+    def share_given(self) -> None:
+        """Let prepared layers that were given one and the same P share it; each other given P is one layer's own."""
+        first: dict[Any, str] = {}
+        holders: dict[str, str] = {}
+        for weight in self:
+            if isinstance(weight, InputWeight) and weight.given is not None:
+                name = weight.geometry.name
+                holders[name] = first.setdefault((id(weight.given), weight.layer.kind), name)
+        if self.layers is not None and holders:
+            self.layers.share_as(holders)
+            self.meet()
 
     def use_given(self) -> None:
         """Put each P that was given and not used yet into its state, which training then starts from."""
@@ -267,6 +281,7 @@ class Weights:
             )
         weight = self.of(p)
         assert isinstance(weight, InputWeight)
+        layer.input.make_room()
         self.ready(weight.leader.p)
         weight.leader.adopt()
         if G is None or not weight.P.started:
@@ -291,7 +306,7 @@ class Weights:
         """After all weights have been stepped: let P learn from what the layers' inputs have shown.
 
         Returns:
-            `list[InputWeight]`: Those that hold P, with their state.
+            `list[InputWeight]`: Those that have been given their state.
         """
         leaders = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is w and w.input]
         seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
@@ -302,8 +317,15 @@ class Weights:
                 self.ready(weight.p)
                 self._observe_input(weight, shared, check)
                 weight.learn(shared, check, movements)
+        due = {weight for weight in leaders if weight.renewal_due}
+        sharing = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader in due] if due else []
+        for weight in sharing:
+            self.of(weight.p)  # with its state, if it has not been stepped now
+        for weight in due:
+            weight.renew(weight.input)  # type: ignore[arg-type]
         layers.forget()
-        return leaders
+        layers.findable = False
+        return leaders + sharing
 
     def give_projections(self) -> None:
         """Let the layers use the P of a state that has been loaded: the forward pass comes before the step."""
