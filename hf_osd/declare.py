@@ -192,10 +192,16 @@ def build(cls: type, given: Mapping[str, Any]) -> Any:
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+# Options of earlier versions, and what has taken their place.
+RETIRED = {"ddp_compression": "source='activations' exchanges less between processes"}
+
+
 def refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str) -> None:
     """Raise `ValueError` for the first name that is not allowed, with the nearest one and all of them."""
     allowed = sorted(allowed)
     for name in given:
+        if name in RETIRED:
+            raise ValueError(f"Unknown option `{name}` in {where}: it is no more. Use {RETIRED[name]}.")
         if name not in allowed:
             close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
             hint = f" Did you mean `{close[0]}`?" if close else ""

@@ -14,7 +14,6 @@ COLUMNS = ("accumulation", "clipping", "DDP", "FSDP2", "8-bit", "resume", "resid
 DDP, FSDP2, MESHES = "distributed/test_ddp.py", "distributed/test_fsdp2.py", "distributed/test_fsdp2_meshes.py"
 ONE, REFUSED = f"{DDP}::test_two_processes_train_as_one", f"{MESHES}::test_scenario[refused]"
 TRAINER = f"{DDP}::test_trainer_on_two_processes_is_trainer_on_one"
-RESUME, CODES = f"{DDP}::test_resume_is_exact", f"{DDP}::test_moments_are_in_8_bits"
 SAVED = "distributed/test_fsdp2_checkpoints.py"
 LAYERWISE = "trainer/test_layerwise_trainer.py"
 SHARDED, HOOKS = "distributed/test_fsdp2_family.py", "optim/test_layerwise_family.py"
@@ -28,13 +27,13 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
     "ordinary": [
         ("yes", [f"{LAYERWISE}::test_accumulation_equals_the_ordinary_modes", f"{ONE}[accumulated]"]),
         ("global", [f"{TRAINER}[trainer_plain]", f"{LAYERWISE}::test_the_true_gradient_norm_is_logged"]),
-        ("yes", [f"{ONE}[plain]", f"{ONE}[plain_random]", f"{DDP}::test_accelerate_is_a_loop_in_ddp"]),
+        ("yes", [f"{ONE}[plain]", f"{ONE}[random_start]", f"{DDP}::test_accelerate_is_a_loop_in_ddp"]),
         ("yes", [f"{FSDP2}::test_two_processes[adamw]"]),
-        ("yes", ["trainer/test_resume.py::test_trainer_resumes_exactly"]),
-        ("exact", ["trainer/test_resume.py::test_trainer_resumes_exactly"]),
-        ("yes", [f"{ONE}[plain_scaled]", f"{ONE}[plain_sign]"]),
-        ("yes", [f"{ONE}[plain_two_sided]"]),
-        ("yes", [f"{ONE}[plain_power]"]),
+        ("yes", ["trainer/test_resume.py::test_trainer_resumes_exactly", f"{DDP}::test_moments_are_in_8_bits"]),
+        ("exact", ["trainer/test_resume.py::test_trainer_resumes_exactly", f"{DDP}::test_resume_is_exact"]),
+        ("yes", [f"{ONE}[scaled]", f"{ONE}[sign]"]),
+        ("yes", [f"{ONE}[two_sided]"]),
+        ("yes", [f"{ONE}[power]"]),
     ],
     "`layerwise`": [
         (
@@ -45,7 +44,7 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
             ],
         ),
         ("per parameter, or by the step before", ["optim/test_layerwise.py::test_clipping_against_torch"]),
-        ("with `ddp_compression`", [f"{DDP}::test_what_cannot_work_is_refused", f"{ONE}[layerwise_static]"]),
+        ("refused", [f"{DDP}::test_layerwise_is_refused_and_told_what_takes_its_place"]),
         ("refused", [REFUSED]),
         ("yes", [f"{LAYERWISE}::test_fifty_steps_are_bit_for_bit_the_ordinary_modes"]),
         (
@@ -72,30 +71,6 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
             [f"{ALIKE}[power]", INEXACT, f"{HOOKS}::test_power_is_refused_with_clipping_and_works_without_momentum"],
         ),
     ],
-    "`ddp_compression`": [
-        ("yes", [f"{ONE}[accumulated]"]),
-        ("global ²", [f"{TRAINER}[trainer_clipped]"]),
-        ("yes ²", [f"{ONE}[static]", f"{ONE}[svd]", f"{ONE}[online_pca]"]),
-        ("refused", [REFUSED]),
-        ("yes", [f"{ONE}[eight_bit]", f"{CODES}[eight_bit]"]),
-        ("exact", [f"{RESUME}[{name}]" for name in ("online_pca", "svd", "accumulated", "eight_bit")]),
-        *([("refused", [INEXACT])] * 3),
-    ],
-    "both": [
-        ("in the subspace ¹", [f"{ONE}[layerwise_accumulated]", f"{TRAINER}[trainer_accumulated]"]),
-        (
-            "per parameter, or by the step before ²",
-            [f"{ONE}[layerwise_clipped_parameter]", f"{ONE}[layerwise_clipped_previous]"],
-        ),
-        ("yes ²", [f"{ONE}[layerwise_static]", f"{ONE}[layerwise_online_pca]", f"{TRAINER}[trainer_layerwise]"]),
-        ("refused", [REFUSED]),
-        ("yes", [f"{ONE}[layerwise_eight_bit]", f"{CODES}[layerwise_eight_bit]"]),
-        (
-            "exact",
-            [f"{RESUME}[layerwise_{name}]" for name in ("online_pca", "accumulated", "eight_bit", "clipped_previous")],
-        ),
-        *([("refused", [INEXACT])] * 3),
-    ],
     "FSDP2": [
         ("yes", [f"{FSDP2}::test_two_processes[accumulated]"]),
         ("global", [f"{FSDP2}::test_two_processes[clipped]"]),
@@ -107,7 +82,7 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
                 "distributed/test_fsdp2_trainer.py::test_two_processes_train_what_one_trains",
             ],
         ),
-        ("rank a multiple of 64 ³", [f"{FSDP2}::test_two_processes[eight_bit]"]),
+        ("rank a multiple of 64 ²", [f"{FSDP2}::test_two_processes[eight_bit]"]),
         (
             "exact; resharded",
             [f"{SAVED}::test_two_processes[load_sharded]", f"{SAVED}::test_other_numbers_of_processes"],

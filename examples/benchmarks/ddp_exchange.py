@@ -1,8 +1,9 @@
-"""Bytes that a data-parallel process exchanges in one step, whole gradients against `ddp_compression="subspace"`.
+"""Bytes that a data-parallel process exchanges in one step, whole gradients against `source="activations"`.
 
-Counted from the shapes of the model: r (m + n) numbers for a projected matrix (R and A) and two for norms, against
-m n; embeddings, head and norms are exchanged whole in both. A test of two processes counts what they really exchange
-and finds the same. Writes results/<device>/ddp_exchange.json and .md.
+Counted from the shapes of the model: for each weight whose layer is prepared R (m r numbers), for each input, which
+several layers may share, A and ||x||² (n r + 1), and the whole gradients of all others: embeddings, head and norms. A
+test of two processes counts what they really exchange and finds the same. Writes results/<device>/ddp_exchange.json
+and .md.
 
 Needs: nothing beyond the package; no weights are made.
 
@@ -16,15 +17,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_osd
 from environment import describe, results_folder
-from hf_osd.optim.arrival.exchange import exchange_bytes
-from hf_osd.optim.step.geometry import ProjectedGeometry
+from hf_osd.layers.linear import InSubspace
 
 
 CONFIGS = Path(__file__).parents[1] / "llama_configs"
+
+
+def exchanged_bytes(optimizer: hf_osd.OSD, model: nn.Module) -> tuple[int, int, int, int]:
+    """What one process gives to a step's exchanges: all, and that of prepared layers; then whole gradients likewise.
+
+    Args:
+        optimizer ([`OSD`]): Of `source="activations"`, after a forward pass of the model.
+        model (`nn.Module`): The model.
+    """
+    layers = {module.osd: None for module in model.modules() if isinstance(module, InSubspace)}  # tied ones once
+    inputs = {layer.input: layer.weight.dtype for layer in layers}  # A is exchanged in the precision of R
+    prepared = sum(layer.stand_in.nbytes for layer in layers)
+    prepared += sum((shared.P.numel() + 1) * dtype.itemsize for shared, dtype in inputs.items())
+    whole = sum(layer.weight.nbytes for layer in layers)
+    rest = sum(p.nbytes for group in optimizer.trained_groups for p in group["params"]) - whole
+    return prepared + rest, prepared, whole + rest, whole
 
 
 def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
@@ -34,20 +51,17 @@ def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     found = []
     for rank in ranks:
-        optimizer = hf_osd.create_osd_optimizer(model, rank=rank)
-        params = (p for group in optimizer.param_groups for p in group["params"])
-        geometries = [optimizer.weight_of(p).geometry for p in params]
-        projected = [geometry for geometry in geometries if isinstance(geometry, ProjectedGeometry)]
-        compressed, whole = exchange_bytes(geometries, [torch.bfloat16] * len(geometries))
-        of_matrices = exchange_bytes(projected, [torch.bfloat16] * len(projected))
+        optimizer = hf_osd.create_osd_optimizer(model, rank=rank, source="activations")
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))  # layers meet their inputs
+        exchanged, prepared, whole, matrices = exchanged_bytes(optimizer, model)
         found.append(
             {
                 "model": model_name,
                 "rank": rank,
                 "whole_bytes": whole,
-                "compressed_bytes": compressed,
-                "ratio": round(compressed / whole, 4),
-                "matrices_ratio": round(of_matrices[0] / of_matrices[1], 4),
+                "exchanged_bytes": exchanged,
+                "ratio": round(exchanged / whole, 4),
+                "matrices_ratio": round(prepared / matrices, 4),
             }
         )
     return found
@@ -55,12 +69,12 @@ def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| | whole gradients | `subspace` | ratio | of the projected matrices |", "| --- " * 5 + "|"]
+    lines = ["| | whole gradients | `source=activations` | ratio | of the projected matrices |", "| --- " * 5 + "|"]
     for row in found:
-        whole, compressed = (row[key] / 1e6 for key in ("whole_bytes", "compressed_bytes"))
+        whole, exchanged = (row[key] / 1e6 for key in ("whole_bytes", "exchanged_bytes"))
         name = row["model"].replace("llama_", "LLaMA ").upper().replace("LLAMA", "LLaMA")
         lines.append(
-            f"| {name}, rank {row['rank']} | {whole:,.0f} MB | {compressed:,.0f} MB | {row['ratio']:.3f} | "
+            f"| {name}, rank {row['rank']} | {whole:,.0f} MB | {exchanged:,.0f} MB | {row['ratio']:.3f} | "
             f"{row['matrices_ratio']:.3f} |"
         )
     return "\n".join(lines) + "\n"

@@ -33,7 +33,6 @@ from .suggestion import start_of, suggestion
 NOT_HERE = {
     **{own.key: "it takes no memory" for own in (*MODE_OPTIONS.values(), OPTIONS["init"], OPTIONS["seed"])},
     "rank": "use --rank",
-    "ddp_compression": "one device is estimated",
 }
 LABELS = {
     "adamw_torch_fused": "AdamW",

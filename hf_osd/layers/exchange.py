@@ -3,7 +3,7 @@
 Letters and shapes as in `shared_input`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .shared_input import SharedInput
+
+
+def in_a_process_of_many() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def group_of_ddp() -> Any:
@@ -35,22 +40,27 @@ def all_holders(holders: Mapping[str, str], group: Any) -> dict[str, str]:
     return found
 
 
-def average_inputs(inputs: Iterable[SharedInput], group: Any) -> None:
-    """Replace A and ||x||² of each input by their mean over the processes: one exchange for all."""
+def average_inputs(inputs: Mapping[SharedInput, torch.dtype], group: Any) -> None:
+    """Replace A and ||x||² of each input by their mean over the processes: one exchange for all.
+
+    Args:
+        inputs (`Mapping[SharedInput, torch.dtype]`): With the precision that R is exchanged in: A is in the same.
+        group (`ProcessGroup`): The processes.
+    """
     alike: dict[tuple, list[SharedInput]] = {}
-    for shared in inputs:
+    for shared, dtype in inputs.items():
         if shared.P is not None and shared.learns:
-            alike.setdefault((shared.P.device, shared.first.dtype), []).append(shared)
+            alike.setdefault((shared.P.device, dtype), []).append(shared)
     for (device, dtype), members in alike.items():
         parts: list[Tensor] = []
         for shared in members:
             assert shared.P is not None
             none = torch.zeros((), dtype=dtype, device=device)
-            parts += [torch.zeros_like(shared.P, dtype=dtype) if shared.A is None else shared.A]
-            parts += [none if shared.energy is None else shared.energy]
+            parts += [torch.zeros_like(shared.P, dtype=dtype) if shared.A is None else shared.A.to(dtype)]
+            parts += [none if shared.energy is None else shared.energy.to(dtype)]
         flat = torch.cat([part.reshape(-1) for part in parts]).div_(dist.get_world_size(group))
         dist.all_reduce(flat, group=group)
         means = flat.split([part.numel() for part in parts])
         views = iter([mean.view_as(part) for mean, part in zip(means, parts, strict=True)])
         for shared in members:
-            shared.A, shared.energy = next(views), next(views)
+            shared.A, shared.energy = next(views).to(shared.first.dtype), next(views).to(shared.first.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..subspace import effective_rank
-from .exchange import all_holders, average_inputs
+from .exchange import all_holders, average_inputs, in_a_process_of_many
 from .first_pass import end_first_pass, wait_for_first_pass
 from .layer import LayerInfo, Meeting, plain_class
 from .linear import InSubspace, prepared_classes
@@ -47,7 +47,7 @@ class PreparedLayers(nn.Module):
         self.meeting = Meeting()
         self.installed = self.findable = False
         owners = _owners(model)
-        self._exchanged = _in_a_process_of_many()
+        self._exchanged = in_a_process_of_many()
         for name, rank in ranks.items():
             p, name = model.get_parameter(name), plain_name(name)
             modules, reason = owners[p]
@@ -144,7 +144,8 @@ class PreparedLayers(nn.Module):
             meeting.sharing = False
             for layer in self.layers.values():
                 layer.show()
-        average_inputs(self.inputs(), group)
+        layers = self.layers.values()
+        average_inputs({met: layer.weight.dtype for layer in layers if (met := layer.input) is not None}, group)
 
     def forget(self) -> None:
         """Forget what was seen since the last step, R included."""
@@ -212,11 +213,6 @@ def _zeros(p: Tensor, rank: int, module: nn.Module, whole: bool) -> Tensor:
     rank = effective_rank(rank, *p.shape)
     shape = (p.shape[0], rank) if plain_class(module) is nn.Linear else (rank, p.shape[1])
     return torch.zeros(shape if whole else (1, 1), dtype=p.dtype, device=p.device).expand(shape)
-
-
-def _in_a_process_of_many() -> bool:
-    dist = torch.distributed
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -11,7 +11,6 @@ from ..layers import PreparedLayers, unload
 from ..layers.prepared import refuse_wrapped
 from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
-from .arrival.exchange import exclude_from_ddp, include_in_ddp
 from .options.general import DEFAULT_RANK
 from .options.mode import MODE_DEFAULTS, mode_of
 from .options.presets import BY_NAME, KEYWORD_OF, KEYWORDS, resolve
@@ -70,7 +69,6 @@ def osd_kwargs(
     settings: Mapping[str, Any],
     target_modules: str | Iterable[str] = ALL_LINEAR,
     exclude_modules: str | Iterable[str] | None = None,
-    ddp_compression: str | None = None,
     rank_pattern: str | Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """What [`OSD`] is constructed with besides parameters, learning rate and mode: options and what they go for.
@@ -79,10 +77,8 @@ def osd_kwargs(
         model (`nn.Module`): The model.
         settings (`dict`): All options, as `presets.resolve` gives them.
         target_modules, exclude_modules: See [`~optim.selection.targets.select`].
-        ddp_compression (`str`, *optional*): See [`OSD`]. Where it is set, DDP is told to leave what is projected.
         rank_pattern (`str` or `Mapping[str, int]`, *optional*): See [`create_osd_optimizer`].
     """
-    include_in_ddp(model)
     unload(model)
     whole, model = model, unwrapped(model)
     pattern = parse_rank_pattern(rank_pattern)
@@ -93,8 +89,6 @@ def osd_kwargs(
             f"{shortened(selection.ignored, 5)}.",
             stacklevel=3,
         )
-    if ddp_compression is not None:
-        exclude_from_ddp(whole, selection.projected.values())
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
     ranks = ranks_of(selection.projected, settings["rank"], pattern, module_names(model).plain)
     if settings["source"] == "activations":
@@ -193,7 +187,7 @@ def create_osd_optimizer(
     validate(settings, where, KEYWORD_OF)
     if mode["layerwise"]:
         warn_compiled(model)
-    kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, mode["ddp_compression"], rank_pattern)
+    kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, rank_pattern)
     optimizer = OSD(decay_groups(model, settings["weight_decay"]), lr=lr, **mode, **kwargs)
     if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured
         announce_summary(optimizer, model)

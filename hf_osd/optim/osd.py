@@ -26,7 +26,7 @@ from .groups import (
 )
 from .loading import as_of_today, match_state, saved_inputs
 from .options import table as options
-from .options.mode import MODE_DEFAULTS, Mode, refuse_without_projection
+from .options.mode import MODE_DEFAULTS, Mode
 from .statistics import summarize
 from .step.movement import Movements
 from .step.rounding import refuse_without_bfloat16
@@ -135,16 +135,11 @@ class OSD(torch.optim.Optimizer):
         layerwise_clipping (`str`, *optional*):
             How `max_grad_norm` clips when layerwise: by `previous_norm`, the norm of the step before (at the first
             step each parameter by its own), or by `parameter`, each by its own. Defaults to `previous_norm`.
-        max_grad_norm (`float`, *optional*): Norm that gradients are clipped to, with `layerwise` or `ddp_compression`.
+        max_grad_norm (`float`, *optional*): Norm that gradients are clipped to, with `layerwise`.
         gradient_accumulation (`bool`, *optional*, defaults to `False`):
             With `layerwise`: several backward passes come before a `step`, which then steps. What is projected adds up
             R, and P learns from each micro-batch; P_0 and SVDs are made from the first. What is not adds up its
-            gradient. Norms are estimated ([`~optim.arrival.exchange.norm_stand_in`]).
-        ddp_compression (`str`, *optional*):
-            `subspace`: DDP averages r (m + n) numbers of a projected gradient, not m n. The gradients that make a P
-            are exchanged whole. Norms are estimated likewise. All processes must use the same parameters; one that no
-            process has used is stepped with a gradient of zero, as if it had been. DDP must leave what is projected:
-            [`create_osd_optimizer`], called before the model is wrapped, and Trainer tell it.
+            gradient. Norms are estimated ([`~optim.arrival.window.norm_stand_in`]).
         partial_load (`bool`, *optional*, defaults to `False`):
             Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
@@ -210,7 +205,6 @@ class OSD(torch.optim.Optimizer):
         layerwise_clipping: str | None = None,
         max_grad_norm: float | None = None,
         gradient_accumulation: bool = False,
-        ddp_compression: str | None = None,
         partial_load: bool = False,
         # end of options
         layers: PreparedLayers | None = None,
@@ -233,7 +227,6 @@ class OSD(torch.optim.Optimizer):
         super().__init__(with_plain_names(params if selection is None else divided(params, selection)), defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
-            refuse_without_projection(self.mode)
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
         self._constructed = True
         warn_clipped(self._clipped)
@@ -244,7 +237,7 @@ class OSD(torch.optim.Optimizer):
             self.weights.share_given()
             self.attach()
             weakref.finalize(self, layers.remove)  # nobody else would step what the layers make
-        if self.mode.takes_gradients:
+        if self.mode.layerwise:
             self._stream = GradientStream(self._weights_now(), self.mode)
             self._stream.attach()
 
@@ -309,7 +302,7 @@ class OSD(torch.optim.Optimizer):
 
     @property
     def stream(self) -> GradientStream | None:
-        """Hooks of `layerwise` and `ddp_compression`; `None` in the ordinary mode."""
+        """Hooks of `layerwise`; `None` in the ordinary mode."""
         return self._stream
 
     @property
@@ -408,7 +401,7 @@ class OSD(torch.optim.Optimizer):
         if hasattr(self, "grad_scale"):  # set by GradScaler.step
             raise ValueError(
                 "A `GradScaler` (fp16) cannot unscale: the step has been made with scaled gradients. "
-                "Train in bf16, or without `layerwise` and `ddp_compression`."
+                "Train in bf16, or without `layerwise`."
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -15,7 +15,6 @@ from ..hub.config import CONFIG_NAME
 from ..hub.projection_state import refuse_names
 from ..layers import unload
 from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
-from ..optim.arrival.exchange import include_in_ddp
 from ..optim.arrival.stream import release
 from ..optim.osd import osd_of
 from ..optim.statistics import summarize_each
@@ -161,15 +160,12 @@ class OSDCallback(TrainerCallback):
     ) -> None:
         """Note whose weights the model has now: what is pushed from here on needs the P of that checkpoint.
 
-        Hooks of a layerwise optimizer are taken off: a backward pass after the training must not train on. Another
-        training of the model may be without `ddp_compression`.
+        Hooks of a layerwise optimizer are taken off: a backward pass after the training must not train on.
         """
         osd = osd_of(optimizer)
         if osd is None:
             return
         osd.remove()
-        if isinstance(model, nn.Module):
-            include_in_ddp(model)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._best = Path(state.best_model_checkpoint)
 

@@ -128,7 +128,7 @@ def _load_whole(original: Callable, self: Trainer, *args: Any, **kwargs: Any) ->
 
 def _leave_clipping(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
     osd = osd_of(self.optimizer)
-    if osd is None or not osd.mode.takes_gradients:
+    if osd is None or not osd.mode.layerwise:
         return original(self, *args, **kwargs)
     return torch.zeros(())  # `OSDCallback` logs the true one, which is known after the step
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import TrainingArguments
 
-from ..declare import check_values, refuse_unknown
+from ..declare import RETIRED, check_values, refuse_unknown
 from ..hub import ProjectionState
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
 from ..optim.factory import learned_rank, warn_compiled
@@ -91,6 +91,7 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
         ValueError: For unknown keys, wrong types and ranges, options given twice, and options without effect.
     """
     given, fields = parse_optim_args(args.optim_args), _fields(args)
+    refuse_unknown(fields, KEYS, "the training arguments")
     for key in given.keys() & fields.keys():
         raise ValueError(f"{key!r} is given twice: in `optim_args` and as `osd_{key}`.")
     own = {KEYS[key].name: value for key, value in (given | fields).items()}
@@ -126,15 +127,13 @@ def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> d
         options,
         settings.target_modules,
         settings.exclude_modules,
-        ddp_compression=settings.mode["ddp_compression"],
         rank_pattern=settings.rank_pattern,
     )
     return {"lr": args.learning_rate, **settings.mode, **kwargs}
 
 
 def _refuse_without_model(args: TrainingArguments, settings: OSDSettings) -> None:
-    mode = settings.mode["ddp_compression"]
-    if args.optim_target_modules or settings.exclude_modules or settings.rank_pattern or mode is not None:
+    if args.optim_target_modules or settings.exclude_modules or settings.rank_pattern:
         raise ValueError(
             f"{optim_name(args)} needs the model for its choice of layers: get_optimizer_cls_and_kwargs(args, model)."
         )
@@ -179,7 +178,7 @@ def refuse_ignored_by_mode(optimizer: OSD, args: TrainingArguments) -> None:
     One that Trainer builds has been told.
     """
     mode = optimizer.mode
-    if mode.takes_gradients and (args.max_grad_norm or None) != mode.max_grad_norm:
+    if mode.layerwise and (args.max_grad_norm or None) != mode.max_grad_norm:
         raise ValueError(
             f"Trainer would clip by max_grad_norm={args.max_grad_norm}, but this optimizer takes the gradients before "
             f"it, and clips by max_grad_norm={mode.max_grad_norm}. Give both the same (TrainingArguments: 0 for none)."
@@ -250,23 +249,24 @@ def _is_repository(init: str) -> bool:
 
 
 def _fields(args: TrainingArguments) -> dict[str, Any]:
-    given = {key: value for key in KEYS if (value := getattr(args, f"osd_{key}", None)) is not None}
-    return {key: typed(value, KINDS[key], f"`osd_{key}`") for key, value in given.items()}
+    # arguments that an earlier version has saved may have more
+    found = {key: getattr(args, f"osd_{key}", None) for key in (*KEYS, *RETIRED)}
+    given = {key: value for key, value in found.items() if value is not None}
+    return {key: typed(value, KINDS.get(key, str), f"`osd_{key}`") for key, value in given.items()}
 
 
 def _mode(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:
     """The mode, with Trainer's own clipping and accumulation where the optimizer has to do them."""
     mode = Mode(**mode_of(optim_name(args), given | {"layerwise_clipping": None}))
-    if not mode.takes_gradients:
+    if not mode.layerwise:
         return asdict(Mode(**given))
     if args.fp16:
         raise ValueError(
-            "fp16 scales the loss, and `layerwise` and `ddp_compression` use gradients before a GradScaler could "
-            "unscale them. Use bf16=True, or leave these options out."
+            "fp16 scales the loss, and `layerwise` uses gradients before a GradScaler could unscale them. "
+            "Use bf16=True, or leave `layerwise` out."
         )
     own = {"max_grad_norm": args.max_grad_norm or None}
-    if mode.layerwise:
-        own["gradient_accumulation"] = args.gradient_accumulation_steps > 1
+    own["gradient_accumulation"] = args.gradient_accumulation_steps > 1
     return mode_of(optim_name(args), given | own)
 
 

@@ -1,6 +1,7 @@
 """`source="activations"` under DDP is one process on the global batch, and bit for bit the same on every process."""
 
 import contextlib
+import sys
 from pathlib import Path
 
 import processes
@@ -12,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from reference.nets_in_layers import N, Net, Other, batch, distance, loss_of, make
 
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))  # for `ddp_exchange`
 
 STEPS = 8
 
@@ -121,7 +124,40 @@ def evaluation_on_one_process(rank: int, world_size: int, folder: Path) -> None:
     same_everywhere(net, optimizer)
 
 
-SCENARIOS = [as_one_process, conditional, used_otherwise, evaluation_on_one_process]
+def bytes_on_the_wire(rank: int, world_size: int, folder: Path) -> None:
+    """A step exchanges what the benchmark counts, in the precision of the weights."""
+    from ddp_exchange import exchanged_bytes
+
+    for dtype in (torch.float64, torch.bfloat16):
+        net = Net().to(dtype)
+        optimizer = make(net)
+        model = DistributedDataParallel(net)
+        seen: list[int] = []
+        original = dist.all_reduce
+
+        def counted(X: torch.Tensor, *args, **kwargs):
+            seen.append(X.nbytes)  # noqa: B023
+            return original(X, *args, **kwargs)  # noqa: B023
+
+        def exchange(group, bucket: dist.GradBucket):
+            work = dist.all_reduce(bucket.buffer().div_(world_size), group=group, async_op=True)
+            return work.get_future().then(lambda future: future.value()[0])
+
+        model.register_comm_hook(None, exchange)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_reduce", counted)
+            for step in range(3):
+                seen.clear()
+                loss_of(model(share(large_batch(step)).to(dtype))).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        # R of three layers, A and ||x||² of two inputs, two biases and a norm
+        numbers = 4 * (28 + 28 + 16) + 4 * (N + 28) + 2 + 28 + 16 + 2 * 16
+        assert sum(seen) == exchanged_bytes(optimizer, net)[0] == numbers * dtype.itemsize
+        same_everywhere(net, optimizer)
+
+
+SCENARIOS = [as_one_process, conditional, used_otherwise, evaluation_on_one_process, bytes_on_the_wire]
 
 
 @pytest.fixture(scope="module")

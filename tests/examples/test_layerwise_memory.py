@@ -84,7 +84,7 @@ def test_the_committed_exchange_table_is_what_the_shapes_give():
     rows = ddp_exchange.rows("llama_1b", [128, 512])
     assert json.loads(path.read_text())["rows"] == rows
     assert ddp_exchange.table(rows) == path.with_suffix(".md").read_text()
-    matrices = rows[0]["matrices_ratio"]  # r (m + n) / (m n) over the seven matrices of a block
+    matrices = rows[0]["matrices_ratio"]  # r m for each of the seven matrices of a block, r n for their four inputs
     h, i = 2048, 5461
-    numbers = 4 * 2 * h + 3 * (h + i), 4 * h * h + 3 * h * i
+    numbers = (4 * h + 2 * i + h) + (3 * h + i), 4 * h * h + 3 * h * i
     assert matrices == pytest.approx(128 * numbers[0] / numbers[1], abs=1e-4)

@@ -191,7 +191,6 @@ def test_modes_that_would_not_be_exact_are_refused_and_others_work(row: str):
     whole = options.get("residual", "none") != "none" or options.get("side") == "two_sided"
     modes = {
         "accumulation": ({"layerwise": True, "gradient_accumulation": True}, whole or rule.mixes),
-        "ddp_compression": ({"ddp_compression": "subspace"}, whole or rule.mixes),
         "clipping": ({"layerwise": True, "max_grad_norm": 0.1, "layerwise_clipping": "parameter"}, bool(rule.mixes)),
     }
     for given, refused in modes.values():

@@ -42,7 +42,7 @@ def test_other_groups_may_repeat_what_the_optimizer_has():
     OSD([parameter(8, 12)], scale=1, alpha=5)
 
 
-@pytest.mark.parametrize("given", [{"init": "svd"}, {"ddp_compression": "subspace"}, {"scale": 0.5}], ids=str)
+@pytest.mark.parametrize("given", [{"init": "svd"}, {"scale": 0.5}], ids=str)
 def test_what_needs_a_rank_is_refused_where_no_group_has_one(given: dict):
     with pytest.raises(ValueError, match=f"`{next(iter(given))}`.* has no effect: no parameter group has a `rank`"):
         OSD([parameter(8, 12)], **given)

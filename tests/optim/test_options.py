@@ -245,7 +245,7 @@ def test_only_matrices_are_projected(shape):
         ({"maximize": True}, "`maximize` in a parameter group"),
         ({"lambda": 0.1}, "`lambda` in a parameter group.* Did you mean `lambda_`"),
         ({"projection_optim": "lion"}, "`projection_optim` in a parameter group.* Did you mean `projection_rule`"),
-        ({"ddp_compression": "subspace"}, "`ddp_compression` in a parameter group.* for the whole optimizer"),
+        ({"layerwise_clipping": "parameter"}, "`layerwise_clipping` in a .* for the whole optimizer"),
         ({"sides": ["left"]}, "`sides` in a parameter group"),
         ({"rank": -4}, "`rank` of parameter group 1 must be an integer"),
         ({"rank": 4, "subspace": "svd", "alpha": 3.0}, "`alpha` of parameter group 1 has no effect"),

@@ -75,6 +75,7 @@ MISTAKES = [
     ("update_interval=10", "`update_interval` .* no effect with subspace='online_pca'"),
     ("alpha=3,projection_lr=0.1", "set the same thing"),
     ("momentum=0.5", "`momentum` .* no effect with the update rule adamw"),
+    ("ddp_compression=subspace", "`ddp_compression` in `optim_args`: it is no more. Use source='activations'"),
     ("residual_limit=0", "Unknown option `residual_limit` in `optim_args`. Did you mean `residual`"),
     *((f"{key}=0.1", re.escape(f"Set `{name}` of the training arguments")) for key, name in TRAINER_FIELDS.items()),
 ]
@@ -86,6 +87,14 @@ def test_a_mistake_in_optim_args_is_refused_at_construction(text, message, stock
         Trainer(tiny_llama(), stock(optim="osd_adamw", optim_args=text))
     with pytest.raises(ValueError, match=message):  # our arguments refuse without a model
         typed(optim_args=text)
+
+
+@pytest.mark.parametrize("optim", ["osd_adamw", "adamw_torch"])
+def test_arguments_that_an_earlier_version_has_saved_are_not_ignored(typed, optim):
+    args = typed(optim=optim)
+    args.osd_ddp_compression = "subspace"
+    with pytest.raises(ValueError, match="ddp_compression"):
+        Trainer(tiny_llama(), args)
 
 
 def test_optim_args_are_typed_by_key():
@@ -112,7 +121,7 @@ def test_the_keys_are_these():
     keys += " projection_weight_decay projection_dtype moment_dtype update_interval projection_interval distribution"
     keys += " mixing carry_moments residual residual_scale momentum stochastic_rounding seed layerwise_clipping"
     keys += " source projection_sample unbiased restart_moments"
-    assert {*keys.split(), "ddp_compression"} == KEYS.keys() == KINDS.keys()
+    assert set(keys.split()) == KEYS.keys() == KINDS.keys()
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
     assert own == {f"osd_{key}" for key in KEYS} | {"osd_exclude_modules"}
     assert all(OSDTrainingArguments.__dataclass_fields__[name].default is None for name in own)
@@ -122,7 +131,7 @@ def test_what_a_key_sets_and_its_type():
     renamed = {key: own.name for key, own in KEYS.items() if own.name != key}
     assert renamed == {"lambda": "lambda_", "projection_optim": "projection_rule"}
     whole = {"rank", "update_interval", "projection_interval", "projection_sample", "seed"}
-    texts = {"subspace", "init", "preset"}
+    texts = {"subspace", "init", "preset", "source"}
     assert {key for key, kind in KINDS.items() if kind is int} == whole
     assert {key for key, kind in KINDS.items() if kind is bool} == {
         "carry_moments",

@@ -207,7 +207,7 @@ def test_the_name_says_it_and_no_option(tmp_path: Path):
 def test_every_mode_reaches_the_optimizer_from_fields_and_text(tmp_path: Path):
     optim = "osd_adamw_layerwise"
     common = {"output_dir": str(tmp_path), "use_cpu": True, "optim": optim, "gradient_accumulation_steps": 2}
-    mode = {"layerwise_clipping": "parameter", "ddp_compression": "subspace", "partial_load": True}
+    mode = {"layerwise_clipping": "parameter", "partial_load": True}
     text = "rank=4," + ",".join(f"{key}={value}" for key, value in mode.items())
     fields = {f"osd_{key}": value for key, value in mode.items()}
     for given in ({"optim_args": text}, {"osd_rank": 4, **fields}):

@@ -1,1 +1,1 @@
-"""Gradients that arrive one at a time: hooks, accumulation windows, clipping, and exchange between processes."""
+"""Gradients that arrive one at a time: hooks, accumulation windows and clipping."""

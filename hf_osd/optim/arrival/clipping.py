@@ -33,26 +33,18 @@ class Clipping:
                 mode.max_grad_norm,
             )
 
-    def clip_(self, arrived: Arrived, total2: Tensor | None) -> Arrived:
-        """Scale a parameter's gradient in place.
-
-        Args:
-            arrived ([`Arrived`]): The gradient.
-            total2 (`torch.Tensor`, *optional*): Squared norm of all gradients of this step, where it is known already.
-
-        Returns:
-            [`Arrived`]: With the norm that the gradient has now.
-        """
+    def clip_(self, arrived: Arrived) -> Arrived:
+        """Scale a parameter's gradient in place; returned with the norm that it has now."""
         if self.mode.max_grad_norm is None:
             return arrived
         gradient, norm2 = arrived.gradient, arrived.norm2
         # of a stack without its broken experts, which are skipped: the others must not be
         own2 = norm2.where(norm2.isfinite(), 0.0).sum() if norm2.ndim else norm2
-        by2 = self._by(own2, total2)
-        # Where there is none (at the first step no previous one, or another gradient is broken): each parameter by its
-        # own, which is no less safe.
-        by2 = own2 if by2 is None else by2.to(own2)
-        by2 = torch.where(by2.isfinite() & (by2 > 0), by2, own2)
+        by2 = own2
+        if self.mode.clipping == "previous_norm" and self.before2 is not None:
+            # Where there is none (at the first step, or all were broken): by its own, which is no less safe.
+            before2 = self.before2.to(own2)
+            by2 = torch.where(before2.isfinite() & (before2 > 0), before2, own2)
         scale = clip_coefficient(by2, self.mode.max_grad_norm)
         # of a projected gradient R and G alone: A goes with the gradient over its norm
         lows = [] if isinstance(gradient, Tensor) else [low for low in gradient if low is not None]
@@ -60,11 +52,6 @@ class Clipping:
             if X is not None:
                 X.mul_(scale)
         return arrived._replace(norm2=norm2 * scale.square())
-
-    def _by(self, own2: Tensor, total2: Tensor | None) -> Tensor | None:
-        if self.mode.clipping == "parameter":
-            return own2
-        return self.before2 if self.mode.clipping == "previous_norm" else total2
 
     def note(self, total2: Tensor) -> None:
         """Remember the norm of a step that has been made."""

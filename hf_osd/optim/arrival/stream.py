@@ -2,8 +2,7 @@
 
 Layerwise, a parameter is stepped the moment its gradient is complete. Where several backward passes come before a step
 (gradient accumulation), what adds up in the subspace is kept of each, R and A, and `step()` does the rest. A residual
-needs G itself while its parameter is stepped: G is freed at the end of the hook then, not before the update. With
-`ddp_compression` alone the gradients are kept whole until `step()`, out of sight of whatever clips or scales them.
+needs G itself while its parameter is stepped: G is freed at the end of the hook then, not before the update.
 
 Letters and shapes as in `subspace.operators`.
 """
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...layers.exchange import in_a_process_of_many
 from ...subspace.precision import own_precision
 from ..options.mode import Mode
 from ..step.algorithm import ONLY
@@ -25,9 +25,7 @@ from ..step.full_weight import FullWeight
 from ..step.gradients import check_of, refuse_unsupported, squared_norm
 from ..step.movement import Movements
 from ..step.sharding import is_sharded
-from ..step.sides import is_projected
 from ..step.weights import Weights
-from . import exchange
 from .clipping import Clipping
 from .window import Arrived, Lows, Window
 
@@ -37,7 +35,7 @@ _OWNERS = WeakTensorKeyDictionary()
 
 
 class GradientStream:
-    """Hooks of a mode that takes gradients, and all that is known between them and `step()`.
+    """Hooks that take gradients, and all that is known between them and `step()`.
 
     Args:
         weights (`Callable`): Gives the [`Weights`] that the optimizer has now.
@@ -83,7 +81,7 @@ class GradientStream:
         """Put hooks on parameters that need them and have none, as those that were unfrozen since."""
         for group in self.weights.groups:
             for p in group["params"]:
-                if p.requires_grad and p not in self._handles and self._takes(p, group):
+                if p.requires_grad and p not in self._handles:
                     owner = _OWNERS[p]() if p in _OWNERS else None
                     if owner is not None and owner is not self:
                         owner.remove()
@@ -119,28 +117,19 @@ class GradientStream:
             clip_norm2 (`float`, *optional*): The norm that the next step is clipped by, as a state dict has it.
         """
         self.clipping.set_norm(clip_norm2)
-        if self.mode.layerwise:
-            self.discard()
+        self.discard()
 
     def held_bytes(self) -> int:
         """Bytes of what waits for `step()`."""
         return sum(window.nbytes() for window in self._windows.values())
 
-    def _takes(self, p: Tensor, group: dict[str, Any]) -> bool:
-        # Beside other processes, DDP averages the full-size parameters: they are complete after the backward pass
-        # only, stay where they are, and `step()` finds them there.
-        return is_projected(p, group) or (self.mode.layerwise and exchange.world_size() == 1)
-
     def _check_processes(self) -> None:
         if any(is_sharded(p) for group in self.weights.groups for p in group["params"]):
+            raise ValueError("`layerwise` needs whole parameters, and these are sharded (FSDP2). Leave it out.")
+        if in_a_process_of_many():
             raise ValueError(
-                "`layerwise` and `ddp_compression` need whole parameters, and these are sharded (FSDP2). Leave both "
-                "out."
-            )
-        if self.mode.ddp_compression is None and exchange.world_size() > 1:
-            raise ValueError(
-                "`layerwise` would step before gradients are averaged over the processes. Set "
-                "`ddp_compression='subspace'`, or leave `layerwise` out."
+                "`layerwise` would step before gradients are averaged over the processes. Leave it out, or use "
+                "source='activations', which has no gradients of full size, instead."
             )
 
     @torch.no_grad()
@@ -155,12 +144,12 @@ class GradientStream:
         self.weights.follow()
         weight = self.weights.of(p)
         refuse_unsupported(G, weight.geometry.name)
-        if not self.mode.layerwise or (self.mode.gradient_accumulation and isinstance(weight, FullWeight)):
-            self._windows.setdefault(p, Window()).add_whole(G)
-        elif self.mode.gradient_accumulation:
+        if self.mode.gradient_accumulation:
             window = self._windows.setdefault(p, Window())
-            arrived = self._arrive(p, G, window)
-            window.add(arrived.gradient, arrived.energy)  # type: ignore[arg-type]
+            if isinstance(weight, FullWeight):
+                window.add_whole(G)
+            else:
+                self._add(p, G, window)
         elif p in self._norms2:
             raise ValueError(
                 f"The gradient of {weight.geometry.name} arrived twice before `step()`. Several backward passes need "
@@ -176,41 +165,27 @@ class GradientStream:
             self._apply(p, arrived)
 
     def _arrive(self, p: Tensor, G: Tensor, window: Window | None = None) -> Arrived:
-        """Project `G` where `p` is projected, averaged over the processes unless it is one of several micro-batches.
-
-        Args:
-            window ([`Window`], *optional*): Where `G` is one of several gradients, what has come of those before it.
-        """
+        """Project `G` where `p` is projected; where it is one of several gradients, `window` has those before it."""
         weight = self.weights.of(p)
         if isinstance(weight, FullWeight):
             norm2 = squared_norm(G, False)
             return Arrived(G, norm2, norm2)
         geometry = weight.geometry
         turns = [ONLY] * geometry.matrices if window is None else window.turns(geometry.matrices)
-        exchanged = exchange.world_size() > 1
-        if exchanged and weight.may_renew(turns):
-            exchange.average_(G)  # whole: so that all processes make the same P
-            exchanged = False
         norm2 = squared_norm(G, geometry.stacked)
-        shared = norm2
-        if exchanged and geometry.stacked:  # which experts had tokens on any process: the host may decide by it
-            shared = norm2.clone()
-            exchange.average_(shared)
-        lows = self._project(self.weights.ready(p), G, shared, turns)
+        lows = self._project(self.weights.ready(p), G, norm2, turns)
         weight.release()
-        if exchanged and not self.mode.gradient_accumulation:
-            lows, norm2 = exchange.average_projected(lows, G, norm2, geometry)
         return Arrived(lows, norm2, norm2)
 
-    def _apply(self, p: Tensor, arrived: Arrived, total2: Tensor | None = None) -> None:
-        """Step `p`.
+    def _add(self, p: Tensor, G: Tensor, window: Window) -> None:
+        arrived = self._arrive(p, G, window)
+        window.add(arrived.gradient, arrived.energy)  # type: ignore[arg-type]
 
-        Args:
-            total2 (`torch.Tensor`, *optional*): Squared norm of all gradients, where it is known already.
-        """
+    def _apply(self, p: Tensor, arrived: Arrived) -> None:
+        """Step `p`."""
         energy, weight, movements = arrived.energy, self.weights.ready(p), Movements()
         stacked = weight.geometry.stacked
-        clipped, check = self.clipping.clip_(arrived, total2), check_of(energy, stacked)
+        clipped, check = self.clipping.clip_(arrived), check_of(energy, stacked)
         norm2, gradient = clipped.norm2, clipped.gradient
         own: Any = gradient if stacked or isinstance(gradient, Tensor) else gradient[0]
         if self.weights.observing:
@@ -230,48 +205,32 @@ class GradientStream:
 
     def _finish(self) -> None:
         self.weights.follow()
-        if self.weights.observing and not (self.mode.layerwise and self._norms2):
+        if self.weights.observing and not self._norms2:
             self.weights.observations.clear()
-        waiting = [
-            (p, self._complete(p, window))
-            for group in self.weights.groups
-            for p in group["params"]
-            if (window := self._window(p, group)) is not None
-        ]
-        self._norms2.update((p, arrived.norm2.sum()) for p, arrived in waiting)
+        for group in self.weights.groups:
+            for p in group["params"]:
+                arrived = self._waiting(p)
+                if arrived is not None:
+                    self._norms2[p] = arrived.norm2.sum()
+                    self._apply(p, arrived)
         if self._norms2:
             norms2 = list(self._norms2.values())
             total2 = torch.stack([norm2.to(norms2[0]) for norm2 in norms2]).sum()
-            for p, arrived in waiting:
-                self._apply(p, arrived, total2)
             self.grad_norm2 = total2
             self.clipping.note(total2)
         self._clear()
         self._attach_missing()
 
-    def _window(self, p: Tensor, group: dict[str, Any]) -> Window | None:
-        """What waits for `step()`; with several processes, something does for every projected parameter."""
-        window = self._windows.pop(p, None)
-        if p.grad is not None:  # never taken: averaged by DDP, or set by hand
+    def _waiting(self, p: Tensor) -> Arrived | None:
+        """What of `p` waits for `step()`."""
+        window = self._windows.pop(p, None) or Window()
+        if p.grad is not None:  # never taken: set by hand
             refuse_unsupported(p.grad, self.weights.of(p).geometry.name)
-            window = window or Window()
             window.add_whole(p.grad)
-        expected = is_projected(p, group) and p.requires_grad and p not in self._norms2
-        if window is None and expected and exchange.world_size() > 1:
-            window = Window()  # others may have used it, and wait
-            window.add_whole(torch.zeros_like(p))
-        return window
-
-    def _complete(self, p: Tensor, window: Window) -> Arrived:
-        projected = not isinstance(self.weights.of(p), FullWeight)
-        summed = self.mode.gradient_accumulation and exchange.world_size() > 1 and projected
-        if window.lows is None and window.G is not None and not summed:
-            return self._arrive(p, window.G)
+        if window.lows is None:
+            return None if window.G is None else self._arrive(p, window.G)
         if window.G is not None:
-            arrived = self._arrive(p, window.G, window)
-            window.add(arrived.gradient, arrived.energy)  # type: ignore[arg-type]
-        if summed:
-            window.average_()
+            self._add(p, window.G, window)
         return window.arrived()
 
     @staticmethod

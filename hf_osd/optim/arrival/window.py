@@ -3,14 +3,15 @@
 Letters and shapes as in `subspace.operators`; G_i is the gradient of micro-batch i.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..step.algorithm import FIRST, LATER, Turn
 from ..step.low_rank import LowRank
-from . import exchange
 
 
 Lows = list[LowRank | None]  # of a matrix one, of a stack one for each expert; None without a P as yet
@@ -21,7 +22,7 @@ class Arrived(NamedTuple):
 
     gradient: Tensor | Lows
     energy: Tensor  # squared norm that A belongs to: () or, of a stack, (E,)
-    norm2: Tensor  # likewise of the gradient; a stand-in where it is a sum or mean that never was whole
+    norm2: Tensor  # likewise of the gradient; a stand-in where it is a sum that never was whole
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Window:
 
     def add(self, lows: Lows, energy: Tensor) -> None:
         """Add a gradient's image; of one that came before there was a P, it counts only whether it was finite."""
-        R_energy = exchange.squared_norms_of_R(lows, energy)
+        R_energy = squared_norms_of_R(lows, energy)
         if self.lows is None or self.energy is None or self.R_energy is None:
             self.lows, self.energy, self.R_energy = lows, energy, R_energy
             return
@@ -55,16 +56,29 @@ class Window:
         parts = [X for low in self.lows or () if low is not None for X in low]
         return sum(X.nbytes for X in (self.G, *parts) if X is not None)
 
-    def average_(self) -> None:
-        """Replace what is summed here by its mean over the processes."""
-        if self.lows is not None and self.energy is not None and self.R_energy is not None:
-            exchange.average_window_(self.lows, self.energy, self.R_energy)
-
     def arrived(self) -> Arrived:
         """What the window has come to."""
         assert self.lows is not None and self.energy is not None and self.R_energy is not None
-        norm2 = exchange.norm_stand_in(self.energy, self.lows, self.R_energy)
+        norm2 = norm_stand_in(self.energy, self.lows, self.R_energy)
         return Arrived(self.lows, self.energy, norm2)
+
+
+def squared_norms_of_R(lows: Sequence[LowRank | None], like: Tensor) -> Tensor:
+    """||R||² of each matrix, zero without one, in the shape of `like`: () or (E,)."""
+    zero = like.new_zeros(())
+    return torch.stack([zero if low is None else low.R.square().sum() for low in lows]).view_as(like)
+
+
+def norm_stand_in(energy: Tensor, lows: Sequence[LowRank | None], R_energy: Tensor) -> Tensor:
+    """||G||² of a sum of gradients, from the sums of their ||G_i||² and ||R_i||² and its R.
+
+        ||G||² ~ sum ||G_i||² * ||R||² / sum ||R_i||²
+
+    that is, the part outside the subspace is taken to add up as the part inside does. It scales P's gradient, and
+    clipping goes by it; never the update of the weights.
+    """
+    # Where nothing lies in the subspace (0 / 0) the parts' own; a broken gradient stays one.
+    return torch.where(R_energy == 0, energy, energy * (squared_norms_of_R(lows, energy) / R_energy))
 
 
 def _sum(a: LowRank | None, b: LowRank | None) -> LowRank | None:

@@ -24,7 +24,6 @@ from ...subspace import build_subspace
 
 
 CLIPPINGS = ("parameter", "previous_norm")
-COMPRESSIONS = ("subspace",)
 LAYERWISE_SUFFIX = "_layerwise"
 
 _LAYERWISE = Need(
@@ -60,12 +59,12 @@ class Mode:
     )
     max_grad_norm: float | None = option(
         None,
-        "Norm that gradients are clipped to, with `layerwise` or `ddp_compression`.",
+        "Norm that gradients are clipped to, with `layerwise`.",
         check=number(0, open_below=True),
         needs=(
             Need(
-                lambda mode: mode["layerwise"] or mode["ddp_compression"] is not None,
-                "without `layerwise` or `ddp_compression`",
+                lambda mode: mode["layerwise"],
+                "without `layerwise`",
                 ", and clip with `torch.nn.utils.clip_grad_norm_`",
             ),
         ),
@@ -75,19 +74,10 @@ class Mode:
         False,
         "With `layerwise`: several backward passes come before a `step`, which then steps.\n\n"
         "What is projected adds up R, and P learns from each micro-batch; P_0 and SVDs are made from the first. What "
-        "is not adds up its gradient. Norms are estimated ([`~optim.arrival.exchange.norm_stand_in`]).",
+        "is not adds up its gradient. Norms are estimated ([`~optim.arrival.window.norm_stand_in`]).",
         check=boolean(),
         needs=(_LAYERWISE,),
         argument="gradient_accumulation_steps",
-    )
-    ddp_compression: str | None = option(
-        None,
-        "`subspace`: DDP averages r (m + n) numbers of a projected gradient, not m n.\n\n"
-        "The gradients that make a P are exchanged whole. Norms are estimated likewise. All processes must use the "
-        "same parameters; one that no process has used is stepped with a gradient of zero, as if it had been. DDP "
-        "must leave what is projected: [`create_osd_optimizer`], called before the model is wrapped, and Trainer tell "
-        "it.",
-        check=one_of(COMPRESSIONS),
     )
     partial_load: bool = option(
         False,
@@ -101,16 +91,9 @@ class Mode:
         refuse_without_effect(MODE_OPTIONS, asdict(self), "OSD")
 
     @property
-    def takes_gradients(self) -> bool:
-        """Whether gradients are taken off the parameters as they arrive."""
-        return self.layerwise or self.ddp_compression is not None
-
-    @property
     def clipping(self) -> str | None:
-        """How gradients are clipped: by parameter, by the previous step's norm, by this step's (`"norm"`), or not."""
-        if self.max_grad_norm is None:
-            return None
-        return (self.layerwise_clipping or "previous_norm") if self.layerwise else "norm"
+        """How gradients are clipped: by parameter, by the previous step's norm, or not."""
+        return None if self.max_grad_norm is None else self.layerwise_clipping or "previous_norm"
 
 
 MODE_OPTIONS: dict[str, Option] = options_of(Mode)
@@ -119,14 +102,14 @@ MODE_DEFAULTS: dict[str, Any] = {name: own.default for name, own in MODE_OPTIONS
 
 def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
     """Raise `ValueError` for options of a parameter group that would not be exact in this mode."""
-    if group["rank"] is None or not mode.takes_gradients:
+    if group["rank"] is None or not mode.layerwise:
         return
-    sums = mode.gradient_accumulation or mode.ddp_compression is not None
-    name = "ddp_compression" if mode.ddp_compression is not None else "layerwise` with `gradient_accumulation"
+    sums = mode.gradient_accumulation
+    name = "layerwise` with `gradient_accumulation"
     reason = None
     if group["source"] == "activations":
-        name = "ddp_compression" if mode.ddp_compression is not None else "layerwise"
-        reason = "source='activations' has no gradients of full size to free or to exchange"
+        name = "layerwise"
+        reason = "source='activations' has no gradients of full size to free"
     elif sums and group["residual"] != "none":
         reason = (
             f"residual={group['residual']!r} needs the whole gradient, of which this keeps what is in the subspace"
@@ -144,11 +127,3 @@ def mode_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All mode options for an `optim` name, which says whether they are layerwise."""
     refuse_unknown(given, MODE_DEFAULTS.keys() - {"layerwise"}, "the mode")
     return asdict(Mode(layerwise=name.endswith(LAYERWISE_SUFFIX), **given))
-
-
-def refuse_without_projection(mode: Mode) -> None:
-    """Raise `ValueError` for what only projected parameters use, where there are none."""
-    if mode.ddp_compression is not None:
-        raise ValueError(
-            "`ddp_compression` has no effect: no parameter group has a `rank`, so nothing is projected. Leave it out."
-        )

@@ -16,7 +16,7 @@ where gP is the gradient of Eq. 6 at P, made of P and A (`subspace.pca`). Anothe
 else in the place of the last line, or nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -146,11 +146,6 @@ class ProjectedWeight(Weight):
     def moves(self, check: GradientCheck, turn: Turn) -> bool:
         """Whether P moves after the coming step."""
         return self.rules.subspace.moves_at(self.count)
-
-    def may_renew(self, turns: Sequence[Turn]) -> bool:
-        """Whether the next gradient, whose turn it is, may make a P, as far as the host knows."""
-        due = not self.started or self.overdue or self.rules.subspace.refresh_due(self.steps)
-        return turns[0] is not LATER and due
 
     def recount(self, check: GradientCheck) -> None:
         """Bring `count` up to date before P starts. Reads the device: this happens once."""

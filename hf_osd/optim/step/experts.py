@@ -73,10 +73,6 @@ class ExpertWeight(ProjectedWeight):
             self.ask(check)
         return moves_at(self.steps)
 
-    def may_renew(self, turns: Sequence[Turn]) -> bool:  # noqa: D102
-        due = not self.started or self.overdue or self.rules.subspace.refresh_due(self.steps + self.doubtful)
-        return turns[0] is not LATER and due
-
     def recount(self, check: GradientCheck) -> None:  # noqa: D102
         self.ask(check)
         super().recount(check)
@@ -131,10 +127,6 @@ class ExpertWeights(Weight):
         geometry = self.geometry
         zero = torch.zeros(geometry.projection_shape, dtype=geometry.compute_dtype, device=self.p.device)
         return torch.stack([expert.P.read() if expert.started else zero for expert in self.experts])
-
-    def may_renew(self, turns: Sequence[Turn]) -> bool:
-        """Whether the next gradient may make a P of any expert, as far as the host knows."""
-        return any(expert.may_renew([turn]) for expert, turn in zip(self.experts, turns, strict=True))
 
     def project(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LowRank(NamedTuple):
-    """All that a step needs of a gradient, so that G itself can go: it adds up over micro-batches and processes."""
+    """All that a step needs of a gradient, so that G itself can go: it adds up over micro-batches."""
 
     R: Tensor  # down(G, P)
     A: Tensor | None  # correlate(G, Z, P), shaped like P; None where P does not move
