@@ -209,7 +209,7 @@ def given_projections(
         missing = [name for name in names if name not in given]
         if missing:
             raise ValueError(f"`init` has no P for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")
-        _refuse_other_sides(given, group, names)
+        _refuse_other_sides(given, group, dict(zip(names, (group["sides"][index] for index in places), strict=True)))
         # A ProjectionState's entries hold P and what it was learned with
         tensors = [getattr(given[name], "projection", given[name]) for name in names]
     else:
@@ -229,9 +229,9 @@ def given_projections(
     return dict(zip(names, tensors, strict=True))
 
 
-def _refuse_other_sides(given: Mapping[str, Any], group: Mapping[str, Any], names: list[str]) -> None:
+def _refuse_other_sides(given: Mapping[str, Any], group: Mapping[str, Any], sides: Mapping[str, str]) -> None:
     """Raise `ValueError` for P of a ProjectionState that belongs to the other dimension: of a square, it would fit."""
-    for name, side in zip(names, group["sides"], strict=True):
+    for name, side in sides.items():
         own = getattr(given[name], "side", side)
         if own != side:
             way_out = f"Give side={own!r}." if group["source"] == "gradients" else "Use source='gradients' for it."

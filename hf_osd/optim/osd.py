@@ -342,8 +342,9 @@ class OSD(torch.optim.Optimizer):
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)
             self._given_projections |= given
-            self._weights = None
+            self.weights.groups = self.trained_groups
             self.weights.meet()
+            self.weights.let_go()
         except Exception:
             self.param_groups.pop()
             raise
@@ -450,6 +451,8 @@ class OSD(torch.optim.Optimizer):
         saved["param_groups"] = [group for group in saved["param_groups"] if STAND_INS not in group]
         if saved["state"]:  # whole, for torch.distributed.checkpoint loads no entries that are not there
             saved["state"] = self.weights.missing_states() | saved["state"]
+        else:
+            self.weights.let_go()
         return saved if self._stream is None else self._stream.clipping.with_norm(saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_osd
 from hf_osd import OSD, OSDCallback, OSDTrainer, OSDTrainingArguments, register
+from hf_osd.layers import CHILD
 from hf_osd.optim import OPTIM_NAMES
 from hf_osd.optim.step.geometry import ProjectedGeometry
 from hf_osd.trainer.patches import PATCHES
@@ -44,8 +45,8 @@ def test_every_name_builds_its_optimizer_in_a_stock_trainer(name, stock):
     assert type(optimizer) is OSD
     assert {group["weight_rule"] for group in optimizer.param_groups} == {OPTIM_NAMES[name]}
     assert {group["lr"] for group in optimizer.param_groups} == {2e-3}
-    found = {id(p): optimizer.weight_of(p).geometry for group in optimizer.param_groups for p in group["params"]}
-    assert found.keys() == {id(p) for p in model.parameters()}
+    found = {id(p): optimizer.weight_of(p).geometry for group in optimizer.trained_groups for p in group["params"]}
+    assert found.keys() == {id(p) for name, p in model.named_parameters() if not name.startswith(CHILD)}
     assert sum(isinstance(geometry, ProjectedGeometry) and geometry.rank == 4 for geometry in found.values()) == 14
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...layers import PreparedLayers
 from ...layers.layer import LayerInfo
@@ -23,7 +24,7 @@ from .input_weight import InputWeight
 from .movement import Movements
 from .projection import usable
 from .sharding import Sharding, local
-from .sides import settle_sides
+from .sides import FULL_SIZE, settle_sides
 from .state import create_state, state_spec
 
 
@@ -60,6 +61,7 @@ class Weights:
         self.observing = False
         self.observations: dict[AnyWeight, tuple[Tensor, Tensor]] = {}
         self._weights: dict[Tensor, AnyWeight] = {}
+        self._met = WeakTensorKeyDictionary()  # parameter -> its geometry and group, when last met
         self.meet()
 
     def __iter__(self) -> Iterator[AnyWeight]:
@@ -146,6 +148,7 @@ class Weights:
 
         By such a step `torch.distributed.checkpoint` has states made, and it must not count.
         """
+        self.meet()
         trainable = [p for p in self._weights if p.requires_grad]
         if any(group["lr"] for group in self.groups) or any(p.grad is None for p in trainable):
             return False
@@ -165,6 +168,10 @@ class Weights:
         if isinstance(weight, InputWeight) and weight.leader is not weight:
             self.of(weight.leader.p)  # whose state has P
 
+    def let_go(self) -> None:
+        """Hold no parameter: before the first step they may be exchanged, and must not be alive twice."""
+        self._weights.clear()
+
     def meet(self) -> None:
         """Make weights for all parameters as they are now, and for no others."""
         known, self._weights, position = self._weights, {}, 0
@@ -174,7 +181,7 @@ class Weights:
         self._options: list[Any] = [None] * len(self.groups)  # of each group, as its weights go by them
         self._rules: list[Rules | None] = [None] * len(self.groups)
         for group in self.groups:
-            _name_again(group, known)
+            _name_again(group, self._met)
             if group["rank"] is not None:
                 if group["source"] == "activations" and self.layers is None:
                     raise ValueError(
@@ -188,7 +195,7 @@ class Weights:
                 if weight is None or not as_before or weight.geometry.holder != geometry.holder:
                     weight = self._make(p, geometry, group)
                     _convert(self.state.get(p, {}), weight)
-                self._weights[p] = weight
+                self._weights[p], self._met[p] = weight, (weight.geometry, group)
                 position += 1
         self._share()
         self.follow()
@@ -350,9 +357,9 @@ class Weights:
         return {weight: self.observations[weight] for weight in self if weight in self.observations}
 
 
-def _name_again(group: Group, known: Mapping[Tensor, AnyWeight]) -> None:
+def _name_again(group: Group, met: Mapping[Tensor, tuple[Geometry, Group]]) -> None:
     """Let the names and sides of a group be those of its parameters, where users have taken some out of it."""
-    own = [known[p].geometry if p in known and known[p].group is group else None for p in group["params"]]
+    own = [met[p][0] if p in met and met[p][1] is group else None for p in group["params"]]
     for key, attribute in (("param_names", "name"), ("sides", "side")):
         stored = group.get(key)
         if stored is None:
@@ -360,7 +367,8 @@ def _name_again(group: Group, known: Mapping[Tensor, AnyWeight]) -> None:
         if len(stored) != len(own) and None in own:
             raise ValueError("A parameter group was given parameters by hand: use `add_param_group`.")
         group[key] = [
-            stored[index] if geometry is None else getattr(geometry, attribute) for index, geometry in enumerate(own)
+            stored[index] if geometry is None else getattr(geometry, attribute, FULL_SIZE)
+            for index, geometry in enumerate(own)
         ]
 
 
