@@ -15,7 +15,7 @@ from hf_osd.optim.arrival.stream import GradientStream
 from hf_osd.optim.options.mode import Mode
 
 
-PLAIN = [name for name in OPTIM_NAMES if not name.endswith("_layerwise")]
+PLAIN = [name for name in OPTIM_NAMES if f"{name}_layerwise" in OPTIM_NAMES]
 
 
 def train(folder: Path, optim: str, steps: int, **options) -> Trainer:
