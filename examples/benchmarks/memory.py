@@ -3,7 +3,7 @@
 Three steps of a LLaMA with random weights for each optimizer of ours and its peers, ordinary and layerwise, without
 and with gradient checkpointing. On the CPU allocations are counted by torch.profiler, on a GPU by the caching
 allocator. bitsandbytes' kernels decode into temporaries on CPUs and only there: its peak is told without them. With
-`source=activations` R and A count as gradients, beside those of what is not projected.
+`source=activations` R counts as a gradient, and A, which lives until the step, among the activations.
 Writes results/<device>/memory.json, .md (a few, measured), _all.md (predicted and measured) and .png.
 
 Needs: the `examples` extra.
@@ -24,7 +24,6 @@ from allocations import counted
 from environment import added, describe, named, results_folder, save
 from hf_osd.estimate import DTYPES, Method, Workload, adamw, adamw8bit, galore, lora, osd
 from hf_osd.estimate.models import enable_checkpointing
-from hf_osd.layers import CHILD
 from hf_osd.optim import OPTIM_NAMES
 from layerwise_memory import LiveGradients
 from whole_models import BASELINE, PEERS, load_config, make_optimizer, parse_name, prepare_model, random_model
@@ -33,7 +32,7 @@ from whole_models import BASELINE, PEERS, load_config, make_optimizer, parse_nam
 ACTIVATIONS = ("osd_adamw:source=activations", "osd_adamw8bit:source=activations")
 CHECKPOINTED = (BASELINE, "osd_adamw8bit", "osd_adamw8bit_layerwise", "osd_adamw8bit:source=activations")
 STEPS = 3
-RUNS = [*PEERS, *OPTIM_NAMES, *ACTIVATIONS]
+RUNS = [*PEERS, *(name for name in OPTIM_NAMES if name.startswith("osd_")), *ACTIVATIONS]
 FEW = [*PEERS, "osd_adamw", "osd_adamw8bit", "osd_adamw8bit_layerwise", *ACTIVATIONS]
 PARTS = {
     "weights": "weights",
@@ -82,7 +81,6 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
             for step in range(STEPS):
                 with phase(f"forward {step}"):
                     loss = model(input_ids=ids, labels=ids).loss
-                seen_inputs = bytes_of_inputs(model)
                 with phase(f"backward {step}"):
                     loss.backward()
                 with phase(f"optimizer {step}"):
@@ -98,28 +96,20 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
     decodes = name == "adamw_bnb_8bit" and device == "cpu"
     return {
         "weights": seen["model"].end - seen["model"].start,
-        "gradients": gradients.peak + seen_inputs,
+        "gradients": gradients.peak,
         "state": seen[f"end {last}"].end - seen["model"].end - projection,
         "projection": projection,
-        "activations": seen[f"forward {last}"].end - seen[f"forward {last}"].start - seen_inputs,
+        "activations": seen[f"forward {last}"].end - seen[f"forward {last}"].start,
         "temporaries": max(part.peak - part.end for part in steps),
         "peak": max(part.peak for part in seen.values() if not (decodes and part in steps)) - seen["model"].start,
     }
-
-
-def bytes_of_inputs(model: torch.nn.Module) -> int:
-    """A of `source="activations"`: made in the forward pass, but kept until the step, as R is."""
-    layers = getattr(model, CHILD, None)
-    return 0 if layers is None else sum(shared.A.nbytes for shared in layers.inputs() if shared.A is not None)
 
 
 def predicted(work: Workload, name: str, checkpointing: bool, settings: argparse.Namespace) -> dict[str, int]:
     """The same parts from the config alone."""
     method = predict(work, name, settings.rank)
     parts = asdict(work.parts(method, checkpointing, settings.batch))
-    run = work.run(method.model, checkpointing, settings.batch)
-    parts["activations"] = run.forward - run.left  # with what the loss keeps
-    parts["gradients"] += run.left  # A
+    parts["activations"] = work.run(method.model, checkpointing, settings.batch).forward  # with what the loss keeps
     return {part: parts[part] for part in PARTS}
 
 

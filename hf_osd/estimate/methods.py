@@ -132,6 +132,8 @@ def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, lay
         return replace(_of_state(name, optimizer, step_temporaries(optimizer, layerwise)), layerwise=layerwise)
     prepared = Prepared(model, optimizer)
     temporaries = {"": _two_steps(prepared)}  # from which on it is known what layers share
+    if optimizer.layers is not None:
+        optimizer.layers.findable = True  # stand-ins, whose gradients are to be seen
     return replace(_of_state(name, optimizer, temporaries), model=f"{name}, rank {rank}, {options}", prepared=prepared)
 
 

@@ -86,7 +86,9 @@ def find_changes(
     random = [name.rpartition(".")[0] for name in new if "." in name]
     forced = [*modules_to_save, *(random if kinds else [])]
     heads = _topmost(
-        name for name in [*modules_to_save, *random, *_heads(tuned)] if not isinstance(modules[name], CONTAINERS)
+        name
+        for name in [*modules_to_save, *random, *_heads(tuned)]
+        if name in modules and not isinstance(modules[name], CONTAINERS)  # the stand-ins of prepared layers hide
     )
     differing = _differing(ours, theirs)
     owners = _by_owner(differing, modules, heads)

@@ -109,7 +109,7 @@ def first_step(shape: torch.Size) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_attention_with_a_mask_that_is_trained(checkpointing: bool, monkeypatch):
     """T5's biases of positions need a gradient, and no fused kernel of CPUs gives one."""
-    monkeypatch.setattr(memory, "AutoModelForCausalLM", AutoModelForSeq2SeqLM)
+    monkeypatch.setattr("whole_models.AutoModelForCausalLM", AutoModelForSeq2SeqLM)
     config = T5Config(vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0)
     config.architectures, config.decoder_start_token_id = ["T5ForConditionalGeneration"], 0
     check(*both(config, "adamw_torch_fused", checkpointing))

@@ -54,10 +54,10 @@ def test_it_runs(run, tmp_path, capsys):
 
 def test_gradients_that_never_exist_are_not_counted_and_r_is(run, tmp_path):
     name = "osd_adamw:source=activations"
-    run("--runs", "osd_adamw")
-    gradients, activations = (row["measured"] for row in run("--runs", name, "--add"))
-    # embeddings and head, three norms, and of 4 columns R of the seven matrices and A of their four inputs
-    assert activations["gradients"] == 4 * (2 * 100 * 32 + 3 * 32 + 4 * (4 * 32 + 2 * 48 + 32) + 4 * (3 * 32 + 48))
+    run("--runs", "osd_adamw", "--seq", "64")
+    gradients, activations = (row["measured"] for row in run("--runs", name, "--seq", "64", "--add"))
+    # embeddings and head, three norms, and of 4 columns R of the seven matrices
+    assert activations["gradients"] == 4 * (2 * 100 * 32 + 3 * 32 + 4 * (4 * 32 + 2 * 48 + 32))
     assert gradients["gradients"] == 4 * (2 * 100 * 32 + 3 * 32 + 4 * 32 * 32 + 3 * 32 * 48)
     assert (
         activations["projection"] < gradients["projection"] and activations["activations"] < gradients["activations"]
