@@ -14,6 +14,7 @@ COLUMNS = ("accumulation", "clipping", "DDP", "FSDP2", "8-bit", "resume", "resid
 DDP, FSDP2, MESHES = "distributed/test_ddp.py", "distributed/test_fsdp2.py", "distributed/test_fsdp2_meshes.py"
 ONE, REFUSED = f"{DDP}::test_two_processes_train_as_one", f"{MESHES}::test_scenario[refused]"
 TRAINER = f"{DDP}::test_trainer_on_two_processes_is_trainer_on_one"
+LAYERS, STOCK = "layers", "trainer/test_activations.py"
 SAVED = "distributed/test_fsdp2_checkpoints.py"
 LAYERWISE = "trainer/test_layerwise_trainer.py"
 SHARDED, HOOKS = "distributed/test_fsdp2_family.py", "optim/test_layerwise_family.py"
@@ -70,6 +71,23 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
             "without accumulation or clipping",
             [f"{ALIKE}[power]", INEXACT, f"{HOOKS}::test_power_is_refused_with_clipping_and_works_without_momentum"],
         ),
+    ],
+    "`source=activations`": [
+        (
+            "yes",
+            [f"{LAYERS}/test_against_twin.py::test_a_hundred_steps", f"{STOCK}::test_accumulation_is_one_large_batch"],
+        ),
+        (
+            "global, of R",
+            [f"{TRAINER}[trainer_activations]", f"{LAYERS}/test_model_stays.py::test_fp16_scaler_with_clipping"],
+        ),
+        ("yes", ["distributed/test_activations_ddp.py::test_two_processes"]),
+        ("refused", ["rso/test_rso_ddp.py::test_two_processes_train_as_one"]),
+        ("yes", [f"{STOCK}::test_resume_is_exact"]),
+        ("exact", [f"{STOCK}::test_resume_is_exact", f"{LAYERS}/test_model_stays.py::test_resume_is_exact"]),
+        ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
+        ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
+        ("yes", [f"{LAYERS}/test_model_stays.py::test_resume_is_exact"]),
     ],
     "FSDP2": [
         ("yes", [f"{FSDP2}::test_two_processes[accumulated]"]),

@@ -236,7 +236,7 @@ class OSD(torch.optim.Optimizer):
             self._add_stand_ins(layers)
             self.weights.share_given()
             self.attach()
-            weakref.finalize(self, layers.remove)  # nobody else would step what the layers make
+            weakref.finalize(self, layers.remove).atexit = False  # nobody else would step what the layers make
         if self.mode.layerwise:
             self._stream = GradientStream(self._weights_now(), self.mode)
             self._stream.attach()
