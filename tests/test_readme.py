@@ -22,7 +22,7 @@ TEXT = README.replace("\n", " ")  # for what may break anywhere
 RESULTS = ROOT / "examples" / "benchmarks" / "results" / "cpu_2_cores"
 
 
-@pytest.mark.parametrize("name", ["family_text", "step_time", "memory"])
+@pytest.mark.parametrize("name", ["family_text", "step_time", "memory", "training_step"])
 def test_tables_are_the_committed_results(name: str):
     table = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     assert table in README
