@@ -22,6 +22,8 @@ class InSubspace:
         osd, W = self.osd, self.weight  # type: ignore[attr-defined]
         if not torch.is_grad_enabled() or not (W.requires_grad or osd.hidden):
             return self.plain.forward(self, x)
+        if not osd.stand_in.requires_grad:  # as where all parameters were frozen, and W is no longer
+            osd.stand_in.requires_grad_(True)
         if osd.input is None:
             osd.meet(x)
         xP = osd.input.project(x)  # type: ignore[union-attr]

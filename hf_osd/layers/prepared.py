@@ -95,11 +95,7 @@ class PreparedLayers(nn.Module):
 
         What pairs the model's parameters with another's, to average or copy them, finds the model's own.
         """
-        if (
-            memo is None
-            or self.findable
-            or any(B.grad is not None for B in self._parameters.values() if B is not None)
-        ):
+        if memo is None or self.findable or self.has_gradients:
             yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def leave(self, name: str, reason: str) -> None:
@@ -128,6 +124,14 @@ class PreparedLayers(nn.Module):
                 self.layers[name].input = known[holder]
                 self.meeting.changed = True
 
+    def go_back(self, holders: Mapping[str, str]) -> None:
+        """Be as a saved state says: share as it does, and start anew what it has no P of."""
+        self.share_as(holders)
+        for shared in self.inputs():
+            if shared.leader not in holders.values():
+                shared.restart()
+        self.forget()
+
     def inputs(self) -> Iterator[Any]:
         """Every input that has been met, once."""
         return iter(dict.fromkeys(layer.input for layer in self.layers.values() if layer.input is not None))
@@ -147,6 +151,11 @@ class PreparedLayers(nn.Module):
         layers = self.layers.values()
         average_inputs({met: layer.weight.dtype for layer in layers if (met := layer.input) is not None}, group)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward pass has made any R."""
+        return any(B.grad is not None for B in self._parameters.values() if B is not None)
+
     def forget(self) -> None:
         """Forget what was seen since the last step, R included."""
         for shared in self.inputs():
@@ -161,7 +170,7 @@ class PreparedLayers(nn.Module):
         """Nothing."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Module, ()  # of a copied model, whose layers are plain
+        return nn.Identity, ()  # of a copied model, whose layers are plain
 
 
 def unload(model: nn.Module) -> nn.Module:

@@ -42,5 +42,6 @@ class SubspaceProduct(torch.autograd.Function):
         R = None
         if needs[3]:
             with full_precision(dY):
+                xP = xP.to(dY.dtype)
                 R = xP.t() @ dY if ctx.transposed else dY.t() @ xP
         return dx, None, dY.sum(0) if needs[2] else None, R, None, None

@@ -28,6 +28,7 @@ class SharedInput:
 
     Attributes:
         P (`torch.Tensor`, *optional*): (n, r), the optimizer's own; `None` before it is drawn.
+        code (`torch.Tensor`, *optional*): What the state keeps instead of P, once it does.
         started (`bool`): Whether weights are stepped by it. Before, P is a random sketch, from which it starts.
         learns (`bool`): Whether P is to move after the coming step.
         turn (`int`): Which of the k first tokens is the first that P learns of.
@@ -37,13 +38,18 @@ class SharedInput:
 
     def __init__(self, leader: str, first: FirstProjection, every: int):
         self.leader, self.first, self.every = leader, first, every
-        self.P: Tensor | None = None
-        self.started = first.complete
-        self.learns, self.turn = not first.complete or first.rule.moves_at(0), 0
+        self.restart()
         self.A: Tensor | None = None
         self.energy: Tensor | None = None
         self._outside = False
         self._last: tuple[Any, int, Any] = (lambda: None, 0, None)
+
+    def restart(self) -> None:
+        """Be as before the first forward pass."""
+        self.P: Tensor | None = None
+        self.code: Tensor | None = None
+        self.started = self.first.complete
+        self.learns, self.turn = not self.first.complete or self.first.rule.moves_at(0), 0
 
     @torch.no_grad()
     def project(self, x: Tensor) -> Tensor:
@@ -53,7 +59,7 @@ class SharedInput:
         last, version, product = self._last
         if last() is x and version == x._version:
             known = product()
-            if known is not None:
+            if known is not None and known.dtype == _dtype_of_products(x):
                 return known
         if self.P is None:
             self.P = self.first.draw(x.shape[-1], x.device)
@@ -93,12 +99,25 @@ class SharedInput:
         """What was seen since the last step."""
         self.A = self.energy = None
         self._outside = False
+        self.forget_product()
+
+    def forget_product(self) -> None:
+        """Forget x P of the last x: P moves, and whoever keeps that x and its outputs would be given it again."""
+        self._last = (lambda: None, 0, None)
 
     def make_room(self) -> None:
         """Drop the sketch, of which A tells all, before P is made of that."""
         if not self.started and self.A is not None:
             self.P = None
 
-    def bind(self, P: Tensor) -> None:
-        """Use this P, the optimizer's, from now on, and step by it."""
-        self.P, self.started = P, True
+    def bind(self, P: Tensor, code: Tensor | None) -> None:
+        """Use this P, the optimizer's, and what it keeps instead, from now on, and step by it."""
+        self.P, self.code, self.started = P, code, True
+        self.forget_product()
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    """What products of x come in: autocast may be on for one layer and off for another."""
+    kind = x.device.type
+    autocast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype

@@ -251,6 +251,7 @@ class OSD(torch.optim.Optimizer):
         if names:
             stand_ins = [(f"{CHILD}.{key}", B) for key, B in layers.named_parameters()]
         own = {"params": stand_ins, "rank": None, STAND_INS: True}
+        own |= {name: self.param_groups[0][name] for name in options.CYCLED}  # as schedules look for them
         super().add_param_group(options.DEFAULTS | self.defaults | own)
 
     @property
@@ -329,7 +330,7 @@ class OSD(torch.optim.Optimizer):
         refuse_ignored(param_group)
         # A copy, for what is settled here is this optimizer's: the same dictionary can make another one.
         shared = options.DEFAULTS | self.defaults
-        group = named(param_group, self.param_groups)
+        group = named(param_group, self.trained_groups)
         super().add_param_group(shared | (with_plain_names([group])[0] if self._constructed else group))
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
         if "rank" not in own and not any(map(is_matrix, group["params"])):
@@ -407,8 +408,10 @@ class OSD(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those that have been taken off the parameters as well."""
+        # without any R, what was seen is of a backward pass that comes after this
+        made = self._layers is not None and self._layers.has_gradients
         super().zero_grad(set_to_none)
-        if self._layers is not None:
+        if self._layers is not None and made:
             self._layers.forget()
         if self._stream is not None:
             self._stream.discard()
@@ -447,8 +450,11 @@ class OSD(torch.optim.Optimizer):
         """As of every optimizer; the norm that `previous_norm` clips by is in the groups."""
         self.weights.meet()
         self.weights.use_given()
-        saved = super().state_dict()
-        saved["param_groups"] = [group for group in saved["param_groups"] if STAND_INS not in group]
+        everything, self.param_groups = self.param_groups, self.trained_groups
+        try:
+            saved = super().state_dict()
+        finally:
+            self.param_groups = everything
         if saved["state"]:  # whole, for torch.distributed.checkpoint loads no entries that are not there
             saved["state"] = self.weights.missing_states() | saved["state"]
         else:
@@ -470,7 +476,7 @@ class OSD(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         live = self.trained_groups
         if self._layers is not None:
-            self._layers.share_as(saved_inputs(state_dict))
+            self._layers.go_back(saved_inputs(state_dict))
         self.weights.meet()  # which settles the sides of parameters that were sharded since
         state, groups = match_state(live, state_dict, self.partial_load)
         groups, clip_norm2 = take_norm(copy.deepcopy(groups))

@@ -108,6 +108,9 @@ class InputWeight(ProjectedWeight):
             return
         if self.P.rule.code is None:
             self.slot.state["projection"].copy_(shared.P)
+        elif shared.code is not None:  # of a state that is gone
+            self.slot.state[self.P.key].copy_(shared.code)
+            self.P.forget()
         else:
             self.P.make(shared.P, Make(self.group["init"], 0, first=True))
         self.P.started = True
@@ -140,7 +143,7 @@ class InputWeight(ProjectedWeight):
 
     def _give(self, shared: SharedInput) -> None:
         """P for the next forward pass, and whether it is to learn then."""
-        shared.bind(self.projection)
+        shared.bind(self.projection, None if self.P.rule.code is None else self.slot.state[self.P.key])
         shared.learns = self.P.rule.moves_at(self.count)
         shared.turn = self.count % shared.every
 

@@ -1,0 +1,133 @@
+"""What loops do in other orders, with tensors that they keep, and with parameters that they freeze and thaw."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from reference.nets_in_layers import N, Net, Other, batch, distance, loss_of, make, train
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"subspace": "power"}, {"subspace": "static"}, {"init": "orthonormal"}], ids=str
+)
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_are_cleared_between_the_passes(options, set_to_none):
+    """As in PyTorch's tutorials and in Lightning."""
+    net, other = Net(), Net()
+    optimizer, second = make(net, **options), make(other, **options)
+    for step in range(5):
+        loss = loss_of(net(batch(step)))
+        optimizer.zero_grad(set_to_none)
+        loss.backward()
+        optimizer.step()
+    train(other, second, range(5))
+    assert distance(net, other) == 0
+    assert distance(net, Net()) > 1e-3
+
+
+def test_an_input_and_its_outputs_that_are_kept():
+    net = Net()
+    optimizer = make(net)
+    x = batch(0)
+    kept = []
+    for _ in range(4):
+        kept.append(net(x))
+        plain = copy.deepcopy(net)
+        loss_of(kept[-1]).backward()
+        loss_of(plain(x)).backward()
+        for name, layer in optimizer._layers.layers.items():
+            G, P = plain.get_parameter(name).grad, layer.input.P
+            expected = P.T @ G if layer.side == "left" else G @ P
+            assert (layer.stand_in.grad - expected).abs().max() < 1e-12
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_all_is_frozen_and_some_thawed():
+    net, other = Net(), Net()
+    optimizer, second = make(net), make(other)
+    net.requires_grad_(False)
+    net.requires_grad_(True)
+    train(net, optimizer, range(3))
+    loss_of(net(batch(3))).backward()
+    net.requires_grad_(False)
+    optimizer.step()
+    optimizer.zero_grad()
+    net.requires_grad_(True)
+    train(net, optimizer, range(4, 6))
+    train(other, second, range(6))
+    assert distance(net, other) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"subspace": "random", "update_interval": 3}], ids=str)
+def test_going_back_to_a_state_without_steps_is_exact(options):
+    net, other = Net(), Net()
+    optimizer, second = make(net, **options), make(other, **options)
+    weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(net, optimizer, range(5))
+    net.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    train(net, optimizer, range(5))
+    train(other, second, range(5))
+    assert distance(net, other) == 0
+
+
+def test_a_cleared_state_goes_on_with_the_random_p_of_the_pass():
+    net = Net()
+    optimizer = make(net, "osd_sgd", subspace="random", update_interval=2, momentum=0.0)
+    train(net, optimizer, range(5))
+    optimizer.state.clear()
+    plain, P = copy.deepcopy(net), optimizer._layers.layers["layers.0.weight"].input.P.clone()
+    train(net, optimizer, [5])
+    loss_of(plain(batch(5))).backward()
+    W, G = plain.layers[0].weight, plain.layers[0].weight.grad
+    assert (net.layers[0].weight - (W - 1e-2 * G @ P @ P.T)).abs().max() < 1e-12
+
+
+def test_a_group_that_is_added_later_is_saved_and_loaded():
+    net = Net()
+    optimizer = make(net, target_modules=["layers.2"])
+    extra = nn.Linear(3, 3).double()
+    optimizer.add_param_group({"params": list(extra.parameters()), "rank": None})
+    extra(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    train(net, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    assert indices == list(range(len(indices)))
+    optimizer.load_state_dict(saved)
+
+
+def test_schedules_that_cycle_momentum():
+    net = Net()
+    optimizer = make(net)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=10)
+    for step in range(3):
+        train(net, optimizer, [step])
+        schedule.step()
+
+
+def test_a_model_that_is_a_sequential_is_copied():
+    net = nn.Sequential(nn.Linear(N, 24), nn.Linear(24, 16)).double()
+    optimizer = make(net)
+    train(net, optimizer, range(2))
+    other = copy.deepcopy(net)
+    assert torch.equal(other(batch(0)), net(batch(0)))
+
+
+def test_one_input_inside_and_outside_of_autocast():
+    def forward(layers, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            a = layers["a"](x)
+            with torch.autocast("cpu", enabled=False):
+                b = layers["b"](x)
+        return a.float() + b
+
+    net = Other(forward, a=nn.Linear(N, 24), b=nn.Linear(N, 24)).float()
+    optimizer = make(net)
+    net(batch(0).float()).square().sum().backward()
+    plain = copy.deepcopy(net)
+    plain(batch(0).float()).square().sum().backward()
+    layer = optimizer._layers.layers["layers.b.weight"]
+    assert (layer.stand_in.grad - plain.layers["b"].weight.grad @ layer.input.P).abs().max() < 1e-2
