@@ -1,11 +1,15 @@
 """Prepare a model's linear layers, in place, so that their gradients never exist, and give the plain ones back."""
 
+import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..subspace import effective_rank
 from .exchange import all_holders, average_inputs, in_a_process_of_many
@@ -14,6 +18,8 @@ from .layer import LayerInfo, Meeting, plain_class
 from .linear import InSubspace, prepared_classes
 from .shared_input import SharedInput
 
+
+logger = logging.getLogger("hf_osd")
 
 CHILD = "osd_stand_ins"  # the model's, while it is prepared
 
@@ -76,6 +82,7 @@ class PreparedLayers(nn.Module):
                 layer.hide()
         model.add_module(CHILD, self)
         self.installed = self.findable = True
+        self._watch = register_optimizer_step_pre_hook(_warn_of_others(self))
         if any(layer.input is None for layer in self.layers.values()):
             wait_for_first_pass(self)
 
@@ -86,6 +93,8 @@ class PreparedLayers(nn.Module):
             _make_plain(layer)
             layer.show()
         end_first_pass(self)
+        if self.installed:
+            self._watch.remove()
         self.installed = False
         if model._modules.get(CHILD) is self:
             del model._modules[CHILD]
@@ -188,6 +197,27 @@ def unload(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module._modules.pop(CHILD, None)  # of a copy
     return model
+
+
+def _warn_of_others(layers: PreparedLayers) -> Callable[..., None]:
+    """A hook of all optimizers' steps: says once of another one that it would never get the layers' gradients."""
+    known: WeakSet = WeakSet()
+    reference = weakref.ref(layers)
+
+    def hook(optimizer: Any, *_: Any) -> None:
+        own = reference()
+        if own is None or optimizer in known:
+            return
+        known.add(optimizer)
+        params = {p for group in optimizer.param_groups for p in group["params"]}
+        if params.isdisjoint(own.parameters()) and not params.isdisjoint(own.by_weight()):
+            logger.warning(
+                "%s steps weights whose layers make R for another optimizer, and they get no gradients. Call "
+                "`hf_osd.unload(model)` before.",
+                type(optimizer).__name__,
+            )
+
+    return hook
 
 
 def _make_plain(layer: LayerInfo) -> None:

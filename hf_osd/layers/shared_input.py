@@ -75,14 +75,15 @@ class SharedInput:
         with full_precision(x):
             xP = x @ self.P.to(x.dtype)
         if learns:
-            self._learn(x[self.turn :: self.every], xP[self.turn :: self.every])
+            start = self.turn % max(min(self.every, len(x)), 1)  # a few tokens are seen at every step, too
+            self._learn(x[start :: self.every], xP[start :: self.every])
         return xP
 
     def _learn(self, x: Tensor, xP: Tensor) -> None:
         dtype = self.first.dtype
         with reduced_precision(x):
             A = x.t().to(xP.dtype) @ xP
-        energy = torch.linalg.vector_norm(x, dtype=dtype).square()
+        energy = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, dtype)).square()
         if self.A is None or self.energy is None:
             self.A, self.energy = A.to(dtype), energy
         else:

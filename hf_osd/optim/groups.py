@@ -29,7 +29,8 @@ OF_OPTIMIZERS = (KEYS.keys() | MODE_OPTIONS.keys() | {"maximize", "amsgrad", "ne
 def refuse_ignored(group: Mapping[str, Any]) -> None:
     """Raise `ValueError` for options that a group does not have; what is no option of ours is its owner's own."""
     for name in sorted(group.keys() - options.OPTIONS.keys()):
-        near = difflib.get_close_matches(name, options.OPTIONS, n=1, cutoff=0.75)
+        swapped = [own for own in options.OPTIONS if sorted(own) == sorted(name)]  # rnak, but not size or unit
+        near = swapped or difflib.get_close_matches(name, options.OPTIONS, n=1, cutoff=0.85)
         if name in OF_OPTIMIZERS and group[name]:
             near = [KEYS[name].name] if name in KEYS and KEYS[name].name in options.OPTIONS else []
         elif not near or abs(len(near[0]) - len(name)) > 1:

@@ -163,7 +163,7 @@ def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) ->
     """
     found: dict[str, Traits | None] = {}
     for number, group in enumerate(groups):
-        options = {name: str(in_effect(group, name) or "-") for name in MATCHED}
+        options = {name: str(in_effect(group, name) or OPTIONS[name].unset or "-") for name in MATCHED}
         for index, name in enumerate(names_of(group, len(found))):
             if name not in params:
                 found[name] = None

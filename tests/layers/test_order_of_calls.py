@@ -1,11 +1,13 @@
 """What loops do in other orders, with tensors that they keep, and with parameters that they freeze and thaw."""
 
 import copy
+import logging
 
 import pytest
 import torch
 from torch import nn
 
+from hf_osd.layers import unload
 from reference.nets_in_layers import N, Net, Other, batch, distance, loss_of, make, train
 
 
@@ -131,3 +133,42 @@ def test_one_input_inside_and_outside_of_autocast():
     plain(batch(0).float()).square().sum().backward()
     layer = optimizer._layers.layers["layers.b.weight"]
     assert (layer.stand_in.grad - plain.layers["b"].weight.grad @ layer.input.P).abs().max() < 1e-2
+
+
+def test_another_optimizer_of_the_same_weights_is_told(caplog):
+    net = Net()
+    optimizer = make(net)
+    train(net, optimizer, range(2))
+    others = [p for name, p in net.named_parameters() if not name.endswith("weight") or "norm" in name]
+    weights = [layer.weight for layer in net.layers]
+    with caplog.at_level(logging.WARNING, "hf_osd"):
+        train(net, torch.optim.SGD(others, lr=1e-3), [2])  # of what is not prepared
+        train(net, optimizer, [3])
+        assert not any("unload" in record.message for record in caplog.records)
+        for step in (4, 5):
+            train(net, torch.optim.AdamW(weights) if step == 4 else optimizer, [step])
+    assert [record.message for record in caplog.records if "unload" in record.message]
+    unload(net)
+    caplog.clear()
+    train(net, torch.optim.AdamW(weights), [6])
+    assert not any("unload" in record.message for record in caplog.records)
+
+
+def test_a_model_that_is_converted_to_a_wider_type():
+    net = Net().float()
+    optimizer = make(net)
+    loss_of(net(batch(0).float())).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    net.double()
+    train(net, optimizer, range(3))
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_a_few_tokens_are_seen_at_every_step():
+    net = Net()
+    optimizer = make(net, projection_sample=64)
+    train(net, optimizer, range(3))
+    before = optimizer.state[net.layers[0].weight]["projection"].clone()
+    train(net, optimizer, [3])
+    assert not torch.equal(before, optimizer.state[net.layers[0].weight]["projection"])

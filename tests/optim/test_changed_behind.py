@@ -209,3 +209,19 @@ def test_a_parameter_that_is_taken_out_of_its_group(steps: int, named: bool):
     optimizer.param_groups[0]["params"].append(p)
     with pytest.raises(ValueError, match="add_param_group"):
         optimizer.state_dict()
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.0, 0.9), (0.9, 0.0)])
+def test_a_state_with_a_scheduled_momentum_is_resumed(first: float, then: float):
+    p, q = (nn.Parameter(torch.ones(8, 12)) for _ in range(2))
+    optimizer, second = (OSD([{"params": [x], "rank": 2}], lr=0.1, weight_rule="sgd", momentum=first) for x in (p, q))
+    for momentum in (first, then):
+        optimizer.param_groups[0]["momentum"] = momentum
+        p.grad = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    q.data.copy_(p.data)
+    for x, own in ((p, optimizer), (q, second)):
+        x.grad = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
+        own.step()
+    assert torch.equal(p, q)

@@ -148,7 +148,15 @@ def test_a_tensor_as_learning_rate():
 
 
 def test_keys_of_ones_own_stay_in_a_group():
-    own = {"lr_mult": 0.1, "layer_id": 3, "weight_decay_mult": 0.0, "maximize": False, "max_lr": 1.0}
+    own = {
+        "lr_mult": 0.1,
+        "layer_id": 3,
+        "weight_decay_mult": 0.0,
+        "maximize": False,
+        "max_lr": 1.0,
+        "size": 3,
+        "unit": "a",
+    }
     optimizer = OSD([{"params": [parameter(8, 12)], "rank": 2, **own}, {"params": [parameter(12)]}])
     assert optimizer.param_groups[0].items() >= own.items()
     other = OSD([{"params": [parameter(8, 12)], "rank": 2}, {"params": [parameter(12)]}])
