@@ -124,7 +124,9 @@ class Workload:
             model, optimizer = method.prepared
             (enable_checkpointing if checkpointing else disable_checkpointing)(model)
             self._runs[key] = self._trace(model, batch, method.prepared.projections)
-            optimizer.zero_grad()  # and what P was to learn
+            if optimizer.layers is not None:
+                optimizer.layers.forget()  # what P was to learn: R is gone, which zero_grad would know it by
+            optimizer.zero_grad()
         return self.run(*key)
 
     def parts(self, method: Method, checkpointing: bool, batch: int) -> Parts:
