@@ -138,7 +138,10 @@ class PreparedLayers(nn.Module):
         self.share_as(holders)
         for shared in self.inputs():
             if shared.leader not in holders.values():
+                before = shared.P
                 shared.restart()
+                if before is not None:  # a compiled forward pass, which draws none, may come next
+                    shared.P = shared.first.draw(before.shape[0], before.device)
         self.forget()
 
     def inputs(self) -> Iterator[Any]:

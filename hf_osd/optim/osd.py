@@ -254,11 +254,6 @@ class OSD(torch.optim.Optimizer):
         own |= {name: self.param_groups[0][name] for name in options.CYCLED}  # as schedules look for them
         super().add_param_group(options.DEFAULTS | self.defaults | own)
 
-    @property
-    def prepares_layers(self) -> bool:
-        """Whether layers of the model make R (`source="activations"`)."""
-        return self._layers is not None
-
     def begin_loop(self) -> None:
         """From now on the model's parameters are those that it always has, but for stand-ins that have a gradient."""
         if self._layers is not None:

@@ -70,7 +70,7 @@ class OSDCallback(TrainerCallback):
         osd = osd_of(optimizer)
         if isinstance(model, nn.Module):
             release(model.parameters(), keep=None if osd is None else osd.stream)
-            if osd is None or not osd.prepares_layers:
+            if osd is None or osd.layers is None:
                 unload(model)  # another optimizer's: this one would get no gradients
         if osd is None:
             return

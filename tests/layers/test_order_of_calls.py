@@ -76,6 +76,17 @@ def test_going_back_to_a_state_without_steps_is_exact(options):
     assert distance(net, other) == 0
 
 
+def test_a_compiled_model_goes_back():
+    net = Net()
+    optimizer = make(net)
+    state, model = copy.deepcopy(optimizer.state_dict()), torch.compile(net, backend="aot_eager")
+    train(model, optimizer, range(3))
+    before = copy.deepcopy(net.state_dict())
+    optimizer.load_state_dict(state)
+    train(model, optimizer, range(3))
+    assert all(not torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
 def test_a_cleared_state_goes_on_with_the_random_p_of_the_pass():
     net = Net()
     optimizer = make(net, "osd_sgd", subspace="random", update_interval=2, momentum=0.0)

@@ -64,7 +64,7 @@ class InputWeight(ProjectedWeight):
         super().follow(rules)
         group, geometry, layer = self.group, self.geometry, self.layer
         layer.every = group["projection_sample"] or TOKENS_PER_SAMPLE
-        layer.kind = (self.place, geometry.rank)
+        layer.kind = (id(group), geometry.rank)  # those of one group move P alike
         layer.first = FirstProjection(
             rules.subspace,
             geometry.side,
@@ -76,11 +76,6 @@ class InputWeight(ProjectedWeight):
         )
         if layer.input is not None and layer.input.leader == geometry.name:
             layer.input.first, layer.input.every = layer.first, layer.every
-
-    @property
-    def place(self) -> int:
-        """Identity of the group: those of one group move P alike."""
-        return id(self.group)
 
     def begin(self) -> None:  # noqa: D102
         if self.leader is self:
