@@ -15,6 +15,7 @@ from torch import Tensor
 
 
 _NARROW = 16
+_SMALL = 1 << 15
 
 
 def reduced_precision(X: Tensor) -> AbstractContextManager[Any]:
@@ -33,10 +34,11 @@ def full_precision(X: Tensor) -> AbstractContextManager[Any]:
     """Inside, products with float32 tensors on the CPU may run on another kernel, in the precision of float32.
 
     oneDNN's is twice as fast as torch's usual one on processors without matrix units that have bfloat16; where there
-    are such units it rounds to bfloat16, and nothing changes here.
+    are such units it rounds to bfloat16, and nothing changes here. Matrix products only: `torch.dot` becomes slow.
     """
-    fine = X.dtype == torch.float32 and X.is_cpu and not torch.compiler.is_compiling() and _keeps_float32()
-    return _IN_BFLOAT16 if fine else _AS_IT_IS
+    # handing a small product over takes longer than the product
+    large = X.is_cpu and X.dtype == torch.float32 and X.numel() > _SMALL
+    return _IN_BFLOAT16 if large and not torch.compiler.is_compiling() and _keeps_float32() else _AS_IT_IS
 
 
 def own_precision(device_types: Iterable[str]) -> AbstractContextManager[Any]:

@@ -144,6 +144,10 @@ class SubspaceRule:
         """Whether `advance_` is called after step `count`. A is only computed then."""
         return False
 
+    def moves_before(self, count: int) -> int:
+        """How often `moves_at` was true before step `count`: the part of the gradient that A is made of goes by it."""
+        return count
+
     def advance_(
         self,
         P: Tensor,  # (s, r) projection, modified in place
@@ -180,3 +184,7 @@ class Moved(SubspaceRule):
     def moves_at(self, count: int) -> bool:
         """At every `projection_interval`-th step."""
         return count % self.projection_interval == 0
+
+    def moves_before(self, count: int) -> int:
+        """At all multiples of `projection_interval` below it."""
+        return -(-count // self.projection_interval)

@@ -18,7 +18,7 @@ DEFAULT_RANK = 128  # of a run with a name: GaLore's and APOLLO's in transformer
 FLOAT_DTYPES = ("float32", "bfloat16")
 RESIDUALS = ("none", "scaled", "sign")
 SOURCES = ("gradients", "activations")
-TOKENS_PER_SAMPLE = 4  # of `projection_sample`, where P is learned from activations
+PROJECTION_SAMPLE = 4  # the default of `projection_sample`, where that is not 1
 
 
 def _rule(holds: Callable[[type[SubspaceRule]], bool], unknown: bool = True) -> Callable[[Mapping[str, Any]], bool]:
@@ -37,7 +37,6 @@ def _names(rules: Iterable[str]) -> str:
 
 RANK = Need(lambda group: group["rank"] is not None, "without a `rank`")
 GRADIENTS = Need(lambda group: group["source"] == "gradients", "with source='activations', where there is no gradient")
-ACTIVATIONS = Need(lambda group: group["source"] == "activations", "without source='activations'")
 LEARNED = Need(_rule(lambda rule: rule.learns, unknown=False), in_subspace(), ", or use subspace='online_pca'")
 
 
@@ -184,15 +183,17 @@ class Options:
     )
     projection_sample: int | None = option(
         None,
-        "P learns of one in `projection_sample` tokens, others at each step.",
+        "P learns of one in `projection_sample` parts of the gradient, another at each step.\n\n"
+        "They are blocks of the rows of G (the columns, where P is on its left), or tokens of the activations. "
+        "A, the only product that is there for P alone, costs as much less, and is without bias the same.",
         check=integer(1),
         needs=(
             RANK,
-            ACTIVATIONS,
             Need(_rule(lambda rule: rule.moves_at is not SubspaceRule.moves_at), in_subspace()),
+            Need(lambda group: group["side"] != "two_sided", "with side='two_sided'"),
         ),
-        card="tokens for each that P learns of",
-        unset=str(TOKENS_PER_SAMPLE),
+        card="parts of the gradient for each that P learns of",
+        unset=f"{PROJECTION_SAMPLE}, and 1 with `power` on gradients and two-sided",
     )
     projection_dtype: str | None = option(
         None,
@@ -236,3 +237,13 @@ class Options:
         check=integer(0, below=2**32),
         in_run="the run's",
     )
+
+
+def projection_sample_of(group: Mapping[str, Any]) -> int:
+    """The `projection_sample` that a group goes by."""
+    given: int | None = group["projection_sample"]
+    if given is not None:
+        return given
+    # a rule that makes a whole new P of A needs an A of full rank
+    small_steps = _rule(lambda rule: rule.learns)(group) and group["side"] != "two_sided"
+    return PROJECTION_SAMPLE if small_steps or group["source"] == "activations" else 1

@@ -34,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "projection_lr": 0.005,
         "lambda_": 0.0,
         "projection_weight_decay": 0.01,
+        "projection_sample": 1,
         "scale": 0.25,
     },
 }

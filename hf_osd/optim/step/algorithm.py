@@ -4,7 +4,7 @@ Letters and shapes as in `subspace.operators`, written for the left side. W (m, 
 (m, r) its projection. The first half of a step reads G and leaves what is small enough to be kept, added up or sent:
 
     R   = PᵀG                                                            R = down(G, P)
-    A   = G Rᵀ                                                           all that P learns of G
+    A   = G Rᵀ                                                           all that P learns of G: of some columns in turn
 
 the second half moves the weight, and then P, which was used before it moves:
 
@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...subspace.precision import reduced_precision
+from ...subspace.precision import full_precision, reduced_precision
 from ...update_rules import GradientCheck
+from ..options.general import projection_sample_of
 from ..options.rules import Rules
 from .geometry import ProjectedGeometry
 from .low_rank import LowRank, Update
@@ -42,31 +43,50 @@ ONLY, FIRST, LATER = Turn
 
 
 class GradientSource:
-    """Where a step's R and A come from: here the gradient G. A source that has no G leaves `LowRank.G` at `None`."""
+    """Where a step's R and A come from: here the gradient G. A source that has no G leaves `LowRank.G` at `None`.
 
-    def __init__(self, P: LiveProjection, moments: Moments, keeps_G: bool):
-        self.P, self.moments, self.keeps_G, self.rho = P, moments, keeps_G, P.rule.mixes
+    Args:
+        P ([`LiveProjection`]): The projection.
+        moments ([`Moments`]): Of the weight.
+        keeps_G (`bool`): Whether the rest of the step needs G.
+        every (`int`): k: A is made of one block in k of the long dimension of G, the next one at each movement.
+    """
+
+    def __init__(self, P: LiveProjection, moments: Moments, keeps_G: bool, every: int):
+        self.P, self.moments, self.keeps_G, self.every, self.rho = P, moments, keeps_G, every, P.rule.mixes
         self.op, self.dtype, self.sharding = P.geometry.op, P.geometry.compute_dtype, P.geometry.sharding
 
-    def low_rank(self, G: Tensor, moves: bool) -> LowRank:
-        """R = down(G, P), and A where P moves."""
+    def low_rank(self, G: Tensor, movement: int | None) -> LowRank:
+        """R = down(G, P), and A of the block of this movement, or `None` where P does not move."""
         P, A = self.P.read(), None
         if P.dtype != G.dtype:
             P = P.to(G.dtype)
-        R = self.op.down(G, P)
-        if moves:
+        with full_precision(G):
+            R = self.op.down(G, P)
+        if movement is not None:
             with reduced_precision(G):
-                A = self._mixed(G, R, P) if self.rho else self.op.correlate(G, R, P)
-            A = A.to(self.dtype)
+                A = self._correlate(G, R, P, movement).to(self.dtype)
             if self.sharding is not None:
                 A = self.sharding.sum(A)
         return LowRank(R.to(self.dtype), A, G if self.keeps_G else None)
 
-    def _mixed(self, G: Tensor, R: Tensor, P: Tensor) -> Tensor:
-        """A = correlate(rho M + (1 - rho) G, Z), with M = up(m) and Z = rho m + (1 - rho) R: momentum mixed in."""
-        rho, op, m = self.rho, self.op, self.moments.load()[0]["exp_avg"].to(R.dtype)
-        Z = torch.lerp(R, m, rho)
-        return op.correlate(G, Z, P).mul_(1 - rho).add_(op.correlate_up(m, Z, P), alpha=rho)
+    def _correlate(self, G: Tensor, R: Tensor, P: Tensor, movement: int) -> Tensor:
+        """A = k correlate(G_b, R_b), b the block: in the mean over k movements correlate(G, R)."""
+        rho, op, k = self.rho, self.op, 1
+        m = self.moments.load()[0]["exp_avg"].to(R.dtype) if rho else R
+        Z = torch.lerp(R, m, rho) if rho else R
+        G_b, Z_b = G, Z
+        if self.every > 1:
+            dim: Any = op.long_dim
+            length = G.shape[dim]
+            k = max(1, min(self.every, length))
+            start, end = (length * i // k for i in (movement % k, movement % k + 1))
+            G_b, Z_b = (X.narrow(dim, start, end - start) for X in (G, Z))
+        A = op.correlate(G_b, Z_b, P)
+        if k > 1 or rho:
+            A.mul_(k * (1 - rho))
+        # A = correlate(rho M + (1 - rho) G, Z), with M = up(m) and Z = rho m + (1 - rho) R: momentum mixed in
+        return A.add_(op.correlate_up(m, Z, P), alpha=rho) if rho else A
 
 
 class ProjectedWeight(Weight):
@@ -100,7 +120,8 @@ class ProjectedWeight(Weight):
                 return None
         elif turn is not LATER and self.renews(check) and self.steps > 0:  # a P that was given is used at first
             self._renew(G, check)
-        return self.source.low_rank(G, not fresh and self.moves(check, turn))
+        moves = not fresh and self.moves(check, turn)
+        return self.source.low_rank(G, self.P.rule.moves_before(self.count) if moves else None)
 
     def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
         """The half that moves W, and P, whose movement may wait for that of others."""
@@ -134,7 +155,8 @@ class ProjectedWeight(Weight):
             W.mul_(1 - self.group["lr"] * self.group["weight_decay"] * check.keep)
         if W.dtype != P.dtype:
             D, P = D.to(W.dtype), P.to(W.dtype)
-        op.add_up_(W, D, P, alpha=alpha)
+        with full_precision(W):
+            op.add_up_(W, D, P, alpha=alpha)
         if add_rest is not None:
             for rows in pieces(W):
                 add_rest(W[rows], rows, alpha)
@@ -181,7 +203,7 @@ class ProjectedWeight(Weight):
         super().follow(rules)
         self.P.follow(rules)
         self.P.carried[self.geometry.name] = self.moments
-        self.source = GradientSource(self.P, self.moments, keeps_G=kind is not None)
+        self.source = GradientSource(self.P, self.moments, kind is not None, projection_sample_of(self.group))
 
     def begin(self) -> None:  # noqa: D102
         super().begin()

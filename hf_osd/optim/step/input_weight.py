@@ -14,7 +14,7 @@ from ...layers.layer import LayerInfo
 from ...layers.shared_input import SharedInput
 from ...layers.start import FirstProjection
 from ...update_rules import GradientCheck
-from ..options.general import TOKENS_PER_SAMPLE
+from ..options.general import projection_sample_of
 from ..options.rules import Rules
 from .algorithm import ONLY, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
@@ -63,7 +63,7 @@ class InputWeight(ProjectedWeight):
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         super().follow(rules)
         group, geometry, layer = self.group, self.geometry, self.layer
-        layer.every = group["projection_sample"] or TOKENS_PER_SAMPLE
+        layer.every = projection_sample_of(group)
         layer.kind = (id(group), geometry.rank)  # those of one group move P alike
         layer.first = FirstProjection(
             rules.subspace,
@@ -140,7 +140,7 @@ class InputWeight(ProjectedWeight):
         """P for the next forward pass, and whether it is to learn then."""
         shared.bind(self.projection, None if self.P.rule.code is None else self.slot.state[self.P.key])
         shared.learns = self.P.rule.moves_at(self.count)
-        shared.turn = self.count % shared.every
+        shared.turn = self.P.rule.moves_before(self.count) % shared.every
 
     def observe_input(self, shared: SharedInput, check: GradientCheck) -> tuple[Tensor, Tensor] | None:
         """Share of the inputs outside the subspace and error of P's orthogonality; `None` where nothing was seen."""
