@@ -5,6 +5,7 @@ of the PCA loss.
 """
 
 from .protocol import GradientCheck, KeptMoment, Moment, RuleStep, UpdateRule
+from .blockwise import require_bitsandbytes
 from .storage import (
     MIN_8BIT_SIZE,
     MIN_BLOCK_SIZE,
@@ -12,7 +13,6 @@ from .storage import (
     Dense,
     MomentStorage,
     TensorSpec,
-    require_bitsandbytes,
 )
 from .table import RULES, build_rule, build_storage, has_carry, rule_options
 

@@ -6,12 +6,12 @@ parameter is decoded piece by piece.
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .blockwise import decode, encode
 from .protocol import KeptMoment
 
 
@@ -125,13 +125,7 @@ class BlockWise8bit:
         if state[kept.key].dtype != torch.uint8:
             return _DENSE.load(state, kept, piece)
         stored = _blocks(state, kept, piece)
-        value = _kernels().dequantize_blockwise(
-            A=stored.codes,
-            absmax=stored.absmax,
-            code=_code_book(stored.signed, stored.codes.device),
-            blocksize=stored.block,
-            dtype=torch.float32,
-        )
+        value = decode(stored.codes, stored.absmax, stored.signed, stored.block)
         return value.to(kept.dtype), stored
 
     def store(self, stored: Tensor | Blocks, value: Tensor, skip: Tensor) -> None:
@@ -140,15 +134,14 @@ class BlockWise8bit:
             return _DENSE.store(stored, value, skip)
         codes, absmax, block, signed = stored
         value = value.to(torch.float32).contiguous()  # bitsandbytes before 0.50 takes it for that
-        new_codes, new_absmax = _kernels().quantize_blockwise(
-            A=value,
-            code=_code_book(signed, codes.device),
-            blocksize=block,
-        )
-        new_codes = new_codes.view_as(codes)
-        if codes.device.type == "cpu":  # its kernel gives 0 a code beside it: what never had a gradient would move
-            new_codes.masked_fill_(value.view_as(codes) == 0, _zero_code(signed))
-        torch.where(skip, codes, new_codes, out=codes)
+        if codes.is_cpu and skip:  # where asking is free
+            return None
+        new_codes, new_absmax = encode(value, signed, block)
+        if codes.is_cpu:
+            codes.copy_(new_codes)
+            absmax.copy_(new_absmax)
+            return None
+        torch.where(skip, codes, new_codes.view_as(codes), out=codes)
         torch.where(skip, absmax, new_absmax, out=absmax)
 
 
@@ -163,34 +156,3 @@ def _blocks(state: dict[str, Tensor], kept: KeptMoment, piece: slice | None) -> 
     if piece is not None:
         codes, absmax = codes.view(-1)[piece], absmax[piece.start // block : -(-piece.stop // block)]
     return Blocks(codes, absmax, block, kept.signed)
-
-
-def require_bitsandbytes() -> None:
-    """Raise `ImportError` with the way out where 8-bit moments cannot be had."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "8-bit moments need bitsandbytes: run `pip install bitsandbytes`, or choose the rule without `8bit`."
-        ) from error
-
-
-@cache
-def _kernels():
-    import bitsandbytes  # noqa: F401 - importing it registers the operators
-
-    return torch.ops.bitsandbytes
-
-
-@cache
-def _code_book(signed: bool, device: torch.device) -> Tensor:
-    """Bitsandbytes' dynamic map: the 256 values in [-1, 1] (or [0, 1]) that a code stands for."""
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map(signed=signed).to(device)
-
-
-@cache
-def _zero_code(signed: bool) -> int:
-    """The code that stands for 0 exactly."""
-    return int((_code_book(signed, torch.device("cpu")) == 0).nonzero().item())

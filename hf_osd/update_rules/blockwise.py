@@ -1,0 +1,70 @@
+"""Moments in 8 bits: a code for each element and an absmax for each block, in bitsandbytes' format.
+
+Its kernels encode and decode. But its encoder for the CPU searches the map for each element, and gives 0 a code beside
+0; there a table is looked up, ten times faster.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# The table knows a number by sign, exponent and 9 bits of the mantissa: next to the middle between two codes it may
+# choose the farther one, whose error is larger by 1e-3 of the number at most.
+SHIFT = 32 - 1 - 8 - 9
+
+
+def decode(codes: Tensor, absmax: Tensor, signed: bool, block: int) -> Tensor:
+    """The elements in float32, in the shape of their codes."""
+    code = code_book(signed, codes.device)
+    return _kernels().dequantize_blockwise(A=codes, absmax=absmax, code=code, blocksize=block, dtype=torch.float32)
+
+
+def encode(value: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 in the shape of `value` (float32, contiguous), and absmax of each block of so many elements."""
+    if value.device.type != "cpu":
+        return _kernels().quantize_blockwise(A=value, code=code_book(signed, value.device), blocksize=block)
+    flat = value.view(-1)
+    blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block) if len(flat) % block else flat.view(-1, block)
+    absmax = blocks.abs().amax(dim=1)
+    share = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    place = (share.view(torch.int32) >> SHIFT).add_(1 << (31 - SHIFT))
+    codes = _code_by_place(signed).index_select(0, place.view(-1))
+    return codes[: len(flat)].view_as(value), absmax
+
+
+@cache
+def code_book(signed: bool, device: torch.device) -> Tensor:
+    """Bitsandbytes' dynamic map: the 256 values in [-1, 1] (or [0, 1]) that a code stands for."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=signed).to(device)
+
+
+@cache
+def _code_by_place(signed: bool) -> Tensor:
+    """The nearest code of every number by its first bits, negative ones first."""
+    code = code_book(signed, torch.device("cpu"))
+    places = torch.arange(-1 << (31 - SHIFT), 1 << (31 - SHIFT), dtype=torch.int32)
+    numbers = ((places << SHIFT) + (1 << (SHIFT - 1))).view(torch.float32)  # in the middle of those with these bits
+    middles = (code[1:] + code[:-1]) / 2
+    return torch.bucketize(numbers.nan_to_num(0.0), middles).to(torch.uint8)
+
+
+def require_bitsandbytes() -> None:
+    """Raise `ImportError` with the way out where 8-bit moments cannot be had."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "8-bit moments need bitsandbytes: run `pip install bitsandbytes`, or choose the rule without `8bit`."
+        ) from error
+
+
+@cache
+def _kernels():
+    import bitsandbytes  # noqa: F401 - importing it registers the operators
+
+    return torch.ops.bitsandbytes
