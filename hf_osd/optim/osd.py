@@ -95,7 +95,10 @@ class OSD(torch.optim.Optimizer):
             (Fira, arXiv 2410.01673), `sign` adds its sign (FRUGAL, arXiv 2411.07837). See [`~optim.step.residual`].
         residual_scale (`float`, *optional*, defaults to 1.0): Factor on the residual.
         projection_sample (`int`, *optional*):
-            P learns of one in `projection_sample` tokens, others at each step. Defaults to `4`.
+            P learns of one in `projection_sample` parts of the gradient, another at each step. Defaults to 4, and 1
+            with `power` on gradients and two-sided. They are blocks of the rows of G (the columns, where P is on its
+            left), or tokens of the activations. A, the only product that is there for P alone, costs as much less, and
+            is without bias the same.
         projection_dtype (`str`, *optional*):
             How P is kept: `float32` or `bfloat16`. Defaults to `float32`. In bfloat16 steps of P below about 1/256 of
             an entry are lost. Float64 parameters have float64 unless told.

@@ -52,8 +52,8 @@ class LinearOperator(Protocol):
     def gram(self, R: Tensor) -> Tensor:
         """What `pca_loss` needs of R, (r, r): Pᵀ G Gᵀ P (left) or Pᵀ Gᵀ G P (right). A sum over the long dimension."""
 
-    def correlate(self, G: Tensor, Z: Tensor, P: Tensor | None = None) -> Tensor:
-        """G Zᵀ (left) or Gᵀ Z (right), shaped like P. With Z = R it is all that a rule learns of G."""
+    def correlate(self, G: Tensor, Z: Tensor, P: Tensor | None = None, k: int = 1) -> Tensor:
+        """k G Zᵀ (left) or k Gᵀ Z (right), shaped like P. With Z = R it is all that a rule learns of G."""
 
     def correlate_up(self, D: Tensor, Z: Tensor, P: Tensor) -> Tensor:
         """correlate(up(D, P), Z, P) without up."""
@@ -106,8 +106,8 @@ class Left:
         return R @ R.t()
 
     @staticmethod
-    def correlate(G: Tensor, Z: Tensor, P: Tensor | None = None) -> Tensor:  # noqa: D102
-        return G @ Z.t()
+    def correlate(G: Tensor, Z: Tensor, P: Tensor | None = None, k: int = 1) -> Tensor:  # noqa: D102
+        return torch.addmm(G.new_empty(()), G, Z.t(), beta=0, alpha=k)  # beta 0: what is there is ignored
 
     @staticmethod
     def correlate_up(D: Tensor, Z: Tensor, P: Tensor) -> Tensor:  # noqa: D102
@@ -160,8 +160,8 @@ class Right:
         return R.t() @ R
 
     @staticmethod
-    def correlate(G: Tensor, Z: Tensor, P: Tensor | None = None) -> Tensor:  # noqa: D102
-        return G.t() @ Z
+    def correlate(G: Tensor, Z: Tensor, P: Tensor | None = None, k: int = 1) -> Tensor:  # noqa: D102
+        return torch.addmm(G.new_empty(()), G.t(), Z, beta=0, alpha=k)
 
     @staticmethod
     def correlate_up(D: Tensor, Z: Tensor, P: Tensor) -> Tensor:  # noqa: D102

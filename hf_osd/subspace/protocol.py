@@ -115,6 +115,11 @@ class SubspaceRule:
         """Share of the momentum in what A is made of; above 0 `advance_` sees the gradient through it."""
         return 0.0
 
+    @property
+    def stride(self) -> int:
+        """Steps from one movement of P to the next: by it the parts of the gradient that A is made of take turns."""
+        return 1
+
     def refresh_due(self, count: int) -> bool:
         """Whether P is made anew from the gradient of step `count` (counted from 0 on the host)."""
         return False
@@ -143,10 +148,6 @@ class SubspaceRule:
     def moves_at(self, count: int) -> bool:
         """Whether `advance_` is called after step `count`. A is only computed then."""
         return False
-
-    def moves_before(self, count: int) -> int:
-        """How often `moves_at` was true before step `count`: the part of the gradient that A is made of goes by it."""
-        return count
 
     def advance_(
         self,
@@ -185,6 +186,7 @@ class Moved(SubspaceRule):
         """At every `projection_interval`-th step."""
         return count % self.projection_interval == 0
 
-    def moves_before(self, count: int) -> int:
-        """At all multiples of `projection_interval` below it."""
-        return -(-count // self.projection_interval)
+    @property
+    def stride(self) -> int:
+        """The interval."""
+        return self.projection_interval

@@ -60,7 +60,7 @@ class TwoSided:
         """R itself."""
         return R
 
-    def correlate(self, G: Tensor, Z: Tensor, P: Tensor | None = None) -> Tensor:
+    def correlate(self, G: Tensor, Z: Tensor, P: Tensor | None = None, k: int = 1) -> Tensor:
         """B above E, (m + n, r); they do not depend on Z, and are linear in G."""
         assert P is not None
         P, Q = self.split(P)

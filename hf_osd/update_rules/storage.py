@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .blockwise import decode, encode
+from .blockwise import decode, encode, replace_
 from .protocol import KeptMoment
 
 
@@ -134,14 +134,8 @@ class BlockWise8bit:
             return _DENSE.store(stored, value, skip)
         codes, absmax, block, signed = stored
         value = value.to(torch.float32).contiguous()  # bitsandbytes before 0.50 takes it for that
-        if codes.is_cpu and skip:  # where asking is free
-            return None
         new_codes, new_absmax = encode(value, signed, block)
-        if codes.is_cpu:
-            codes.copy_(new_codes)
-            absmax.copy_(new_absmax)
-            return None
-        torch.where(skip, codes, new_codes.view_as(codes), out=codes)
+        replace_(codes, new_codes.view_as(codes), skip)
         torch.where(skip, absmax, new_absmax, out=absmax)
 
 

@@ -170,13 +170,13 @@ def test_windows_of_one_micro_batch_are_ordinary_steps(subspace: dict):
 
 
 def test_accumulation_makes_p_from_the_first_micro_batch_and_moves_it_by_the_mean():
-    """Against the definition: A is the sum of G_i R_iᵀ, over the sum of ||G_i||²."""
+    """Against the definition: A is the sum of G_i R_iᵀ of one block, over the sum of ||G_i||²."""
     from hf_osd.subspace import pca_gradient
 
     W = nn.Parameter(torch.randn(12, 30, dtype=torch.float64))
     options = {"rank": 4, "lr": 1e-2, "weight_rule": "sgd", "momentum": 0.0, "init": "orthonormal"}
     optimizer = OSD([W], layerwise=True, gradient_accumulation=True, **options)
-    for _ in range(2):  # P_0 moves from the second window on as from the first: it was made from no gradient
+    for window in range(2):  # P_0 moves from the second window on as from the first: it was made from no gradient
         grads = [torch.randn(12, 30, dtype=torch.float64) for _ in range(3)]
         state = optimizer.state[W]
         P = state["projection"].clone() if state else None
@@ -189,7 +189,8 @@ def test_accumulation_makes_p_from_the_first_micro_batch_and_moves_it_by_the_mea
         R = sum(P.T @ G for G in grads)
         torch.testing.assert_close(W.detach(), before - 1e-2 * P @ R, rtol=0, atol=1e-12)
         energy = sum(G.square().sum() for G in grads)
-        gP = pca_gradient(P, sum(G @ (P.T @ G).T for G in grads), 1 / energy, 0.1)
+        b = slice(30 * window // 4, 30 * (window + 1) // 4)  # a quarter, the same of all micro-batches
+        gP = pca_gradient(P, 4 * sum(G[:, b] @ (P.T @ G[:, b]).T for G in grads), 1 / energy, 0.1)
         torch.testing.assert_close(state["projection"], P - 5 * 1e-2 * gP, rtol=0, atol=1e-12)
 
 

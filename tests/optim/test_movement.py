@@ -126,7 +126,7 @@ class Operators(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        idle = func.is_view or func.overloadpacket._qualified_op_name.split("::")[1] in ("empty", "promote_types")
+        idle = func.is_view or func.overloadpacket._qualified_op_name.split("::")[1] in ("empty", "new_empty", "promote_types")
         self.count += not idle
         return func(*args, **(kwargs or {}))
 

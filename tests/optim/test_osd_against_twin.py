@@ -76,6 +76,12 @@ def test_reference_preset_is_the_papers_code(side: str, lr: float):
     run_both(
         side,
         options,
-        {"lambda_": 0.0, "scale": 0.25, "projection_lr": 0.005, "projection_weight_decay": 0.01},
+        {
+            "lambda_": 0.0,
+            "scale": 0.25,
+            "projection_lr": 0.005,
+            "projection_weight_decay": 0.01,
+            "projection_sample": 1,
+        },
         lr=lr,
     )

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 
-def pca_loss(P, G, lambda_):
-    """Eq. 6."""
-    G_hat = G / G.norm()
+def pca_loss(P, G, lambda_, norm=None):
+    """Eq. 6; with the norm of another gradient, of which G is a part."""
+    G_hat = G / (G.norm() if norm is None else norm)
     identity = torch.eye(P.shape[1], dtype=P.dtype)
     return (P @ P.T @ G_hat - G_hat).square().sum() + lambda_ * (P.T @ P - identity).square().sum()
 
@@ -104,6 +104,7 @@ class Twin:
     projection_weight_decay: float | None = None
     projection_lr: float | None = None  # P's learning rate as a fixed number times the schedule, as the paper's code
     projection_interval: int = 1
+    projection_sample: int = 4
     carry: bool = False
     residual: str = "none"
     residual_scale: float = 1.0
@@ -130,7 +131,10 @@ class Twin:
             return
         decay = self.weight_decay if self.projection_weight_decay is None else self.projection_weight_decay
         lr_P = self.alpha * lr if self.projection_lr is None else self.projection_lr * schedule
-        gP = autograd(pca_loss, self.P, G, self.lambda_)
+        k = min(self.projection_sample, G.shape[1])
+        turn = (self.steps - 1) // self.projection_interval % k
+        block = range(G.shape[1] * turn // k, G.shape[1] * (turn + 1) // k)
+        gP = autograd(pca_loss, self.P, k**0.5 * G[:, block], self.lambda_, G.norm())
         D_P = RULES[self.projection_rule or self.rule](self.projection_state, gP)
         old, self.P = self.P, (1 - lr_P * decay) * self.P - lr_P * D_P
         if self.carry:

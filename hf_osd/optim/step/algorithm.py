@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...subspace import SubspaceRule
 from ...subspace.precision import full_precision, reduced_precision
 from ...update_rules import GradientCheck
 from ..options.general import projection_sample_of
@@ -49,44 +50,47 @@ class GradientSource:
         P ([`LiveProjection`]): The projection.
         moments ([`Moments`]): Of the weight.
         keeps_G (`bool`): Whether the rest of the step needs G.
-        every (`int`): k: A is made of one block in k of the long dimension of G, the next one at each movement.
+        every (`int`): k: A is made of one block in k of the long dimension of G, another one at each movement of P.
     """
 
     def __init__(self, P: LiveProjection, moments: Moments, keeps_G: bool, every: int):
-        self.P, self.moments, self.keeps_G, self.every, self.rho = P, moments, keeps_G, every, P.rule.mixes
+        self.P, self.moments, self.keeps_G, self.every = P, moments, keeps_G, every
+        self.rho, self.stride = P.rule.mixes, P.rule.stride
         self.op, self.dtype, self.sharding = P.geometry.op, P.geometry.compute_dtype, P.geometry.sharding
 
-    def low_rank(self, G: Tensor, movement: int | None) -> LowRank:
-        """R = down(G, P), and A of the block of this movement, or `None` where P does not move."""
+    def low_rank(self, G: Tensor, count: int | None) -> LowRank:
+        """R = down(G, P), and A after so many steps, or `None` where P does not move."""
         P, A = self.P.read(), None
         if P.dtype != G.dtype:
             P = P.to(G.dtype)
         with full_precision(G):
             R = self.op.down(G, P)
-        if movement is not None:
+        if count is not None:
+            b, k = self._block(G, count)
             with reduced_precision(G):
-                A = self._correlate(G, R, P, movement).to(self.dtype)
+                # A = k correlate(G_b, R_b): in the mean over k movements correlate(G, R)
+                A = k * self._mixed(G[b], R, b) if self.rho else self.op.correlate(G[b], R[b], P, k)
+            A = A.to(self.dtype)
             if self.sharding is not None:
                 A = self.sharding.sum(A)
         return LowRank(R.to(self.dtype), A, G if self.keeps_G else None)
 
-    def _correlate(self, G: Tensor, R: Tensor, P: Tensor, movement: int) -> Tensor:
-        """A = k correlate(G_b, R_b), b the block: in the mean over k movements correlate(G, R)."""
-        rho, op, k = self.rho, self.op, 1
-        m = self.moments.load()[0]["exp_avg"].to(R.dtype) if rho else R
-        Z = torch.lerp(R, m, rho) if rho else R
-        G_b, Z_b = G, Z
-        if self.every > 1:
-            dim: Any = op.long_dim
-            length = G.shape[dim]
-            k = max(1, min(self.every, length))
-            start, end = (length * i // k for i in (movement % k, movement % k + 1))
-            G_b, Z_b = (X.narrow(dim, start, end - start) for X in (G, Z))
-        A = op.correlate(G_b, Z_b, P)
-        if k > 1 or rho:
-            A.mul_(k * (1 - rho))
-        # A = correlate(rho M + (1 - rho) G, Z), with M = up(m) and Z = rho m + (1 - rho) R: momentum mixed in
-        return A.add_(op.correlate_up(m, Z, P), alpha=rho) if rho else A
+    def _block(self, G: Tensor, count: int) -> tuple[Any, int]:
+        """Which part of G, and of R, A is made of now, as an index, and how many of them there are."""
+        dim = self.op.long_dim
+        if self.every == 1 or dim is None:
+            return ..., 1
+        length = G.shape[dim]
+        k = max(1, min(self.every, length))
+        turn = count // self.stride % k
+        rows = slice(length * turn // k, length * (turn + 1) // k)
+        return (rows if dim == 0 else (slice(None), rows)), k
+
+    def _mixed(self, G_b: Tensor, R: Tensor, b: Any) -> Tensor:
+        """A = correlate(rho M + (1 - rho) G, Z), with M = up(m) and Z = rho m + (1 - rho) R: momentum mixed in."""
+        rho, op, m, P = self.rho, self.op, self.moments.load()[0]["exp_avg"].to(R.dtype), self.P.read().to(R.dtype)
+        Z = torch.lerp(R, m, rho)
+        return op.correlate(G_b, Z[b], P).mul_(1 - rho).add_(op.correlate_up(m[b], Z[b], P), alpha=rho)
 
 
 class ProjectedWeight(Weight):
@@ -118,10 +122,10 @@ class ProjectedWeight(Weight):
             fresh = self._start(G, check)
             if not self.P.started:
                 return None
-        elif turn is not LATER and self.renews(check) and self.steps > 0:  # a P that was given is used at first
+        elif self._renewed and turn is not LATER and self.renews(check) and self.steps > 0:  # a P that was given is used at first
             self._renew(G, check)
         moves = not fresh and self.moves(check, turn)
-        return self.source.low_rank(G, self.P.rule.moves_before(self.count) if moves else None)
+        return self.source.low_rank(G, self.count if moves else None)
 
     def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
         """The half that moves W, and P, whose movement may wait for that of others."""
@@ -202,6 +206,7 @@ class ProjectedWeight(Weight):
         self.residual: Residual | None = None if kind is None else kind(self.geometry, self.group, self.slot)
         super().follow(rules)
         self.P.follow(rules)
+        self._renewed = type(rules.subspace).refresh_due is not SubspaceRule.refresh_due
         self.P.carried[self.geometry.name] = self.moments
         self.source = GradientSource(self.P, self.moments, kind is not None, projection_sample_of(self.group))
 

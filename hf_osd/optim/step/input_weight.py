@@ -140,7 +140,7 @@ class InputWeight(ProjectedWeight):
         """P for the next forward pass, and whether it is to learn then."""
         shared.bind(self.projection, None if self.P.rule.code is None else self.slot.state[self.P.key])
         shared.learns = self.P.rule.moves_at(self.count)
-        shared.turn = self.P.rule.moves_before(self.count) % shared.every
+        shared.turn = self.count // self.P.rule.stride % shared.every
 
     def observe_input(self, shared: SharedInput, check: GradientCheck) -> tuple[Tensor, Tensor] | None:
         """Share of the inputs outside the subspace and error of P's orthogonality; `None` where nothing was seen."""
