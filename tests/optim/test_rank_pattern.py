@@ -44,6 +44,16 @@ def test_ranks_are_pefts(pattern: dict[str, int]):
     assert ranks_by_module(create_osd_optimizer(tiny_llama(), rank=4, rank_pattern=text)) == ours
 
 
+@pytest.mark.parametrize(
+    "key", ["q_proj.weight", r"self_attn\.q_proj\.weight", "model.layers.[01].self_attn.q_proj.weight"]
+)
+def test_a_parameters_name_gives_its_rank(key: str):
+    ranks = ranks_by_module(create_osd_optimizer(tiny_llama(), rank=4, rank_pattern={key: 2}))
+    assert {name.rpartition(".")[2] for name, rank in ranks.items() if rank == 2} == {"q_proj"}
+    with pytest.raises(ValueError, match="matches no projected module or matrix"):  # no module's name ends in t
+        create_osd_optimizer(tiny_llama(), rank=4, rank_pattern={r"\w*t": 2})
+
+
 def test_every_entrance_of_a_trainer(tmp_path):
     given: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "optim": "osd_adamw"}
     line = [f"--{key}={value}" for key, value in given.items()] + ["--osd_rank=4", f"--osd_rank_pattern={TEXT}"]

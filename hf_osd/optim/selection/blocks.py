@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from torch import nn
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Names that heads have in transformers, timm and torchvision; DETR's are the embeddings of classes and boxes.
 HEAD = re.compile(r"(\w*_)?(heads?|classifiers?|predictors?|(bbox|class)_embed)")
+LAST = re.compile(r"fc|out|outputs?|logits")  # names that other layers have as well
 
 
 def block_prefixes(modules: Mapping[str, nn.Module], is_layer: Callable[[str], bool]) -> tuple[str, ...]:
@@ -17,19 +18,20 @@ def block_prefixes(modules: Mapping[str, nn.Module], is_layer: Callable[[str], b
 
     A block is an element of a container that has parts of its own: of any `nn.ModuleList`, and of an `nn.Sequential`
     or `nn.ModuleDict` that has another one of its class, for these also hold the different parts of a whole model.
-    What is in a container of heads is none.
+    What is in a container of heads is none, and no `nn.Sequential` that ends the model, see `_ends_model`.
 
     Args:
         modules (`dict[str, nn.Module]`): The modules of the model by name.
         is_layer (`Callable`): Whether the module of a name is one layer, whatever it is made of.
     """
-    found, heads = [], []
+    found, heads, taken = [], [], _taken_widths(modules)
     for name, module in modules.items():
         if not isinstance(module, CONTAINERS):
             continue
         elements = {_join(name, key): child for key, child in module.named_children()}
         if HEAD.fullmatch(name.rpartition(".")[2]) or any(map(_is_head_class, elements.values())):
             heads.append(f"{name}.")
+        heads += [f"{element}." for element, child in elements.items() if _ends_model(child, taken)]
         kinds = Counter(map(_kind, elements.values()))
         found += [
             f"{element}."
@@ -46,9 +48,19 @@ def block_prefixes(modules: Mapping[str, nn.Module], is_layer: Callable[[str], b
     return tuple(prefix for prefix in outermost if not prefix.startswith(tuple(heads)))
 
 
-def is_head(name: str) -> bool:
-    """Whether a module, or one that it is inside of, has the name of a head."""
-    return any(map(HEAD.fullmatch, name.split(".")))
+def head_prefixes(modules: Mapping[str, nn.Module], plain: Mapping[str, str]) -> tuple[str, ...]:
+    """The same for the heads of a model without blocks: what is called so, and `fc` if it is the last of several."""
+    taken, found = _taken_widths(modules), []
+    for name, module in modules.items():
+        last = plain[name].rpartition(".")[2]
+        if HEAD.fullmatch(last):
+            found.append(f"{name}.")
+        elif LAST.fullmatch(last) and _ends_model(module, taken):
+            first = next(layer for layer in module.modules() if isinstance(layer, nn.Linear))
+            before = [layer for key, layer in modules.items() if not f"{key}.".startswith(f"{name}.")]
+            if any(isinstance(layer, nn.Linear) and layer.out_features == first.in_features for layer in before):
+                found.append(f"{name}.")
+    return tuple(found)
 
 
 def given_heads(model: nn.Module) -> set[nn.Module]:
@@ -70,8 +82,30 @@ def _flat(found: object) -> Iterator[nn.Module]:
             yield from _flat(one)
 
 
+def _ends_model(module: nn.Module, taken: Container[int]) -> bool:
+    """Whether a linear layer, or a `nn.Sequential` by its last, gives out a width that no layer takes, as of classes.
+
+    In other modules the order of the parts need not be that of the layers.
+    """
+    while isinstance(module := _bare(module), nn.Sequential):
+        parts = [child for child in module if next(child.parameters(), None) is not None]
+        if not parts:
+            return False
+        module = parts[-1]
+    return isinstance(module, nn.Linear) and module.out_features not in taken
+
+
+def _taken_widths(modules: Mapping[str, nn.Module]) -> set[int]:
+    """The widths that layers take. A single number tells nothing, and convolutions take channels, as of colours."""
+    return {p.shape[1] for module in modules.values() for p in module.parameters(recurse=False) if p.ndim == 2} - {1}
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    return getattr(module, "_orig_mod", module)  # compiled blocks are all of one class
+
+
 def _kind(module: nn.Module) -> type:
-    return type(getattr(module, "_orig_mod", module))  # compiled blocks are all of one class
+    return type(_bare(module))
 
 
 def _is_head_class(module: nn.Module) -> bool:

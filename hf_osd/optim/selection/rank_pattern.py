@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ...text import shortened
+from .matching import is_meant
 
 
 # What follows the name of a linear layer in that of its weight, also of one that is computed (`weight_norm`).
@@ -38,7 +39,7 @@ def parse_rank_pattern(pattern: str | Mapping[str, int] | None) -> dict[str, int
 def ranks_of(
     names: Iterable[str], rank: int, pattern: Mapping[str, int], plain: Mapping[str, str] | None = None
 ) -> dict[str, int]:
-    """The rank of every parameter: of the first pattern that matches the end of its module's name, or `rank`.
+    """The rank of every parameter: of the first pattern that matches the end of its or its module's name, or `rank`.
 
     Args:
         names (`Iterable[str]`): Of the projected parameters.
@@ -53,16 +54,18 @@ def ranks_of(
     ranks, used = dict.fromkeys(names, rank), set()
     for name in ranks:
         owner, _, last = name.rpartition(".")
-        modules = [WEIGHT.sub("", f"{found}.{last}") for found in (owner, (plain or {}).get(owner, owner))]
+        own_names = [f"{found}.{last}" for found in (owner, (plain or {}).get(owner, owner))]
+        modules = [WEIGHT.sub("", own_name) for own_name in own_names]
         for key, own in pattern.items():
-            if any(re.fullmatch(rf"(?:.*\.)?(?:{key})", module) for module in modules):
+            end = rf"(?:.*\.)?(?:{key})"
+            if any(re.fullmatch(end, module) for module in modules) or is_meant(end, *own_names):
                 ranks[name] = own
                 used.add(key)
                 break
     unused = [key for key in pattern if key not in used]
     if unused:
         raise ValueError(
-            f"{', '.join(map(repr, unused))} in `rank_pattern` matches no projected module that an earlier pattern "
-            f"has not taken. They are {shortened(ranks, 3)}."
+            f"{', '.join(map(repr, unused))} in `rank_pattern` matches no projected module or matrix that an earlier "
+            f"pattern has not taken. They are {shortened(ranks, 3)}."
         )
     return ranks
