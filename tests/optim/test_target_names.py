@@ -129,6 +129,12 @@ def test_modules_that_match_but_are_not_linear_are_reported():
         (["zzz"], None, "'zzz' in `target_modules` matches no module or matrix. The model has: .*q_proj"),
         ("all-linear", ["v_porj"], "'v_porj' in `exclude_modules` matches no module or matrix. Did you mean 'v_proj'"),
         (["q_proj"], ["q_proj"], "Nothing to project"),
+        (["module.model.layers.0.mlp"], None, r"Did you mean 'model\.layers\.0\.mlp'"),
+        ("base_model.model.lm_head.weight", None, "Did you mean 'lm_head.weight'"),
+        (5, None, "given as a text or a list of texts, got 5"),
+        (None, None, "given as a text or a list of texts, got None"),
+        ([["q_proj"]], None, "given as a text or a list of texts"),
+        ("all-linear", ["q_proj", 1], "given as a text or a list of texts"),
         ([], None, "Nothing to project"),
         (
             "nothing_like_it",

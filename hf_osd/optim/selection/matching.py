@@ -18,7 +18,13 @@ def match(wanted: str | list[str], names: Mapping[str, str], known: ModuleNames,
             re.compile(wanted)
         except re.error as error:
             raise ValueError(f"`{option}` {wanted!r} is not a regular expression: {error}.") from error
-        found = {name for name, plain in names.items() if any(re.fullmatch(wanted, one) for one in (name, plain))}
+        # `(?!.*lm_head$).*` is for any name, but not for what wrappers add to it: `lm_head.modules_to_save.default`.
+        for_any = re.fullmatch(wanted, "wright.wright")
+        found = {
+            name
+            for name, plain in names.items()
+            if re.fullmatch(wanted, plain) or (re.fullmatch(wanted, name) and not for_any)
+        }
         # A pattern for what is in a module, such as `.*layers.*`, is meant for its layers, not for all its parameters.
         return [
             name
@@ -30,8 +36,9 @@ def match(wanted: str | list[str], names: Mapping[str, str], known: ModuleNames,
             continue
         if any(_ends(name, entry) for name in known.adapters):
             raise ValueError(f"{entry!r} in `{option}` is part of an adapter: adapters' factors are never projected.")
-        last = sorted({plain.rsplit(".", 1)[-1] for plain in names.values()} - {"weight", *map(str, range(1000))})
-        close = difflib.get_close_matches(entry, last, n=1)
+        last = sorted({plain.rsplit(".", 1)[-1] for plain in names.values()} - {"", "weight", *map(str, range(1000))})
+        inner = sorted((plain for plain in names.values() if plain and _ends(entry, plain)), key=len)
+        close = inner[-1:] or difflib.get_close_matches(entry, last, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else f" The model has: {', '.join(last)}."
         if not PLAIN_NAME.fullmatch(entry) or entry.startswith("."):
             hint = f" A list has names; write patterns as one text for whole names, such as {'|'.join(wanted)!r}."

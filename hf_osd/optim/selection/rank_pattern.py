@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
+from ...declare import plain
 from ...text import shortened
 from .matching import is_meant
 
@@ -23,14 +24,14 @@ def parse_rank_pattern(pattern: str | Mapping[str, int] | None) -> dict[str, int
         entries = [entry.rpartition(":") for entry in pattern.split(";")]
         items = [(key.strip(), int(rank) if rank.strip().isdecimal() else rank) for key, _, rank in entries]
     else:
-        items = list(pattern.items())
+        items = [(key, plain(rank)) for key, rank in pattern.items()] if isinstance(pattern, Mapping) else [("", 0)]
     for key, rank in items:
-        if not key or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        if not key or not isinstance(key, str) or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(
                 f"`rank_pattern` must name modules and their ranks, as in 'q_proj:64;v_proj:32', got {pattern!r}."
             )
         try:
-            re.compile(key)
+            re.compile(_end(key))
         except re.error as error:
             raise ValueError(f"{key!r} in `rank_pattern` is no regular expression: {error}.") from None
     return {key: int(rank) for key, rank in items}
@@ -57,8 +58,7 @@ def ranks_of(
         own_names = [f"{found}.{last}" for found in (owner, (plain or {}).get(owner, owner))]
         modules = [WEIGHT.sub("", own_name) for own_name in own_names]
         for key, own in pattern.items():
-            end = rf"(?:.*\.)?(?:{key})"
-            if any(re.fullmatch(end, module) for module in modules) or is_meant(end, *own_names):
+            if any(re.fullmatch(_end(key), module) for module in modules) or is_meant(_end(key), *own_names):
                 ranks[name] = own
                 used.add(key)
                 break
@@ -69,3 +69,7 @@ def ranks_of(
             f"pattern has not taken. They are {shortened(ranks, 3)}."
         )
     return ranks
+
+
+def _end(key: str) -> str:
+    return rf"(?:.*\.)?(?:{key})"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -63,7 +64,7 @@ def select(
             parameters (m, n) or (E, m, n) such as `q_proj.weight`, `experts.gate_up_proj` and `in_proj_weight`.
             Another string: a regular expression that must match the whole name, of a parameter by its own words and
             without matching its module: `(?!.*q_proj$).*` leaves `q_proj.weight` as well. Names are those that the
-            model has without the wrappers of peft and torch, or with them.
+            model has without the wrappers of peft and torch.
         exclude_modules (`str` or `list[str]`, *optional*):
             What to leave out again, matched likewise, with all that is inside of it.
         rank (`int`, *optional*): r, for the choice among `modules_to_save`: a classifier of two rows stays whole.
@@ -221,11 +222,13 @@ def parse_modules(modules: str | Iterable[str]) -> str | list[str]:
     A text of plain names with commas between them is a list of names, and one plain name is one too.
     """
     if isinstance(modules, str):
-        names = [name.strip() for name in modules.split(",")]
+        names: list[Any] = [name.strip() for name in modules.split(",")]
         if not all(map(PLAIN_NAME.fullmatch, names)):
             return modules
     else:
-        names = list(modules)
+        names = list(modules) if isinstance(modules, Iterable) else [modules]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"Modules to project, or not to, are given as a text or a list of texts, got {modules!r}.")
     if ALL_LINEAR not in map(_shorthand, names):
         return names
     if len(names) > 1:
