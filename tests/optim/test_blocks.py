@@ -55,6 +55,8 @@ HEADS = {
     "MLPs": nn.ModuleList([mlp(), mlp()]),
     "dictionary of MLPs": nn.ModuleDict({"a": mlp(), "b": nn.Sequential(mlp()[:2], nn.Linear(16, 5), nn.Softmax(-1))}),
     "sequence of MLPs": nn.Sequential(mlp(), mlp()),
+    "dictionaries of MLPs": nn.ModuleDict({"a": nn.ModuleDict({"b": mlp()}), "c": nn.ModuleList([mlp(), mlp()])}),
+    "MLPs of a class": nn.ModuleList([Net(net=mlp()), Net(net=nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 5)))]),
     "one of its own blocks": nn.ModuleDict({"a": nn.Sequential(Block(), nn.Linear(16, 5))}),
 }
 
@@ -107,6 +109,13 @@ def test_without_blocks_the_last_of_several_layers_is_a_head_where_it_is_called_
     assert list(select(wide).projected) == ["first.weight", f"{name}.weight"]
     alone = Net(rnn=nn.LSTM(12, 16), **{name: nn.Linear(16, 4)})
     assert list(select(alone).projected) == [f"{name}.weight"]
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
+def test_blocks_in_what_ends_the_model_are_blocks(kind: type):
+    whole = nn.Sequential(Block(), Block(), nn.Linear(16, 3))
+    names = select(Net(norm=nn.LayerNorm(16), parts=kind([whole]) if kind is nn.ModuleList else kind(whole))).projected
+    assert list(names) == [f"parts.0.{i}.fc{k}.weight" for i in (0, 1) for k in (1, 2)]
 
 
 @pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])

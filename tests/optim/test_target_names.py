@@ -183,6 +183,13 @@ def test_targets_and_exclusions_are_read_alike(text):
     assert set(optimizer.param_groups[0]["param_names"]) == set(wanted)
 
 
+def test_modules_with_numbers_are_told_too():
+    with pytest.raises(
+        ValueError, match="'zzz' in `target_modules` matches no module or matrix. The model has: 0, 0.wei"
+    ):
+        select(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "zzz")
+
+
 def test_names_in_patterns_are_not_regular_expressions():
     # A list holds names: the dot of a regular expression must not match there.
     with pytest.raises(ValueError, match=re.escape("'q.proj' in `target_modules` matches no module")):

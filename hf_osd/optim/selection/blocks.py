@@ -18,7 +18,7 @@ def block_prefixes(modules: Mapping[str, nn.Module], is_layer: Callable[[str], b
 
     A block is an element of a container that has parts of its own: of any `nn.ModuleList`, and of an `nn.Sequential`
     or `nn.ModuleDict` that has another one of its class, for these also hold the different parts of a whole model.
-    What is in a container of heads is none, and no `nn.Sequential` that ends the model, see `_ends_model`.
+    What is in a container of heads is none, nor is what ends the model, see `_ends_model`.
 
     Args:
         modules (`dict[str, nn.Module]`): The modules of the model by name.
@@ -31,7 +31,6 @@ def block_prefixes(modules: Mapping[str, nn.Module], is_layer: Callable[[str], b
         elements = {_join(name, key): child for key, child in module.named_children()}
         if HEAD.fullmatch(name.rpartition(".")[2]) or any(map(_is_head_class, elements.values())):
             heads.append(f"{name}.")
-        heads += [f"{element}." for element, child in elements.items() if _ends_model(child, taken)]
         kinds = Counter(map(_kind, elements.values()))
         found += [
             f"{element}."
@@ -40,6 +39,7 @@ def block_prefixes(modules: Mapping[str, nn.Module], is_layer: Callable[[str], b
             and not is_layer(element)
             and next(child.children(), None) is not None
             and (isinstance(module, nn.ModuleList) or kinds[_kind(child)] > 1)
+            and not _ends_model(child, taken)
         ]
     outermost: list[str] = []
     for prefix in sorted(found):  # what is inside of a block comes right after it
@@ -83,16 +83,17 @@ def _flat(found: object) -> Iterator[nn.Module]:
 
 
 def _ends_model(module: nn.Module, taken: Container[int]) -> bool:
-    """Whether a linear layer, or a `nn.Sequential` by its last, gives out a width that no layer takes, as of classes.
+    """Whether a linear layer that ends a module gives out a width that no layer takes, as of classes.
 
-    In other modules the order of the parts need not be that of the layers.
+    What comes last is known of an `nn.Sequential` and of a module around one; of a list or dictionary each has to.
     """
-    while isinstance(module := _bare(module), nn.Sequential):
-        parts = [child for child in module if next(child.parameters(), None) is not None]
-        if not parts:
-            return False
-        module = parts[-1]
-    return isinstance(module, nn.Linear) and module.out_features not in taken
+    if isinstance(module, nn.Linear):
+        return module.out_features not in taken
+    parts = [child for child in module.children() if next(child.parameters(), None) is not None]
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return bool(parts) and all(_ends_model(part, taken) for part in parts)
+    known = isinstance(module, nn.Sequential) or (len(parts) == 1 and not isinstance(parts[0], nn.Linear))
+    return known and bool(parts) and not module._parameters and _ends_model(parts[-1], taken)
 
 
 def _taken_widths(modules: Mapping[str, nn.Module]) -> set[int]:
@@ -100,12 +101,8 @@ def _taken_widths(modules: Mapping[str, nn.Module]) -> set[int]:
     return {p.shape[1] for module in modules.values() for p in module.parameters(recurse=False) if p.ndim == 2} - {1}
 
 
-def _bare(module: nn.Module) -> nn.Module:
-    return getattr(module, "_orig_mod", module)  # compiled blocks are all of one class
-
-
 def _kind(module: nn.Module) -> type:
-    return type(_bare(module))
+    return type(getattr(module, "_orig_mod", module))  # compiled blocks are all of one class
 
 
 def _is_head_class(module: nn.Module) -> bool:

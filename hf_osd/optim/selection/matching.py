@@ -37,6 +37,7 @@ def match(wanted: str | list[str], names: Mapping[str, str], known: ModuleNames,
         if any(_ends(name, entry) for name in known.adapters):
             raise ValueError(f"{entry!r} in `{option}` is part of an adapter: adapters' factors are never projected.")
         last = sorted({plain.rsplit(".", 1)[-1] for plain in names.values()} - {"", "weight", *map(str, range(1000))})
+        last = last or sorted(filter(None, names.values()))  # of modules with numbers
         inner = sorted((plain for plain in names.values() if plain and _ends(entry, plain)), key=len)
         close = inner[-1:] or difflib.get_close_matches(entry, last, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else f" The model has: {', '.join(last)}."
