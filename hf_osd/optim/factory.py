@@ -86,7 +86,7 @@ def osd_kwargs(
     if selection.ignored:
         warnings.warn(
             f"{len(selection.ignored)} modules match but are not projected, because they are no linear layers: "
-            f"{shortened(selection.ignored, 5)}.",
+            f"{shortened(selection.ignored, 5)}{selection.hint}.",
             stacklevel=3,
         )
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
@@ -155,7 +155,7 @@ def create_osd_optimizer(
         options:
             Any other option of [`OSD`], by name (`projection_optim` for its `projection_rule`), and `rank_pattern`
             (`Mapping[str, int]` or `str`), other ranks for some modules: regular expressions for the end of a module's
-            name, of which the first that matches counts. `{"q_proj": 64, "layers.0.mlp.*": 32}`, or
+            or parameter's name, of which the first that matches counts. `{"q_proj": 64, "layers.0.mlp.*": 32}`, or
             `"q_proj:64;layers.0.mlp.*:32"`.
 
     Raises:

@@ -168,7 +168,7 @@ def test_our_config_files_and_a_large_rank(capsys):
         (("{}", "--optim_args", "rank=4"), "'rank' has no effect in --optim_args of an estimate: use --rank"),
         (
             ("{}", "--rank", "8", "--target_modules", "q_prj"),
-            "'q_prj' in `target_modules` matches no module. Did you mean",
+            "'q_prj' in `target_modules` matches no module or matrix. Did you mean",
         ),
         (("{}", "--gpu", "24"), "--gpu must be a number with KB, MB, GB, KiB, MiB or GiB, got '24'"),
         (("{}", "--gpu", "infGB"), "--gpu must be a number with KB, MB, GB, KiB, MiB or GiB, got 'infGB'"),

@@ -205,7 +205,7 @@ def test_test_splits_without_labels_are_refused(tmp_path):
         ({"method": "full", "rank": 8}, "--rank has no effect with --method full"),
         ({"rank": 0}, "--rank must be at least 1, got 0"),
         ({"method": "lora", "rank": -1}, "--rank must be at least 1, got -1"),
-        ({"target_modules": "qery"}, "'qery' in `target_modules` matches no module. Did you mean 'query'"),
+        ({"target_modules": "qery"}, "'qery' in `target_modules` matches no module or matrix. Did you mean 'query'"),
         ({"optim": "galore_adamw"}, "--method osd does not go with --optim galore_adamw"),
         ({"method": "full", "optim": "osd_adamw"}, "--method full does not go with --optim osd_adamw"),
         ({"osd_rank": 8}, "use --rank"),

@@ -121,6 +121,17 @@ def test_saved_embeddings_stay_whole_and_a_saved_output_head_is_projected():
     assert list(select(model, exclude_modules=["lm_head"], rank=4).projected) == up
 
 
+def test_all_but_a_name_is_meant_without_what_peft_adds_to_it():
+    config = peft.LoraConfig(r=2, modules_to_save=["lm_head", "up_proj"], **MLP)
+    model = peft.get_peft_model(llama(), config)
+    found = select(model, r"(?!.*lm_head$).*", rank=4).projected
+    assert len(found) == 2 and all("up_proj" in name for name in found)
+    full = r"base_model\.model\..*\.layers\.0\..*"
+    assert [name for name in select(model, full, rank=4).projected if "layers.0." in name] == [list(found)[0]]
+    with pytest.raises(ValueError, match="The model has: act_fn"):
+        select(model, ["zzz"])
+
+
 @pytest.mark.parametrize("wanted", ["all-linear", ["experts"], ["experts.gate_up_proj", "experts.down_proj"]])
 def test_experts_beside_adapters_of_their_own(wanted):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])

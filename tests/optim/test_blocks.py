@@ -52,6 +52,12 @@ HEADS = {
     "dictionary": nn.ModuleDict({"a": nn.Linear(16, 3), "b": nn.Linear(16, 3)}),
     "MLP": mlp(),
     "classes": nn.ModuleList([ClassificationHead(), ClassificationHead()]),
+    "MLPs": nn.ModuleList([mlp(), mlp()]),
+    "dictionary of MLPs": nn.ModuleDict({"a": mlp(), "b": nn.Sequential(mlp()[:2], nn.Linear(16, 5), nn.Softmax(-1))}),
+    "sequence of MLPs": nn.Sequential(mlp(), mlp()),
+    "dictionaries of MLPs": nn.ModuleDict({"a": nn.ModuleDict({"b": mlp()}), "c": nn.ModuleList([mlp(), mlp()])}),
+    "MLPs of a class": nn.ModuleList([Net(net=mlp()), Net(net=nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 5)))]),
+    "one of its own blocks": nn.ModuleDict({"a": nn.Sequential(Block(), nn.Linear(16, 5))}),
 }
 
 
@@ -89,6 +95,40 @@ def test_the_parts_of_a_model_in_a_sequential_are_no_blocks():
 def test_without_blocks_all_but_the_heads_are_projected(name: str):
     model = Net(first=nn.Linear(12, 16), second=nn.Linear(16, 16), **{name: HEADS["list"]})
     assert list(select(model).projected) == ["first.weight", "second.weight"]
+
+
+@pytest.mark.parametrize("name", ["fc", "out", "output", "outputs", "logits"])
+def test_without_blocks_the_last_of_several_layers_is_a_head_where_it_is_called_so(name: str):
+    first, second = nn.Linear(12, 16), nn.Linear(16, 16)
+    for last in (nn.Linear(16, 3), mlp()):
+        assert list(select(Net(first=first, second=second, **{name: last})).projected) == [
+            "first.weight",
+            "second.weight",
+        ]
+    wide = Net(first=first, **{name: nn.Linear(16, 12)})  # gives out what another takes, as an autoencoder
+    assert list(select(wide).projected) == ["first.weight", f"{name}.weight"]
+    alone = Net(rnn=nn.LSTM(12, 16), **{name: nn.Linear(16, 4)})
+    assert list(select(alone).projected) == [f"{name}.weight"]
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
+def test_blocks_in_what_ends_the_model_are_blocks(kind: type):
+    whole = nn.Sequential(Block(), Block(), nn.Linear(16, 3))
+    names = select(Net(norm=nn.LayerNorm(16), parts=kind([whole]) if kind is nn.ModuleList else kind(whole))).projected
+    assert list(names) == [f"parts.0.{i}.fc{k}.weight" for i in (0, 1) for k in (1, 2)]
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
+def test_sequentials_in_a_row_are_blocks_but_for_the_last(kind: type):
+    row = [
+        nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16)),
+        nn.Sequential(nn.Linear(16, 8), nn.ReLU()),
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)),
+    ]
+    model = Net(row=nn.ModuleList(row) if kind is nn.ModuleList else nn.Sequential(*row))
+    assert list(select(model).projected) == ["row.0.0.weight", "row.0.2.weight", "row.1.0.weight"]
+    alone = select(nn.ModuleList([mlp(), mlp()])).projected  # of several models, say: no blocks, so all is projected
+    assert len(alone) == 4
 
 
 def test_the_heads_that_a_model_tells_of_are_left():

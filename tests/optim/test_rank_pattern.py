@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainingArguments
@@ -42,6 +43,16 @@ def test_ranks_are_pefts(pattern: dict[str, int]):
     assert ours == theirs and len(set(ours.values())) > 1
     text = ";".join(f"{key}:{rank}" for key, rank in pattern.items())
     assert ranks_by_module(create_osd_optimizer(tiny_llama(), rank=4, rank_pattern=text)) == ours
+
+
+@pytest.mark.parametrize(
+    "key", ["q_proj.weight", r"self_attn\.q_proj\.weight", "model.layers.[01].self_attn.q_proj.weight"]
+)
+def test_a_parameters_name_gives_its_rank(key: str):
+    ranks = ranks_by_module(create_osd_optimizer(tiny_llama(), rank=4, rank_pattern={key: 2}))
+    assert {name.rpartition(".")[2] for name, rank in ranks.items() if rank == 2} == {"q_proj"}
+    with pytest.raises(ValueError, match="matches no projected module or matrix"):  # no module's name ends in t
+        create_osd_optimizer(tiny_llama(), rank=4, rank_pattern={r"\w*t": 2})
 
 
 def test_every_entrance_of_a_trainer(tmp_path):
@@ -85,6 +96,9 @@ def test_names_pass_through_pefts_wrappers():
         {"q_proj": True},
         {"q_proj": "4"},
         {"": 4},
+        {4: 4},
+        ["q_proj:4"],
+        [("q_proj", 4)],
     ],
 )
 def test_another_form_is_refused(pattern):
@@ -94,6 +108,9 @@ def test_another_form_is_refused(pattern):
 
 def test_patterns_that_are_wrong_or_match_nothing_are_refused():
     assert parse_rank_pattern(None) == {} and parse_rank_pattern(TEXT) == RANKS
+    assert parse_rank_pattern({"q_proj": np.int64(4)}) == {"q_proj": 4}
+    with pytest.raises(ValueError, match=r"'\(\?i\)Q_PROJ' in `rank_pattern` is no regular expression: global flags"):
+        parse_rank_pattern("(?i)Q_PROJ:4")
     with pytest.raises(ValueError, match=r"'q_proj\(' in `rank_pattern` is no regular expression"):
         parse_rank_pattern("q_proj(:4")
     for pattern, unused in (({"query": 4}, "'query'"), ({"q_proj": 4, "layers.0.self_attn.q_proj": 2}, "'layers.0")):

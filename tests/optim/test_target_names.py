@@ -120,18 +120,28 @@ def test_modules_that_match_but_are_not_linear_are_reported():
 @pytest.mark.parametrize(
     ("wanted", "unwanted", "message"),
     [
-        (["q_porj"], None, "'q_porj' in `target_modules` matches no module. Did you mean 'q_proj'"),
+        (["q_porj"], None, "'q_porj' in `target_modules` matches no module or matrix. Did you mean 'q_proj'"),
         (
             [".*.attn.*", ".*.mlp.*"],
             None,
             r"A list has names; write patterns as one text .* '\.\*\.attn\.\*\|\.\*\.mlp",
         ),
-        (["zzz"], None, "'zzz' in `target_modules` matches no module. The model has: .*q_proj"),
-        ("all-linear", ["v_porj"], "'v_porj' in `exclude_modules` matches no module. Did you mean 'v_proj'"),
+        (["zzz"], None, "'zzz' in `target_modules` matches no module or matrix. The model has: .*q_proj"),
+        ("all-linear", ["v_porj"], "'v_porj' in `exclude_modules` matches no module or matrix. Did you mean 'v_proj'"),
         (["q_proj"], ["q_proj"], "Nothing to project"),
+        (["module.model.layers.0.mlp"], None, r"Did you mean 'model\.layers\.0\.mlp'"),
+        ("base_model.model.lm_head.weight", None, "Did you mean 'lm_head.weight'"),
+        (5, None, "given as a text or a list of texts, got 5"),
+        (None, None, "given as a text or a list of texts, got None"),
+        ([["q_proj"]], None, "given as a text or a list of texts"),
+        ("all-linear", ["q_proj", 1], "given as a text or a list of texts"),
         ([], None, "Nothing to project"),
-        ("nothing_like_it", None, "'nothing_like_it' in `target_modules` matches no module. The model has: .*q_proj"),
-        ("q_proj,v_porj", None, "'v_porj' in `target_modules` matches no module. Did you mean 'v_proj'"),
+        (
+            "nothing_like_it",
+            None,
+            "'nothing_like_it' in `target_modules` matches no module or matrix. The model has: .*q_proj",
+        ),
+        ("q_proj,v_porj", None, "'v_porj' in `target_modules` matches no module or matrix. Did you mean 'v_proj'"),
         ("q_.*", None, r"\(this string is a regular expression for the whole name of a module\)"),
         ("q_proj,all-linear", None, "stands alone"),
         (["embed_tokens"], None, "model.embed_tokens matched but are no linear layers"),
@@ -173,6 +183,13 @@ def test_targets_and_exclusions_are_read_alike(text):
     assert set(optimizer.param_groups[0]["param_names"]) == set(wanted)
 
 
+def test_modules_with_numbers_are_told_too():
+    with pytest.raises(
+        ValueError, match="'zzz' in `target_modules` matches no module or matrix. The model has: 0, 0.wei"
+    ):
+        select(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "zzz")
+
+
 def test_names_in_patterns_are_not_regular_expressions():
     # A list holds names: the dot of a regular expression must not match there.
     with pytest.raises(ValueError, match=re.escape("'q.proj' in `target_modules` matches no module")):
@@ -191,3 +208,61 @@ def test_a_name_of_a_container_leaves_out_what_is_inside(unwanted, left: int):
 def test_what_leaves_nothing_out_is_refused(unwanted):
     with pytest.raises(ValueError, match="leaves nothing out of what is projected"):
         select(tiny_llama(), exclude_modules=unwanted)
+
+
+ATTENTION = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unwanted", "left"),
+    [
+        ("all-linear", ["layers.0.linear1.weight"], 5),
+        ("all-linear", "linear1.weight,linear2", 2),
+        ("all-linear", r".*linear1\.weight", 4),
+        (["linear1", "in_proj_weight"], ["0.linear1.weight"], 3),
+        (["linear1.weight"], ["0.linear1"], 1),
+        (r".*weight", r".*layers\.0\.linear1.*", 7),
+        (r".*weight", r".*self_attn.*", 4),
+        ("in_proj_weight", r"(?!.*layers\.0).*", 1),
+    ],
+)
+def test_a_parameters_name_stands_for_it_as_its_layers_does(wanted, unwanted, left: int):
+    assert len(select(ATTENTION, wanted, unwanted).projected) == left
+
+
+def test_what_one_of_the_names_of_a_shared_weight_leaves_out_is_out():
+    model = nn.ModuleDict({"first": nn.Linear(8, 8), "second": nn.Linear(8, 8), "third": nn.Linear(8, 8)})
+    model["second"].weight = model["first"].weight
+    for name in ("first", "second", "first.weight", "second.weight"):
+        assert list(select(model, exclude_modules=[name]).projected) == ["third.weight"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unwanted", "kinds"),
+    [
+        (r"(?!.*(lm_head|q_proj)$).*", None, LLAMA_LAYERS - {"q_proj"}),
+        (r"model\.(?!.*q_proj$).*", None, LLAMA_LAYERS - {"q_proj"}),
+        (r".*(?<!_proj)", None, {"lm_head"}),
+        (r".*\.\w*t", None, None),
+        ("all-linear", r"(?!.*q_proj$).*", {"q_proj"}),
+        ("all-linear", r".*(mlp|q_proj)", {"k_proj", "v_proj", "o_proj"}),
+        ("all-linear", r".*\.m\w*", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    ],
+)
+def test_a_pattern_for_modules_does_not_match_by_the_names_of_their_weights(wanted, unwanted, kinds):
+    # `q_proj.weight` does not end in `q_proj`, and ends in t.
+    if kinds is None:
+        with pytest.raises(ValueError, match="Nothing to project"):
+            select(tiny_llama(), wanted, unwanted)
+    else:
+        assert layers(select(tiny_llama(), wanted, unwanted).projected) == kinds
+
+
+@pytest.mark.parametrize("wanted", ["embed_tokens", ["model.embed_tokens"], r".*embed_tokens"])
+def test_an_embedding_is_asked_for_by_the_name_that_the_message_tells(wanted):
+    hint, model = "their matrices have names: model.embed_tokens.weight", tiny_llama()
+    with pytest.raises(ValueError, match=f"model.embed_tokens matched but are no linear layers; {hint}"):
+        select(model, wanted)
+    with pytest.warns(UserWarning, match=f"1 modules match .*: model.embed_tokens; {hint}"):
+        create_osd_optimizer(model, rank=4, target_modules=["q_proj", "embed_tokens"])
+    assert list(select(model, ["model.embed_tokens.weight"]).projected) == ["model.embed_tokens.weight"]

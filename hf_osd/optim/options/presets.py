@@ -46,8 +46,8 @@ class NameOptions:
 
     rank_pattern: str | Mapping[str, int] | None = option(
         None,
-        "Other ranks for some modules, as peft's, by regular expressions for the end of their names, of which the "
-        "first that matches counts: `q_proj:64;layers.0.mlp.*:32`.",
+        "Other ranks for some modules, as peft's, by regular expressions for the end of their names, or of their "
+        "parameters', of which the first that matches counts: `q_proj:64;layers.0.mlp.*:32`.",
         check=Check("modules and their ranks", lambda value: isinstance(value, (str, Mapping)), str),
     )
     preset: str | None = option(

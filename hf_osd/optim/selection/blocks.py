@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from torch import nn
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Names that heads have in transformers, timm and torchvision; DETR's are the embeddings of classes and boxes.
 HEAD = re.compile(r"(\w*_)?(heads?|classifiers?|predictors?|(bbox|class)_embed)")
+LAST = re.compile(r"fc|out|outputs?|logits")  # names that other layers have as well
 
 
 def block_prefixes(modules: Mapping[str, nn.Module], is_layer: Callable[[str], bool]) -> tuple[str, ...]:
@@ -17,13 +18,13 @@ def block_prefixes(modules: Mapping[str, nn.Module], is_layer: Callable[[str], b
 
     A block is an element of a container that has parts of its own: of any `nn.ModuleList`, and of an `nn.Sequential`
     or `nn.ModuleDict` that has another one of its class, for these also hold the different parts of a whole model.
-    What is in a container of heads is none.
+    What is in a container of heads is none, nor is what ends the model, see `_ends_model`.
 
     Args:
         modules (`dict[str, nn.Module]`): The modules of the model by name.
         is_layer (`Callable`): Whether the module of a name is one layer, whatever it is made of.
     """
-    found, heads = [], []
+    found, heads, taken = [], [], _taken_widths(modules)
     for name, module in modules.items():
         if not isinstance(module, CONTAINERS):
             continue
@@ -38,6 +39,7 @@ def block_prefixes(modules: Mapping[str, nn.Module], is_layer: Callable[[str], b
             and not is_layer(element)
             and next(child.children(), None) is not None
             and (isinstance(module, nn.ModuleList) or kinds[_kind(child)] > 1)
+            and not _ends_model(child, taken)
         ]
     outermost: list[str] = []
     for prefix in sorted(found):  # what is inside of a block comes right after it
@@ -46,9 +48,19 @@ def block_prefixes(modules: Mapping[str, nn.Module], is_layer: Callable[[str], b
     return tuple(prefix for prefix in outermost if not prefix.startswith(tuple(heads)))
 
 
-def is_head(name: str) -> bool:
-    """Whether a module, or one that it is inside of, has the name of a head."""
-    return any(map(HEAD.fullmatch, name.split(".")))
+def head_prefixes(modules: Mapping[str, nn.Module], plain: Mapping[str, str]) -> tuple[str, ...]:
+    """The same for the heads of a model without blocks: what is called so, and `fc` if it is the last of several."""
+    taken, found = _taken_widths(modules), []
+    for name, module in modules.items():
+        last = plain[name].rpartition(".")[2]
+        if HEAD.fullmatch(last):
+            found.append(f"{name}.")
+        elif LAST.fullmatch(last) and _ends_model(module, taken):
+            first = next(layer for layer in module.modules() if isinstance(layer, nn.Linear))
+            before = [layer for key, layer in modules.items() if not f"{key}.".startswith(f"{name}.")]
+            if any(isinstance(layer, nn.Linear) and layer.out_features == first.in_features for layer in before):
+                found.append(f"{name}.")
+    return tuple(found)
 
 
 def given_heads(model: nn.Module) -> set[nn.Module]:
@@ -68,6 +80,25 @@ def _flat(found: object) -> Iterator[nn.Module]:
     elif isinstance(found, Iterable):
         for one in found:
             yield from _flat(one)
+
+
+def _ends_model(module: nn.Module, taken: Container[int]) -> bool:
+    """Whether a linear layer that ends a module gives out a width that no layer takes, as of classes.
+
+    What comes last is known of an `nn.Sequential` and of a module around one; of a list or dictionary each has to.
+    """
+    if isinstance(module, nn.Linear):
+        return module.out_features not in taken
+    parts = [child for child in module.children() if next(child.parameters(), None) is not None]
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return bool(parts) and all(_ends_model(part, taken) for part in parts)
+    known = isinstance(module, nn.Sequential) or (len(parts) == 1 and not isinstance(parts[0], nn.Linear))
+    return known and bool(parts) and not module._parameters and _ends_model(parts[-1], taken)
+
+
+def _taken_widths(modules: Mapping[str, nn.Module]) -> set[int]:
+    """The widths that layers take. A single number tells nothing, and convolutions take channels, as of colours."""
+    return {p.shape[1] for module in modules.values() for p in module.parameters(recurse=False) if p.ndim == 2} - {1}
 
 
 def _kind(module: nn.Module) -> type:

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterable, Mapping
 
+from ...declare import plain
 from ...text import shortened
+from .matching import is_meant
 
 
 # What follows the name of a linear layer in that of its weight, also of one that is computed (`weight_norm`).
@@ -22,14 +24,14 @@ def parse_rank_pattern(pattern: str | Mapping[str, int] | None) -> dict[str, int
         entries = [entry.rpartition(":") for entry in pattern.split(";")]
         items = [(key.strip(), int(rank) if rank.strip().isdecimal() else rank) for key, _, rank in entries]
     else:
-        items = list(pattern.items())
+        items = [(key, plain(rank)) for key, rank in pattern.items()] if isinstance(pattern, Mapping) else [("", 0)]
     for key, rank in items:
-        if not key or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        if not key or not isinstance(key, str) or not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(
                 f"`rank_pattern` must name modules and their ranks, as in 'q_proj:64;v_proj:32', got {pattern!r}."
             )
         try:
-            re.compile(key)
+            re.compile(_end(key))
         except re.error as error:
             raise ValueError(f"{key!r} in `rank_pattern` is no regular expression: {error}.") from None
     return {key: int(rank) for key, rank in items}
@@ -38,7 +40,7 @@ def parse_rank_pattern(pattern: str | Mapping[str, int] | None) -> dict[str, int
 def ranks_of(
     names: Iterable[str], rank: int, pattern: Mapping[str, int], plain: Mapping[str, str] | None = None
 ) -> dict[str, int]:
-    """The rank of every parameter: of the first pattern that matches the end of its module's name, or `rank`.
+    """The rank of every parameter: of the first pattern that matches the end of its or its module's name, or `rank`.
 
     Args:
         names (`Iterable[str]`): Of the projected parameters.
@@ -53,16 +55,21 @@ def ranks_of(
     ranks, used = dict.fromkeys(names, rank), set()
     for name in ranks:
         owner, _, last = name.rpartition(".")
-        modules = [WEIGHT.sub("", f"{found}.{last}") for found in (owner, (plain or {}).get(owner, owner))]
+        own_names = [f"{found}.{last}" for found in (owner, (plain or {}).get(owner, owner))]
+        modules = [WEIGHT.sub("", own_name) for own_name in own_names]
         for key, own in pattern.items():
-            if any(re.fullmatch(rf"(?:.*\.)?(?:{key})", module) for module in modules):
+            if any(re.fullmatch(_end(key), module) for module in modules) or is_meant(_end(key), *own_names):
                 ranks[name] = own
                 used.add(key)
                 break
     unused = [key for key in pattern if key not in used]
     if unused:
         raise ValueError(
-            f"{', '.join(map(repr, unused))} in `rank_pattern` matches no projected module that an earlier pattern "
-            f"has not taken. They are {shortened(ranks, 3)}."
+            f"{', '.join(map(repr, unused))} in `rank_pattern` matches no projected module or matrix that an earlier "
+            f"pattern has not taken. They are {shortened(ranks, 3)}."
         )
     return ranks
+
+
+def _end(key: str) -> str:
+    return rf"(?:.*\.)?(?:{key})"

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from ...text import shortened
 from .adapters import ModuleNames, module_names
-from .blocks import block_prefixes, given_heads, is_head
+from .blocks import block_prefixes, given_heads, head_prefixes
 from .matching import PLAIN_NAME, match, without
 from .quantised import EXPERTS, WAY_OUT, is_quantised
 
@@ -23,6 +25,7 @@ class Selection:
         projected (`dict[str, nn.Parameter]`): Matrices (m, n) and experts' stacks (E, m, n) to project, by name.
         full_size (`dict[str, nn.Parameter]`): All others.
         ignored (`list[str]`): Modules that were asked for but are not linear layers.
+        nameable (`list[str]`): Matrices right in those, which can be asked for by name.
         frozen (`list[str]`): Linear layers that were asked for but do not require gradients.
         quantised (`list[str]`): Quantised layers that `all-linear` has left.
         adapters (`bool`): Whether the model has adapters of peft's.
@@ -31,9 +34,15 @@ class Selection:
     projected: dict[str, nn.Parameter] = field(default_factory=dict)
     full_size: dict[str, nn.Parameter] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    nameable: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
     quantised: list[str] = field(default_factory=list)
     adapters: bool = False
+
+    @property
+    def hint(self) -> str:
+        """How the matrices of what is ignored are asked for."""
+        return f"; their matrices have names: {shortened(self.nameable, 3)}" if self.nameable else ""
 
 
 def select(
@@ -52,10 +61,12 @@ def select(
             of a model without any, every one), neither heads nor gates of a single row; and of a `PeftModel` the
             linear layers that `modules_to_save` trains wherever they are, if `rank` is low for them. A list, or a
             string of plain names with commas between them: modules with that name or whose name ends in `.` + it, and
-            parameters (m, n) or (E, m, n) such as `experts.gate_up_proj` and `in_proj_weight`. Another string: a
-            regular expression that must match the whole name, of a parameter without matching its module. Names are
-            those that the model has without the wrappers of peft and torch, or with them.
-        exclude_modules (`str` or `list[str]`, *optional*): What to leave out again, matched likewise.
+            parameters (m, n) or (E, m, n) such as `q_proj.weight`, `experts.gate_up_proj` and `in_proj_weight`.
+            Another string: a regular expression that must match the whole name, of a parameter by its own words and
+            without matching its module: `(?!.*q_proj$).*` leaves `q_proj.weight` as well. Names are those that the
+            model has without the wrappers of peft and torch.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            What to leave out again, matched likewise, with all that is inside of it.
         rank (`int`, *optional*): r, for the choice among `modules_to_save`: a classifier of two rows stays whole.
 
     Returns:
@@ -83,24 +94,21 @@ def select(
         matched = match(wanted, names, known, "target_modules")
         # a layer of experts stands for its stacks
         matched = [part for name in matched for part in [s for s in stacks if stacks[s] == name] or [name]]
-    unmatched = not matched
+    parts = {name: _part(_named(model, name)) for name in matched}
     if unwanted:
-        matched = without(matched, unwanted, names, known)
+        parts = without(parts, unwanted, names, known, partial(_parts, model))
     selection, chosen = Selection(adapters=bool(known.adapters)), set()
-    for name in matched:
-        if name in stacks or name in matrices:
-            weight: nn.Parameter | None = model.get_parameter(name)
+    for name, part in parts.items():
+        if isinstance(part, nn.Parameter):
+            if part.requires_grad:
+                chosen.add(part)
+            else:
+                selection.frozen.append(name)
         elif is_quantised(model.get_submodule(name)):
             selection.quantised.append(name)
-            continue
         else:
-            weight = linear_weight(model.get_submodule(name))
-        if weight is None:
             selection.ignored.append(name)
-        elif not weight.requires_grad:
-            selection.frozen.append(name)
-        else:
-            chosen.add(weight)
+            selection.nameable += [matrix for matrix in matrices if matrix.rpartition(".")[0] == name]
     if selection.quantised and wanted != ALL_LINEAR:
         raise ValueError(
             f"`target_modules` names quantised layers, whose weights cannot be trained: "
@@ -112,7 +120,7 @@ def select(
     if not selection.projected:
         weights = {name: linear_weight(model.get_submodule(name)) for name in known.plain}
         others = [name for name, weight in weights.items() if weight is not None and weight.requires_grad]
-        _refuse_empty(selection, wanted, unwanted, unmatched, others)
+        _refuse_empty(selection, wanted, unwanted, not matched, others)
     return selection
 
 
@@ -151,6 +159,25 @@ def linear_weight(module: nn.Module) -> nn.Parameter | None:
     return weight if weight is not None and weight.is_floating_point() else None
 
 
+def _named(model: nn.Module, name: str) -> nn.Parameter | nn.Module:
+    owner, _, last = name.rpartition(".")
+    own: nn.Parameter | None = model.get_submodule(owner)._parameters.get(last)
+    return model.get_submodule(name) if own is None else own
+
+
+def _part(found: nn.Parameter | nn.Module) -> nn.Parameter | nn.Module:
+    """The weight of a layer, or the module where it has none to train."""
+    weight = None if isinstance(found, nn.Parameter) or is_quantised(found) else linear_weight(found)
+    return found if weight is None else weight
+
+
+def _parts(model: nn.Module, name: str, inside: bool) -> set[nn.Parameter | nn.Module]:
+    found = _named(model, name)
+    if isinstance(found, nn.Parameter):
+        return {found}
+    return {_part(found), *(found.modules() if inside else ()), *found.parameters(recurse=inside)}
+
+
 def _matrices(model: nn.Module, known: ModuleNames, names: Mapping[str, str]) -> dict[str, str]:
     """The model's own parameters (m, n) and (E, m, n) that are no stacks of experts, to be named as those are."""
     return {
@@ -167,9 +194,10 @@ def _all_linear(model: nn.Module, known: ModuleNames, stacks: Mapping[str, str],
     quantised = {name for name, module in modules.items() if is_quantised(module)}
     layers = {name for name, module in modules.items() if isinstance(module, linear_classes())} | quantised
     blocks, heads = block_prefixes(modules, layers.__contains__), given_heads(model)
+    left = () if blocks else head_prefixes(modules, known.plain)
 
     def inside(name: str) -> bool:
-        return f"{name}.".startswith(blocks) if blocks else not is_head(known.plain[name])
+        return f"{name}.".startswith(blocks) if blocks else not f"{name}.".startswith(left)
 
     found = []
     for name in modules:
@@ -194,11 +222,13 @@ def parse_modules(modules: str | Iterable[str]) -> str | list[str]:
     A text of plain names with commas between them is a list of names, and one plain name is one too.
     """
     if isinstance(modules, str):
-        names = [name.strip() for name in modules.split(",")]
+        names: list[Any] = [name.strip() for name in modules.split(",")]
         if not all(map(PLAIN_NAME.fullmatch, names)):
             return modules
     else:
-        names = list(modules)
+        names = list(modules) if isinstance(modules, Iterable) else [modules]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"Modules to project, or not to, are given as a text or a list of texts, got {modules!r}.")
     if ALL_LINEAR not in map(_shorthand, names):
         return names
     if len(names) > 1:
@@ -226,7 +256,7 @@ def _refuse_empty(
     if selection.frozen:
         reasons.append(f"{len(selection.frozen)} matching layers are frozen")
     if selection.ignored:
-        reasons.append(f"{shortened(selection.ignored, 3)} matched but are no linear layers")
+        reasons.append(f"{shortened(selection.ignored, 3)} matched but are no linear layers{selection.hint}")
     if unmatched and target_modules == ALL_LINEAR:
         reasons.append("those it has are heads, or outside of its blocks" if others else "it has none")
     named = [f"names such as {others[:1]}"] if others else []
