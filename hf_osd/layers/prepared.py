@@ -133,16 +133,13 @@ class PreparedLayers(nn.Module):
                 self.layers[name].input = known[holder]
                 self.meeting.changed = True
 
-    def go_back(self, holders: Mapping[str, str]) -> None:
-        """Be as a saved state says: share as it does, and start anew what it has no P of."""
-        self.share_as(holders)
-        for shared in self.inputs():
-            if shared.leader not in holders.values():
-                before = shared.P
-                shared.restart()
-                if before is not None:  # a compiled forward pass, which draws none, may come next
-                    shared.P = shared.first.draw(before.shape[0], before.device)
-        self.forget()
+    def restart(self, shared: SharedInput) -> None:
+        """Let P of an input start anew, and forget the R that it has made."""
+        shared.restart()
+        shared.forget()
+        for layer in self.layers.values():
+            if layer.input is shared:
+                layer.stand_in.grad = None
 
     def inputs(self) -> Iterator[Any]:
         """Every input that has been met, once."""

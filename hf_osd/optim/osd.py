@@ -471,7 +471,8 @@ class OSD(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         live = self.trained_groups
         if self._layers is not None:
-            self._layers.go_back(saved_inputs(state_dict))
+            self._layers.share_as(saved_inputs(state_dict))
+            self._layers.forget()
         self.weights.meet()  # which settles the sides of parameters that were sharded since
         state, groups = match_state(live, state_dict, self.partial_load)
         groups, clip_norm2 = take_norm(copy.deepcopy(groups))

@@ -109,10 +109,13 @@ class Weights:
         self._bind(weight, p, state)
         if weight.group["init"] == "given":
             given = self.given.pop(name, None)
+            if isinstance(weight, InputWeight):
+                weight.given = None
+                weight.follow(weight.rules)
             if not weight.geometry.holds_projection:  # it is in another's state
                 return
             if given is None:  # it was used, and the state that it went into is gone
-                logger.warning("%s starts from its gradient: the P given as `init` was used.", name)
+                logger.warning("%s starts P anew: the P given as `init` was used.", name)
             else:
                 weight.slot.state["projection"].copy_(given)
                 weight.resume()
@@ -287,7 +290,13 @@ class Weights:
                 "leave it out (`exclude_modules`), or use source='gradients'."
             )
         weight = self.of(p)
-        assert isinstance(weight, InputWeight)
+        assert isinstance(weight, InputWeight) and self.layers is not None
+        self.of(weight.leader.p)
+        if layer.input.kept and not weight.P.started and not self._in_use(weight.leader):
+            self.layers.restart(layer.input)  # R is in the coordinates of a P that is gone: nobody is stepped by it
+            R = None
+            if G is None:
+                return None
         layer.input.make_room()
         self.ready(weight.leader.p)
         weight.leader.adopt()
@@ -295,6 +304,11 @@ class Weights:
             return R
         rest = weight.op.down(G, weight.P.read().to(G.dtype))
         return rest if R is None else R + rest
+
+    def _in_use(self, leader: InputWeight) -> bool:
+        """Whether any weight has been stepped by the P of this one, in the states that there are now."""
+        sharing = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is leader]
+        return any(self.of(weight.p).count for weight in sharing)
 
     def leave(self, p: Tensor) -> None:
         """Learn from the gradients of a weight from now on: its layers are not called."""
@@ -336,8 +350,9 @@ class Weights:
 
     def give_projections(self) -> None:
         """Let the layers use the P of a state that has been loaded: the forward pass comes before the step."""
-        for weight in self:
-            weight.release()  # its making has given it
+        for weight in self:  # its making has given it
+            if isinstance(weight, InputWeight) and weight.leader is weight and weight.input and not weight.P.started:
+                weight.input.restart()
 
     def _observe_input(self, leader: InputWeight, shared: SharedInput, check: GradientCheck) -> None:
         seen = leader.observe_input(shared, check) if self.observing else None
