@@ -61,6 +61,24 @@ def test_small_gradients_start_p_as_others_do(init: str):
         torch.testing.assert_close(small, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1e-21, 1e-30, 1e-37])
+def test_gradients_whose_squares_are_zero_start_p(scale: float, dtype: torch.dtype):
+    """Lion moves weights as far by them as by others; P, which they cannot teach, stays where it starts."""
+
+    def first(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        p = nn.Parameter(torch.zeros(24, 80, dtype=dtype))
+        optimizer = OSD([{"params": [p], "rank": RANK}], weight_rule="lion")
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert not optimizer.weight_of(p).started
+        step(optimizer, p, seed=0, scale=scale)
+        return p, optimizer.state[p]["projection"]
+
+    for small, other in zip(first(scale), first(1.0), strict=True):
+        torch.testing.assert_close(small, other, rtol=1e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_nothing_to_step(layerwise: bool):
     none, p = nn.Parameter(torch.zeros(0, 24, 40)), matrix()
