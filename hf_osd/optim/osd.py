@@ -1,6 +1,7 @@
 """`OSD`: Online Subspace Descent as an ordinary `torch.optim.Optimizer`."""
 
 import copy
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ from .step.weights import AnyWeight, Weights
 
 
 STAND_INS = "stand_ins"  # key of the group that holds them
+CHECKPOINT = "torch.distributed.checkpoint.state_dict"  # pairs `param_groups` with `state_dict`, group by group
 
 
 class OSD(torch.optim.Optimizer):
@@ -254,6 +256,15 @@ class OSD(torch.optim.Optimizer):
         own |= {name: self.param_groups[0][name] for name in options.CYCLED}  # as schedules look for them
         super().add_param_group(options.DEFAULTS | self.defaults | own)
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """All groups, that of stand-ins last; that one is hidden from [`torch.distributed.checkpoint`]."""
+        return self.trained_groups if _asks(CHECKPOINT) else self.__dict__["param_groups"]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
+
     def begin_loop(self) -> None:
         """From now on the model's parameters are those that it always has, but for stand-ins that have a gradient."""
         if self._layers is not None:
@@ -262,7 +273,7 @@ class OSD(torch.optim.Optimizer):
     @property
     def trained_groups(self) -> list[dict[str, Any]]:
         """`param_groups` without the one of stand-ins."""
-        return [group for group in self.param_groups if STAND_INS not in group]
+        return [group for group in self.__dict__["param_groups"] if STAND_INS not in group]
 
     def _simplify_defaults(self) -> None:
         """Leave in `defaults` what printing, pickling and schedulers may see: groups have taken the rest by now."""
@@ -281,13 +292,13 @@ class OSD(torch.optim.Optimizer):
     @property
     def weights(self) -> Weights:
         """All weights as they are stepped; made anew where groups or states are other objects than before."""
-        weights = self._weights
-        if weights is None or self._groups is not self.param_groups or weights.state is not self.state:
+        weights, groups = self._weights, self.__dict__["param_groups"]
+        if weights is None or self._groups is not groups or weights.state is not self.state:
             observing = weights is not None and weights.observing
-            if weights is not None and self._groups is self.param_groups:
+            if weights is not None and self._groups is groups:
                 weights.meet()  # for it knows which parameters have been taken out of groups
             weights = Weights(self.trained_groups, self.state, self._given_projections, self._layers)
-            self._weights, self._groups = weights, self.param_groups
+            self._weights, self._groups = weights, groups
             weights.observing = observing
         return weights
 
@@ -369,6 +380,8 @@ class OSD(torch.optim.Optimizer):
         if self._stream is not None:
             self._stream.finish()
             return loss
+        if self._layers is not None:
+            self._layers.agree()
         weights, movements, leaders = self.weights, Movements(), []
         if weights.observing:
             weights.observations.clear()
@@ -451,7 +464,10 @@ class OSD(torch.optim.Optimizer):
         finally:
             self.param_groups = everything
         if saved["state"]:  # whole, for torch.distributed.checkpoint loads no entries that are not there
-            saved["state"] = self.weights.missing_states() | saved["state"]
+            for index, entries in self.weights.missing_states().items():
+                saved["state"][index] = entries | saved["state"].get(index, {})
+            if _asks(CHECKPOINT):  # nor does who is to load it know yet which layers share a P
+                saved["state"] = self.weights.with_shared(saved["state"])
         else:
             self.weights.let_go()
         return saved if self._stream is None else self._stream.clipping.with_norm(saved)
@@ -506,6 +522,14 @@ class OSD(torch.optim.Optimizer):
             self._layers = None
         if state.get("_stream") is not None:
             state["_stream"].restore(self._weights_now())
+
+
+def _asks(module: str) -> bool:
+    """Whether a method of ours was called by this module, maybe through accelerate's wrapper."""
+    frame: Any = sys._getframe(2)
+    while frame.f_globals.get("__name__") == "accelerate.optimizer":
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == module
 
 
 def osd_of(optimizer: Any) -> OSD | None:

@@ -25,7 +25,7 @@ from .movement import Movements
 from .projection import usable
 from .sharding import Sharding, local
 from .sides import FULL_SIZE, settle_sides
-from .state import create_state, state_spec
+from .state import create_state, held_elsewhere, state_spec
 
 
 logger = logging.getLogger("hf_osd")
@@ -143,8 +143,19 @@ class Weights:
         return {
             index: create_state(weight.p.device, weight.geometry, weight.rules)
             for index, (p, weight) in enumerate(self._weights.items())
-            if p.requires_grad and p not in self.state
+            if p.requires_grad and "step" not in self.state.get(p, {})
         }
+
+    def with_shared(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """States by position in which those of weights that share a P have it, too."""
+        places = {weight: index for index, weight in enumerate(self._weights.values())}
+        whole = dict(states)
+        for weight, index in places.items():
+            if index in states and isinstance(weight, InputWeight):
+                held = states.get(places[weight.leader], {})
+                shared = held.keys() & held_elsewhere(weight.geometry, weight.rules)
+                whole[index] = states[index] | {name: held[name] for name in shared}
+        return whole
 
     def only_make_states(self) -> bool:
         """Make all states where the first step has zero gradients and lr 0; whether it was so.
@@ -223,7 +234,7 @@ class Weights:
             if weight.geometry.holder != weight.geometry.name:
                 weight.share(by_name[weight.geometry.holder])  # type: ignore[index]
                 state = self.state.get(weight.p, {})
-                for name in state.keys() - state_spec(weight.geometry, rules_of(weight.group)).keys():
+                for name in state.keys() & held_elsewhere(weight.geometry, rules_of(weight.group)):
                     del state[name]  # of the P that it had before it met its input
 
     def follow(self) -> None:
@@ -243,11 +254,9 @@ class Weights:
 
     def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:
         """The parameters that have a gradient, their weights, all that this process has of it, and its check."""
-        if self.layers is not None:
-            self.layers.agree()
-            if self.layers.meeting.changed:
-                self.meet()
-                self.layers.meeting.changed = False
+        if self.layers is not None and self.layers.meeting.changed:
+            self.meet()
+            self.layers.meeting.changed = False
         self.follow()
         layers = self._layer_of
         params: list[Tensor] = []
