@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..declare import refuse_unknown
+from ..declare import plain, refuse_unknown
 from ..layers import PreparedLayers, unload
 from ..layers.prepared import refuse_wrapped
 from ..subspace import SubspaceRule, name_rule
@@ -176,12 +176,12 @@ def create_osd_optimizer(
     for name in options.keys() & BY_NAME.keys():
         raise ValueError(f"Give {BY_NAME[name].argument} instead of `{name}` of {where}.")
     refuse_unknown(options, [*KEYWORDS, "lr", "target_modules", "exclude_modules"], where)
-    given = {KEYWORDS[name].name: value for name, value in options.items()}
+    given = {KEYWORDS[name].name: plain(value) for name, value in options.items()}
     rank_pattern = given.pop("rank_pattern", None)
     mode = mode_of(optim, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
     if rank is None:
         rank = learned_rank(init) or DEFAULT_RANK
-    settings = resolve(optim, {"rank": rank, "init": init, **given}, preset, where)
+    settings = resolve(optim, {"rank": plain(rank), "init": init, **given}, preset, where)
     if isinstance(settings["subspace"], SubspaceRule):
         settings["subspace"] = name_rule(settings["subspace"])
     validate(settings, where, KEYWORD_OF)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..declare import plain
 from ..layers import CHILD, PreparedLayers
 from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
@@ -217,7 +218,7 @@ class OSD(torch.optim.Optimizer):
             raise ValueError("OSD has no `maximize`: P learns from the loss's own gradients. Negate the loss instead.")
         given = locals()
         defaults = {name: given[name] for name in options.DEFAULTS} | {"lr": lr}
-        self.mode = Mode(**{name: given[name] for name in MODE_DEFAULTS})
+        self.mode = Mode(**{name: plain(given[name]) for name in MODE_DEFAULTS})
         self.partial_load = self.mode.partial_load
         self._given_projections: dict[str, Tensor] = {}
         self._clipped: list[str] = []

@@ -15,6 +15,7 @@ from ...layers.shared_input import SharedInput
 from ...subspace.precision import own_precision
 from ...update_rules import GradientCheck
 from ..options.rules import Rules, rule_options_of, rules_of
+from ..options.table import lr_of_step
 from .algorithm import ProjectedWeight
 from .experts import ExpertWeights
 from .full_weight import FullWeight
@@ -240,6 +241,8 @@ class Weights:
     def follow(self) -> None:
         """Go by the groups' options as they are now: schedulers change betas between steps."""
         for index, group in enumerate(self.groups):
+            if type(group["lr"]) is not float:
+                group["lr"] = lr_of_step(group["lr"], f"parameter group {index}")
             options = rule_options_of(group)
             if options != self._options[index]:
                 self._options[index] = options
