@@ -127,7 +127,8 @@ class OSD(torch.optim.Optimizer):
             0.9. 0 looks at the last gradient alone, and is the only choice with rules that keep no first moment.
         betas (`tuple[float, float]`, *optional*):
             Decay rates of the moments, in both roles. For `adamw`, `adamw8bit`, `lion` and `lion8bit`. Defaults to
-            (0.9, 0.999) with `adamw` and `adamw8bit`, (0.9, 0.99) with `lion` and `lion8bit`.
+            (0.9, 0.999) with `adamw` and `adamw8bit`, (0.9, 0.99) with `lion` and `lion8bit`. Where the rules of W and
+            P have other default ones, schedules such as `OneCycleLR` cycle those that are given.
         eps (`float`, *optional*):
             Added to the root of the second moment, in both roles. For `adamw` and `adamw8bit`. Defaults to 1e-08.
         momentum (`float`, *optional*):
@@ -221,6 +222,7 @@ class OSD(torch.optim.Optimizer):
         self.mode = Mode(**{name: plain(given[name]) for name in MODE_DEFAULTS})
         self.partial_load = self.mode.partial_load
         self._given_projections: dict[str, Tensor] = {}
+        self._uncycled: dict[str, Any] = {}  # defaults that `defaults` does not have
         self._clipped: list[str] = []
         self._stream: GradientStream | None = None
         self._layers = layers
@@ -281,9 +283,11 @@ class OSD(torch.optim.Optimizer):
         if not isinstance(self.defaults["init"], str):
             self.defaults["init"] = "auto"
         self.defaults["subspace"] = str(self.defaults["subspace"])
-        for name in options.CYCLED:  # OneCycleLR looks for the key, and for the values in the groups
-            if any(group[name] is None for group in self.param_groups):
-                del self.defaults[name]
+        for (
+            name
+        ) in options.CYCLED:  # a schedule looks for the key, and is to cycle the weights' momentum, not P's alone
+            if not all(options.has_cycled(group, name) for group in self.param_groups):
+                self._uncycled[name] = self.defaults.pop(name)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -336,7 +340,7 @@ class OSD(torch.optim.Optimizer):
         own = set(param_group)
         refuse_ignored(param_group)
         # A copy, for what is settled here is this optimizer's: the same dictionary can make another one.
-        shared = options.DEFAULTS | self.defaults
+        shared = options.DEFAULTS | self._uncycled | self.defaults
         group = named(param_group, self.trained_groups)
         super().add_param_group(shared | (with_plain_names([group])[0] if self._constructed else group))
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
@@ -507,7 +511,7 @@ class OSD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""
-        kept = "_given_projections _clipped _constructed partial_load mode _stream _layers".split()
+        kept = "_given_projections _uncycled _clipped _constructed partial_load mode _stream _layers".split()
         return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -189,6 +189,11 @@ def spell_out(group: dict[str, Any]) -> None:
             group[name] = values.pop()
 
 
+def has_cycled(group: Mapping[str, Any], name: str) -> bool:
+    """Whether the weights' rule of a group has what schedules change by this name, and a value is in the group."""
+    return group[name] is not None and group["weight_rule"] in OPTIONS[name].owners
+
+
 def lr_of_step(value: Any, where: str) -> Any:
     """A learning rate that somebody has put into a group, as steps take it; of a tensor a view without dimensions."""
     value = value.view(()) if isinstance(value, Tensor) and value.numel() == 1 else plain(value)
