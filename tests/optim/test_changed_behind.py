@@ -80,6 +80,16 @@ def test_gradients_whose_squares_are_zero_start_p(scale: float, dtype: torch.dty
         torch.testing.assert_close(small, other, rtol=1e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
+def test_small_gradients_of_experts_start_p():
+    p = nn.Parameter(torch.zeros(3, 24, 80))
+    optimizer = OSD([{"params": [p], "rank": RANK}], weight_rule="lion")
+    give(p, 0, scale=1e-22)
+    p.grad[1] = 0
+    optimizer.step()
+    assert [bool(P.any()) for P in optimizer.state[p]["projection"]] == [True, False, True]
+    assert [bool(W.any()) for W in p] == [True, False, True]
+
+
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_nothing_to_step(layerwise: bool):
     none, p = nn.Parameter(torch.zeros(0, 24, 40)), matrix()
