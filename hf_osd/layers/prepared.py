@@ -54,6 +54,7 @@ class PreparedLayers(nn.Module):
         self.installed = self.findable = False
         owners = _owners(model)
         self._exchanged = in_a_process_of_many()
+        self._shown: list[LayerInfo] = []
         for name, rank in ranks.items():
             p, name = model.get_parameter(name), plain_name(name)
             modules, reason = owners[p]
@@ -106,6 +107,18 @@ class PreparedLayers(nn.Module):
         """
         if memo is None or self.findable or self.has_gradients:
             yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    def show(self) -> None:
+        """Let weights that DDP is not to find require gradients, for who asks them before the first forward pass."""
+        self._shown += [layer for layer in self.layers.values() if layer.hidden]
+        for layer in self._shown:
+            layer.show()
+
+    def hide(self) -> None:
+        """The end of that."""
+        for layer in self._shown:
+            layer.hide()
+        self._shown.clear()
 
     def leave(self, name: str, reason: str) -> None:
         """Make one layer plain for good."""

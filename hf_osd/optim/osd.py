@@ -262,7 +262,12 @@ class OSD(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """All groups, that of stand-ins last; that one is hidden from [`torch.distributed.checkpoint`]."""
-        return self.trained_groups if _asks(CHECKPOINT) else self.__dict__["param_groups"]
+        asking = _asking()
+        if asking is None:
+            return self.__dict__["param_groups"]
+        if self._layers is not None and asking != "_get_optim_state_dict":  # which looks once more after `state_dict`
+            self._layers.show()
+        return self.trained_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -471,10 +476,12 @@ class OSD(torch.optim.Optimizer):
         if saved["state"]:  # whole, for torch.distributed.checkpoint loads no entries that are not there
             for index, entries in self.weights.missing_states().items():
                 saved["state"][index] = entries | saved["state"].get(index, {})
-            if _asks(CHECKPOINT):  # nor does who is to load it know yet which layers share a P
+            if _asking() is not None:  # nor does who is to load it know yet which layers share a P
                 saved["state"] = self.weights.with_shared(saved["state"])
         else:
             self.weights.let_go()
+        if self._layers is not None:
+            self._layers.hide()
         return saved if self._stream is None else self._stream.clipping.with_norm(saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -504,6 +511,7 @@ class OSD(torch.optim.Optimizer):
         self.weights.meet()  # with the options that the state was saved with, before anybody changes them
         if self._layers is not None:
             self.weights.give_projections()
+            self._layers.hide()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
         if self._stream is not None:
@@ -529,12 +537,12 @@ class OSD(torch.optim.Optimizer):
             state["_stream"].restore(self._weights_now())
 
 
-def _asks(module: str) -> bool:
-    """Whether a method of ours was called by this module, maybe through accelerate's wrapper."""
+def _asking() -> str | None:
+    """The function of torch.distributed.checkpoint that has called a method of ours, maybe by accelerate's wrapper."""
     frame: Any = sys._getframe(2)
     while frame.f_globals.get("__name__") == "accelerate.optimizer":
         frame = frame.f_back
-    return frame.f_globals.get("__name__") == module
+    return frame.f_code.co_name if frame.f_globals.get("__name__") == CHECKPOINT else None
 
 
 def osd_of(optimizer: Any) -> OSD | None:
