@@ -180,10 +180,10 @@ def same(a: Any, b: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy's as Python's own, alone or in a tuple: saved states hold nothing else."""
-    if isinstance(value, (tuple, list)):
+    """A number or truth value of NumPy's or torch's as Python's own, alone or in a tuple: that is what states hold."""
+    if type(value) in (tuple, list):
         return type(value)(map(plain, value))
-    return value.item() if isinstance(value, Real) and hasattr(value, "item") else value
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def build(cls: type, given: Mapping[str, Any]) -> Any:

@@ -32,7 +32,6 @@ class Meeting:
     def join(self, x: Tensor, layer: "LayerInfo") -> SharedInput:
         """The input of the first layer, of the same kind, that was given this very tensor; else a new one."""
         self.changed = True
-        self.group = self.group or group_of_ddp()
         self._seen = [entry for entry in self._seen if entry[0]() is not None]
         for known, version, kind, shared in self._seen:
             if self.sharing and known() is x and version == x._version and kind == layer.kind:
@@ -54,7 +53,8 @@ class LayerInfo:
 
     Attributes:
         stand_ins ([`PreparedLayers`]): As above.
-        input ([`SharedInput`], *optional*): Of the layer; `None` before its first forward pass.
+        input ([`SharedInput`], *optional*): Of the layer; `None` before its first forward pass, unless it was loaded.
+        met (`bool`): Whether it has had its first forward pass.
         first ([`FirstProjection`]): How P starts; the optimizer sets it.
         every (`int`): P learns of every k-th token; likewise.
         hidden (`bool`): Whether W requires its gradient, although it does not say so.
@@ -69,11 +69,11 @@ class LayerInfo:
         self.name, self.modules, self.key, self.stand_ins, self._meeting = name, modules, key, stand_ins, meeting
         self.transposed = plain_class(modules[0]) is not nn.Linear
         self.input: SharedInput | None = None
-        self.hidden = False
+        self.hidden = self.met = False
 
     def hide(self) -> None:
         """Keep W out of DDP, which would wait for its gradient: it takes what requires one when it wraps the model."""
-        self.hidden = self.weight.requires_grad
+        self.hidden, self.met = self.weight.requires_grad, False
         self.weight.requires_grad_(False)
 
     def show(self) -> None:
@@ -100,6 +100,9 @@ class LayerInfo:
     def meet(self, x: Tensor) -> None:
         """Settle whose input x is, at the first forward pass."""
         self.show()
-        self.input = self._meeting.join(x, self)
+        self.met = True
+        self._meeting.group = self._meeting.group or group_of_ddp()
+        if self.input is None:
+            self.input = self._meeting.join(x, self)
         if self.input.P is None:
             self.input.P = self.first.draw(x.shape[-1], x.device)

@@ -24,7 +24,7 @@ class InSubspace:
             return self.plain.forward(self, x)
         if not osd.stand_in.requires_grad:  # as where all parameters were frozen, and W is no longer
             osd.stand_in.requires_grad_(True)
-        if osd.input is None:
+        if not osd.met:
             osd.meet(x)
         xP = osd.input.project(x)  # type: ignore[union-attr]
         return SubspaceProduct.apply(x, W, self.bias, osd.stand_in, xP, self.transposed)  # type: ignore[attr-defined]

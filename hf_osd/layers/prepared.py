@@ -54,6 +54,7 @@ class PreparedLayers(nn.Module):
         self.installed = self.findable = False
         owners = _owners(model)
         self._exchanged = in_a_process_of_many()
+        self._shown: list[LayerInfo] = []
         for name, rank in ranks.items():
             p, name = model.get_parameter(name), plain_name(name)
             modules, reason = owners[p]
@@ -107,6 +108,18 @@ class PreparedLayers(nn.Module):
         if memo is None or self.findable or self.has_gradients:
             yield from super().named_modules(memo, prefix, remove_duplicate)
 
+    def show(self) -> None:
+        """Let weights that DDP is not to find require gradients, for who asks them before the first forward pass."""
+        self._shown += [layer for layer in self.layers.values() if layer.hidden]
+        for layer in self._shown:
+            layer.show()
+
+    def hide(self) -> None:
+        """The end of that."""
+        for layer in self._shown:
+            layer.hide()
+        self._shown.clear()
+
     def leave(self, name: str, reason: str) -> None:
         """Make one layer plain for good."""
         layer = self.layers.pop(name)
@@ -133,16 +146,13 @@ class PreparedLayers(nn.Module):
                 self.layers[name].input = known[holder]
                 self.meeting.changed = True
 
-    def go_back(self, holders: Mapping[str, str]) -> None:
-        """Be as a saved state says: share as it does, and start anew what it has no P of."""
-        self.share_as(holders)
-        for shared in self.inputs():
-            if shared.leader not in holders.values():
-                before = shared.P
-                shared.restart()
-                if before is not None:  # a compiled forward pass, which draws none, may come next
-                    shared.P = shared.first.draw(before.shape[0], before.device)
-        self.forget()
+    def restart(self, shared: SharedInput) -> None:
+        """Let P of an input start anew, and forget the R that it has made."""
+        shared.restart()
+        shared.forget()
+        for layer in self.layers.values():
+            if layer.input is shared:
+                layer.stand_in.grad = None
 
     def inputs(self) -> Iterator[Any]:
         """Every input that has been met, once."""

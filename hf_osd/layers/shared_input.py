@@ -30,6 +30,7 @@ class SharedInput:
         P (`torch.Tensor`, *optional*): (n, r), the optimizer's own; `None` before it is drawn.
         code (`torch.Tensor`, *optional*): What the state keeps instead of P, once it does.
         started (`bool`): Whether weights are stepped by it. Before, P is a random sketch, from which it starts.
+        kept (`bool`): Whether it is, or was, in the optimizer's state.
         learns (`bool`): Whether P is to move after the coming step.
         turn (`int`): Which of the k first tokens is the first that P learns of.
         A (`torch.Tensor`, *optional*): As above, since the last step; `None` where nothing was seen.
@@ -38,6 +39,7 @@ class SharedInput:
 
     def __init__(self, leader: str, first: FirstProjection, every: int):
         self.leader, self.first, self.every = leader, first, every
+        self.P: Tensor | None = None
         self.restart()
         self.A: Tensor | None = None
         self.energy: Tensor | None = None
@@ -45,10 +47,11 @@ class SharedInput:
         self._last: tuple[Any, int, Any] = (lambda: None, 0, None)
 
     def restart(self) -> None:
-        """Be as before the first forward pass."""
-        self.P: Tensor | None = None
+        """Be as before the first step."""
+        if self.P is not None:  # a compiled forward pass, which draws none, may come next
+            self.P = self.first.draw(self.P.shape[0], self.P.device)
         self.code: Tensor | None = None
-        self.started = self.first.complete
+        self.started, self.kept = self.first.complete, False
         self.learns, self.turn = not self.first.complete or self.first.rule.moves_at(0), 0
 
     @torch.no_grad()
@@ -113,7 +116,7 @@ class SharedInput:
 
     def bind(self, P: Tensor, code: Tensor | None) -> None:
         """Use this P, the optimizer's, and what it keeps instead, from now on, and step by it."""
-        self.P, self.code, self.started = P, code, True
+        self.P, self.code, self.started, self.kept = P, code, True, True
         self.forget_product()
 
 

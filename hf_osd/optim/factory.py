@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..declare import refuse_unknown
+from ..declare import plain, refuse_unknown
 from ..layers import PreparedLayers, unload
 from ..layers.prepared import refuse_wrapped
 from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
+from .groups import by_name
 from .options.general import DEFAULT_RANK
 from .options.mode import MODE_DEFAULTS, mode_of
 from .options.presets import BY_NAME, KEYWORD_OF, KEYWORDS, resolve
@@ -70,6 +71,7 @@ def osd_kwargs(
     target_modules: str | Iterable[str] = ALL_LINEAR,
     exclude_modules: str | Iterable[str] | None = None,
     rank_pattern: str | Mapping[str, int] | None = None,
+    rank_given: bool = True,
 ) -> dict[str, Any]:
     """What [`OSD`] is constructed with besides parameters, learning rate and mode: options and what they go for.
 
@@ -78,6 +80,7 @@ def osd_kwargs(
         settings (`dict`): All options, as `presets.resolve` gives them.
         target_modules, exclude_modules: See [`~optim.selection.targets.select`].
         rank_pattern (`str` or `Mapping[str, int]`, *optional*): See [`create_osd_optimizer`].
+        rank_given (`bool`, *optional*, defaults to `True`): Whether a P in `init` must have the rank of `settings`.
     """
     unload(model)
     whole, model = model, unwrapped(model)
@@ -90,7 +93,11 @@ def osd_kwargs(
             stacklevel=3,
         )
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}
-    ranks = ranks_of(selection.projected, settings["rank"], pattern, module_names(model).plain)
+    usual = dict.fromkeys(selection.projected, settings["rank"])
+    if isinstance(settings["init"], Mapping) and not rank_given:
+        learned = by_name(settings["init"], map(plain_name, usual))
+        usual |= {name: rank for name in usual if (rank := learned_rank([learned.get(plain_name(name))]))}
+    ranks = ranks_of(usual, pattern, module_names(model).plain)
     if settings["source"] == "activations":
         refuse_wrapped(whole)
         if any(map(is_sharded, selection.projected.values())):
@@ -120,11 +127,10 @@ def warn_compiled(model: nn.Module, later: bool = False) -> None:
 
 
 def learned_rank(init: Any) -> int | None:
-    """The rank of all P in what may be given as `init`, by name or in a list; `None` where there is no such rank."""
+    """The largest rank of the P in what may be given as `init`, by name or in a list; `None` where there is none."""
     given: Any = init.values() if isinstance(init, Mapping) else init if isinstance(init, (list, tuple)) else ()
     projections = [getattr(one, "projection", one) for one in given]
-    ranks = {P.shape[-1] for P in projections if isinstance(P, Tensor) and P.ndim}
-    return ranks.pop() if len(ranks) == 1 else None
+    return max((P.shape[-1] for P in projections if isinstance(P, Tensor) and P.ndim), default=None)
 
 
 def create_osd_optimizer(
@@ -147,7 +153,7 @@ def create_osd_optimizer(
             `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor` or `osd_sgd`, or one of them
             with `_layerwise`.
         lr (`float`, *optional*, defaults to 1e-3): Learning rate.
-        rank (`int`, *optional*): r. Defaults to the one of all P in `init`, else to 128.
+        rank (`int`, *optional*): r. Defaults to that of each P in `init`, else to 128.
         target_modules, exclude_modules: What is projected, see [`~optim.selection.targets.select`].
         preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.
         init (`str`, `ProjectionState` or `Mapping[str, torch.Tensor]`, *optional*, defaults to `"auto"`):
@@ -176,18 +182,17 @@ def create_osd_optimizer(
     for name in options.keys() & BY_NAME.keys():
         raise ValueError(f"Give {BY_NAME[name].argument} instead of `{name}` of {where}.")
     refuse_unknown(options, [*KEYWORDS, "lr", "target_modules", "exclude_modules"], where)
-    given = {KEYWORDS[name].name: value for name, value in options.items()}
+    given = {KEYWORDS[name].name: plain(value) for name, value in options.items()}
     rank_pattern = given.pop("rank_pattern", None)
     mode = mode_of(optim, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
-    if rank is None:
-        rank = learned_rank(init) or DEFAULT_RANK
-    settings = resolve(optim, {"rank": rank, "init": init, **given}, preset, where)
+    learned = learned_rank(init) or DEFAULT_RANK
+    settings = resolve(optim, {"rank": learned if rank is None else plain(rank), "init": init, **given}, preset, where)
     if isinstance(settings["subspace"], SubspaceRule):
         settings["subspace"] = name_rule(settings["subspace"])
     validate(settings, where, KEYWORD_OF)
     if mode["layerwise"]:
         warn_compiled(model)
-    kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, rank_pattern)
+    kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, rank_pattern, rank is not None)
     optimizer = OSD(decay_groups(model, settings["weight_decay"]), lr=lr, **mode, **kwargs)
     if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured
         announce_summary(optimizer, model)

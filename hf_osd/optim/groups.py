@@ -197,6 +197,14 @@ def warn_far(groups: Sequence[Mapping[str, Any]]) -> None:
             return
 
 
+def by_name(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """What is given by names of parameters, by the names that an optimizer has for them, of which these are some."""
+    given = {plain_name(name): P for name, P in given.items()}
+    if given.keys().isdisjoint(names):  # of a model in DDP
+        given = {name.removeprefix(f"{DDP}."): P for name, P in given.items()}
+    return given
+
+
 def given_projections(
     given: Mapping[str, Tensor] | Sequence[Tensor], group: Mapping[str, Any], names: list[str], position: int
 ) -> dict[str, Tensor]:
@@ -204,9 +212,7 @@ def given_projections(
     places = [index for index, p in enumerate(group["params"]) if is_projected(p, group)]
     names = [names[index] for index in places]
     if isinstance(given, Mapping):
-        given = {plain_name(name): P for name, P in given.items()}
-        if not any(name in given for name in names):  # of a model in DDP
-            given = {name.removeprefix(f"{DDP}."): P for name, P in given.items()}
+        given = by_name(given, names)
         missing = [name for name in names if name not in given]
         if missing:
             raise ValueError(f"`init` has no P for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}.")

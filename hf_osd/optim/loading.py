@@ -3,6 +3,7 @@
 A saved state is compared with the optimizer parameter by parameter; what differs is told as a table.
 """
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..subspace import SUBSPACES
 from ..update_rules import TensorSpec
 from .options.rules import rules_of
 from .options.table import DEFAULTS, OPTIONS, in_effect, spell_out
 from .selection.wrappers import plain_names
 from .step.geometry import Geometry, ProjectedGeometry, geometry_of, names_of
 from .step.sharding import is_sharded
-from .step.state import state_spec
+from .step.state import held_elsewhere, state_spec
 
 
 State = dict[Tensor, dict[str, Tensor]]
@@ -33,6 +35,7 @@ FORMER: dict[str, tuple[Any, ...]] = {
     "projection_schedule": (None, "lr"),
 }
 ROWS_SHOWN = 12
+P_KEYS = {"projection", *(rule.code for rule in SUBSPACES.values())}  # entries that hold P, or what it is made of
 
 
 def match_state(
@@ -100,16 +103,16 @@ def match_state(
 
 
 def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """By name of weight that has been stepped, the one in whose state its P is, where layers have made R."""
+    """By name of weight that layers have made R of, the one in whose state its P is, where there is one."""
     found: dict[str, str] = {}
-    position = 0
+    keys: dict[str, Any] = {}
     for group in state_dict["param_groups"]:
-        names = names_of(group, position)
-        for name, key, holder in zip(names, group["params"], group.get("inputs") or (), strict=False):
-            if holder is not None and key in state_dict["state"]:
-                found[name] = holder
-        position += len(names)
-    return found
+        names = names_of(group, len(keys))
+        keys.update(zip(names, group["params"], strict=True))
+        found |= {name: own for name, own in zip(names, group.get("inputs") or (), strict=False) if own is not None}
+    states = {name: state_dict["state"].get(key, {}) for name, key in keys.items()}
+    started = {name for name, own in states.items() if any(own[key].any() for key in own if key in P_KEYS)}
+    return {name: holder for name, holder in found.items() if states[name] and holder in started}
 
 
 def as_of_today(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,12 +133,15 @@ def as_of_today(group: Mapping[str, Any]) -> dict[str, Any]:
     return group
 
 
-def _to_device(entries: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+def _to_device(entries: Any, p: Tensor) -> Any:
     # A copy where nothing moves: the state is changed in place, and the saved one must not be.
-    return {
-        name: value.detach().clone() if value.device == p.device else value.to(p.device)
-        for name, value in entries.items()
-    }
+    if isinstance(entries, Tensor):
+        return entries.detach().clone() if entries.device == p.device else entries.to(p.device)
+    if isinstance(entries, dict):
+        return {name: _to_device(value, p) for name, value in entries.items()}
+    if type(entries) in (list, tuple):
+        return type(entries)(_to_device(value, p) for value in entries)
+    return copy.deepcopy(entries)
 
 
 def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -246,6 +252,8 @@ def fitting_states(
 ) -> tuple[dict[str, dict[str, Tensor]], list[tuple[str, str, str]]]:
     """The saved states, in the dtypes of today: second moments may have been saved in bfloat16.
 
+    Entries that others keep beside ours come along. A P that another weight's state holds is left out.
+
     Args:
         groups (`list[dict]`): The saved groups.
         states (`dict`): Saved state by parameter name; an empty one is that of a parameter that was never stepped.
@@ -265,12 +273,16 @@ def fitting_states(
         for index, name in enumerate(names_of(group, position)):
             if states.get(name):
                 geometry = geometry_of(group, index, params[name], position + index)
-                spec = state_spec(geometry, rules_of(group))
-                state = _as_wide(states[name], spec)
+                rules = rules_of(group)
+                spec, entries = state_spec(geometry, rules), dict(states[name])
+                for key in entries.keys() & held_elsewhere(geometry, rules):
+                    del entries[key]
+                state = _as_wide({key: entries.pop(key) for key in spec if key in entries}, spec)
                 got, expected = _entries(state), _entries(spec)
                 if got == expected:
                     _refuse_other_sharding(state, geometry, spec)
-                    found[name] = state
+                if got == expected or not state:
+                    found[name] = state | entries
                 else:
                     unfit.append((name, ", ".join(got - expected) or "-", ", ".join(expected - got) or "-"))
         position += len(group["params"])

@@ -1,6 +1,7 @@
 """`OSD`: Online Subspace Descent as an ordinary `torch.optim.Optimizer`."""
 
 import copy
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..declare import plain
 from ..layers import CHILD, PreparedLayers
 from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
@@ -35,6 +37,7 @@ from .step.weights import AnyWeight, Weights
 
 
 STAND_INS = "stand_ins"  # key of the group that holds them
+CHECKPOINT = "torch.distributed.checkpoint.state_dict"  # pairs `param_groups` with `state_dict`, group by group
 
 
 class OSD(torch.optim.Optimizer):
@@ -127,7 +130,8 @@ class OSD(torch.optim.Optimizer):
             0.9. 0 looks at the last gradient alone, and is the only choice with rules that keep no first moment.
         betas (`tuple[float, float]`, *optional*):
             Decay rates of the moments, in both roles. For `adamw`, `adamw8bit`, `lion` and `lion8bit`. Defaults to
-            (0.9, 0.999) with `adamw` and `adamw8bit`, (0.9, 0.99) with `lion` and `lion8bit`.
+            (0.9, 0.999) with `adamw` and `adamw8bit`, (0.9, 0.99) with `lion` and `lion8bit`. Where the rules of W and
+            P have other default ones, schedules such as `OneCycleLR` cycle those that are given.
         eps (`float`, *optional*):
             Added to the root of the second moment, in both roles. For `adamw` and `adamw8bit`. Defaults to 1e-08.
         momentum (`float`, *optional*):
@@ -218,9 +222,10 @@ class OSD(torch.optim.Optimizer):
             raise ValueError("OSD has no `maximize`: P learns from the loss's own gradients. Negate the loss instead.")
         given = locals()
         defaults = {name: given[name] for name in options.DEFAULTS} | {"lr": lr}
-        self.mode = Mode(**{name: given[name] for name in MODE_DEFAULTS})
+        self.mode = Mode(**{name: plain(given[name]) for name in MODE_DEFAULTS})
         self.partial_load = self.mode.partial_load
         self._given_projections: dict[str, Tensor] = {}
+        self._uncycled: dict[str, Any] = {}  # defaults that `defaults` does not have
         self._clipped: list[str] = []
         self._stream: GradientStream | None = None
         self._layers = layers
@@ -257,6 +262,20 @@ class OSD(torch.optim.Optimizer):
         own |= {name: self.param_groups[0][name] for name in options.CYCLED}  # as schedules look for them
         super().add_param_group(options.DEFAULTS | self.defaults | own)
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """All groups, that of stand-ins last; that one is hidden from [`torch.distributed.checkpoint`]."""
+        asking = _asking()
+        if asking is None:
+            return self.__dict__["param_groups"]
+        if self._layers is not None and asking != "_get_optim_state_dict":  # which looks once more after `state_dict`
+            self._layers.show()
+        return self.trained_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
+
     def begin_loop(self) -> None:
         """From now on the model's parameters are those that it always has, but for stand-ins that have a gradient."""
         if self._layers is not None:
@@ -265,16 +284,18 @@ class OSD(torch.optim.Optimizer):
     @property
     def trained_groups(self) -> list[dict[str, Any]]:
         """`param_groups` without the one of stand-ins."""
-        return [group for group in self.param_groups if STAND_INS not in group]
+        return [group for group in self.__dict__["param_groups"] if STAND_INS not in group]
 
     def _simplify_defaults(self) -> None:
         """Leave in `defaults` what printing, pickling and schedulers may see: groups have taken the rest by now."""
         if not isinstance(self.defaults["init"], str):
             self.defaults["init"] = "auto"
         self.defaults["subspace"] = str(self.defaults["subspace"])
-        for name in options.CYCLED:  # OneCycleLR looks for the key, and for the values in the groups
-            if any(group[name] is None for group in self.param_groups):
-                del self.defaults[name]
+        for (
+            name
+        ) in options.CYCLED:  # a schedule looks for the key, and is to cycle the weights' momentum, not P's alone
+            if not all(options.has_cycled(group, name) for group in self.param_groups):
+                self._uncycled[name] = self.defaults.pop(name)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -284,13 +305,13 @@ class OSD(torch.optim.Optimizer):
     @property
     def weights(self) -> Weights:
         """All weights as they are stepped; made anew where groups or states are other objects than before."""
-        weights = self._weights
-        if weights is None or self._groups is not self.param_groups or weights.state is not self.state:
+        weights, groups = self._weights, self.__dict__["param_groups"]
+        if weights is None or self._groups is not groups or weights.state is not self.state:
             observing = weights is not None and weights.observing
-            if weights is not None and self._groups is self.param_groups:
+            if weights is not None and self._groups is groups:
                 weights.meet()  # for it knows which parameters have been taken out of groups
             weights = Weights(self.trained_groups, self.state, self._given_projections, self._layers)
-            self._weights, self._groups = weights, self.param_groups
+            self._weights, self._groups = weights, groups
             weights.observing = observing
         return weights
 
@@ -327,7 +348,7 @@ class OSD(torch.optim.Optimizer):
         own = set(param_group)
         refuse_ignored(param_group)
         # A copy, for what is settled here is this optimizer's: the same dictionary can make another one.
-        shared = options.DEFAULTS | self.defaults
+        shared = options.DEFAULTS | self._uncycled | self.defaults
         group = named(param_group, self.trained_groups)
         super().add_param_group(shared | (with_plain_names([group])[0] if self._constructed else group))
         group, where = self.param_groups[-1], f"parameter group {len(self.param_groups) - 1}"
@@ -372,6 +393,8 @@ class OSD(torch.optim.Optimizer):
         if self._stream is not None:
             self._stream.finish()
             return loss
+        if self._layers is not None:
+            self._layers.agree()
         weights, movements, leaders = self.weights, Movements(), []
         if weights.observing:
             weights.observations.clear()
@@ -454,9 +477,14 @@ class OSD(torch.optim.Optimizer):
         finally:
             self.param_groups = everything
         if saved["state"]:  # whole, for torch.distributed.checkpoint loads no entries that are not there
-            saved["state"] = self.weights.missing_states() | saved["state"]
+            for index, entries in self.weights.missing_states().items():
+                saved["state"][index] = entries | saved["state"].get(index, {})
+            if _asking() is not None:  # nor does who is to load it know yet which layers share a P
+                saved["state"] = self.weights.with_shared(saved["state"])
         else:
             self.weights.let_go()
+        if self._layers is not None:
+            self._layers.hide()
         return saved if self._stream is None else self._stream.clipping.with_norm(saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -474,7 +502,8 @@ class OSD(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         live = self.trained_groups
         if self._layers is not None:
-            self._layers.go_back(saved_inputs(state_dict))
+            self._layers.share_as(saved_inputs(state_dict))
+            self._layers.forget()
         self.weights.meet()  # which settles the sides of parameters that were sharded since
         state, groups = match_state(live, state_dict, self.partial_load)
         groups, clip_norm2 = take_norm(copy.deepcopy(groups))
@@ -485,6 +514,7 @@ class OSD(torch.optim.Optimizer):
         self.weights.meet()  # with the options that the state was saved with, before anybody changes them
         if self._layers is not None:
             self.weights.give_projections()
+            self._layers.hide()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
         if self._stream is not None:
@@ -492,7 +522,7 @@ class OSD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""
-        kept = "_given_projections _clipped _constructed partial_load mode _stream _layers".split()
+        kept = "_given_projections _uncycled _clipped _constructed partial_load mode _stream _layers".split()
         return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -508,6 +538,14 @@ class OSD(torch.optim.Optimizer):
             self._layers = None
         if state.get("_stream") is not None:
             state["_stream"].restore(self._weights_now())
+
+
+def _asking() -> str | None:
+    """The function of torch.distributed.checkpoint that has called a method of ours, maybe by accelerate's wrapper."""
+    frame: Any = sys._getframe(2)
+    while frame.f_globals.get("__name__") == "accelerate.optimizer":
+        frame = frame.f_back
+    return frame.f_code.co_name if frame.f_globals.get("__name__") == CHECKPOINT else None
 
 
 def osd_of(optimizer: Any) -> OSD | None:

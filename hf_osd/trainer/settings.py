@@ -128,6 +128,7 @@ def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> d
         settings.target_modules,
         settings.exclude_modules,
         rank_pattern=settings.rank_pattern,
+        rank_given=settings.rank_given,
     )
     return {"lr": args.learning_rate, **settings.mode, **kwargs}
 

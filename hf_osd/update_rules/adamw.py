@@ -11,7 +11,10 @@ from ..declare import betas, number, option
 from .protocol import Moment, RuleStep
 
 
-BETAS = "Decay rates of the moments, in both roles."
+BETAS = (
+    "Decay rates of the moments, in both roles.\n\n"
+    "Where the rules of W and P have other default ones, schedules such as `OneCycleLR` cycle those that are given."
+)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`source="activations"` under DDP is one process on the global batch, and bit for bit the same on every process."""
 
 import contextlib
+import copy
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from reference.nets_in_layers import N, Net, Other, batch, distance, loss_of, make
@@ -39,7 +41,7 @@ def large_batch(step):
     return torch.cat([batch(10 * step + i) for i in range(4)])
 
 
-def trained(wrap=lambda net: net, parts=1, **options):
+def trained(wrap=lambda net: net, parts=1, reset_after=None, **options):
     torch.manual_seed(0)
     net = Net()
     if dist.is_initialized():
@@ -56,10 +58,13 @@ def trained(wrap=lambda net: net, parts=1, **options):
                 (loss_of(model(x)) / parts).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if step == reset_after:
+            optimizer.state.clear()
     return net, optimizer
 
 
 OPTIONS = [{}, {"projection_sample": 1}, {"subspace": "power"}, {"subspace": "random", "update_interval": 3}]
+OPTIONS += [{"reset_after": 3}]
 
 
 def same_everywhere(net, optimizer):
@@ -124,6 +129,30 @@ def evaluation_on_one_process(rank: int, world_size: int, folder: Path) -> None:
     same_everywhere(net, optimizer)
 
 
+def resumed(rank: int, world_size: int, folder: Path) -> None:
+    """By `load_state_dict` and by `torch.distributed.checkpoint`, whose template is made before the first pass."""
+    for by_checkpoint in (False, True):
+        wrapped: list[nn.Module] = []
+        net, optimizer = trained(lambda net: wrapped.append(DistributedDataParallel(net)) or wrapped[0])  # noqa: B023
+        saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer) if by_checkpoint else optimizer.state_dict())
+        other = Net()
+        other.load_state_dict(net.state_dict())
+        second = make(other)
+        model = DistributedDataParallel(other)
+        if by_checkpoint:
+            get_optimizer_state_dict(model, second)
+            set_optimizer_state_dict(model, second, saved)
+        else:
+            second.load_state_dict(saved)
+        for stepped, trainer in ((wrapped[0], optimizer), (model, second)):
+            for step in range(STEPS, STEPS + 3):
+                loss_of(stepped(share(large_batch(step)))).backward()
+                trainer.step()
+                trainer.zero_grad()
+        same_everywhere(other, second)
+        assert distance(net, other) == 0, (by_checkpoint, distance(net, other))
+
+
 def bytes_on_the_wire(rank: int, world_size: int, folder: Path) -> None:
     """A step exchanges what the benchmark counts, in the precision of the weights."""
     from ddp_exchange import exchanged_bytes
@@ -157,7 +186,7 @@ def bytes_on_the_wire(rank: int, world_size: int, folder: Path) -> None:
         same_everywhere(net, optimizer)
 
 
-SCENARIOS = [as_one_process, conditional, used_otherwise, evaluation_on_one_process, bytes_on_the_wire]
+SCENARIOS = [as_one_process, conditional, used_otherwise, evaluation_on_one_process, resumed, bytes_on_the_wire]
 
 
 @pytest.fixture(scope="module")

@@ -80,16 +80,32 @@ def test_it_is_a_copy_and_starts_another_run(tmp_path):
         assert torch.equal(P, before[name])
 
 
-def test_its_rank_is_the_default_where_it_is_one():
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("options", [{}, {"source": "activations"}, {"side": "two_sided"}], ids=str)
+@pytest.mark.parametrize("pattern", [None, "q_proj:2;layers.0.*:3", "mlp.*:40"])
+def test_its_ranks_are_the_default(pattern: str | None, options: dict, wrapped: bool):
+    """Of each P its own: they may be several by pattern, or where some matrices are smaller than the rank."""
     model = tiny_llama()
-    optimizer = create_osd_optimizer(model, rank=4, side="two_sided")
+    optimizer = create_osd_optimizer(model, rank=4, rank_pattern=pattern, **options)
+    train(model, optimizer), train(model, optimizer)
+    state = ProjectionState.from_optimizer(optimizer)
+    given = {f"module.{name}": P for name, P in state.initial_projections().items()} if wrapped else state
+    again = create_osd_optimizer(tiny_llama(), init=given, **options)
+    ranks = {name: entry.projection.shape[-1] for name, entry in state.items()}
+    groups = [group for group in again.trained_groups if group["rank"]]
+    assert {name: group["rank"] for group in groups for name in group["param_names"]} == ranks
+    assert len(set(ranks.values())) == (1 if pattern is None else 2 if "mlp" in pattern else 3)
+
+
+def test_a_rank_that_is_asked_for_counts():
+    model = tiny_llama()
+    optimizer = create_osd_optimizer(model, rank=4, rank_pattern="q_proj:2")
     train(model, optimizer)
     state = ProjectionState.from_optimizer(optimizer)
-    assert create_osd_optimizer(tiny_llama(), init=state, side="two_sided").param_groups[0]["rank"] == 4
-    mixed = create_osd_optimizer(model, rank=4, rank_pattern="q_proj:2")
-    train(model, mixed)
-    with pytest.raises(ValueError, match="give the rank and side that it was learned with"):
-        create_osd_optimizer(tiny_llama(), init=ProjectionState.from_optimizer(mixed))
+    create_osd_optimizer(tiny_llama(), init=state, rank=4, rank_pattern="q_proj:2")
+    for asked in ({"rank": 4}, {"rank_pattern": "k_proj:3"}):
+        with pytest.raises(ValueError, match="give the rank and side that it was learned with"):
+            create_osd_optimizer(tiny_llama(), init=state, **asked)
 
 
 def test_8bit_codes_are_kept_bit_for_bit(tmp_path):

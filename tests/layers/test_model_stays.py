@@ -184,17 +184,6 @@ def test_a_given_p_is_used_from_the_first_step():
     assert 0 < moved.abs().max() <= 5 * 1e-2 * 1.0001
 
 
-def test_the_state_can_be_cleared():
-    net = Net()
-    optimizer = make(net)
-    train(net, optimizer, range(3))
-    optimizer.state.clear()
-    before = copy.deepcopy(net.state_dict())
-    train(net, optimizer, range(3, 6))
-    assert all(not torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
-    assert optimizer.state[net.layers[0].weight]["step"] == 3
-
-
 @pytest.mark.parametrize("cast", [lambda net: net.bfloat16(), lambda net: net.float()])
 def test_a_model_that_is_cast_keeps_working(cast):
     net = Net()

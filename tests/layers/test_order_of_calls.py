@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections import defaultdict
 
 import pytest
 import torch
@@ -87,16 +88,90 @@ def test_a_compiled_model_goes_back():
     assert all(not torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
-def test_a_cleared_state_goes_on_with_the_random_p_of_the_pass():
+RESETS = {
+    "clear": lambda optimizer: optimizer.state.clear(),
+    "defaultdict": lambda optimizer: setattr(optimizer, "state", defaultdict(dict)),
+    "pop": lambda optimizer: [optimizer.state.pop(p) for p in list(optimizer.state)],
+    "inner": lambda optimizer: [entries.clear() for entries in optimizer.state.values()],
+}
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"subspace": "random", "update_interval": 3}, {"init": "orthonormal"}, {"subspace": "static"}],
+    ids=str,
+)
+def test_without_its_state_it_goes_on_as_a_new_one_after_a_step_that_moves_nothing(options, reset):
+    """R of that step is in the coordinates of the P that is gone."""
     net = Net()
-    optimizer = make(net, "osd_sgd", subspace="random", update_interval=2, momentum=0.0)
+    optimizer = make(net, **options)
     train(net, optimizer, range(5))
-    optimizer.state.clear()
-    plain, P = copy.deepcopy(net), optimizer._layers.layers["layers.0.weight"].input.P.clone()
+    kept = optimizer.state_dict()  # whose P is alive
+    RESETS[reset](optimizer)
+    before = copy.deepcopy(net.state_dict())
     train(net, optimizer, [5])
-    loss_of(plain(batch(5))).backward()
-    W, G = plain.layers[0].weight, plain.layers[0].weight.grad
-    assert (net.layers[0].weight - (W - 1e-2 * G @ P @ P.T)).abs().max() < 1e-12
+    layers = optimizer.layers.layers
+    assert all(torch.equal(net.state_dict()[name], before[name]) for name in layers)
+    other = Net()
+    other.load_state_dict(net.state_dict())
+    second = make(other, **options)
+    for name in net.state_dict().keys() - layers.keys():  # which have been stepped
+        second.state[other.get_parameter(name)] = copy.deepcopy(optimizer.state[net.get_parameter(name)])
+    train(net, optimizer, range(6, 12))
+    train(other, second, range(6, 12))
+    assert distance(net, other) == 0 and kept["state"] and len(layers) == 3
+    for name in layers:
+        state, expected = optimizer.state[net.get_parameter(name)], second.state[other.get_parameter(name)]
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in state.items())
+
+
+def test_a_given_p_is_used_once():
+    net = Net()
+    P = torch.linalg.qr(torch.randn(N, 4, dtype=torch.float64)).Q
+    optimizer = make(net, target_modules=["layers.0", "layers.1"], init=[P, P])
+    train(net, optimizer, range(2))
+    optimizer.state.clear()
+    train(net, optimizer, [2])
+    met = optimizer.layers.layers["layers.1.weight"].input
+    assert not met.started and not torch.equal(met.P, P)
+    train(net, optimizer, range(3, 5))
+    assert optimizer.state[net.layers[0].weight]["step"] == 1
+
+
+def test_p_stays_while_one_that_shares_it_has_its_state():
+    net, other = Net(), Net()
+    optimizer, second = make(net), make(other)
+    train(net, optimizer, range(4)), train(other, second, range(4))
+    P = optimizer.state[net.layers[0].weight]["projection"].clone()
+    optimizer.state.pop(net.layers[0].weight), optimizer.state.pop(net.layers[2].weight)
+    train(net, optimizer, [4]), train(other, second, [4])
+    assert torch.equal(net.layers[1].weight, other.layers[1].weight)
+    assert optimizer.state[net.layers[0].weight]["step"] == 1
+    assert (optimizer.state[net.layers[0].weight]["projection"] - P).abs().max() < 0.1
+    assert net.layers[2].weight not in optimizer.state
+    train(net, optimizer, range(5, 7))
+    assert optimizer.state[net.layers[2].weight]["step"] == 1
+
+
+def test_a_state_with_an_empty_p_starts_it():
+    """As of a layer that had not been called when the state was saved."""
+    net, other = Net(), Net()
+    optimizer, second = make(net), make(other)
+    train(net, optimizer, range(3)), train(other, second, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for name in saved["state"]:
+        if "projection" in saved["state"][name]:
+            saved["state"][name]["projection"].zero_()
+    optimizer.load_state_dict(saved)
+    before = copy.deepcopy(net.state_dict())
+    train(net, optimizer, [3])
+    assert torch.equal(net.layers[0].weight, before["layers.0.weight"])
+    P = optimizer.state[net.layers[0].weight]["projection"]
+    assert (P.T @ P - torch.eye(4)).abs().max() < 1e-6
+    train(net, optimizer, [4])
+    assert not torch.equal(net.layers[0].weight, before["layers.0.weight"])
 
 
 def test_a_group_that_is_added_later_is_saved_and_loaded():

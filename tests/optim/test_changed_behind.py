@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import hf_osd
 from hf_osd import OSD
 
 
@@ -59,6 +60,34 @@ def test_small_gradients_start_p_as_others_do(init: str):
 
     for small, other in zip(trained(1e-19), trained(1.0), strict=True):
         torch.testing.assert_close(small, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1e-21, 1e-30, 1e-37])
+def test_gradients_whose_squares_are_zero_start_p(scale: float, dtype: torch.dtype):
+    """Lion moves weights as far by them as by others; P, which they cannot teach, stays where it starts."""
+
+    def first(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        p = nn.Parameter(torch.zeros(24, 80, dtype=dtype))
+        optimizer = OSD([{"params": [p], "rank": RANK}], weight_rule="lion")
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert not optimizer.weight_of(p).started
+        step(optimizer, p, seed=0, scale=scale)
+        return p, optimizer.state[p]["projection"]
+
+    for small, other in zip(first(scale), first(1.0), strict=True):
+        torch.testing.assert_close(small, other, rtol=1e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_small_gradients_of_experts_start_p():
+    p = nn.Parameter(torch.zeros(3, 24, 80))
+    optimizer = OSD([{"params": [p], "rank": RANK}], weight_rule="lion")
+    give(p, 0, scale=1e-22)
+    p.grad[1] = 0
+    optimizer.step()
+    assert [bool(P.any()) for P in optimizer.state[p]["projection"]] == [True, False, True]
+    assert [bool(W.any()) for W in p] == [True, False, True]
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
@@ -143,6 +172,53 @@ def test_numbers_of_numpy():
     assert [type(beta) for beta in group["betas"]] == [float, float]
     with pytest.raises(ValueError, match="must be a number"):
         OSD([p], lr=np.float32("nan"))
+
+
+def test_arrays_and_tensors_of_one_number_and_truth_values_of_numpy():
+    p = matrix().bfloat16()
+    given = {"lr": np.array(0.25), "rank": np.array(4), "alpha": torch.tensor(2.0), "betas": (0.5, np.array(0.75))}
+    optimizer = OSD([nn.Parameter(p)], **given, stochastic_rounding=np.True_, layerwise=np.True_)
+    group = optimizer.param_groups[0]
+    expected = {"lr": 0.25, "rank": 4, "alpha": 2.0, "betas": (0.5, 0.75), "stochastic_rounding": True}
+    assert {name: group[name] for name in expected} == expected and optimizer.mode.layerwise is True
+    assert [type(group[name]) for name in expected] == [float, int, float, tuple, bool]
+    own = {"rank": np.array(4), "carry_moments": np.True_, "subspace": "svd", "target_modules": "all-linear"}
+    group = hf_osd.create_osd_optimizer(nn.Sequential(nn.Linear(8, 12)), **own).param_groups[0]
+    assert group["rank"] == 4 and group["carry_moments"] is True
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("rule", ["adamw", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize("lr", [torch.tensor([0.125]), torch.tensor([[0.125]]), np.array(0.125)], ids=str)
+def test_a_learning_rate_of_one_number_is_put_into_a_group(lr, rule: str, layerwise: bool):
+    def trained(lr) -> list[nn.Parameter]:
+        params = [matrix(), nn.Parameter(torch.ones(5))]
+        groups = [{"params": params[:1], "rank": RANK}, {"params": params[1:]}]
+        optimizer = OSD(groups, weight_rule=rule, weight_decay=0.1, layerwise=layerwise)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(2):
+            sum(p.square().sum() for p in params).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if isinstance(lr, torch.Tensor):  # which is still the user's to change
+            lr.fill_(0.25)
+            assert optimizer.param_groups[0]["lr"] == 0.25
+            lr.fill_(0.125)
+        return params
+
+    for p, q in zip(trained(lr), trained(0.125), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("lr", [torch.ones(2), np.ones(1), "0.1", None], ids=repr)
+def test_a_learning_rate_that_is_no_number_is_told(lr):
+    p = matrix()
+    optimizer = OSD([p], rank=RANK)
+    optimizer.param_groups[0]["lr"] = lr
+    give(p, 0)
+    with pytest.raises(ValueError, match="`lr` of parameter group 0 must be a number"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("layerwise", [False, True])

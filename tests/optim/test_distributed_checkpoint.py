@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import (
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from hf_osd import OSD
 from hf_osd.update_rules import RULES
+from reference import nets_in_layers
 
 
 class Model(nn.Module):
@@ -188,3 +190,38 @@ def test_the_initial_zero_step_draws_chooses_and_measures_nothing(given: dict):
     for p, q in ((model.wide.weight, fresh_model.wide.weight), (model.tall.weight, fresh_model.tall.weight)):
         expected = fresh.state[q]
         assert torch.equal(p, q) and all(torch.equal(v, expected[name]) for name, v in optimizer.state[p].items())
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("before", [0, 1, 3])
+@pytest.mark.parametrize(
+    "given", [{}, {"subspace": "random", "update_interval": 2}, {"init": "orthonormal"}], ids=["pca", "random", "init"]
+)
+def test_from_activations(given: dict, before: int, flatten: bool, prepared: bool, tmp_path):
+    """Two layers share one P, of which a new optimizer, that makes the template, does not know yet."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def made():
+        net = nets_in_layers.Net()
+        optimizer = nets_in_layers.make(net, **given)
+        return net, Accelerator(cpu=True).prepare_optimizer(optimizer) if prepared else optimizer
+
+    net, optimizer = made()
+    nets_in_layers.train(net, optimizer, range(before))
+    saved = {"optimizer": get_optimizer_state_dict(net, optimizer, options=options), "model": net.state_dict()}
+    save(saved, checkpoint_id=tmp_path)
+    nets_in_layers.train(net, optimizer, range(before, before + 3))
+
+    resumed, other = made()
+    template = {"optimizer": get_optimizer_state_dict(resumed, other, options=options), "model": resumed.state_dict()}
+    load(template, checkpoint_id=tmp_path)
+    resumed.load_state_dict(template["model"])
+    set_optimizer_state_dict(resumed, other, template["optimizer"], options=options)
+    nets_in_layers.train(resumed, other, range(before, before + 3))
+    assert nets_in_layers.distance(net, resumed) == 0
+    states, resumed_states = optimizer.state_dict()["state"], other.state_dict()["state"]
+    for key, entries in states.items():
+        assert entries.keys() == resumed_states[key].keys()
+        assert all(torch.equal(value, resumed_states[key][name]) for name, value in entries.items())
+    assert "projection_step" not in states[1] and len(other.param_groups) == len(optimizer.param_groups) == 3

@@ -1,5 +1,7 @@
 """Options of parameter groups that would do nothing, and what groups share with torch's own optimizers."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -112,6 +114,28 @@ def test_one_cycle_says_that_there_is_no_momentum_to_cycle(own: dict):
         OneCycleLR(OSD([parameter(8, 12)], rank=2, **own), 0.1, total_steps=10)
     OneCycleLR(OSD([parameter(8, 12)], rank=2, **own), 0.1, total_steps=10, cycle_momentum=False)
     OneCycleLR(OSD([parameter(8, 12)], rank=2, weight_rule="adamw", betas=(0.9, 0.99)), 0.1, total_steps=10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_cycle_the_momentum_of_the_weights(schedule: str):
+    """And not, instead, that of a P that moves by another rule."""
+    options = {"rank": 2, "weight_rule": "sgd", "projection_rule": "adamw", "betas": (0.8, 0.99)}
+    p = parameter(8, 12)
+    optimizer = OSD([p], **options)
+    cycle = SCHEDULES[schedule](optimizer)
+    seen = []
+    for _ in range(4):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        cycle.step()
+        seen.append(optimizer.weight_of(p).rules.weight.momentum)
+        assert optimizer.weight_of(p).rules.projection.betas == (0.8, 0.99)
+    assert len(set(seen)) > 2
+    optimizer = copy.deepcopy(optimizer)
+    optimizer.add_param_group({"params": parameter(12, 8)})
+    assert optimizer.param_groups[1]["betas"] == (0.8, 0.99)
+    with pytest.raises(ValueError, match="must support momentum or beta1 with `cycle_momentum`"):
+        OneCycleLR(OSD([p], **options | {"weight_rule": "adafactor"}), 0.1, total_steps=10)
 
 
 def test_a_compiled_model_has_the_names_of_the_model():

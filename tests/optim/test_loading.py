@@ -247,3 +247,25 @@ def test_hooks_see_the_state_and_may_change_it():
     other.register_load_state_dict_post_hook(lambda own: seen.append(own.state[others[0]]["step"].item()))
     other.load_state_dict(optimizer.state_dict())
     assert seen == [1.0] and other.param_groups[0]["lr"] == 0.5 and other.param_groups[0]["params"] == others
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("options", [{}, {"weight_rule": "adamw8bit"}], ids=str)
+def test_what_others_keep_in_a_state_is_loaded(options: dict, stepped: bool):
+    """Users and libraries put anything there, as into that of torch's optimizers."""
+    params, optimizer = make(**options)
+    run(params, optimizer, range(2 if stepped else 0))
+    own = {"z": torch.ones(3, 2, 4), "n": 3, "note": "abc", "nested": {"a": [torch.ones(1), 2]}, "none": None}
+    optimizer.state[params[0]].update(own)
+    saved = copy.deepcopy(optimizer.state_dict())
+    others, other = make(**options)
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p.data)
+    other.load_state_dict(saved)
+    loaded = other.state_dict()["state"]
+    assert loaded[0].keys() == saved["state"][0].keys() == own.keys() | loaded[1].keys()
+    assert torch.equal(loaded[0]["z"], own["z"]) and loaded[0]["nested"] == own["nested"]
+    assert [loaded[0][name] for name in ("n", "note", "none")] == [3, "abc", None]
+    assert loaded[0]["z"] is not saved["state"][0]["z"]
+    run(params, optimizer, range(2, 4)), run(others, other, range(2, 4))
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))

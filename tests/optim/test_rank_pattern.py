@@ -116,7 +116,7 @@ def test_patterns_that_are_wrong_or_match_nothing_are_refused():
     for pattern, unused in (({"query": 4}, "'query'"), ({"q_proj": 4, "layers.0.self_attn.q_proj": 2}, "'layers.0")):
         with pytest.raises(ValueError, match=f"{unused}.* in `rank_pattern` matches no projected module"):
             create_osd_optimizer(tiny_llama(), rank=3, rank_pattern=pattern) if "query" in pattern else ranks_of(
-                ["layers.0.self_attn.q_proj.weight"], 3, pattern
+                {"layers.0.self_attn.q_proj.weight": 3}, pattern
             )
 
 

@@ -132,6 +132,6 @@ def test_a_given_p_is_used_once(caplog):
     with caplog.at_level("WARNING", logger="hf_osd"):
         run(params[:2], optimizer, range(2, 4))
     assert [record.getMessage() for record in caplog.records].count(
-        "parameter 0 starts from its gradient: the P given as `init` was used."
+        "parameter 0 starts P anew: the P given as `init` was used."
     ) == 1
     assert all(optimizer.state[p]["step"] == 2 and optimizer.state[p]["projection"].any() for p in params[:2])

@@ -6,9 +6,12 @@ All entrances share them: the constructor and groups of `OSD`, `create_osd_optim
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
-from ...declare import Need, Option, check_values, number, options_of, refuse_without_effect, same
+from torch import Tensor
+
+from ...declare import Need, Option, check_values, number, options_of, plain, refuse_without_effect, same
 from ...subspace import SUBSPACES, SubspaceRule, build_subspace, is_rule, rule_class
 from ...update_rules import RULES, build_rule
 from .general import RANK, Options, in_subspace
@@ -184,6 +187,19 @@ def spell_out(group: dict[str, Any]) -> None:
         values = {rule_default(rule, name) for rule in rules}
         if group[name] is None and group["weight_rule"] in rules and len(values) == 1:
             group[name] = values.pop()
+
+
+def has_cycled(group: Mapping[str, Any], name: str) -> bool:
+    """Whether the weights' rule of a group has what schedules change by this name, and a value is in the group."""
+    return group[name] is not None and group["weight_rule"] in OPTIONS[name].owners
+
+
+def lr_of_step(value: Any, where: str) -> Any:
+    """A learning rate that somebody has put into a group, as steps take it; of a tensor a view without dimensions."""
+    value = value.view(()) if isinstance(value, Tensor) and value.numel() == 1 else plain(value)
+    if not isinstance(value, Real) and getattr(value, "ndim", None) != 0:
+        check_lr(value, where)
+    return value
 
 
 def check_lr(value: Any, where: str) -> None:

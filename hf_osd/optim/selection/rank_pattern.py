@@ -1,7 +1,7 @@
 """Another rank for some modules, by pattern, as peft's `rank_pattern`."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from ...declare import plain
 from ...text import shortened
@@ -38,13 +38,12 @@ def parse_rank_pattern(pattern: str | Mapping[str, int] | None) -> dict[str, int
 
 
 def ranks_of(
-    names: Iterable[str], rank: int, pattern: Mapping[str, int], plain: Mapping[str, str] | None = None
+    usual: Mapping[str, int], pattern: Mapping[str, int], plain: Mapping[str, str] | None = None
 ) -> dict[str, int]:
-    """The rank of every parameter: of the first pattern that matches the end of its or its module's name, or `rank`.
+    """The rank of every parameter: of the first pattern that matches the end of its or its module's name, or its usual one.
 
     Args:
-        names (`Iterable[str]`): Of the projected parameters.
-        rank (`int`): Of those that no pattern matches.
+        usual (`dict[str, int]`): By name of every projected parameter, its rank where no pattern matches.
         pattern (`dict[str, int]`): As `parse_rank_pattern` gives it.
         plain (`dict[str, str]`, *optional*):
             Names of modules without what peft puts in between, which a pattern may match as well.
@@ -52,7 +51,7 @@ def ranks_of(
     Raises:
         ValueError: For a pattern that matches no projected parameter, or none that another has not taken before.
     """
-    ranks, used = dict.fromkeys(names, rank), set()
+    ranks, used = dict(usual), set()
     for name in ranks:
         owner, _, last = name.rpartition(".")
         own_names = [f"{found}.{last}" for found in (owner, (plain or {}).get(owner, owner))]

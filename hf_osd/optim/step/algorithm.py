@@ -184,13 +184,21 @@ class ProjectedWeight(Weight):
             `bool`: Whether P_0 was made from this gradient, which then has nothing to teach it.
         """
         if not usable(check):
-            return False
+            size = None if check.skip else self._size(G)
+            if not size:
+                return False
+            G = G / size  # its square is nothing in float32
         self.recount(check)
         init = self.group["init"]
         # a P that was given is in the state from its beginning, unless it is zero: of an expert that had no tokens yet
         init = self.P.make(G, Make("auto" if init == "given" else init, self.steps, first=True))
         self.P.started = True
         return init != "orthonormal"
+
+    def _size(self, G: Tensor) -> Tensor:
+        """Sum of G's absolute values, of all processes' parts."""
+        size = torch.linalg.vector_norm(G, 1)
+        return size if self.geometry.sharding is None else self.geometry.sharding.sum(size)
 
     def _renew(self, G: Tensor, check: GradientCheck) -> None:
         """Make P anew from G, if it is neither zero nor broken. Reads the device, as an SVD does anyway."""

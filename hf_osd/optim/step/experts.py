@@ -17,7 +17,6 @@ from .algorithm import LATER, ONLY, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
 from .low_rank import LowRank
 from .movement import Movements
-from .projection import usable
 from .state import state_spec
 from .weight import Weight
 
@@ -140,8 +139,8 @@ class ExpertWeights(Weight):
         """
         ready = [True] * len(self.experts)
         if not all(expert.started for expert in self.experts):
-            fit = usable(check).tolist()
-            ready = [expert.started or own for expert, own in zip(self.experts, fit, strict=True)]
+            without = check.skip.tolist()
+            ready = [expert.started or not none for expert, none in zip(self.experts, without, strict=True)]
         self._open()
         turns = [ONLY] * len(self.experts) if turns is None else turns
         parts = zip(self.experts, G.unbind(), checks_by_expert(check), turns, ready, strict=True)

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ def state_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
     assert isinstance(geometry, ProjectedGeometry)
     spec["idle_steps"] = TensorSpec((), torch.float32)
     return {name: TensorSpec((geometry.matrices, *entry.shape), entry.dtype) for name, entry in spec.items()}
+
+
+def held_elsewhere(geometry: Geometry, rules: Rules) -> Set[str]:
+    """Names of the entries that are in another weight's state, whose P this one uses."""
+    return state_spec(replace(geometry, holder=None), rules).keys() - state_spec(geometry, rules).keys()
 
 
 def _matrix_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:

@@ -15,6 +15,7 @@ from ...layers.shared_input import SharedInput
 from ...subspace.precision import own_precision
 from ...update_rules import GradientCheck
 from ..options.rules import Rules, rule_options_of, rules_of
+from ..options.table import lr_of_step
 from .algorithm import ProjectedWeight
 from .experts import ExpertWeights
 from .full_weight import FullWeight
@@ -25,7 +26,7 @@ from .movement import Movements
 from .projection import usable
 from .sharding import Sharding, local
 from .sides import FULL_SIZE, settle_sides
-from .state import create_state, state_spec
+from .state import create_state, held_elsewhere, state_spec
 
 
 logger = logging.getLogger("hf_osd")
@@ -109,10 +110,13 @@ class Weights:
         self._bind(weight, p, state)
         if weight.group["init"] == "given":
             given = self.given.pop(name, None)
+            if isinstance(weight, InputWeight):
+                weight.given = None
+                weight.follow(weight.rules)
             if not weight.geometry.holds_projection:  # it is in another's state
                 return
             if given is None:  # it was used, and the state that it went into is gone
-                logger.warning("%s starts from its gradient: the P given as `init` was used.", name)
+                logger.warning("%s starts P anew: the P given as `init` was used.", name)
             else:
                 weight.slot.state["projection"].copy_(given)
                 weight.resume()
@@ -140,8 +144,19 @@ class Weights:
         return {
             index: create_state(weight.p.device, weight.geometry, weight.rules)
             for index, (p, weight) in enumerate(self._weights.items())
-            if p.requires_grad and p not in self.state
+            if p.requires_grad and "step" not in self.state.get(p, {})
         }
+
+    def with_shared(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """States by position in which those of weights that share a P have it, too."""
+        places = {weight: index for index, weight in enumerate(self._weights.values())}
+        whole = dict(states)
+        for weight, index in places.items():
+            if index in states and isinstance(weight, InputWeight):
+                held = states.get(places[weight.leader], {})
+                shared = held.keys() & held_elsewhere(weight.geometry, weight.rules)
+                whole[index] = states[index] | {name: held[name] for name in shared}
+        return whole
 
     def only_make_states(self) -> bool:
         """Make all states where the first step has zero gradients and lr 0; whether it was so.
@@ -220,12 +235,14 @@ class Weights:
             if weight.geometry.holder != weight.geometry.name:
                 weight.share(by_name[weight.geometry.holder])  # type: ignore[index]
                 state = self.state.get(weight.p, {})
-                for name in state.keys() - state_spec(weight.geometry, rules_of(weight.group)).keys():
+                for name in state.keys() & held_elsewhere(weight.geometry, rules_of(weight.group)):
                     del state[name]  # of the P that it had before it met its input
 
     def follow(self) -> None:
         """Go by the groups' options as they are now: schedulers change betas between steps."""
         for index, group in enumerate(self.groups):
+            if type(group["lr"]) is not float:
+                group["lr"] = lr_of_step(group["lr"], f"parameter group {index}")
             options = rule_options_of(group)
             if options != self._options[index]:
                 self._options[index] = options
@@ -240,11 +257,9 @@ class Weights:
 
     def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:
         """The parameters that have a gradient, their weights, all that this process has of it, and its check."""
-        if self.layers is not None:
-            self.layers.agree()
-            if self.layers.meeting.changed:
-                self.meet()
-                self.layers.meeting.changed = False
+        if self.layers is not None and self.layers.meeting.changed:
+            self.meet()
+            self.layers.meeting.changed = False
         self.follow()
         layers = self._layer_of
         params: list[Tensor] = []
@@ -287,7 +302,13 @@ class Weights:
                 "leave it out (`exclude_modules`), or use source='gradients'."
             )
         weight = self.of(p)
-        assert isinstance(weight, InputWeight)
+        assert isinstance(weight, InputWeight) and self.layers is not None
+        self.of(weight.leader.p)
+        if layer.input.kept and not weight.P.started and not self._in_use(weight.leader):
+            self.layers.restart(layer.input)  # R is in the coordinates of a P that is gone: nobody is stepped by it
+            R = None
+            if G is None:
+                return None
         layer.input.make_room()
         self.ready(weight.leader.p)
         weight.leader.adopt()
@@ -295,6 +316,11 @@ class Weights:
             return R
         rest = weight.op.down(G, weight.P.read().to(G.dtype))
         return rest if R is None else R + rest
+
+    def _in_use(self, leader: InputWeight) -> bool:
+        """Whether any weight has been stepped by the P of this one, in the states that there are now."""
+        sharing = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is leader]
+        return any(self.of(weight.p).count for weight in sharing)
 
     def leave(self, p: Tensor) -> None:
         """Learn from the gradients of a weight from now on: its layers are not called."""
@@ -336,8 +362,9 @@ class Weights:
 
     def give_projections(self) -> None:
         """Let the layers use the P of a state that has been loaded: the forward pass comes before the step."""
-        for weight in self:
-            weight.release()  # its making has given it
+        for weight in self:  # its making has given it
+            if isinstance(weight, InputWeight) and weight.leader is weight and weight.input and not weight.P.started:
+                weight.input.restart()
 
     def _observe_input(self, leader: InputWeight, shared: SharedInput, check: GradientCheck) -> None:
         seen = leader.observe_input(shared, check) if self.observing else None
