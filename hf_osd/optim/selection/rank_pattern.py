@@ -40,7 +40,7 @@ def parse_rank_pattern(pattern: str | Mapping[str, int] | None) -> dict[str, int
 def ranks_of(
     usual: Mapping[str, int], pattern: Mapping[str, int], plain: Mapping[str, str] | None = None
 ) -> dict[str, int]:
-    """The rank of every parameter: that of the first pattern that matches the end of its or its module's name, or its own.
+    """The rank of every parameter: by the first pattern that matches the end of its or its module's name, or its own.
 
     Args:
         usual (`dict[str, int]`): By name of every projected parameter, its rank where no pattern matches.
