@@ -30,6 +30,7 @@ from .loading import as_of_today, match_state, saved_inputs
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode
 from .statistics import summarize
+from .step.layer_weights import LayerWeights
 from .step.movement import Movements
 from .step.rounding import refuse_without_bfloat16
 from .step.sides import is_matrix
@@ -242,7 +243,7 @@ class OSD(torch.optim.Optimizer):
         self._simplify_defaults()
         if layers is not None:
             self._add_stand_ins(layers)
-            self.weights.share_given()
+            self._layer_weights.share_given()
             self.attach()
             weakref.finalize(self, layers.remove).atexit = False  # nobody else would step what the layers make
         if self.mode.layerwise:
@@ -310,9 +311,16 @@ class OSD(torch.optim.Optimizer):
             observing = weights is not None and weights.observing
             if weights is not None and self._groups is groups:
                 weights.meet()  # for it knows which parameters have been taken out of groups
-            weights = Weights(self.trained_groups, self.state, self._given_projections, self._layers)
+            made_of = self.trained_groups, self.state, self._given_projections
+            weights = Weights(*made_of) if self._layers is None else LayerWeights(*made_of, self._layers)
             self._weights, self._groups = weights, groups
             weights.observing = observing
+        return weights
+
+    @property
+    def _layer_weights(self) -> LayerWeights:
+        weights = self.weights
+        assert isinstance(weights, LayerWeights)
         return weights
 
     def _weights_now(self) -> Callable[[], Weights]:
@@ -410,7 +418,7 @@ class OSD(torch.optim.Optimizer):
                     movements.counters.append((weight.slot.state["skipped_steps"], check.broken))
                     weight.update(arrived, check, movements)
                 if self._layers is not None:
-                    leaders = weights.learn(self._layers, movements)
+                    leaders = self._layer_weights.learn(movements)
             finally:  # where one cannot be stepped, the others before it have made whole steps
                 movements.finish()
                 for _, weight, _, _ in work:
@@ -479,8 +487,8 @@ class OSD(torch.optim.Optimizer):
         if saved["state"]:  # whole, for torch.distributed.checkpoint loads no entries that are not there
             for index, entries in self.weights.missing_states().items():
                 saved["state"][index] = entries | saved["state"].get(index, {})
-            if _asking() is not None:  # nor does who is to load it know yet which layers share a P
-                saved["state"] = self.weights.with_shared(saved["state"])
+            if self._layers is not None and _asking() is not None:  # nor does its reader know which layers share a P
+                saved["state"] = self._layer_weights.with_shared(saved["state"])
         else:
             self.weights.let_go()
         if self._layers is not None:
@@ -513,7 +521,7 @@ class OSD(torch.optim.Optimizer):
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self.weights.meet()  # with the options that the state was saved with, before anybody changes them
         if self._layers is not None:
-            self.weights.give_projections()
+            self._layer_weights.give_projections()
             self._layers.hide()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

@@ -53,7 +53,7 @@ class LinearOperator(Protocol):
         """What `pca_loss` needs of R, (r, r): Pᵀ G Gᵀ P (left) or Pᵀ Gᵀ G P (right). A sum over the long dimension."""
 
     def correlate(self, G: Tensor, Z: Tensor, P: Tensor | None = None, k: int = 1) -> Tensor:
-        """k G Zᵀ (left) or k Gᵀ Z (right), shaped like P. With Z = R it is all that a rule learns of G."""
+        """K G Zᵀ (left) or k Gᵀ Z (right), shaped like P. With Z = R it is all that a rule learns of G."""
 
     def correlate_up(self, D: Tensor, Z: Tensor, P: Tensor) -> Tensor:
         """correlate(up(D, P), Z, P) without up."""

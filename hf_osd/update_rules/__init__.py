@@ -4,8 +4,8 @@ Each is used twice (paper, Algorithm 1): as OptimizerW on the low-rank gradient 
 of the PCA loss.
 """
 
-from .protocol import GradientCheck, KeptMoment, Moment, RuleStep, UpdateRule
 from .blockwise import require_bitsandbytes
+from .protocol import GradientCheck, KeptMoment, Moment, RuleStep, UpdateRule
 from .storage import (
     MIN_8BIT_SIZE,
     MIN_BLOCK_SIZE,

@@ -1,7 +1,7 @@
 """Moments in 8 bits: a code for each element and an absmax for each block, in bitsandbytes' format.
 
-Its kernels encode and decode. But its encoder for the CPU (0.50) is slow, and never chooses some of the smallest codes:
-0 becomes another number. There a table is looked up, eight times faster and nearest.
+Its kernels encode and decode. But its encoder for the CPU (0.50) is slow and never chooses some of the smallest codes,
+so that 0 becomes another number. There a table is looked up, eight times faster and nearest.
 """
 
 from functools import cache
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# The table knows a number by sign, exponent and 11 bits of the mantissa, in 1 MiB: next to the middle between two codes
-# it may choose the farther one, whose error is larger by 1/2048 of the number at most. Of codes chosen 1 in 1,000 is so.
+# The table, 1 MiB, knows a number by sign, exponent and 11 bits of the mantissa: next to the middle between two codes
+# it may choose the farther one, whose error is larger by 1/2048 of the number at most. Of 1,000 codes one is chosen so.
 SHIFT = 32 - 1 - 8 - 11
 
 

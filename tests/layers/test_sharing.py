@@ -177,7 +177,6 @@ def test_experts_go_by_gradients_and_both_resume_exactly():
         ({"subspace": "cosine"}, "made from gradients"),
         ({"init": "svd"}, "decomposes a gradient"),
         ({"ddp_compression": "subspace"}, "Use source='activations'"),
-        ({"source": "gradients", "projection_sample": 2}, "`projection_sample`"),
         ({"subspace": "random", "projection_sample": 2}, "`projection_sample`"),
         ({"subspace": "power", "mixing": 0.5}, "`mixing`"),
         ({"source": "activation"}, "activations"),

@@ -126,8 +126,8 @@ class Operators(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        idle = func.is_view or func.overloadpacket._qualified_op_name.split("::")[1] in ("empty", "new_empty", "promote_types")
-        self.count += not idle
+        name = func.overloadpacket._qualified_op_name.split("::")[1]
+        self.count += not (func.is_view or name in ("empty", "new_empty", "promote_types"))
         return func(*args, **(kwargs or {}))
 
 

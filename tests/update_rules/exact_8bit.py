@@ -1,4 +1,4 @@
-"""8-bit moments with each element at the nearest code, found by comparing it with all: slow, and independent of kernels."""
+"""8-bit moments with each element at the nearest code, found by comparing it with all: independent of kernels."""
 
 import torch
 from bitsandbytes.functional import create_dynamic_map

@@ -4,7 +4,7 @@ Letters and shapes as in `subspace.operators`, written for the left side. W (m, 
 (m, r) its projection. The first half of a step reads G and leaves what is small enough to be kept, added up or sent:
 
     R   = PᵀG                                                            R = down(G, P)
-    A   = G Rᵀ                                                           all that P learns of G: of some columns in turn
+    A   = G Rᵀ                                                           all that P learns of G: some columns in turn
 
 the second half moves the weight, and then P, which was used before it moves:
 
@@ -122,7 +122,9 @@ class ProjectedWeight(Weight):
             fresh = self._start(G, check)
             if not self.P.started:
                 return None
-        elif self._renewed and turn is not LATER and self.renews(check) and self.steps > 0:  # a P that was given is used at first
+        elif (
+            self._renewed and turn is not LATER and self.renews(check) and self.steps > 0
+        ):  # a P that was given is used at first
             self._renew(G, check)
         moves = not fresh and self.moves(check, turn)
         return self.source.low_rank(G, self.count if moves else None)

@@ -1,0 +1,191 @@
+"""The weights of a model with prepared layers, which make R in the backward pass, and P's of their inputs."""
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...layers import PreparedLayers
+from ...layers.shared_input import SharedInput
+from ...update_rules import GradientCheck
+from ..options.rules import rules_of
+from .geometry import Geometry, ProjectedGeometry
+from .gradients import check_of
+from .input_weight import InputWeight
+from .movement import Movements
+from .state import held_elsewhere
+from .weights import AnyWeight, Group, Weights
+
+
+logger = logging.getLogger("hf_osd")
+
+
+class LayerWeights(Weights):
+    """As [`Weights`]; those of prepared layers are [`InputWeight`]s.
+
+    Args:
+        layers ([`PreparedLayers`]): The model's.
+    """
+
+    prepared: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        groups: list[Group],
+        state: MutableMapping[Tensor, dict],
+        given: dict[str, Tensor],
+        layers: PreparedLayers,
+    ):
+        self.layers = layers
+        super().__init__(groups, state, given)
+
+    def meet(self) -> None:  # noqa: D102 - see Weights
+        self.layer_of = self.layers.by_weight()
+        super().meet()
+
+    def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:  # noqa: D102
+        if self.layers.meeting.changed:
+            self.meet()
+            self.layers.meeting.changed = False
+        return super().with_gradients()
+
+    def _bind(self, weight: AnyWeight, p: Tensor, state: dict[str, Tensor]) -> None:
+        super()._bind(weight, p, state)
+        if isinstance(weight, InputWeight) and weight.leader is not weight:
+            self.of(weight.leader.p)  # whose state has P
+
+    def _use_given(self, weight: AnyWeight) -> None:
+        if isinstance(weight, InputWeight):
+            weight.given = None
+            weight.follow(weight.rules)
+        super()._use_given(weight)
+
+    def _make(self, p: Tensor, geometry: Geometry, group: Group) -> AnyWeight:
+        weight = super()._make(p, geometry, group)  # which refuses what cannot be projected
+        layer = self.layer_of.get(p)
+        if layer is None or not isinstance(geometry, ProjectedGeometry):
+            return weight
+        return InputWeight(p, geometry, group, layer, self.given.get(geometry.name))
+
+    def share_given(self) -> None:
+        """Let prepared layers that were given one and the same P share it; each other given P is one layer's own."""
+        first: dict[Any, str] = {}
+        holders: dict[str, str] = {}
+        for weight in self:
+            if isinstance(weight, InputWeight) and weight.given is not None:
+                name = weight.geometry.name
+                holders[name] = first.setdefault((id(weight.given), weight.layer.kind), name)
+        if holders:
+            self.layers.share_as(holders)
+            self.meet()
+
+    def with_shared(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """States by position in which those of weights that share a P have it, too."""
+        places = {weight: index for index, weight in enumerate(self._weights.values())}
+        whole = dict(states)
+        for weight, index in places.items():
+            if index in states and isinstance(weight, InputWeight):
+                held = states.get(places[weight.leader], {})
+                shared = held.keys() & held_elsewhere(weight.geometry, weight.rules)
+                whole[index] = states[index] | {name: held[name] for name in shared}
+        return whole
+
+    def _share(self) -> None:
+        """Let weights whose layers have one input use one P."""
+        own = [weight for weight in self._weights.values() if isinstance(weight, InputWeight)]
+        by_name = {weight.geometry.name: weight for weight in own}
+        for weight in own:
+            if weight.geometry.holder != weight.geometry.name:
+                weight.share(by_name[weight.geometry.holder])  # type: ignore[index]
+                state = self.state.get(weight.p, {})
+                for name in state.keys() & held_elsewhere(weight.geometry, rules_of(weight.group)):
+                    del state[name]  # of the P that it had before it met its input
+
+    def gradient_of(self, p: Tensor, group: Group) -> Tensor | None:
+        """R of a weight of a prepared layer, with what the model does with the weight beside calling its layers."""
+        layer, G = self.layer_of[p], p.grad
+        R = layer.stand_in.grad
+        if layer.input is None and G is not None:
+            if group["lr"] == 0:  # as where states are asked for, before anything has been computed
+                return G
+            self.leave(p)
+            return G
+        if layer.input is None:
+            return None
+        if G is not None and self.layers.meeting.group is not None:
+            raise ValueError(
+                f"{layer.name} is used otherwise than by calling its layer, and DDP does not average that gradient: "
+                "leave it out (`exclude_modules`), or use source='gradients'."
+            )
+        weight = self.of(p)
+        assert isinstance(weight, InputWeight)
+        self.of(weight.leader.p)
+        if layer.input.kept and not weight.P.started and not self._in_use(weight.leader):
+            self.layers.restart(layer.input)  # R is in the coordinates of a P that is gone: nobody is stepped by it
+            R = None
+            if G is None:
+                return None
+        layer.input.make_room()
+        self.ready(weight.leader.p)
+        weight.leader.adopt()
+        if G is None or not weight.P.started:
+            return R
+        rest = weight.op.down(G, weight.P.read().to(G.dtype))
+        return rest if R is None else R + rest
+
+    def _in_use(self, leader: InputWeight) -> bool:
+        """Whether any weight has been stepped by the P of this one, in the states that there are now."""
+        sharing = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is leader]
+        return any(self.of(weight.p).count for weight in sharing)
+
+    def leave(self, p: Tensor) -> None:
+        """Learn from the gradients of a weight from now on: its layers are not called."""
+        layer = self.layer_of[p]
+        logger.warning(
+            "%s is used otherwise than by calling its layer: it learns from its gradients, not from activations.",
+            layer.name,
+        )
+        self.layers.leave(layer.name, "its layer is not called")
+        self.state.pop(p, None)
+        del self._weights[p]
+        self.meet()
+
+    def learn(self, movements: Movements) -> list[InputWeight]:
+        """After all weights have been stepped: let P learn from what the layers' inputs have shown.
+
+        Returns:
+            `list[InputWeight]`: Those that have been given their state.
+        """
+        leaders = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is w and w.input]
+        seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
+        if seen:
+            norms2 = torch.stack([shared.energy for _, shared in seen])  # type: ignore[misc]
+            checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
+            for (weight, shared), check in zip(seen, checks, strict=True):
+                self.ready(weight.p)
+                self._observe_input(weight, shared, check)
+                weight.learn(shared, check, movements)
+        due = {weight for weight in leaders if weight.renewal_due}
+        sharing = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader in due] if due else []
+        for weight in sharing:
+            self.of(weight.p)  # with its state, if it has not been stepped now
+        for weight in due:
+            weight.renew(weight.input)  # type: ignore[arg-type]
+        self.layers.forget()
+        self.layers.findable = False
+        return leaders + sharing
+
+    def give_projections(self) -> None:
+        """Let the layers use the P of a state that has been loaded: the forward pass comes before the step."""
+        for weight in self:  # its making has given it
+            if isinstance(weight, InputWeight) and weight.leader is weight and weight.input and not weight.P.started:
+                weight.input.restart()
+
+    def _observe_input(self, leader: InputWeight, shared: SharedInput, check: GradientCheck) -> None:
+        seen = leader.observe_input(shared, check) if self.observing else None
+        if seen is not None:
+            for weight in self._weights.values():
+                if isinstance(weight, InputWeight) and weight.leader is leader:
+                    self.observations[weight] = seen
