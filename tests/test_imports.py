@@ -38,6 +38,7 @@ FLOORS = [
     {"options", "selection"},
     {"step"},
     {"arrival", "groups", "loading", "statistics"},
+    {"saving"},
     {"osd"},
     {"memory"},
     {"summary"},

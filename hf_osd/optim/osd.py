@@ -1,9 +1,6 @@
 """`OSD`: Online Subspace Descent as an ordinary `torch.optim.Optimizer`."""
 
-import copy
-import sys
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +11,7 @@ from ..declare import plain
 from ..layers import CHILD, PreparedLayers
 from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
-from .arrival.clipping import CLIP_NORM2, take_norm
+from .arrival.clipping import CLIP_NORM2
 from .arrival.stream import GradientStream
 from .groups import (
     divided,
@@ -26,9 +23,9 @@ from .groups import (
     warn_far,
     with_plain_names,
 )
-from .loading import as_of_today, match_state, saved_inputs
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode
+from .saving import STAND_INS, SavedOptimizer
 from .statistics import summarize
 from .step.layer_weights import LayerWeights
 from .step.movement import Movements
@@ -37,11 +34,7 @@ from .step.sides import is_matrix
 from .step.weights import AnyWeight, Weights
 
 
-STAND_INS = "stand_ins"  # key of the group that holds them
-CHECKPOINT = "torch.distributed.checkpoint.state_dict"  # pairs `param_groups` with `state_dict`, group by group
-
-
-class OSD(torch.optim.Optimizer):
+class OSD(SavedOptimizer):
     """Online Subspace Descent (Liang et al. 2024, [arXiv 2408.12857](https://huggingface.co/papers/2408.12857)).
 
     Groups with a `rank` keep their moments in a subspace of that rank for each weight, which learns by one step of
@@ -263,38 +256,17 @@ class OSD(torch.optim.Optimizer):
         own |= {name: self.param_groups[0][name] for name in options.CYCLED}  # as schedules look for them
         super().add_param_group(options.DEFAULTS | self.defaults | own)
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """All groups, that of stand-ins last; that one is hidden from [`torch.distributed.checkpoint`]."""
-        asking = _asking()
-        if asking is None:
-            return self.__dict__["param_groups"]
-        if self._layers is not None and asking != "_get_optim_state_dict":  # which looks once more after `state_dict`
-            self._layers.show()
-        return self.trained_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.__dict__["param_groups"] = groups
-
     def begin_loop(self) -> None:
         """From now on the model's parameters are those that it always has, but for stand-ins that have a gradient."""
         if self._layers is not None:
             self._layers.findable = False
-
-    @property
-    def trained_groups(self) -> list[dict[str, Any]]:
-        """`param_groups` without the one of stand-ins."""
-        return [group for group in self.__dict__["param_groups"] if STAND_INS not in group]
 
     def _simplify_defaults(self) -> None:
         """Leave in `defaults` what printing, pickling and schedulers may see: groups have taken the rest by now."""
         if not isinstance(self.defaults["init"], str):
             self.defaults["init"] = "auto"
         self.defaults["subspace"] = str(self.defaults["subspace"])
-        for (
-            name
-        ) in options.CYCLED:  # a schedule looks for the key, and is to cycle the weights' momentum, not P's alone
+        for name in options.CYCLED:  # a schedule looks for it, and is to cycle the weights' momentum, not P's alone
             if not all(options.has_cycled(group, name) for group in self.param_groups):
                 self._uncycled[name] = self.defaults.pop(name)
 
@@ -316,17 +288,6 @@ class OSD(torch.optim.Optimizer):
             self._weights, self._groups = weights, groups
             weights.observing = observing
         return weights
-
-    @property
-    def _layer_weights(self) -> LayerWeights:
-        weights = self.weights
-        assert isinstance(weights, LayerWeights)
-        return weights
-
-    def _weights_now(self) -> Callable[[], Weights]:
-        """A way to `weights` that does not keep the optimizer alive, so that one that is dropped steps no more."""
-        reference = weakref.ref(self)
-        return lambda: reference().weights  # type: ignore[union-attr]
 
     @property
     def stream(self) -> GradientStream | None:
@@ -474,86 +435,6 @@ class OSD(torch.optim.Optimizer):
             parameter steps skipped for a gradient that was not finite, since the state began.
         """
         return summarize(self.weights)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of every optimizer; the norm that `previous_norm` clips by is in the groups."""
-        self.weights.meet()
-        self.weights.use_given()
-        everything, self.param_groups = self.param_groups, self.trained_groups
-        try:
-            saved = super().state_dict()
-        finally:
-            self.param_groups = everything
-        if saved["state"]:  # whole, for torch.distributed.checkpoint loads no entries that are not there
-            for index, entries in self.weights.missing_states().items():
-                saved["state"][index] = entries | saved["state"].get(index, {})
-            if self._layers is not None and _asking() is not None:  # nor does its reader know which layers share a P
-                saved["state"] = self._layer_weights.with_shared(saved["state"])
-        else:
-            self.weights.let_go()
-        if self._layers is not None:
-            self._layers.hide()
-        return saved if self._stream is None else self._stream.clipping.with_norm(saved)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state exactly: dtypes as saved, on the parameters' devices.
-
-        Raises:
-            ValueError: If it was saved with other rules, ranks, sides or targets, with a table of what differs (unless
-                `partial_load`), or if an entry does not fit; nothing is changed then.
-        """
-        # torch's loader casts every entry but `step` to the parameter's dtype: P and 8-bit codes would be lost. Its
-        # hooks see the state before and after, as they do there.
-        state_dict = dict(state_dict)
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        live = self.trained_groups
-        if self._layers is not None:
-            self._layers.share_as(saved_inputs(state_dict))
-            self._layers.forget()
-        self.weights.meet()  # which settles the sides of parameters that were sharded since
-        state, groups = match_state(live, state_dict, self.partial_load)
-        groups, clip_norm2 = take_norm(copy.deepcopy(groups))
-        for own, group in zip(live, groups, strict=True):
-            group.update({name: own[name] for name in ("params", "param_names") if name in own})
-        groups += [group for group in self.param_groups if STAND_INS in group]
-        self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
-        self.weights.meet()  # with the options that the state was saved with, before anybody changes them
-        if self._layers is not None:
-            self._layer_weights.give_projections()
-            self._layers.hide()
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
-        if self._stream is not None:
-            self._stream.load(clip_norm2)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What pickling and deepcopy keep: everything that cannot be derived."""
-        kept = "_given_projections _uncycled _clipped _constructed partial_load mode _stream _layers".split()
-        return super().__getstate__() | {name: self.__dict__[name] for name in kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and forget what was derived."""
-        super().__setstate__(state)  # torch's `load_state_dict` comes by here too, with state and groups alone
-        for name, default in (("mode", Mode()), ("_stream", None), ("_layers", None), ("_weights", None)):
-            self.__dict__.setdefault(name, default)  # the first two were saved before there were modes
-        for group in self.param_groups:
-            today = as_of_today(group)  # may be another version's
-            group.clear()
-            group.update(today)
-        if not isinstance(self._layers, PreparedLayers):  # copied: the copy of the model has plain layers
-            self._layers = None
-        if state.get("_stream") is not None:
-            state["_stream"].restore(self._weights_now())
-
-
-def _asking() -> str | None:
-    """The function of torch.distributed.checkpoint that has called a method of ours, maybe by accelerate's wrapper."""
-    frame: Any = sys._getframe(2)
-    while frame.f_globals.get("__name__") == "accelerate.optimizer":
-        frame = frame.f_back
-    return frame.f_code.co_name if frame.f_globals.get("__name__") == CHECKPOINT else None
 
 
 def osd_of(optimizer: Any) -> OSD | None:

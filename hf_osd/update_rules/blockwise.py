@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 # The table, 1 MiB, knows a number by sign, exponent and 11 bits of the mantissa: next to the middle between two codes
-# it may choose the farther one, whose error is larger by 1/2048 of the number at most. Of 1,000 codes one is chosen so.
+# it may choose the farther one, whose error is larger by 1/2048 of the number at most. Of 1,000 codes one is so.
 SHIFT = 32 - 1 - 8 - 11
 
 
