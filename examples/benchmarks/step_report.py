@@ -53,6 +53,14 @@ def table(row: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def accuracy(kernels: dict[str, dict[str, float]]) -> str:
+    """Markdown: time and error of one product by each kernel."""
+    lines = ["**One product**, (2736, 1024) x (1024, 128)", "", "| kernel | ms | relative error |", "| --- " * 3 + "|"]
+    for name, found in kernels.items():
+        lines.append(f"| {name} | {1e3 * found['seconds']:.2f} | {found['relative_error']:.1e} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(rows: list[dict[str, Any]], names: list[str], title: str, path: Path) -> None:
     """Bars of the ratios to the three bare products, one panel a case."""
     names = [name for name in names if name != BARE and any(name in row["seconds"] for row in rows)]
@@ -79,5 +87,6 @@ def render(result: dict[str, Any], path: Path) -> None:
     """Writes `<path>.md`, `<path>_all.md` and `<path>.png`."""
     rows, names = result["rows"], result["table"]
     named(path, ".md").write_text(summary(rows, names), encoding="utf-8")
-    named(path, "_all.md").write_text("\n".join(table(row) for row in rows), encoding="utf-8")
+    everything = [table(row) for row in rows] + ([accuracy(result["kernels"])] if "kernels" in result else [])
+    named(path, "_all.md").write_text("\n".join(everything), encoding="utf-8")
     draw(rows, names, result["title"], named(path, ".png"))

@@ -18,6 +18,7 @@ Needs: the `benchmarks` extra. A library that is missing is left out, and the re
 import argparse
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 
 from contenders import BARE, CONTENDERS, INTERVAL, Step
 from environment import describe, load_experiment, pick_device, results_folder, save
+from hf_osd.subspace.precision import full_precision, reduced_precision
 from shapes import block_shapes, sizes
 from step_report import render, table
 from stopwatch import in_turn, launches, operators, timed, waits
@@ -106,6 +108,26 @@ def measure(
     }
 
 
+def kernels(shape: tuple[int, int, int] = (2736, 1024, 128), rounds: int = 15) -> dict[str, dict[str, float]]:
+    """Products of float32 matrices on the CPU, by torch's usual kernel and by those that a step chooses.
+
+    Returns:
+        `dict`: By kernel its median time in seconds, and its relative error against float64.
+    """
+    m, n, r = shape
+    G, P = torch.randn(m, n), torch.randn(n, r)
+    exact = G.double() @ P.double()
+    ways = {"usual": nullcontext(), "of R and W": full_precision(G), "of A": reduced_precision(G)}
+    found = {}
+    for name, way in ways.items():
+        with way:
+            found[name] = {
+                "seconds": statistics.median(timed(lambda: G @ P, torch.device("cpu")) for _ in range(rounds)),
+                "relative_error": float((G @ P - exact).norm() / exact.norm()),
+            }
+    return found
+
+
 def _most(count: Callable[[], int], kinds: int, prepare: Callable[[], None]) -> int:
     """What the kind of step counts that has most of it."""
     seen = []
@@ -145,6 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     if (arguments.cases or arguments.contenders or arguments.dtype) and not arguments.output_dir:
         return
     result = {"environment": describe(device), "title": experiment["title"], "dtype": dtype, "rows": rows}
+    if device == "cpu" and dtype == "float32":
+        result["kernels"] = kernels()
     result["table"] = experiment.get("table") or names
     save((arguments.output_dir or results_folder(device)) / arguments.experiment, result, render)
 
