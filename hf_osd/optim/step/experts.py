@@ -139,8 +139,8 @@ class ExpertWeights(Weight):
         """
         ready = [True] * len(self.experts)
         if not all(expert.started for expert in self.experts):
-            without = check.skip.tolist()
-            ready = [expert.started or not none for expert, none in zip(self.experts, without, strict=True)]
+            fit = check.skip.logical_not().tolist()
+            ready = [expert.started or own for expert, own in zip(self.experts, fit, strict=True)]
         self._open()
         turns = [ONLY] * len(self.experts) if turns is None else turns
         parts = zip(self.experts, G.unbind(), checks_by_expert(check), turns, ready, strict=True)
