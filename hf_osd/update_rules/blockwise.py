@@ -28,9 +28,9 @@ def encode(value: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
         return _kernels().quantize_blockwise(A=value, code=code_book(signed, value.device), blocksize=block)
     flat = value.view(-1)
     blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block) if len(flat) % block else flat.view(-1, block)
-    absmax = blocks.abs().amax(dim=1)
+    absmax = torch.maximum(blocks.amin(dim=1).neg_(), blocks.amax(dim=1))
     share = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-    place = (share.view(torch.int32) >> SHIFT).add_(1 << (31 - SHIFT))
+    place = share.view(torch.int32).bitwise_right_shift_(SHIFT).add_(1 << (31 - SHIFT))
     codes = _code_by_place(signed).index_select(0, place.view(-1))
     return codes[: len(flat)].view_as(value), absmax
 
@@ -56,10 +56,15 @@ def code_book(signed: bool, device: torch.device) -> Tensor:
 def _code_by_place(signed: bool) -> Tensor:
     """The nearest code of every number by its first bits, negative ones first."""
     code = code_book(signed, torch.device("cpu"))
-    places = torch.arange(-1 << (31 - SHIFT), 1 << (31 - SHIFT), dtype=torch.int32)
-    numbers = ((places << SHIFT) + (1 << (SHIFT - 1))).view(torch.float32)  # in the middle of those with these bits
     middles = (code[1:] + code[:-1]) / 2
-    return torch.bucketize(numbers.nan_to_num(0.0), middles).to(torch.uint8)
+    parts, size = [], 1 << 16
+    for start in range(-1 << (31 - SHIFT), 1 << (31 - SHIFT), size):
+        places = torch.arange(start, start + size, dtype=torch.int32, device="cpu")
+        numbers = ((places << SHIFT) + (1 << (SHIFT - 1))).view(
+            torch.float32
+        )  # in the middle of those with these bits
+        parts.append(torch.bucketize(numbers.nan_to_num(0.0), middles).to(torch.uint8))
+    return torch.cat(parts)
 
 
 def require_bitsandbytes() -> None:

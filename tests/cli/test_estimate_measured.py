@@ -11,6 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, GPT2Config, LlamaConfig, Qwen3Mo
 from hf_osd import OSD
 from hf_osd.estimate import Workload
 from hf_osd.optim import select
+from hf_osd.update_rules.blockwise import encode
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
@@ -29,6 +30,13 @@ FAMILIES = {
 }
 BLOCK = 60 * 60 * 4  # of the CPU's transposing copy
 RUNS = (*memory.PEERS, "osd_adamw", "osd_adamw8bit", "osd_adamw8bit_layerwise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tables() -> None:
+    """What encoding keeps for the process: 1 MiB, more than these models' states."""
+    for signed in (True, False):
+        encode(torch.ones(1), signed, 256)
 
 
 def settings_of(**changes) -> Namespace:

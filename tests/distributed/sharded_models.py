@@ -73,9 +73,12 @@ def make_groups(model: nn.Module, rank: int = RANK) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, rank: int = RANK, **options) -> OSD:
+    groups = make_groups(model, rank)
+    if options.get("subspace", "online_pca") == "online_pca" and options.get("side") != "two_sided":
+        groups[0]["projection_sample"] = options.pop("projection_sample", 1)  # blocks are of each process's own part
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the gate has one row: its rank is clipped, which the optimizer says
-        return OSD(make_groups(model, rank), **{"lr": LR, "weight_decay": 0.01, **options})
+        return OSD(groups, **{"lr": LR, "weight_decay": 0.01, **options})
 
 
 def loss_of(model: nn.Module, step: int, part: int = 0, parts: int = 1) -> Tensor:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from sharded_models import assert_same_state, assert_same_weights, loss_of, make_model, make_optimizer, shard, train
 from torch.distributed.tensor.debug import CommDebugMode
 
+from hf_osd.optim.step.movement import Movements
 from hf_osd.optim.step.sharding import local
 
 
@@ -104,12 +105,39 @@ def collectives(rank: int, world: int, folder: Path):
         assert counts.get_total_counts() == 1 + count * projected, (name, counts.get_comm_counts())
 
 
+def blocks_are_of_each_part(rank: int, world: int, folder: Path):
+    """In the mean over the blocks, of any number of rows, A is that of the whole gradient, and P the same everywhere."""
+    k = 3
+    model, single = shard(make_model()), make_model()
+    optimizer = make_optimizer(model, projection_sample=k, lr=1e-12, init="orthonormal")
+    train(model, optimizer, range(1), rank, world)
+    named = dict(model.named_parameters())
+    loss_of(single, 1).backward()
+    seen: dict[str, list] = {}
+    add = Movements.add
+    Movements.add = lambda self, P, A, check: seen.setdefault(P.geometry.name, []).append(A.clone())
+    try:
+        for _ in range(k):
+            train(model, optimizer, range(1, 2), rank, world)
+    finally:
+        Movements.add = add
+    for name, parts in seen.items():
+        p, G = named[name], dict(single.named_parameters())[name].grad
+        P = local(optimizer.state[p]["projection"])
+        assert len(parts) == k and optimizer.weight_of(p).geometry.side == "right"
+        if p.shape[0] >= k * world:  # of fewer rows a block is all of them
+            torch.testing.assert_close(torch.stack(parts).mean(0), G.T @ G @ P, rtol=0, atol=1e-9)
+        other = parts[0].clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(other, parts[0])
+
+
 def two_sided_is_refused(rank: int, world: int, folder: Path):
     with pytest.raises(ValueError, match=r"is sharded, which side='two_sided' does not support.*use DDP"):
         make_optimizer(shard(make_model()), side="two_sided")
 
 
-SCENARIOS = [family, p_is_the_same_everywhere, collectives, two_sided_is_refused]
+SCENARIOS = [family, p_is_the_same_everywhere, collectives, blocks_are_of_each_part, two_sided_is_refused]
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from hf_osd import OSD
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-9  # float64, see test_fsdp2.py
+WHOLE = {"projection_sample": 1}  # blocks would be of each process's own part
 
 
 def shard_as_accelerate(model: nn.Module, optimizer: OSD) -> None:
@@ -105,10 +106,11 @@ def tensor_parallel(rank: int, world: int, folder: Path):
             [{"params": groups[0], "rank": 6, "side": "right"}, {"params": groups[1], "rank": 6, "side": "left"}],
             lr=0.01,
             weight_rule=rule,
+            **WHOLE,
         )
         named = dict(parallel.named_parameters())
         own = [{"params": [(name, named[name]) for name, _ in group], "rank": 6} for group in groups]
-        optimizer = OSD(own, lr=0.01, weight_rule=rule)
+        optimizer = OSD(own, lr=0.01, weight_rule=rule, **WHOLE)
         train(single, reference, range(4))
         for step in range(4):
             loss_of(parallel, step).backward()
@@ -176,8 +178,8 @@ def fsdp_over_tensor_parallel(rank: int, world: int, folder: Path):
     with pytest.raises(ValueError, match="divided in one dimension"):
         OSD([{"params": wide, "rank": 6}])
     named = dict(parallel.named_parameters())
-    reference = OSD([{"params": tall, "rank": 6, "side": "right"}], lr=0.01)
-    optimizer = OSD([{"params": [(name, named[name]) for name, _ in tall], "rank": 6}], lr=0.01)
+    reference = OSD([{"params": tall, "rank": 6, "side": "right"}], lr=0.01, **WHOLE)
+    optimizer = OSD([{"params": [(name, named[name]) for name, _ in tall], "rank": 6}], lr=0.01, **WHOLE)
     for step in range(4):
         loss_of(single, step).backward()
         loss_of(parallel, step, rank // 2, 2).backward()

@@ -45,6 +45,7 @@ def train(output_dir: Path, batch: int, resume: Path | None = None, **options) -
         output_dir=str(output_dir),
         optim="osd_adamw",
         osd_rank=8,
+        osd_projection_sample=1,  # blocks would be of each process's own part
         learning_rate=1e-2,
         weight_decay=0.01,
         max_steps=STEPS,

@@ -25,7 +25,8 @@ def test_the_closed_form_is_the_optimizers_own_step():
         W = torch.nn.Parameter(torch.zeros(m, n))
         P = torch.linalg.qr(torch.randn(12, 4)).Q.contiguous()
         # alpha lr = 5e-3; the first step with a P that is given moves it
-        optimizer = OSD([{"params": [W], "rank": 4}], lr=1e-3, alpha=5.0, lambda_=0.1, init=[P.clone()])
+        options = {"alpha": 5.0, "lambda_": 0.1, "projection_sample": 1}
+        optimizer = OSD([{"params": [W], "rank": 4}], lr=1e-3, init=[P.clone()], **options)
         step = projection_time.ClosedForm(P.clone(), side)
         for _ in range(5):
             W.grad = torch.randn(m, n)
