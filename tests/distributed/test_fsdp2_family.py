@@ -106,7 +106,7 @@ def collectives(rank: int, world: int, folder: Path):
 
 
 def blocks_are_of_each_part(rank: int, world: int, folder: Path):
-    """In the mean over the blocks, of any number of rows, A is that of the whole gradient, and P the same everywhere."""
+    """In the mean over blocks, of any number of rows, A is that of the whole gradient, and P the same everywhere."""
     k = 3
     model, single = shard(make_model()), make_model()
     optimizer = make_optimizer(model, projection_sample=k, lr=1e-12, init="orthonormal")
