@@ -31,16 +31,23 @@ def step(optimizer: OSD, *params: nn.Parameter, seed: int = 0, scale: float = 1.
 
 @pytest.mark.parametrize("bad", [torch.nan, 0.0])
 @pytest.mark.parametrize("shape", [(24, 40), (2, 24, 40)])
-def test_a_new_p_that_a_gradient_could_not_make_is_made_at_the_next_step(shape: tuple[int, ...], bad: float):
+@pytest.mark.parametrize("resumed_at", [0, 6, 7])
+def test_a_new_p_that_a_gradient_could_not_make_is_made_at_the_next_step(
+    resumed_at: int, shape: tuple[int, ...], bad: float
+):
     if len(shape) == 3 and bad == 0:
         pytest.skip("an expert without tokens counts no step")
     p, made = nn.Parameter(torch.zeros(shape)), []
-    optimizer = OSD([{"params": [p], "rank": RANK}], subspace="svd", update_interval=5)
+    options = {"subspace": "svd", "update_interval": 5}
+    optimizer = OSD([{"params": [p], "rank": RANK}], **options)
     before = torch.empty(0)
     for i in range(12):
         give(p, i)
         if i == 5:
             p.grad.mul_(bad)
+        if i == resumed_at:
+            saved, optimizer = optimizer.state_dict(), OSD([{"params": [p], "rank": RANK}], **options)
+            optimizer.load_state_dict(saved)
         optimizer.step()
         P = optimizer.state[p]["projection"].clone()
         if not torch.equal(P, before):

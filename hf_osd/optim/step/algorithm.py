@@ -41,6 +41,7 @@ from .weight import Weight
 
 Turn = Enum("Turn", "ONLY FIRST LATER")  # of a gradient among those of one step: P may be replaced before it is used
 ONLY, FIRST, LATER = Turn
+OVERDUE = "projection_overdue"  # in the state of a weight whose P could not be made anew when it was due
 
 
 class GradientSource:
@@ -205,11 +206,19 @@ class ProjectedWeight(Weight):
     def _renew(self, G: Tensor, check: GradientCheck) -> None:
         """Make P anew from G, if it is neither zero nor broken. Reads the device, as an SVD does anyway."""
         if not usable(check):  # an expert without tokens does not count this step
-            self.overdue |= bool(check.broken) or not bool(check.skip)
+            self._note_overdue(self.overdue or bool(check.broken) or not bool(check.skip))
             return
-        self.overdue = False
+        self._note_overdue(False)
         init = self.group["init"] if self.group["init"] in ("svd", "randomized_svd") else "auto"
         self.P.renew(G, Make(init, self.steps, first=False), check)
+
+    def _note_overdue(self, overdue: bool) -> None:
+        """Also in the state while it is so, for whoever resumes from there."""
+        self.overdue = overdue
+        if overdue:
+            self.slot.state[OVERDUE] = torch.ones(())
+        else:
+            self.slot.state.pop(OVERDUE, None)
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         kind = RESIDUALS.get(rules.residual)
@@ -227,7 +236,7 @@ class ProjectedWeight(Weight):
 
     def resume(self) -> None:  # noqa: D102
         super().resume()
-        self.overdue = False
+        self.overdue = OVERDUE in self.slot.state
         # P may have been made in a step that was skipped in the end, and zero is no P, but may be a code of one
         code = self.rules.subspace.code is not None and bool(self.slot.state["step"] > 0)
         self.P.started = code or bool(self.slot.state[self.P.key].any())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...update_rules import GradientCheck
 from ..options.rules import Rules
-from .algorithm import LATER, ONLY, ProjectedWeight, Turn
+from .algorithm import LATER, ONLY, OVERDUE, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
 from .low_rank import LowRank
 from .movement import Movements
@@ -109,8 +109,10 @@ class ExpertWeights(Weight):
     def resume(self) -> None:
         """Go on from a state that has been loaded. Reads the device."""
         self._open()
-        for expert in self.experts:
+        overdue = self.slot.state.get(OVERDUE, torch.zeros(len(self.experts))).tolist()
+        for expert, due in zip(self.experts, overdue, strict=True):
             expert.resume()
+            expert.overdue = bool(due)
 
     @property
     def started(self) -> bool:
@@ -144,7 +146,12 @@ class ExpertWeights(Weight):
         self._open()
         turns = [ONLY] * len(self.experts) if turns is None else turns
         parts = zip(self.experts, G.unbind(), checks_by_expert(check), turns, ready, strict=True)
-        return [expert.project(own, check, turn) if fit else None for expert, own, check, turn, fit in parts]
+        lows = [expert.project(own, check, turn) if fit else None for expert, own, check, turn, fit in parts]
+        if any(expert.overdue for expert in self.experts):
+            self.slot.state[OVERDUE] = torch.tensor([float(expert.overdue) for expert in self.experts])
+        else:
+            self.slot.state.pop(OVERDUE, None)
+        return lows
 
     def update(self, lows: Sequence[LowRank | None], check: GradientCheck, movements: Movements) -> None:
         """The second half of each expert's step."""

@@ -33,7 +33,8 @@ class InputWeight(ProjectedWeight):
         layer ([`LayerInfo`]): What its layers know.
         leader ([`InputWeight`]): The weight that holds P, maybe itself.
         given (`torch.Tensor`, *optional*): P_0, where the user gave one.
-        renewal_due (`bool`): Whether P is to be made anew after this step.
+        sharing (`list[InputWeight]`): Those that use its P, if it holds one: itself and others.
+        stepped (`bool`): Whether it has been, since that was last asked.
     """
 
     def __init__(
@@ -45,20 +46,27 @@ class InputWeight(ProjectedWeight):
         given: Tensor | None,
     ):
         super().__init__(p, geometry, group)
-        self.layer, self.leader, self.given, self.renewal_due = layer, self, given, False
+        self.layer, self.leader, self.given, self.stepped = layer, self, given, False
+        self.sharing = [self]
 
     def share(self, leader: "InputWeight") -> None:
         """Use the P of another weight."""
         self.leader, self.P, self.slots = leader, leader.P, [self.slot, leader.slot]
+        leader.sharing.append(self)
+
+    @property
+    def clock(self) -> int:
+        """Steps that P goes by: of the weight that has made most, for some may be frozen."""
+        return max(weight.count for weight in self.sharing)
 
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
         """R itself, which is what has arrived; `None` as long as there is no P."""
         return LowRank(G.to(self.geometry.compute_dtype), None) if self.P.started else None
 
     def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
-        """As of every matrix; the next forward pass needs the next P."""
+        """As of every matrix; the next forward pass needs the next P, see `LayerWeights.learn`."""
         super().update(low, check, movements)
-        self.renewal_due = low is not None and self.rules.subspace.refresh_due(self.count)
+        self.stepped = low is not None
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         super().follow(rules)
@@ -90,6 +98,7 @@ class InputWeight(ProjectedWeight):
         super().resume()
         if self.P.started and self.input is not None:
             self._give(self.input)
+            self.schedule(self.input)
 
     @property
     def input(self) -> SharedInput | None:
@@ -123,6 +132,10 @@ class InputWeight(ProjectedWeight):
             # P_0 = orth(xᵀ x Ω)
             self.slot.state["projection"].copy_(torch.linalg.qr(A).Q)
             self.P.started = True
+            movements.finish()  # which counts
+            for weight in self.sharing:
+                if weight.mark is not None:
+                    Weight.resume(weight)  # steps that were skipped before
         elif A is not None:
             movements.add(self.P, A, check)
         if self.P.started:
@@ -131,16 +144,18 @@ class InputWeight(ProjectedWeight):
     def renew(self, shared: SharedInput) -> None:
         """Make P anew, without a look at anything; the moments of all that share it follow."""
         assert shared.P is not None
-        self.renewal_due = False
         none = torch.zeros((), device=shared.P.device)
-        self.P.renew(shared.P, Make(self.group["init"], self.count, first=False), check_of(none, False))
+        self.P.renew(shared.P, Make(self.group["init"], self.clock, first=False), check_of(none, False))
         self._give(shared)
 
     def _give(self, shared: SharedInput) -> None:
-        """P for the next forward pass, and whether it is to learn then."""
+        """P for the next forward pass."""
         shared.bind(self.projection, None if self.P.rule.code is None else self.slot.state[self.P.key])
-        shared.learns = self.P.rule.moves_at(self.count)
-        shared.turn = self.count // self.P.rule.stride % shared.every
+
+    def schedule(self, shared: SharedInput) -> None:
+        """Whether P is to learn in the next forward pass, and of which tokens."""
+        clock, rule = self.clock, self.P.rule
+        shared.learns, shared.turn = rule.moves_at(clock), clock // rule.stride % shared.every
 
     def observe_input(self, shared: SharedInput, check: GradientCheck) -> tuple[Tensor, Tensor] | None:
         """Share of the inputs outside the subspace and error of P's orthogonality; `None` where nothing was seen."""

@@ -97,6 +97,8 @@ class LayerWeights(Weights):
         own = [weight for weight in self._weights.values() if isinstance(weight, InputWeight)]
         by_name = {weight.geometry.name: weight for weight in own}
         for weight in own:
+            weight.sharing = [weight]
+        for weight in own:
             if weight.geometry.holder != weight.geometry.name:
                 weight.share(by_name[weight.geometry.holder])  # type: ignore[index]
                 state = self.state.get(weight.p, {})
@@ -137,8 +139,7 @@ class LayerWeights(Weights):
 
     def _in_use(self, leader: InputWeight) -> bool:
         """Whether any weight has been stepped by the P of this one, in the states that there are now."""
-        sharing = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is leader]
-        return any(self.of(weight.p).count for weight in sharing)
+        return any(self.of(weight.p).count for weight in leader.sharing)
 
     def leave(self, p: Tensor) -> None:
         """Learn from the gradients of a weight from now on: its layers are not called."""
@@ -159,29 +160,43 @@ class LayerWeights(Weights):
             `list[InputWeight]`: Those that have been given their state.
         """
         leaders = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is w and w.input]
+        opened: list[InputWeight] = []
         seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
         if seen:
             norms2 = torch.stack([shared.energy for _, shared in seen])  # type: ignore[misc]
             checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
             for (weight, shared), check in zip(seen, checks, strict=True):
                 self.ready(weight.p)
+                opened += self._open(weight) if not weight.P.started else [weight]
                 self._observe_input(weight, shared, check)
                 weight.learn(shared, check, movements)
-        due = {weight for weight in leaders if weight.renewal_due}
-        sharing = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader in due] if due else []
-        for weight in sharing:
-            self.of(weight.p)  # with its state, if it has not been stepped now
-        for weight in due:
-            weight.renew(weight.input)  # type: ignore[arg-type]
+        for weight in leaders:
+            stepped = any(own.stepped for own in weight.sharing)
+            if stepped and weight.rules.subspace.refresh_due(weight.clock):
+                opened += self._open(weight)
+                weight.renew(weight.input)  # type: ignore[arg-type]
+            for own in weight.sharing:
+                own.stepped = False
+            if weight.P.started:
+                weight.schedule(weight.input)  # type: ignore[arg-type]
         self.layers.forget()
         self.layers.findable = False
-        return leaders + sharing
+        return opened
+
+    def _open(self, leader: InputWeight) -> list[InputWeight]:
+        """All that share a P, each with its state, if it has one."""
+        for weight in leader.sharing:
+            self.of(weight.p)
+        return leader.sharing
 
     def give_projections(self) -> None:
         """Let the layers use the P of a state that has been loaded: the forward pass comes before the step."""
-        for weight in self:  # its making has given it
-            if isinstance(weight, InputWeight) and weight.leader is weight and weight.input and not weight.P.started:
-                weight.input.restart()
+        for weight in list(self):  # its making has given it
+            if isinstance(weight, InputWeight) and weight.leader is weight and weight.input:
+                if weight.P.started:
+                    weight.schedule(weight.input)
+                else:
+                    weight.input.restart()
 
     def _observe_input(self, leader: InputWeight, shared: SharedInput, check: GradientCheck) -> None:
         seen = leader.observe_input(shared, check) if self.observing else None
