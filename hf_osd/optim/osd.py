@@ -106,8 +106,8 @@ class OSD(SavedOptimizer):
             Round bfloat16 weights at random: steps too small for them add up instead of vanishing.
         seed (`int`, *optional*, defaults to 0): Seed of random P and rounding, the same on all processes.
         projection_interval (`int`, *optional*):
-            Steps between moves of P: a step in between costs two products with the gradient, not three. For
-            `online_pca` and `power`. Defaults to 1.
+            Steps between moves of P: a step in between costs no product for P. For `online_pca` and `power`. Defaults
+            to 1.
         lambda_ (`float`, *optional*):
             Weight of the orthogonality term of the PCA loss, Eq. 6 (the paper's default). For `online_pca`. Defaults
             to 0.1.

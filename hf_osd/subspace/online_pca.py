@@ -13,8 +13,8 @@ from .protocol import Moved, Movement
 class OnlinePCA(Moved):
     """P takes one step of its own optimizer on Eq. 6, at every training step or every k-th.
 
-    A step costs one product of the gradient with an r-wide matrix, A, and r-wide ones beside it. The state is P,
-    s x r, and the moments of its optimizer.
+    A step costs one product of the gradient, or of a part of it (`projection_sample`), with an r-wide matrix, A, and
+    r-wide ones beside it. The state is P, s x r, and the moments of its optimizer.
     """
 
     learns: ClassVar[bool] = True

@@ -177,7 +177,7 @@ class Moved(SubspaceRule):
 
     projection_interval: int = option(
         1,
-        "Steps between moves of P: a step in between costs two products with the gradient, not three.",
+        "Steps between moves of P: a step in between costs no product for P.",
         check=integer(1),
         card="steps between moves of P",
     )
