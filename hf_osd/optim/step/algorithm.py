@@ -123,10 +123,9 @@ class ProjectedWeight(Weight):
             fresh = self._start(G, check)
             if not self.P.started:
                 return None
-        elif (
-            self._renewed and turn is not LATER and self.renews(check) and self.steps > 0
-        ):  # a P that was given is used at first
-            self._renew(G, check)
+        elif self._renewed and turn is not LATER:
+            if self.renews(check) and self.steps > 0:  # a P that was given is used at first
+                self._renew(G, check)
         moves = not fresh and self.moves(check, turn)
         return self.source.low_rank(G, self.count if moves else None)
 
