@@ -118,6 +118,8 @@ def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str]:
 def as_of_today(group: Mapping[str, Any]) -> dict[str, Any]:
     """A saved group with the options that there are: one that was saved before there was an option had its default.
 
+    But for `projection_sample`: P learned of whole gradients then.
+
     Raises:
         ValueError: If it was trained with an option that there is no longer.
     """
@@ -128,7 +130,10 @@ def as_of_today(group: Mapping[str, Any]) -> dict[str, Any]:
                 f"The state was saved with {name}={group[name]!r}, which hf_osd no longer has: go on with the version "
                 "that saved it, or start a new run."
             )
+    known = "projection_sample" in group
     group = DEFAULTS | {name: value for name, value in group.items() if name not in FORMER}
+    if not known and group["source"] == "gradients" and OPTIONS["projection_sample"].unmet(group) is None:
+        group["projection_sample"] = 1
     spell_out(group)
     return group
 

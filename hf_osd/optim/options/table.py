@@ -14,7 +14,7 @@ from torch import Tensor
 from ...declare import Need, Option, check_values, number, options_of, plain, refuse_without_effect, same
 from ...subspace import SUBSPACES, SubspaceRule, build_subspace, is_rule, rule_class
 from ...update_rules import RULES, build_rule
-from .general import RANK, Options, in_subspace
+from .general import RANK, Options, in_subspace, projection_sample_of
 
 
 def used_rules(group: Mapping[str, Any]) -> list[str]:
@@ -170,6 +170,8 @@ def in_effect(group: Mapping[str, Any], name: str) -> Any:
         return projection_rule(group)
     if name == "projection_weight_decay":
         return group[decay_of_projection(group)]
+    if name == "projection_sample":
+        return projection_sample_of(group)
     if value is not None or not own.owners:
         return own.unset if value is None else value
     return rule_default(next(rule for rule in (group["subspace"], *used_rules(group)) if rule in own.owners), name)
