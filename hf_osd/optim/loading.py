@@ -39,7 +39,7 @@ P_KEYS = {"projection", *(rule.code for rule in SUBSPACES.values())}  # entries 
 
 
 def match_state(
-    live_groups: list[dict[str, Any]], state_dict: Mapping[str, Any], partial: bool
+    live_groups: list[dict[str, Any]], state_dict: Mapping[str, Any], partial: bool, shared: Mapping[str, str]
 ) -> tuple[State, list[dict[str, Any]]]:
     """What to set in an optimizer so that it continues from `state_dict`. Changes nothing.
 
@@ -47,6 +47,8 @@ def match_state(
         live_groups (`list[dict]`): The optimizer's groups.
         state_dict (`dict`): A saved state, as `state_dict()` gives it.
         partial (`bool`): Whether to leave out parameters that differ instead of refusing.
+        shared (`dict[str, str]`): Of `saved_inputs` those that this run can share, too. A weight whose P is in a state
+            that is not there, or not for it, starts anew.
 
     Returns:
         The state by parameter, on the parameters' devices in the saved dtypes, and the groups to restore.
@@ -89,6 +91,10 @@ def match_state(
             "`partial_load` would start it anew."
         )
     rows, as_saved = rows + unfit, as_saved and not unfit
+    for name, holder in _holders(saved_groups).items():
+        if name in by_name and name != holder and not (holder in by_name and shared.get(name) == holder):
+            if by_name.pop(name).get("step", 0) > 0:  # else it has learned nothing
+                rows.append((name, f"P of {holder}", "-"))
     if rows:
         warnings.warn(
             f"{_counted(rows, current, 'differ from the saved state and start anew')}.\n{table(rows)}",
@@ -104,15 +110,21 @@ def match_state(
 
 def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str]:
     """By name of weight that layers have made R of, the one in whose state its P is, where there is one."""
-    found: dict[str, str] = {}
+    groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
     keys: dict[str, Any] = {}
-    for group in state_dict["param_groups"]:
-        names = names_of(group, len(keys))
-        keys.update(zip(names, group["params"], strict=True))
-        found |= {name: own for name, own in zip(names, group.get("inputs") or (), strict=False) if own is not None}
+    for group in groups:
+        keys.update(zip(names_of(group, len(keys)), group["params"], strict=True))
     states = {name: state_dict["state"].get(key, {}) for name, key in keys.items()}
     started = {name for name, own in states.items() if any(own[key].any() for key in own if key in P_KEYS)}
-    return {name: holder for name, holder in found.items() if states[name] and holder in started}
+    return {name: holder for name, holder in _holders(groups).items() if states[name] and holder in started}
+
+
+def _holders(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    found: dict[str, str | None] = {}
+    for group in groups:
+        names = names_of(group, len(found))
+        found |= zip(names, group.get("inputs") or [None] * len(names), strict=False)
+    return {name: holder for name, holder in found.items() if holder is not None}
 
 
 def as_of_today(group: Mapping[str, Any]) -> dict[str, Any]:
