@@ -4,6 +4,7 @@ All entrances share them: the constructor and groups of `OSD`, `create_osd_optim
 `OSDTrainingArguments`. A group is a flat dictionary of primitives in which `None` leaves an option to its rule.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from numbers import Real
@@ -198,7 +199,9 @@ def has_cycled(group: Mapping[str, Any], name: str) -> bool:
 
 def lr_of_step(value: Any, where: str) -> Any:
     """A learning rate that somebody has put into a group, as steps take it; of a tensor a view without dimensions."""
-    value = value.view(()) if isinstance(value, Tensor) and value.numel() == 1 else plain(value)
+    if math.prod(getattr(value, "shape", (0,))) == 1:  # an array's or a tensor's only number
+        value = value.reshape(())
+    value = value if isinstance(value, Tensor) else plain(value)
     if not isinstance(value, Real) and getattr(value, "ndim", None) != 0:
         check_lr(value, where)
     return value
