@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str] | None] = {
 FLOORS = [
     {"options", "selection"},
     {"step"},
-    {"arrival", "groups", "loading", "statistics"},
+    {"arrival", "differences", "groups", "loading", "statistics"},
     {"saving"},
     {"osd"},
     {"memory"},

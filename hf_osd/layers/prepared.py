@@ -131,6 +131,12 @@ class PreparedLayers(nn.Module):
         """The layers by weight, as these are now: moving and sharding a model exchanges them."""
         return {layer.weight: layer for layer in self.layers.values()}
 
+    def shareable(self, holders: Mapping[str, str]) -> dict[str, str]:
+        """Those of `holders` (see `share_as`) whose layers are prepared, and of one kind."""
+        kinds = {name: layer.kind for name, layer in self.layers.items()}
+        pairs = holders.items()
+        return {name: own for name, own in pairs if name in kinds and own in kinds and kinds[name] == kinds[own]}
+
     def share_as(self, holders: Mapping[str, str]) -> None:
         """Share inputs as a saved state, or other processes, say; that is right whatever the layers are given.
 
@@ -138,13 +144,12 @@ class PreparedLayers(nn.Module):
             holders (`Mapping[str, str]`): By name of weight, the weight that holds P.
         """
         known = {shared.leader: shared for shared in self.inputs()}
-        for name, holder in holders.items():
-            if name in self.layers and holder in self.layers:
-                first = self.layers[holder]
-                if holder not in known:
-                    known[holder] = SharedInput(holder, first.first, first.every)
-                self.layers[name].input = known[holder]
-                self.meeting.changed = True
+        for name, holder in self.shareable(holders).items():
+            first = self.layers[holder]
+            if holder not in known:
+                known[holder] = SharedInput(holder, first.first, first.every)
+            self.layers[name].input = known[holder]
+            self.meeting.changed = True
 
     def restart(self, shared: SharedInput) -> None:
         """Let P of an input start anew, and forget the R that it has made."""

@@ -98,9 +98,8 @@ def settle_group(
     Returns:
         P_0 by name where the user gave one, and the names of parameters whose rank is not low.
     """
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1:  # as torch's own optimizers take it
-        group["lr"] = group["lr"].item()
-    group.update({name: plain(value) for name, value in group.items() if name in options.DEFAULTS or name == "lr"})
+    group["lr"] = plain(options.lr_of_step(group["lr"], where))
+    group.update({name: plain(value) for name, value in group.items() if name in options.DEFAULTS})
     options.check_lr(group["lr"], where)
     if isinstance(group["subspace"], SubspaceRule):
         group["subspace"] = name_rule(group["subspace"])

@@ -13,19 +13,17 @@ from torch import Tensor
 
 from ..subspace import SUBSPACES
 from ..update_rules import TensorSpec
+from .differences import counted, differences, table, traits
 from .options.rules import rules_of
 from .options.table import DEFAULTS, OPTIONS, in_effect, spell_out
 from .selection.wrappers import plain_names
-from .step.geometry import Geometry, ProjectedGeometry, geometry_of, names_of
+from .step.geometry import Geometry, geometry_of, names_of
 from .step.sharding import is_sharded
 from .step.state import held_elsewhere, state_spec
 
 
 State = dict[Tensor, dict[str, Tensor]]
-Traits = dict[str, str]  # what must agree between a saved state and the parameter that it is loaded for
 
-# Options that must agree for each parameter; rank and side do as they are settled for it.
-MATCHED = tuple(name for name, own in OPTIONS.items() if own.state and name not in ("rank", "side"))
 # Options that shape the trajectory but not the state: the saved values are restored, as torch restores `lr`.
 RESTORED = tuple(name for name, own in OPTIONS.items() if not own.state)
 # Options that there were once -> the values with which today's code takes the same steps.
@@ -34,12 +32,11 @@ FORMER: dict[str, tuple[Any, ...]] = {
     "residual_limit": (None, 1.01),
     "projection_schedule": (None, "lr"),
 }
-ROWS_SHOWN = 12
 P_KEYS = {"projection", *(rule.code for rule in SUBSPACES.values())}  # entries that hold P, or what it is made of
 
 
 def match_state(
-    live_groups: list[dict[str, Any]], state_dict: Mapping[str, Any], partial: bool
+    live_groups: list[dict[str, Any]], state_dict: Mapping[str, Any], partial: bool, shared: Mapping[str, str]
 ) -> tuple[State, list[dict[str, Any]]]:
     """What to set in an optimizer so that it continues from `state_dict`. Changes nothing.
 
@@ -47,6 +44,8 @@ def match_state(
         live_groups (`list[dict]`): The optimizer's groups.
         state_dict (`dict`): A saved state, as `state_dict()` gives it.
         partial (`bool`): Whether to leave out parameters that differ instead of refusing.
+        shared (`dict[str, str]`): Of `saved_inputs` those that this run can share, too. A weight whose P is in a state
+            that is not there, or not for it, starts anew.
 
     Returns:
         The state by parameter, on the parameters' devices in the saved dtypes, and the groups to restore.
@@ -76,7 +75,7 @@ def match_state(
         rows = differences(saved, current, placed=False)
     elif rows:
         raise ValueError(
-            f"The state was saved by another optimizer: {_counted(rows, current, 'differ')}.\n"
+            f"The state was saved by another optimizer: {counted(rows, current, 'differ')}.\n"
             f"{table(rows)}\n"
             "Use the options it was saved with, or set `partial_load` to start the differing parameters anew."
         )
@@ -89,9 +88,12 @@ def match_state(
             "`partial_load` would start it anew."
         )
     rows, as_saved = rows + unfit, as_saved and not unfit
+    for name, holder in _orphans(saved_groups, by_name, shared).items():
+        if by_name.pop(name).get("step", 0) > 0:  # else it has learned nothing
+            rows.append((name, f"P of {holder}", "-"))
     if rows:
         warnings.warn(
-            f"{_counted(rows, current, 'differ from the saved state and start anew')}.\n{table(rows)}",
+            f"{counted(rows, current, 'differ from the saved state and start anew')}.\n{table(rows)}",
             stacklevel=4,
         )
     if as_saved:
@@ -104,19 +106,38 @@ def match_state(
 
 def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str]:
     """By name of weight that layers have made R of, the one in whose state its P is, where there is one."""
-    found: dict[str, str] = {}
+    groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
     keys: dict[str, Any] = {}
-    for group in state_dict["param_groups"]:
-        names = names_of(group, len(keys))
-        keys.update(zip(names, group["params"], strict=True))
-        found |= {name: own for name, own in zip(names, group.get("inputs") or (), strict=False) if own is not None}
+    for group in groups:
+        keys.update(zip(names_of(group, len(keys)), group["params"], strict=True))
     states = {name: state_dict["state"].get(key, {}) for name, key in keys.items()}
     started = {name for name, own in states.items() if any(own[key].any() for key in own if key in P_KEYS)}
-    return {name: holder for name, holder in found.items() if states[name] and holder in started}
+    return {name: holder for name, holder in _holders(groups).items() if states[name] and holder in started}
+
+
+def _holders(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    found: dict[str, str | None] = {}
+    for group in groups:
+        names = names_of(group, len(found))
+        found |= zip(names, group.get("inputs") or [None] * len(names), strict=False)
+    return {name: holder for name, holder in found.items() if holder is not None}
+
+
+def _orphans(
+    groups: Sequence[Mapping[str, Any]], states: Mapping[str, Any], shared: Mapping[str, str]
+) -> dict[str, str]:
+    """Of these states those whose P is in one that is not there, or not for them, with the name of that."""
+    return {
+        name: holder
+        for name, holder in _holders(groups).items()
+        if name in states and name != holder and not (holder in states and shared.get(name) == holder)
+    }
 
 
 def as_of_today(group: Mapping[str, Any]) -> dict[str, Any]:
     """A saved group with the options that there are: one that was saved before there was an option had its default.
+
+    But for `projection_sample`: P learned of whole gradients then.
 
     Raises:
         ValueError: If it was trained with an option that there is no longer.
@@ -128,7 +149,10 @@ def as_of_today(group: Mapping[str, Any]) -> dict[str, Any]:
                 f"The state was saved with {name}={group[name]!r}, which hf_osd no longer has: go on with the version "
                 "that saved it, or start a new run."
             )
+    known = "projection_sample" in group
     group = DEFAULTS | {name: value for name, value in group.items() if name not in FORMER}
+    if not known and group["source"] == "gradients" and OPTIONS["projection_sample"].unmet(group) is None:
+        group["projection_sample"] = 1
     spell_out(group)
     return group
 
@@ -158,78 +182,6 @@ def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[st
         groups.append({**group, **schedule, "params": list(range(position, position + len(names)))})
         position += len(names)
     return groups
-
-
-def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) -> dict[str, Traits | None]:
-    """The traits of every parameter of saved or live groups, `None` for one that this run does not have.
-
-    Args:
-        groups (`list[dict]`): Parameter groups, saved or live.
-        params (`dict[str, torch.Tensor]`): The parameters of this run by name, as `names_of` names them.
-    """
-    found: dict[str, Traits | None] = {}
-    for number, group in enumerate(groups):
-        options = {name: str(in_effect(group, name) or OPTIONS[name].unset or "-") for name in MATCHED}
-        for index, name in enumerate(names_of(group, len(found))):
-            if name not in params:
-                found[name] = None
-                continue
-            if group["rank"] is not None and params[name].ndim < 2:  # a matrix then, and none now
-                found[name] = {"projected": f"rank {group['rank']}"}
-                continue
-            geometry = geometry_of(group, index, params[name], len(found))
-            found[name] = {
-                "place": f"group {number} position {index}",  # the groups' options are restored by place
-                "projected": _projected(geometry),
-                **options,
-            }
-    return found
-
-
-def _projected(geometry: Geometry) -> str:
-    return f"rank {geometry.rank} {geometry.side}" if isinstance(geometry, ProjectedGeometry) else "full size"
-
-
-def differences(
-    saved: Mapping[str, Traits | None], current: Mapping[str, Traits | None], placed: bool = True
-) -> list[tuple[str, str, str]]:
-    """(parameter, what the checkpoint has, what this run has) for every parameter that differs.
-
-    Args:
-        saved, current (`dict`): As `traits` gives them.
-        placed (`bool`, *optional*, defaults to `True`): Whether another place in the groups is a difference.
-    """
-    rows = []
-    for name in dict.fromkeys([*current, *saved]):
-        old, new = saved.get(name), current.get(name)
-        if old is None or new is None:
-            rows.append((name, "has it" if name in saved else "-", "has it" if name in current else "-"))
-            continue
-        fields = [field for field in old if field in new and old[field] != new[field] and (placed or field != "place")]
-        if fields:
-            rows.append((name, _listed(old, fields), _listed(new, fields)))
-    return rows
-
-
-def _counted(rows: Sequence[tuple[str, str, str]], current: Mapping[str, Traits | None], verb: str) -> str:
-    """`3 of 21 parameters differ, 2 are in the checkpoint alone`: each of this run's counts once."""
-    own = sum(name in current for name, _, _ in rows)
-    alone = f", {len(rows) - own} are in the checkpoint alone" if own < len(rows) else ""
-    return f"{own} of {len(current)} parameters {verb}{alone}"
-
-
-def _listed(own: Traits, fields: Sequence[str]) -> str:
-    return ", ".join(f"{field}: {own[field]}" for field in fields)
-
-
-def table(rows: Sequence[tuple[str, str, str]]) -> str:
-    """Aligned text, the first rows of it."""
-    shown = [("parameter", "checkpoint", "this run"), *rows[:ROWS_SHOWN]]
-    widths = [max(len(row[column]) for row in shown) for column in range(2)]
-    lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in shown]
-    if len(rows) > ROWS_SHOWN:
-        lines.append(f"  ... and {len(rows) - ROWS_SHOWN} more")
-    return "\n".join(lines)
 
 
 def restored_options(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> list[str]:

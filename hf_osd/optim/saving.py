@@ -103,15 +103,17 @@ class SavedOptimizer(torch.optim.Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         live = self.trained_groups
-        if self._layers is not None:
-            self._layers.share_as(saved_inputs(state_dict))
-            self._layers.forget()
         self.weights.meet()  # which settles the sides of parameters that were sharded since
-        state, groups = match_state(live, state_dict, self.partial_load)
+        shared = {} if self._layers is None else self._layers.shareable(saved_inputs(state_dict))
+        state, groups = match_state(live, state_dict, self.partial_load, shared)
         groups, clip_norm2 = take_norm(copy.deepcopy(groups))
         for own, group in zip(live, groups, strict=True):
             group.update({name: own[name] for name in ("params", "param_names") if name in own})
         groups += [group for group in self.param_groups if STAND_INS in group]
+        if self._layers is not None:  # nothing is refused any more
+            loaded = {layer.name for p, layer in self._layers.by_weight().items() if p in state}
+            self._layers.share_as({name: holder for name, holder in shared.items() if {name, holder} <= loaded})
+            self._layers.forget()
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self.weights.meet()  # with the options that the state was saved with, before anybody changes them
         if self._layers is not None:

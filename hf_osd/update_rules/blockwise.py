@@ -29,7 +29,7 @@ def encode(value: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
     flat = value.view(-1)
     blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block) if len(flat) % block else flat.view(-1, block)
     absmax = torch.maximum(blocks.amin(dim=1).neg_(), blocks.amax(dim=1))
-    share = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    share = blocks / absmax.unsqueeze(1)  # 0 / 0 is not a number, whose code is that of 0
     place = share.view(torch.int32).bitwise_right_shift_(SHIFT).add_(1 << (31 - SHIFT))
     codes = _code_by_place(signed).index_select(0, place.view(-1))
     return codes[: len(flat)].view_as(value), absmax
@@ -49,7 +49,8 @@ def code_book(signed: bool, device: torch.device) -> Tensor:
     """Bitsandbytes' dynamic map: the 256 values in [-1, 1] (or [0, 1]) that a code stands for."""
     from bitsandbytes.functional import create_dynamic_map
 
-    return create_dynamic_map(signed=signed).to(device)
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        return create_dynamic_map(signed=signed).to(device)
 
 
 @cache

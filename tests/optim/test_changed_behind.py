@@ -196,7 +196,9 @@ def test_arrays_and_tensors_of_one_number_and_truth_values_of_numpy():
 
 @pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("rule", ["adamw", "lion", "adafactor", "sgd"])
-@pytest.mark.parametrize("lr", [torch.tensor([0.125]), torch.tensor([[0.125]]), np.array(0.125)], ids=str)
+@pytest.mark.parametrize(
+    "lr", [torch.tensor([0.125]), torch.tensor([[0.125]]), np.array(0.125), np.array([0.125])], ids=repr
+)
 def test_a_learning_rate_of_one_number_is_put_into_a_group(lr, rule: str, layerwise: bool):
     def trained(lr) -> list[nn.Parameter]:
         params = [matrix(), nn.Parameter(torch.ones(5))]
@@ -218,7 +220,19 @@ def test_a_learning_rate_of_one_number_is_put_into_a_group(lr, rule: str, layerw
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("lr", [torch.ones(2), np.ones(1), "0.1", None], ids=repr)
+@pytest.mark.parametrize(
+    "lr", [torch.tensor([0.25]), np.array([[0.25]]), np.array([0.25], dtype=np.float32)], ids=repr
+)
+def test_a_learning_rate_of_one_number_is_given(lr):
+    for optimizer in (
+        OSD([matrix()], lr=lr, rank=RANK),
+        OSD([{"params": [matrix()], "lr": lr, "rank": RANK}]),
+        hf_osd.create_osd_optimizer(nn.Sequential(nn.Linear(8, 12)), lr=lr, rank=RANK),
+    ):
+        assert all(type(group["lr"]) is float and group["lr"] == 0.25 for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("lr", [torch.ones(2), np.ones(2), np.ones(0), np.array(["0.1"]), "0.1", None], ids=repr)
 def test_a_learning_rate_that_is_no_number_is_told(lr):
     p = matrix()
     optimizer = OSD([p], rank=RANK)

@@ -14,7 +14,8 @@ from torch import nn
 import hf_osd
 from hf_osd import OSD, SubspaceRule, create_osd_optimizer
 from hf_osd.hub.config import FURTHER_OPTIONS, OPTION_TYPES
-from hf_osd.optim.loading import MATCHED, RESTORED
+from hf_osd.optim.differences import MATCHED
+from hf_osd.optim.loading import RESTORED
 from hf_osd.optim.options.general import Options
 from hf_osd.optim.options.mode import Mode
 from hf_osd.optim.options.presets import KEYWORDS

@@ -1,6 +1,7 @@
 """Refusing a saved state that does not fit, loading the part that does, and the ways that others save it."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -230,6 +231,46 @@ def test_a_saved_default_is_the_default():
     _, other = make(subspace="svd", seed=3)
     with pytest.warns(UserWarning, match=r"seed=0 \(checkpoint\) instead of 3"):
         other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("given", [{}, {"projection_sample": 1}], ids=str)
+def test_a_state_of_before_samples_goes_on_with_whole_gradients(given: dict):
+    params, optimizer = make(projection_sample=1)
+    run(params, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["projection_sample"]
+    others, other = make(**given)
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p.data)
+    if given:
+        with warnings.catch_warnings(action="error"):
+            other.load_state_dict(saved)
+    else:
+        with pytest.warns(UserWarning, match=r"restored: projection_sample=1 \(checkpoint\) instead of 4\.$"):
+            other.load_state_dict(saved)
+    run(params, optimizer, range(2, 6)), run(others, other, range(2, 6))
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("options", [{"subspace": "random"}, {"side": "two_sided"}, {"subspace": "power"}], ids=str)
+def test_a_state_of_before_samples_has_none_where_there_is_nothing_to_sample(options: dict):
+    params, optimizer = make(**options)
+    run(params, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["projection_sample"]
+    make(**options)[1].load_state_dict(saved)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("options", "same"), [({}, 4), ({"subspace": "power"}, 1)], ids=str)
+def test_a_default_sample_is_its_number(options: dict, same: int):
+    for saved, own in ((None, same), (same, None)):
+        params, optimizer = make(projection_sample=saved, **options)
+        run(params, optimizer, range(2))
+        make(projection_sample=own, **options)[1].load_state_dict(optimizer.state_dict())
 
 
 def test_hooks_see_the_state_and_may_change_it():

@@ -70,10 +70,11 @@ def test_names_match_as_in_peft(model, exclude):
         if any(chosen_by_peft(names, wanted, entry) == every for entry in entries):
             assert ours(model, wanted, known) is None  # stricter than peft: every entry must leave something out
             continue
-        if isinstance(wanted, list) and not all(suffix(entry, names) for entry in wanted):
-            assert ours(model, wanted, known) is None  # stricter than peft: every entry must match
+        linear = [name for name in names if isinstance(model.get_submodule(name), linear_classes())]
+        if isinstance(wanted, list) and not all(suffix(entry, linear) for entry in wanted):
+            assert ours(model, wanted, known) is None  # stricter than peft: every entry must match a linear layer
             continue
-        if not any(isinstance(model.get_submodule(name), linear_classes()) for name in theirs):
+        if theirs.isdisjoint(linear):
             assert ours(model, wanted, known) is None
             continue
         matched = ours(model, wanted, known)
@@ -110,11 +111,44 @@ def test_exclude_takes_names_away_again():
 
 def test_modules_that_match_but_are_not_linear_are_reported():
     model = tiny_llama()
-    selection = select(model, ["q_proj", "embed_tokens", "mlp"])
+    pattern = r".*\.(q_proj|embed_tokens|mlp)"
+    selection = select(model, pattern)
     assert layers(selection.projected) == {"q_proj"}
     assert selection.ignored == ["model.embed_tokens", "model.layers.0.mlp", "model.layers.1.mlp"]
     with pytest.warns(UserWarning, match="3 modules match but are not projected.*model.embed_tokens"):
-        create_osd_optimizer(model, rank=4, target_modules=["q_proj", "embed_tokens", "mlp"])
+        create_osd_optimizer(model, rank=4, target_modules=pattern)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (
+            ["q_proj", "mlp"],
+            "'mlp' in .* projects nothing, for it is no linear layer. Name .* such as 'mlp.gate_proj'",
+        ),
+        ("mlp,q_proj", "'mlp' in .* projects nothing"),
+        (["q_proj", "embed_tokens"], "for it is no linear layer. Name what is in it, such as 'embed_tokens.weight'"),
+        (["q_proj", "model.norm"], "'model.norm' in .* for it is no linear layer. Leave it out"),
+        (["q_proj", "act_fn"], "'act_fn' in .* for it is no linear layer. Leave it out"),
+        (["q_proj", "v_proj"], "'v_proj' in .* for it is frozen. Leave it out"),
+    ],
+)
+def test_a_name_in_a_list_that_projects_nothing_is_refused(wanted, message):
+    model = tiny_llama()
+    for block in model.model.layers:
+        block.self_attn.v_proj.requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.requires_grad_(False)  # the others are not
+    with pytest.raises(ValueError, match=message):
+        create_osd_optimizer(model, rank=4, target_modules=wanted)
+    assert len(select(model, r".*\.(q_proj|v_proj|mlp|embed_tokens)").projected) == 1
+
+
+def test_a_name_may_mean_linear_and_other_modules():
+    model = nn.ModuleDict(
+        {"0": nn.ModuleDict({"proj": nn.Conv2d(3, 4, 2)}), "1": nn.ModuleDict({"proj": nn.Linear(8, 9)})}
+    )
+    with pytest.warns(UserWarning, match="1 modules match but are not projected.*: 0.proj"):
+        create_osd_optimizer(model, rank=4, target_modules=["proj"])
 
 
 @pytest.mark.parametrize(
@@ -264,5 +298,5 @@ def test_an_embedding_is_asked_for_by_the_name_that_the_message_tells(wanted):
     with pytest.raises(ValueError, match=f"model.embed_tokens matched but are no linear layers; {hint}"):
         select(model, wanted)
     with pytest.warns(UserWarning, match=f"1 modules match .*: model.embed_tokens; {hint}"):
-        create_osd_optimizer(model, rank=4, target_modules=["q_proj", "embed_tokens"])
+        create_osd_optimizer(model, rank=4, target_modules=r".*(q_proj|embed_tokens)")
     assert list(select(model, ["model.embed_tokens.weight"]).projected) == ["model.embed_tokens.weight"]

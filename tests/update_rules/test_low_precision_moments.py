@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_osd import OSD
 from hf_osd.update_rules import build_storage
+from hf_osd.update_rules.blockwise import _code_by_place, code_book, decode, encode
 
 
 EIGHT_BIT = ["adamw8bit", "lion8bit"]
@@ -29,6 +30,24 @@ def test_a_zero_is_kept_as_zero(shape: tuple[int, int], signed: bool):
     assert torch.equal(value == 0, X == 0)
     # half the widest step of the dynamic map, of the largest value of a block
     torch.testing.assert_close(value, X, rtol=0, atol=0.03 * float(X.max()))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("largest", [1e-38, 1e-40, 1e-44])
+def test_blocks_below_the_smallest_normal_number(largest: float, signed: bool):
+    X = torch.rand(512, generator=torch.Generator().manual_seed(0)) * largest
+    X[256:] = 0
+    value = decode(*encode(X, signed, 256), signed, 256)
+    assert not value[256:].any() and (value - X).abs().max() <= 0.03 * largest + 1e-45
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_default_device_makes_no_other_codes(device: str):
+    X = torch.randn(512, generator=torch.Generator().manual_seed(0))
+    expected = encode(X, True, 256)
+    code_book.cache_clear(), _code_by_place.cache_clear()
+    with torch.device(device):
+        assert all(map(torch.equal, encode(X, True, 256), expected))
 
 
 @pytest.mark.parametrize("rank", [None, 16])

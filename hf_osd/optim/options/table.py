@@ -4,6 +4,7 @@ All entrances share them: the constructor and groups of `OSD`, `create_osd_optim
 `OSDTrainingArguments`. A group is a flat dictionary of primitives in which `None` leaves an option to its rule.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from numbers import Real
@@ -14,7 +15,7 @@ from torch import Tensor
 from ...declare import Need, Option, check_values, number, options_of, plain, refuse_without_effect, same
 from ...subspace import SUBSPACES, SubspaceRule, build_subspace, is_rule, rule_class
 from ...update_rules import RULES, build_rule
-from .general import RANK, Options, in_subspace
+from .general import RANK, Options, in_subspace, projection_sample_of
 
 
 def used_rules(group: Mapping[str, Any]) -> list[str]:
@@ -170,6 +171,8 @@ def in_effect(group: Mapping[str, Any], name: str) -> Any:
         return projection_rule(group)
     if name == "projection_weight_decay":
         return group[decay_of_projection(group)]
+    if name == "projection_sample":
+        return projection_sample_of(group)
     if value is not None or not own.owners:
         return own.unset if value is None else value
     return rule_default(next(rule for rule in (group["subspace"], *used_rules(group)) if rule in own.owners), name)
@@ -196,7 +199,9 @@ def has_cycled(group: Mapping[str, Any], name: str) -> bool:
 
 def lr_of_step(value: Any, where: str) -> Any:
     """A learning rate that somebody has put into a group, as steps take it; of a tensor a view without dimensions."""
-    value = value.view(()) if isinstance(value, Tensor) and value.numel() == 1 else plain(value)
+    if math.prod(getattr(value, "shape", (0,))) == 1:  # an array's or a tensor's only number
+        value = value.reshape(())
+    value = value if isinstance(value, Tensor) else plain(value)
     if not isinstance(value, Real) and getattr(value, "ndim", None) != 0:
         check_lr(value, where)
     return value

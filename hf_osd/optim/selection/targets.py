@@ -76,7 +76,7 @@ def select(
         by several modules counts once, under its name in `named_parameters`.
 
     Raises:
-        ValueError: If nothing is selected, a name in a list matches no module, or a quantised layer is named.
+        ValueError: If nothing is selected, a name in a list projects nothing, or a quantised layer is named.
     """
     wanted = parse_modules(target_modules)
     unwanted = None if exclude_modules is None else parse_modules(exclude_modules)
@@ -88,13 +88,17 @@ def select(
     names |= {stack: _join(known.plain[owner], stack.rpartition(".")[2]) for stack, owner in stacks.items()}
     matrices = _matrices(model, known, names)
     names |= matrices
-    if wanted == ALL_LINEAR:
-        matched = _all_linear(model, known, stacks, rank)
-    else:
-        matched = match(wanted, names, known, "target_modules")
-        # a layer of experts stands for its stacks
-        matched = [part for name in matched for part in [s for s in stacks if stacks[s] == name] or [name]]
-    parts = {name: _part(_named(model, name)) for name in matched}
+
+    def matching(wanted: str | list[str]) -> dict[str, nn.Parameter | nn.Module]:
+        if wanted == ALL_LINEAR:
+            matched = _all_linear(model, known, stacks, rank)
+        else:
+            matched = match(wanted, names, known, "target_modules")
+            # a layer of experts stands for its stacks
+            matched = [part for name in matched for part in [s for s in stacks if stacks[s] == name] or [name]]
+        return {name: _part(_named(model, name)) for name in matched}
+
+    parts = matched = matching(wanted)
     if unwanted:
         parts = without(parts, unwanted, names, known, partial(_parts, model))
     selection, chosen = Selection(adapters=bool(known.adapters)), set()
@@ -121,6 +125,8 @@ def select(
         weights = {name: linear_weight(model.get_submodule(name)) for name in known.plain}
         others = [name for name, weight in weights.items() if weight is not None and weight.requires_grad]
         _refuse_empty(selection, wanted, unwanted, not matched, others)
+    for entry in wanted if isinstance(wanted, list) else ():
+        _refuse_idle(entry, matching([entry]).values())
     return selection
 
 
@@ -238,6 +244,20 @@ def parse_modules(modules: str | Iterable[str]) -> str | list[str]:
 
 def _shorthand(name: str) -> str:
     return ALL_LINEAR if name.lower().replace("_", "-") == ALL_LINEAR else name
+
+
+def _refuse_idle(entry: str, parts: Iterable[nn.Parameter | nn.Module]) -> None:
+    """Raise `ValueError` for one of several names that projects nothing, whatever is left out again."""
+    weights = [part for part in parts if isinstance(part, nn.Parameter)]
+    if any(weight.requires_grad for weight in weights):
+        return
+    why, inside = "frozen" if weights else "no linear layer", []
+    for module in parts if not weights else ():
+        assert isinstance(module, nn.Module)
+        inside += [name for name, layer in module.named_modules() if linear_weight(layer) is not None]
+        inside += [name for name, p in module.named_parameters() if p.ndim in (2, 3)]
+    way_out = f"Name what is in it, such as '{entry}.{inside[0]}'." if inside else "Leave it out."
+    raise ValueError(f"{entry!r} in `target_modules` projects nothing, for it is {why}. {way_out}")
 
 
 def _refuse_empty(
