@@ -213,22 +213,14 @@ def main(argv: list[str] | None = None) -> None:
     given = {key: getattr(arguments, key) for key in ("ranks", "dtypes", "rounds", "limit") if getattr(arguments, key)}
     settings = {key: experiment[key] for key in ("ranks", "dtypes", "rounds", "limit")} | given
     shapes = arguments.shapes or model_shapes(experiment["models"])
-    rows = [
-        row
-        for dtype in settings["dtypes"]
-        for row in measure(
-            shapes,
-            settings["ranks"],
-            settings["rounds"],
-            settings["limit"],
-            torch.device(device),
-            getattr(torch, dtype),
-        )
-    ]
-    if (given or arguments.shapes) and not arguments.output_dir:
-        return
+    written = arguments.output_dir or not (given or arguments.shapes)
+    rows: list[dict[str, Any]] = []
     result = {"environment": describe(device), "title": experiment["title"], **settings, "rows": rows}
-    save((arguments.output_dir or results_folder(device)) / arguments.experiment, result, render)
+    ranks, rounds, limit = (settings[key] for key in ("ranks", "rounds", "limit"))
+    for dtype in settings["dtypes"]:
+        rows += measure(shapes, ranks, rounds, limit, torch.device(device), getattr(torch, dtype))
+        if written:  # after each: what is cut off keeps those before
+            save((arguments.output_dir or results_folder(device)) / arguments.experiment, result, render)
 
 
 if __name__ == "__main__":
