@@ -1,10 +1,10 @@
-"""Pretraining for equal time: the validation loss that each method reaches in so many seconds, and its tokens per second.
+"""Pretraining for equal time: the validation loss that each method reaches in so many seconds, and tokens per second.
 
-Every contender (`whole_models.py`) trains the same LLaMA from the same weights on the same blocks of packed text, Python
-source of installed packages (`python_text.py`), alone on the device. The learning rate rises in the first twentieth of
-the time and falls to 0 as a cosine at its end. All that a step does counts, first steps and GaLore's SVDs too; what does
-not: data, evaluations, and one forward and backward pass before the first step, which wakes the libraries. Each
-contender has the one learning rate of the experiment's file, without a search.
+Every contender (`whole_models.py`) trains the same LLaMA from the same weights on the same blocks of packed text, the
+Python source of installed packages (`python_text.py`), alone on the device. The learning rate rises in the first
+twentieth of the time and falls to 0 as a cosine at its end. All that a step does counts, first steps and GaLore's SVDs
+too; what does not: data, evaluations, and one forward and backward pass before the first step, which wakes the
+libraries. Each contender has the one learning rate of the experiment's file, without a search.
 
 Reads experiments/<name>.json; writes results/<device>/<name>.json, .md and .png after each contender.
 

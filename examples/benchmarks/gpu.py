@@ -2,8 +2,8 @@
 
 Each part is a process of its own with a time limit of its own, and writes its result as it goes: a part that fails or
 runs out of time is told by name at the end, keeps what it has, and does not stop the others. What needs a library that
-is missing is left out, by name: by the part's own table, or as a part. Writes results/<card>/<part>.json with tables and
-pictures beside it, and gpu.json and .md: what became of each part.
+is missing is left out, by name: by the part's own table, or as a part. Writes results/<card>/<part>.json with tables
+and pictures beside it, and gpu.json and .md: what became of each part.
 
 Needs: torch with CUDA, transformers, accelerate, matplotlib, pytest. More is compared with bitsandbytes, galore-torch,
 apollo-torch, torchao, peft and datasets.
@@ -56,7 +56,9 @@ PARTS = (
     Part("equal_time_gpu", 240, ("--model", "500k", "--rank", "8", "--batch", "2", "32", "--seconds", "0.2",
                                  "--characters", "200000", "--vocabulary", "300",
                                  "--evaluation_tokens", "64")),
-    Part("layerwise_memory_gpu", 60, ("--model", "llama_500k", "--sequence", "16", "--steps", "2"), "accelerate"),
+    Part("layerwise_memory_gpu", 60, ("--model", "llama_500k", "--sequence", "16", "--steps", "2", "--runs",
+                                       "osd_adamw8bit_layerwise:rank=8", "osd_adamw8bit:rank=8,source=activations"),
+         "accelerate"),
     Part("step_time_gpu", 60, ("--cases", "500k:8:2")),
     Part("training_step_gpu", 45, ("--cases", "500k:8:1", "--batch", "1", "16")),
     Part("projection_time_gpu", 30, ("--shapes", "64x96", "--ranks", "8", "--rounds", "2")),
@@ -157,7 +159,11 @@ def main(argv: list[str] | None = None) -> int:
     earlier = [row for row in earlier if row["part"] not in arguments.only]
     for number, part in enumerate(parts, 1):
         print(f"[{number}/{len(parts)}] {part.name} ...", end=" ", flush=True)
-        row = outcome(part, arguments, folder, logs)
+        try:
+            row = outcome(part, arguments, folder, logs)
+        except KeyboardInterrupt:
+            print(f"cut off. What was measured is in {folder}")
+            return 130
         result["rows"].append(row)
         save(folder / "gpu", result | {"rows": earlier + result["rows"]}, render, quiet=True)
         print(f"{row['status']} after {row['seconds']:.0f} s", row["reason"][:300], flush=True)

@@ -4,13 +4,13 @@ Without a GPU: one backward pass of LLaMA 60M in each mode, in which every param
 moment it is complete to the moment its memory is freed. With one: a stock Trainer (random weights, bfloat16, gradient
 checkpointing, sequences of 1024, batch 1) with each optimizer in a process of its own, which may use `--cap_gb` of the
 GPU; the peak of what torch allocated, or that it did not fit. Where bitsandbytes is missing, ours run in float32, by
-that name. Reads experiments/<name>.json where one is named; writes results/<device>/<name>.json and .md.
+that name. Reads experiments/<name>.json, for a GPU only; writes results/<device>/<name>.json and .md.
 
 Needs: the `examples` extra; for the runs beside ours galore-torch and apollo-torch.
 
     python examples/benchmarks/layerwise_memory.py                                # CPU: LLaMA 60M, a minute
     python examples/benchmarks/layerwise_memory.py --device cuda --cap_gb 24      # GPU: LLaMA 7B
-    python examples/benchmarks/layerwise_memory.py layerwise_memory_gpu --device cuda    # a few, 24 and 16 GB, a minute
+    python examples/benchmarks/layerwise_memory.py layerwise_memory_gpu --device cuda     # a few, in a minute
     python examples/benchmarks/layerwise_memory.py --device cuda --runs osd_adamw8bit_layerwise:rank=1024
 """
 
@@ -35,21 +35,7 @@ from hf_osd.optim import held_gradient_bytes, predicted_state_bytes
 
 
 CONFIGS = Path(__file__).parents[1] / "llama_configs"
-SEQUENCE = 1024
-RUNS = [
-    "osd_adamw8bit_layerwise:rank=256",
-    "osd_adamw8bit_layerwise:rank=1024",
-    "osd_adamw8bit_layerwise:rank=256,projection_dtype=bfloat16",
-    "osd_adamw8bit_layerwise:rank=1024,projection_dtype=bfloat16",
-    "osd_adamw8bit_layerwise:rank=1024,projection_dtype=bfloat16,projection_optim=adafactor",
-    "osd_lion8bit_layerwise:rank=1024,projection_dtype=bfloat16",
-    "osd_adamw8bit:rank=1024",
-    "adamw_bnb_8bit",
-    "galore_adamw_8bit_layerwise:rank=256",
-    "galore_adamw_8bit_layerwise:rank=1024",
-    "apollo_adamw_layerwise:rank=256",
-    "apollo_adamw_layerwise:rank=1024",
-]
+ON_CPU = {"model": "llama_60m", "sequence": 64, "steps": 5}
 
 
 def make_model(name: str, dtype: torch.dtype, device: str = "cpu") -> torch.nn.Module:
@@ -234,37 +220,36 @@ def render(result: dict[str, Any], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write; 0 where no run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", nargs="?", help="file in experiments/: model, runs and their caps; on a GPU")
+    parser.add_argument("experiment", nargs="?", default="layerwise_memory", help="what a GPU trains: experiments/")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", help="file in llama_configs/, or a path (default: llama_60m, on a GPU llama_7b)")
+    parser.add_argument("--model", help="file in llama_configs/, or a path (on the CPU: llama_60m)")
     parser.add_argument("--rank", type=int, default=128, help="rank of the count on the CPU (default: 128)")
-    parser.add_argument("--runs", nargs="+", help="optim:optim_args, trained in a Trainer (default on a GPU: all)")
-    parser.add_argument("--steps", type=int, help="default: 5")
-    parser.add_argument("--sequence", type=int, help="tokens (default: 1024; on the CPU 64)")
-    parser.add_argument("--cap_gb", type=float, help="GPU memory that a run may use, in 10^9 bytes (default: 24)")
+    parser.add_argument(
+        "--runs", nargs="+", help="optim:optim_args, trained in a Trainer (default on a GPU: the file's)"
+    )
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--sequence", type=int, help="tokens (on the CPU: 64)")
+    parser.add_argument("--cap_gb", type=float, default=24, help="of --runs: GPU memory in 10^9 bytes (default: 24)")
     parser.add_argument("--output_dir", type=Path, help="default: results/<device>/")
     parser.add_argument("--one_run", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    experiment = load_experiment(arguments.experiment)
     cuda = pick_device(arguments.device) == "cuda"
-    experiment = load_experiment(arguments.experiment) if arguments.experiment else {}
-    defaults = {"model": "llama_7b" if cuda else "llama_60m", "sequence": SEQUENCE if cuda else 64, "steps": 5}
-    for key, value in (defaults | experiment).items():
-        if key in defaults and getattr(arguments, key) is None:
-            setattr(arguments, key, value)
+    for key, on_cpu in ON_CPU.items():
+        if getattr(arguments, key) is None:
+            setattr(arguments, key, experiment[key] if cuda else on_cpu)
     if arguments.one_run:
         print("RESULT " + json.dumps(train(arguments.one_run, arguments)))
         return 0
-    runs = [(run, arguments.cap_gb or 24) for run in arguments.runs or ()] or experiment.get("cases")
-    if cuda and not runs:
-        runs = [(run, arguments.cap_gb or 24) for run in RUNS]
-    path = (arguments.output_dir or results_folder(arguments.device)) / (arguments.experiment or "layerwise_memory")
+    cases = [(run, arguments.cap_gb) for run in arguments.runs or ()] or (experiment["cases"] if cuda else [])
+    path = (arguments.output_dir or results_folder(arguments.device)) / arguments.experiment
     rows: list[dict[str, Any]] = []
     settings = {"model": arguments.model, "sequence": arguments.sequence}
     result = {"environment": describe(arguments.device), **settings, "rows": rows}
-    if not runs:
+    if not cases:
         rows += gradient_memory(arguments.model, arguments.rank, arguments.sequence)
         save(path, result, render)
-    for row in train_all(runs or [], arguments):
+    for row in train_all(cases, arguments):
         rows.append(row)
         save(path, result, render)  # after every run: what is cut off keeps those before
     print(table(rows), end="")

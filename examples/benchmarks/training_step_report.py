@@ -61,7 +61,8 @@ def table(row: dict[str, Any]) -> str:
 
 
 def _times(entry: dict[str, float]) -> str:
-    return f"{1e3 * entry['median']:.0f} / {1e3 * entry['minimum']:.0f}"
+    digits = 0 if entry["median"] >= 0.01 else 2
+    return f"{1e3 * entry['median']:.{digits}f} / {1e3 * entry['minimum']:.{digits}f}"
 
 
 def draw(rows: list[dict[str, Any]], heading: str, path: Path) -> None:
