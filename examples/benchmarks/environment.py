@@ -39,7 +39,7 @@ def describe(device: str | None = None) -> dict[str, object]:
 def pick_device(asked: str | None = None) -> str:
     """`cuda` where there is a GPU, `cpu` elsewhere, or what was asked for."""
     if asked == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no GPU here.")
+        raise SystemExit(f"--device cuda: torch {torch.__version__} sees no GPU here.")
     return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

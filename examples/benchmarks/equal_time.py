@@ -45,7 +45,8 @@ class Clock:
     """Seconds of training, without what is done while it stands."""
 
     def __init__(self, device: torch.device):
-        self.device, self.passed, self.since = device, 0.0, None
+        self.device, self.passed = device, 0.0
+        self.since: float | None = None
 
     def go(self) -> None:
         """From now on."""

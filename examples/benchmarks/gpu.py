@@ -39,7 +39,7 @@ class Part:
 
     Attributes:
         name (`str`): The experiment.
-        seconds (`int`): Its time limit.
+        seconds (`int`): Its time limit; it may use what those before it left of theirs, too.
         reduced (`tuple[str, ...]`): Arguments that make it tiny.
         needs (`str`): What it cannot do without, beside torch and transformers.
     """
@@ -52,16 +52,16 @@ class Part:
 
 # The most important first: what is cut off keeps what is done. `equal_time_gpu` trains five times for 40 seconds.
 PARTS = (
-    Part("gpu_tests", 45, ("--tests", "tests/optim/test_osd_gpu.py"), "pytest"),
-    Part("equal_time_gpu", 240, ("--model", "500k", "--rank", "8", "--batch", "2", "32", "--seconds", "0.2",
+    Part("gpu_tests", 40, ("--tests", "tests/optim/test_osd_gpu.py"), "pytest"),
+    Part("equal_time_gpu", 235, ("--model", "500k", "--rank", "8", "--batch", "2", "32", "--seconds", "0.2",
                                  "--characters", "200000", "--vocabulary", "300",
                                  "--evaluation_tokens", "64")),
-    Part("layerwise_memory_gpu", 60, ("--model", "llama_500k", "--sequence", "16", "--steps", "2", "--runs",
+    Part("layerwise_memory_gpu", 75, ("--model", "llama_500k", "--sequence", "16", "--steps", "2", "--runs",
                                        "osd_adamw8bit_layerwise:rank=8", "osd_adamw8bit:rank=8,source=activations"),
          "accelerate"),
-    Part("step_time_gpu", 60, ("--cases", "500k:8:2")),
-    Part("training_step_gpu", 45, ("--cases", "500k:8:1", "--batch", "1", "16")),
-    Part("projection_time_gpu", 30, ("--shapes", "64x96", "--ranks", "8", "--rounds", "2")),
+    Part("step_time_gpu", 65, ("--cases", "500k:8:2")),
+    Part("training_step_gpu", 40, ("--cases", "500k:8:1", "--batch", "1", "16")),
+    Part("projection_time_gpu", 25, ("--shapes", "64x96", "--ranks", "8", "--rounds", "2")),
 )  # fmt: skip
 
 
@@ -96,9 +96,8 @@ def run_part(asked: list[str], seconds: float, log: Path) -> int | None:
             process.wait()
 
 
-def outcome(part: Part, arguments: argparse.Namespace, folder: Path, logs: Path) -> dict[str, Any]:
+def outcome(part: Part, limit: float, arguments: argparse.Namespace, folder: Path, logs: Path) -> dict[str, Any]:
     """Runs a part: a row of the result."""
-    limit = arguments.limit or (REDUCED_SECONDS if arguments.reduced else part.seconds)
     row: dict[str, Any] = {"part": part.name, "status": "left out", "seconds": 0.0, "limit": limit, "reason": ""}
     if find_spec(part.needs) is None:
         return row | {"reason": f"{part.needs} is not installed"}
@@ -123,7 +122,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         name = f"[{row['part']}]({row['part']}.md)" if row["status"] == "done" else row["part"]
         reason = row["reason"].replace("|", "\\|")[:300]
-        lines.append(f"| {name} | {row['status']} | {row['seconds']:.0f} | {row['limit']:g} | {reason} |")
+        lines.append(f"| {name} | {row['status']} | {row['seconds']:.0f} | {row['limit']:.0f} | {reason} |")
     environment = result["environment"]
     lines += ["", f"On {environment.get('card', environment['device'])}, commit {environment['commit']}. "]
     lines[-1] += f"Not installed: {', '.join(environment['missing']) or 'nothing that is compared with'}."
@@ -157,14 +156,17 @@ def main(argv: list[str] | None = None) -> int:
     parts = [part for part in PARTS if not arguments.only or part.name in arguments.only]
     earlier = added(folder / "gpu", result, ("part",))["rows"] if arguments.only else []
     earlier = [row for row in earlier if row["part"] not in arguments.only]
+    spare = 0.0
     for number, part in enumerate(parts, 1):
         print(f"[{number}/{len(parts)}] {part.name} ...", end=" ", flush=True)
+        limit = arguments.limit or (REDUCED_SECONDS if arguments.reduced else part.seconds + spare)
         try:
-            row = outcome(part, arguments, folder, logs)
+            row = outcome(part, limit, arguments, folder, logs)
         except KeyboardInterrupt:
             print(f"cut off. What was measured is in {folder}")
             return 130
         result["rows"].append(row)
+        spare = max(0.0, limit - row["seconds"])
         save(folder / "gpu", result | {"rows": earlier + result["rows"]}, render, quiet=True)
         print(f"{row['status']} after {row['seconds']:.0f} s", row["reason"][:300], flush=True)
     print(f"\n{table(result)}\nResults: {folder}\nWhat the parts said: {logs}")

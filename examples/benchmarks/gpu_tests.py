@@ -31,7 +31,8 @@ class Recorder:
     """
 
     def __init__(self, path: Path, environment: dict[str, object]):
-        self.path, self.result = path, {"environment": environment, "rows": []}
+        self.path = path
+        self.result: dict[str, Any] = {"environment": environment, "rows": []}
 
     def pytest_runtest_makereport(self, item: Any, call: Any) -> Any:
         """Called for each of them before: what fails for want of an optional library is skipped."""

@@ -141,6 +141,8 @@ def train(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     cuda = arguments.device == "cuda"
     if cuda:
         total = torch.cuda.get_device_properties(0).total_memory
+        if total < 0.9 * arguments.cap_gb * 1e9:
+            return {"run": run, "fits": None, "left_out": f"the card has {total / 1e9:.1f} GB"}
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap_gb * 1e9 / total))
     result: dict[str, Any] = {"run": run, "fits": True}
     try:
@@ -201,7 +203,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines = ["| optimizer | GPU memory that it may use | peak of what torch allocated |", "| --- | --- | --- |"]
         for row in rows:
             peak = f"{row['peak_allocated_bytes'] / 1e9:.1f} GB" if row.get("peak_allocated_bytes") else "-"
-            note = "failed" if "error" in row else peak if row["fits"] else "does not fit"
+            note = "failed" if "error" in row else peak if row["fits"] else row.get("left_out", "does not fit")
             cap = f"{row['cap_gb']:g} GB" if row["cap_gb"] else "-"
             lines.append(f"| `{row['run']}` | {cap} | {note} |")
         return "\n".join(lines) + "\n"

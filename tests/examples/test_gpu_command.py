@@ -100,6 +100,22 @@ def test_parts_that_fail_or_take_too_long_are_named_and_stop_no_other(tmp_path: 
     assert again == {name: status for name, (status, _) in told.items()} | {"bad": "done"}
 
 
+def test_what_a_part_leaves_of_its_time_is_for_those_after_it(tmp_path: Path, monkeypatch):
+    """At full size: on a GPU that is not there."""
+    limits = []
+
+    def outcome(part, limit, arguments, folder, logs):
+        limits.append(limit)
+        return {"part": part.name, "status": "done", "seconds": part.seconds / 2, "limit": limit, "reason": ""}
+
+    monkeypatch.setattr(gpu, "pick_device", lambda device: device)
+    monkeypatch.setattr(gpu, "describe", lambda device: {"device": device, "commit": "a"})
+    monkeypatch.setattr(gpu, "outcome", outcome)
+    assert gpu.main(["--output_dir", str(tmp_path)]) == 0
+    halves = [part.seconds / 2 for part in gpu.PARTS]
+    assert limits == [part.seconds + sum(halves[:i]) for i, part in enumerate(gpu.PARTS)]
+
+
 def _runs(pid: int) -> bool:
     """Whether a process is there, and not as a zombie that nobody has collected."""
     status = Path(f"/proc/{pid}/stat")
@@ -125,7 +141,7 @@ def test_a_cpu_at_full_size_and_a_gpu_that_is_not_there_are_refused(monkeypatch,
         gpu.main(["--device", "cpu"])
     assert "add --reduced" in capsys.readouterr().err
     monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="torch sees no GPU"):
+    with pytest.raises(SystemExit, match="sees no GPU here"):
         gpu.main([])
 
 
