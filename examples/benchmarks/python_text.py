@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 
 PACKAGES = ("torch", "sympy", "transformers")  # and the standard library
-CHARACTERS = 40_000_000  # about 11 million tokens
+CHARACTERS = 30_000_000  # about 8 million tokens
 TOKENIZER_CHARACTERS = 5_000_000
 HELD_OUT = 50  # one file in so many is for validation
 END = "</s>"

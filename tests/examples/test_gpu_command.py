@@ -77,18 +77,18 @@ def test_parts_that_fail_or_take_too_long_are_named_and_stop_no_other(tmp_path: 
     monkeypatch.setattr(gpu, "PARTS", (*parts, gpu.Part("lacking", 60, (), needs="no_such_library")))
     monkeypatch.setattr(gpu, "command", lambda part, _: [sys.executable, "-c", SCRIPTS[part.name], str(tmp_path)])
     began = time.monotonic()
-    assert gpu.main(["--device", "cpu", "--reduced", "--limit", "1.5", "--output_dir", str(tmp_path)]) == 1
-    assert time.monotonic() - began < 20
+    assert gpu.main(["--device", "cpu", "--reduced", "--limit", "4", "--output_dir", str(tmp_path)]) == 1
+    assert time.monotonic() - began < 40
     rows = {row["part"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
     told = {name: (row["status"], row["reason"]) for name, row in rows.items()}
     assert told == {
         "good": ("done", ""),
-        "long": ("out of time", "stopped after 1.5 s; what it had measured is in long.json"),
+        "long": ("out of time", "stopped after 4 s; what it had measured is in long.json"),
         "bad": ("failed", "ValueError: no | such thing"),
         "last": ("done", ""),
         "lacking": ("left out", "no_such_library is not installed"),
     }
-    assert (tmp_path / "good.json").is_file() and rows["long"]["seconds"] < 10
+    assert (tmp_path / "good.json").is_file() and rows["long"]["seconds"] < 20
     assert not _runs(int((tmp_path / "child").read_text()))
     summary = (tmp_path / "gpu.md").read_text()
     assert "| bad | failed |" in summary and "no \\| such thing |" in summary and summary in capsys.readouterr().out
