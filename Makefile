@@ -3,21 +3,25 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test quality options format clean
+.PHONY: help install quickstart test gpu quality options format clean
 
 help:
 	@echo "make quickstart   pretrain a small LLaMA with Online Subspace Descent on this machine (about 5 minutes)"
 	@echo "make test         run the tests (about 10 minutes on two cores)"
+	@echo "make gpu          on a machine with a CUDA GPU: its tests and all benchmarks that want one (about 8 minutes)"
 	@echo "make quality      formatting, lint and types"
 	@echo "make options      after an option is added or changed: write what the code declares into signatures and README"
 	@echo "make format       let ruff rewrite the files"
 
 install: $(VENV)/.installed
 
+# An environment that has a torch before we come keeps it: it may be the only build that fits the machine's GPU.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test ! -e $@ && $(BIN)/python -c "import torch" 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	grep -v "^torch==" constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
 	touch $@
 
 # ARGS="--osd_source activations --output_dir runs/quickstart_activations": any further arguments.
@@ -30,6 +34,10 @@ quickstart: install
 # that start processes of their own.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# ARGS="--only step_time_gpu": some parts. In an environment of your own: python examples/benchmarks/run.py gpu
+gpu: install
+	$(BIN)/python examples/benchmarks/run.py gpu $(ARGS)
 
 quality: install
 	$(BIN)/ruff format --check .

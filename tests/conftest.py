@@ -25,6 +25,11 @@ multiprocessing.set_forkserver_preload(
 )
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -3,9 +3,11 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "galore-torch", "apollo-torch", "torchao", "peft", "hf_osd")
+OPTIONAL = ("bitsandbytes", "datasets", "peft", "galore_torch", "apollo_torch", "torchao")  # by the names of modules
+EIGHT_BIT = re.compile(r"(?<=^osd_)([a-z]+)8bit")
 EXPERIMENTS = Path(__file__).parent / "experiments"
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
@@ -22,6 +26,7 @@ def describe(device: str | None = None) -> dict[str, object]:
     """Device, cores, versions of the libraries compared, and the commit (with `+` where files are changed)."""
     return {
         "device": device_name(device),
+        **(_card() if pick_device(device) == "cuda" else {}),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -34,14 +39,14 @@ def describe(device: str | None = None) -> dict[str, object]:
 def pick_device(asked: str | None = None) -> str:
     """`cuda` where there is a GPU, `cpu` elsewhere, or what was asked for."""
     if asked == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no GPU here.")
+        raise SystemExit(f"--device cuda: torch {torch.__version__} sees no GPU here.")
     return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name(device: str | None = None) -> str:
     """A name that makes a folder: the GPU's, or `cpu_2_cores`."""
     if pick_device(device) == "cuda":
-        return torch.cuda.get_device_name().replace(" ", "_").lower()
+        return re.sub(r"[^a-z0-9.-]+", "_", torch.cuda.get_device_name().lower())
     return f"cpu_{os.cpu_count()}_cores"
 
 
@@ -52,7 +57,9 @@ def results_folder(device: str | None = None) -> Path:
     return folder
 
 
-def save(path: Path, result: dict[str, Any], render: Callable[[dict[str, Any], Path], object]) -> None:
+def save(
+    path: Path, result: dict[str, Any], render: Callable[[dict[str, Any], Path], object], quiet: bool = False
+) -> None:
     """Writes `<path>.json`, and what `render` makes of it beside that: tables and pictures need nothing else.
 
     Where the README of the package shows the table that was there before, it shows the new one afterwards.
@@ -61,15 +68,20 @@ def save(path: Path, result: dict[str, Any], render: Callable[[dict[str, Any], P
         path (`Path`): Folder and name, without an ending.
         result (`dict`): All that was measured, with the environment.
         render (`Callable`): Writes `<path>.md` and, for most, `<path>.png` from the result.
+        quiet (`bool`, *optional*, defaults to `False`): Do not tell the names of the files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    named(path, ".json").write_text(json.dumps(result, indent=1) + "\n")
+    unfinished = named(path, ".tmp")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(named(path, ".json"))  # at once: what is cut off here leaves the one before
     table = named(path, ".md")
     before = table.read_text(encoding="utf-8") if table.is_file() else ""
     render(result, path)
     if before and path.parent.parent == RESULTS:  # a README that shows this table shows the new one
         text = README.read_text(encoding="utf-8")
         README.write_text(text.replace(before, table.read_text(encoding="utf-8")), encoding="utf-8")
+    if quiet:
+        return
     print(f"Written: {', '.join(sorted(str(file) for file in path.parent.glob(path.name + '.*')))}")
 
 
@@ -98,6 +110,21 @@ def added(path: Path, result: dict[str, Any], keys: tuple[str, ...]) -> dict[str
 def named(path: Path, ending: str) -> Path:
     """The path with this at its end; unlike `with_suffix`, whatever dots the name has."""
     return path.with_name(path.name + ending)
+
+
+def without_8bit(name: str) -> str:
+    """An optimizer of ours in float32 where bitsandbytes is missing, and its name says so; else as it is."""
+    return name if find_spec("bitsandbytes") else EIGHT_BIT.sub(r"\1", name)
+
+
+def missing(error: ImportError) -> str:
+    """What is not installed, as the reason why something is left out."""
+    return f"{error.name} is not installed" if error.name else str(error)
+
+
+def _card() -> dict[str, object]:
+    card = torch.cuda.get_device_properties(0)
+    return {"card": card.name, "card_bytes": card.total_memory, "cuda": torch.version.cuda}
 
 
 def _processor() -> str:

@@ -3,12 +3,14 @@
 Without a GPU: one backward pass of LLaMA 60M in each mode, in which every parameter's gradient is watched from the
 moment it is complete to the moment its memory is freed. With one: a stock Trainer (random weights, bfloat16, gradient
 checkpointing, sequences of 1024, batch 1) with each optimizer in a process of its own, which may use `--cap_gb` of the
-GPU; the peak of what torch allocated, or that it did not fit. Writes results/<device>/layerwise_memory.json and .md.
+GPU; the peak of what torch allocated, or that it did not fit. Where bitsandbytes is missing, ours run in float32, by
+that name. Reads experiments/<name>.json, for a GPU only; writes results/<device>/<name>.json and .md.
 
 Needs: the `examples` extra; for the runs beside ours galore-torch and apollo-torch.
 
     python examples/benchmarks/layerwise_memory.py                                # CPU: LLaMA 60M, a minute
     python examples/benchmarks/layerwise_memory.py --device cuda --cap_gb 24      # GPU: LLaMA 7B
+    python examples/benchmarks/layerwise_memory.py layerwise_memory_gpu --device cuda     # a few, in a minute
     python examples/benchmarks/layerwise_memory.py --device cuda --runs osd_adamw8bit_layerwise:rank=1024
 """
 
@@ -17,6 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +30,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import hf_osd
-from environment import describe, results_folder
+from environment import describe, load_experiment, named, pick_device, results_folder, save, without_8bit
 from hf_osd.optim import held_gradient_bytes, predicted_state_bytes
 
 
 CONFIGS = Path(__file__).parents[1] / "llama_configs"
-SEQUENCE = 1024
-RUNS = [
-    "osd_adamw8bit_layerwise:rank=256",
-    "osd_adamw8bit_layerwise:rank=1024",
-    "osd_adamw8bit_layerwise:rank=256,projection_dtype=bfloat16",
-    "osd_adamw8bit_layerwise:rank=1024,projection_dtype=bfloat16",
-    "osd_adamw8bit_layerwise:rank=1024,projection_dtype=bfloat16,projection_optim=adafactor",
-    "osd_lion8bit_layerwise:rank=1024,projection_dtype=bfloat16",
-    "osd_adamw8bit:rank=1024",
-    "adamw_bnb_8bit",
-    "galore_adamw_8bit_layerwise:rank=256",
-    "galore_adamw_8bit_layerwise:rank=1024",
-    "apollo_adamw_layerwise:rank=256",
-    "apollo_adamw_layerwise:rank=1024",
-]
+ON_CPU = {"model": "llama_60m", "sequence": 64, "steps": 5}
 
 
 def make_model(name: str, dtype: torch.dtype, device: str = "cpu") -> torch.nn.Module:
@@ -152,6 +141,8 @@ def train(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     cuda = arguments.device == "cuda"
     if cuda:
         total = torch.cuda.get_device_properties(0).total_memory
+        if total < 0.9 * arguments.cap_gb * 1e9:
+            return {"run": run, "fits": None, "left_out": f"the card has {total / 1e9:.1f} GB"}
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap_gb * 1e9 / total))
     result: dict[str, Any] = {"run": run, "fits": True}
     try:
@@ -188,31 +179,33 @@ def train(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def train_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every run in a process of its own: nothing of one is left in the memory of the next."""
-    results = []
-    for run in arguments.runs:
+def train_all(cases: list[tuple[str, float]], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every run, under its cap, in a process of its own: nothing of one is left in the memory of the next."""
+    for asked, cap_gb in cases:
+        run = without_8bit(asked)
         command = [sys.executable, __file__, "--one_run", run, "--device", arguments.device]
-        command += ["--model", arguments.model, "--steps", str(arguments.steps), "--cap_gb", str(arguments.cap_gb)]
-        done = subprocess.run(
-            [*command, "--sequence", str(arguments.sequence)], capture_output=True, text=True, check=False
+        command += ["--model", arguments.model, "--steps", str(arguments.steps), "--cap_gb", str(cap_gb)]
+        command += ["--sequence", str(arguments.sequence)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+        result = json.loads(line[7:]) if line else {"run": run, "fits": None, "error": done.stderr[-2000:]}
+        print(run, "failed" if "error" in result else "fits" if result["fits"] else "does not fit", flush=True)
+        yield (
+            result
+            | {"cap_gb": cap_gb if arguments.device == "cuda" else None}
+            | ({} if run == asked else {"for": asked})
         )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        result = json.loads(lines[-1].removeprefix("RESULT ")) if lines else {"run": run, "error": done.stderr[-2000:]}
-        results.append(result)
-        peak = result.get("peak_allocated_bytes")
-        print(run, "failed" if "error" in result else "fits" if result["fits"] else "does not fit", peak or "")
-    return results
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     if "run" in rows[0]:
-        lines = ["| optimizer | peak memory |", "| --- | --- |"]
+        lines = ["| optimizer | GPU memory that it may use | peak of what torch allocated |", "| --- | --- | --- |"]
         for row in rows:
             peak = f"{row['peak_allocated_bytes'] / 1e9:.1f} GB" if row.get("peak_allocated_bytes") else "-"
-            note = "failed" if "error" in row else peak if row["fits"] else "does not fit"
-            lines.append(f"| `{row['run']}` | {note} |")
+            note = "failed" if "error" in row else peak if row["fits"] else row.get("left_out", "does not fit")
+            cap = f"{row['cap_gb']:g} GB" if row["cap_gb"] else "-"
+            lines.append(f"| `{row['run']}` | {cap} | {note} |")
         return "\n".join(lines) + "\n"
     lines = ["| | micro-batches | live gradients, peak | held until the step |", "| --- | --- | --- | --- |"]
     for row in rows:
@@ -221,38 +214,52 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measure, print, write."""
+def render(result: dict[str, Any], path: Path) -> None:
+    """Writes `<path>.md`."""
+    named(path, ".md").write_text(table(result["rows"]), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write; 0 where no run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", nargs="?", default="layerwise_memory", help="what a GPU trains: experiments/")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", help="file in llama_configs/, or a path (default: llama_60m, on a GPU llama_7b)")
+    parser.add_argument("--model", help="file in llama_configs/, or a path (on the CPU: llama_60m)")
     parser.add_argument("--rank", type=int, default=128, help="rank of the count on the CPU (default: 128)")
-    parser.add_argument("--runs", nargs="+", help="optim:optim_args, trained in a Trainer (default on a GPU: all)")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--sequence", type=int, help="tokens (default: 1024; on the CPU 64)")
-    parser.add_argument("--cap_gb", type=float, default=24, help="GPU memory that a run may use, in 10^9 bytes")
+    parser.add_argument(
+        "--runs", nargs="+", help="optim:optim_args, trained in a Trainer (default on a GPU: the file's)"
+    )
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--sequence", type=int, help="tokens (on the CPU: 64)")
+    parser.add_argument("--cap_gb", type=float, default=24, help="of --runs: GPU memory in 10^9 bytes (default: 24)")
     parser.add_argument("--output_dir", type=Path, help="default: results/<device>/")
     parser.add_argument("--one_run", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    cuda = arguments.device == "cuda"
-    arguments.model = arguments.model or ("llama_7b" if cuda else "llama_60m")
-    arguments.sequence = arguments.sequence or (SEQUENCE if cuda else 64)
+    arguments = parser.parse_args(argv)
+    experiment = load_experiment(arguments.experiment)
+    cuda = pick_device(arguments.device) == "cuda"
+    for key, on_cpu in ON_CPU.items():
+        if getattr(arguments, key) is None:
+            setattr(arguments, key, experiment[key] if cuda else on_cpu)
     if arguments.one_run:
         print("RESULT " + json.dumps(train(arguments.one_run, arguments)))
-        return
-    if cuda or arguments.runs:
-        arguments.runs = arguments.runs or RUNS
-        rows = train_all(arguments)
-    else:
-        rows = gradient_memory(arguments.model, arguments.rank, arguments.sequence)
-    folder = arguments.output_dir or results_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {"model": arguments.model, "sequence": arguments.sequence, "cap_gb": arguments.cap_gb if cuda else None}
-    result = {"environment": describe(), **settings, "rows": rows}
-    (folder / "layerwise_memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "layerwise_memory.md").write_text(table(rows))
+        return 0
+    cases = [(run, arguments.cap_gb) for run in arguments.runs or ()] or (experiment["cases"] if cuda else [])
+    path = (arguments.output_dir or results_folder(arguments.device)) / arguments.experiment
+    rows: list[dict[str, Any]] = []
+    settings = {"model": arguments.model, "sequence": arguments.sequence}
+    result = {"environment": describe(arguments.device), **settings, "rows": rows}
+    if not cases:
+        rows += gradient_memory(arguments.model, arguments.rank, arguments.sequence)
+        save(path, result, render)
+    for row in train_all(cases, arguments):
+        rows.append(row)
+        save(path, result, render)  # after every run: what is cut off keeps those before
     print(table(rows), end="")
+    failed = {row["run"]: row["error"].strip().splitlines()[-1] for row in rows if "error" in row}
+    for run, reason in failed.items():
+        print(f"{run} failed: {reason}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

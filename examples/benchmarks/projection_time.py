@@ -21,7 +21,7 @@ Reads experiments/<name>.json; writes results/<device>/<name>.json, .md and .png
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def measure(
     limit: float,
     device: torch.device,
     dtype: torch.dtype,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """One row for each shape and rank below its sides, small shapes first.
 
     Args:
@@ -113,7 +113,6 @@ def measure(
         device (`torch.device`): Where.
         dtype (`torch.dtype`): Of the gradient.
     """
-    rows: list[dict[str, Any]] = []
     cost: dict[str, float] = {}  # seconds of the last call by its work: m n min(m, n), or m n r where r decides
     for m, n in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
         exact: list[float] | None = None  # an exact SVD knows no rank: it is measured once for a shape
@@ -132,12 +131,10 @@ def measure(
                 exact = times.get("torch.linalg.svd", [])
             times["torch.linalg.svd"] = exact
             seconds = {name: statistics.median(times[name]) if times.get(name) else None for name in (*SVDS, *STEPS)}
-            rows.append(
-                {"shape": [m, n], "rank": rank, "dtype": str(dtype).removeprefix("torch."), "seconds": seconds}
-            )
+            kind = str(dtype).removeprefix("torch.")
             line = ", ".join(f"{name} {1e3 * t:.1f} ms" if t else f"{name} -" for name, t in seconds.items())
-            print(f"{m} x {n}, rank {rank}, {rows[-1]['dtype']}: {line}", flush=True)
-    return rows
+            print(f"{m} x {n}, rank {rank}, {kind}: {line}", flush=True)
+            yield {"shape": [m, n], "rank": rank, "dtype": kind, "seconds": seconds}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -213,22 +210,15 @@ def main(argv: list[str] | None = None) -> None:
     given = {key: getattr(arguments, key) for key in ("ranks", "dtypes", "rounds", "limit") if getattr(arguments, key)}
     settings = {key: experiment[key] for key in ("ranks", "dtypes", "rounds", "limit")} | given
     shapes = arguments.shapes or model_shapes(experiment["models"])
-    rows = [
-        row
-        for dtype in settings["dtypes"]
-        for row in measure(
-            shapes,
-            settings["ranks"],
-            settings["rounds"],
-            settings["limit"],
-            torch.device(device),
-            getattr(torch, dtype),
-        )
-    ]
-    if (given or arguments.shapes) and not arguments.output_dir:
-        return
+    written = arguments.output_dir or not (given or arguments.shapes)
+    rows: list[dict[str, Any]] = []
     result = {"environment": describe(device), "title": experiment["title"], **settings, "rows": rows}
-    save((arguments.output_dir or results_folder(device)) / arguments.experiment, result, render)
+    ranks, rounds, limit = (settings[key] for key in ("ranks", "rounds", "limit"))
+    for dtype in settings["dtypes"]:
+        for row in measure(shapes, ranks, rounds, limit, torch.device(device), getattr(torch, dtype)):
+            rows.append(row)
+            if written:  # after each: what is cut off keeps those before
+                save((arguments.output_dir or results_folder(device)) / arguments.experiment, result, render)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 An experiment is experiments/<name>.json, which names its script; what it gave is results/<device>/<name>.json, with
 the environment and the commit inside, and the table and picture beside it are made from that file alone. A script
-without settings (`ddp_exchange`, `layerwise_memory`, ...) is an experiment by its own name. Arguments after the name
+without settings (`ddp_exchange`, `gpu`, ...) is an experiment by its own name. Arguments after the name
 are the script's.
 
     python examples/benchmarks/run.py                                # what there is

@@ -160,17 +160,17 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(arguments.device)
     dtype = arguments.dtype or experiment["dtype"]
     names = arguments.contenders or experiment.get("contenders") or list(CONTENDERS)
-    rows = []
+    written = arguments.output_dir or not (arguments.cases or arguments.contenders or arguments.dtype)
+    rows: list[dict[str, Any]] = []
+    result = {"environment": describe(device), "title": experiment["title"], "dtype": dtype, "rows": rows}
+    result["table"] = experiment.get("table") or names
+    if device == "cpu" and dtype == "float32":
+        result["kernels"] = kernels()
     for model, rank, rounds in arguments.cases or map(parse_case, experiment["cases"]):
         rows.append(measure(model, rank, rounds, names, torch.device(device), getattr(torch, dtype)))
         print(table(rows[-1]), flush=True)
-    if (arguments.cases or arguments.contenders or arguments.dtype) and not arguments.output_dir:
-        return
-    result = {"environment": describe(device), "title": experiment["title"], "dtype": dtype, "rows": rows}
-    if device == "cpu" and dtype == "float32":
-        result["kernels"] = kernels()
-    result["table"] = experiment.get("table") or names
-    save((arguments.output_dir or results_folder(device)) / arguments.experiment, result, render)
+        if written:  # after every case: what is cut off keeps those before
+            save((arguments.output_dir or results_folder(device)) / arguments.experiment, result, render)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,12 @@ from typing import Any
 import torch
 
 from contenders import INTERVAL
-from environment import added, describe, load_experiment, pick_device, results_folder, save
+from environment import added, describe, load_experiment, missing, pick_device, results_folder, save
 from hf_osd.subspace import subspace_options
 from step_time import parse_case
 from stopwatch import in_turn, laps, timed
 from training_step_report import PARTS, render, table
-from whole_models import BASELINE, load_config, make_optimizer, parse_name, prepare_model, random_model
+from whole_models import BASELINE, GALORE, load_config, make_optimizer, parse_name, prepare_model, random_model
 
 
 class TrainingStep:
@@ -79,7 +79,7 @@ class TrainingStep:
 def renews(name: str) -> bool:
     """Whether a contender makes P anew every `INTERVAL` steps."""
     optim, options = parse_name(name)
-    return optim == "galore_adamw" or "update_interval" in subspace_options(options.get("subspace", "online_pca"))
+    return optim == GALORE or "update_interval" in subspace_options(options.get("subspace", "online_pca"))
 
 
 def measure(
@@ -89,6 +89,7 @@ def measure(
     at_once: int,
     device: torch.device,
     dtype: torch.dtype,
+    svd_up_to: float = math.inf,
 ) -> dict[str, Any]:
     """One case: a row of the result.
 
@@ -101,6 +102,7 @@ def measure(
         at_once (`int`): How many have their state in memory at a time.
         device (`torch.device`): Where.
         dtype (`torch.dtype`): Of the weights.
+        svd_up_to (`float`, *optional*): Hidden size above which galore-torch, which takes exact SVDs, is left out.
     """
     model, rank, rounds = case
     size, _, blocks = model.partition("@")
@@ -109,7 +111,9 @@ def measure(
     ids = torch.randint(config.vocab_size, batch, device=device)
     found: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
-    others = [name for name in dict.fromkeys(names) if name != BASELINE]
+    if config.hidden_size > svd_up_to and GALORE in names:
+        left_out[GALORE] = f"SVDs of all weights take too long here above s = {svd_up_to}"
+    others = [name for name in dict.fromkeys(names) if name != BASELINE and name not in left_out]
     for group in [others[start : start + at_once] for start in range(0, len(others), at_once)] or [[]]:
         with ExitStack() as stack:
             steps: dict[str, TrainingStep] = {}
@@ -117,7 +121,7 @@ def measure(
                 try:
                     steps[name] = TrainingStep(weights, name, rank, ids, stack)
                 except ImportError as error:
-                    left_out[name] = f"{error.name} is not installed"
+                    left_out[name] = missing(error)
             for name, entry in _summaries(steps, rounds, device).items():
                 found.setdefault(name, entry)
     return {
@@ -175,17 +179,18 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(arguments.device)
     names = arguments.contenders or experiment["contenders"]
     batch, at_once = arguments.batch or experiment["batch"], arguments.at_once or experiment["at_once"]
-    rows = []
-    for case in arguments.cases or map(parse_case, experiment["cases"]):
-        dtype = getattr(torch, experiment["dtype"])
-        rows.append(measure(case, names, tuple(batch), at_once, torch.device(device), dtype))
-        print(table(rows[-1]), flush=True)
-    if (arguments.cases or arguments.contenders or arguments.batch) and not (arguments.output_dir or arguments.add):
-        return
+    chosen = arguments.cases or arguments.contenders or arguments.batch
+    written = arguments.output_dir or arguments.add or not chosen
+    dtype, svd_up_to = getattr(torch, experiment["dtype"]), experiment.get("svd_up_to", math.inf)
+    rows: list[dict[str, Any]] = []
     result = {"environment": describe(device), "title": experiment["title"], "dtype": experiment["dtype"]}
     result["rows"] = rows
-    path = (arguments.output_dir or results_folder(device)) / arguments.experiment
-    save(path, added(path, result, ("model", "blocks", "rank")) if arguments.add else result, render)
+    for case in arguments.cases or map(parse_case, experiment["cases"]):
+        rows.append(measure(case, names, tuple(batch), at_once, torch.device(device), dtype, svd_up_to))
+        print(table(rows[-1]), flush=True)
+        if written:  # after every case: what is cut off keeps those before
+            path = (arguments.output_dir or results_folder(device)) / arguments.experiment
+            save(path, added(path, result, ("model", "blocks", "rank")) if arguments.add else result, render)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,12 @@ def summary(rows: list[dict[str, Any]]) -> str:
         entries = [row["seconds"].get(name) for row in rows]
         if name != BASELINE:
             lines.append(f"| {name} | {' | '.join('-' if e is None else f'{ratio(e):.2f}' for e in entries)} |")
-    base = " | ".join(f"{row['seconds'][BASELINE]['whole']['median']:.2f} s" for row in rows)
+    base = " | ".join(_duration(row["seconds"][BASELINE]["whole"]["median"]) for row in rows)
     return "\n".join([*lines, f"| {BASELINE} | {base} |"]) + "\n"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
 def table(row: dict[str, Any]) -> str:
@@ -57,7 +61,8 @@ def table(row: dict[str, Any]) -> str:
 
 
 def _times(entry: dict[str, float]) -> str:
-    return f"{1e3 * entry['median']:.0f} / {1e3 * entry['minimum']:.0f}"
+    digits = 0 if entry["median"] >= 0.01 else 2
+    return f"{1e3 * entry['median']:.{digits}f} / {1e3 * entry['minimum']:.{digits}f}"
 
 
 def draw(rows: list[dict[str, Any]], heading: str, path: Path) -> None:

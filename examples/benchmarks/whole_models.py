@@ -12,18 +12,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set_seed
 
 import hf_osd
-from contenders import galore_group
+from contenders import LR, galore_group
 from hf_osd.optim import select
+from hf_osd.trainer.settings import parse_optim_args
 from shapes import config_file
 
 
 BASELINE = "adamw_torch_fused"
-PEERS = (BASELINE, "adamw_bnb_8bit", "galore_adamw", "lora")
+GALORE = "galore_adamw"
+PEERS = (BASELINE, "adamw_bnb_8bit", GALORE, "lora")
 
 
-def parse_name(name: str) -> tuple[str, dict[str, str]]:
+def parse_name(name: str) -> tuple[str, dict[str, Any]]:
     """The optimizer and its options."""
     optim, _, options = name.partition(":")
+    if optim.startswith("osd_"):
+        return optim, parse_optim_args(options)
     return optim, dict(option.split("=") for option in options.split(",") if option)
 
 
@@ -54,12 +58,12 @@ def prepare_model(model: torch.nn.Module, name: str, rank: int) -> torch.nn.Modu
 
 
 @contextmanager
-def make_optimizer(model: torch.nn.Module, name: str, rank: int) -> Iterator[torch.optim.Optimizer]:
+def make_optimizer(model: torch.nn.Module, name: str, rank: int, lr: float = LR) -> Iterator[torch.optim.Optimizer]:
     """The optimizer, as Trainer makes it."""
     params = [p for p in model.parameters() if p.requires_grad]
     optim, options = parse_name(name)
     if optim.startswith("osd_"):
-        optimizer = hf_osd.create_osd_optimizer(model, optim, rank=rank, **options)
+        optimizer = hf_osd.create_osd_optimizer(model, optim, lr=lr, rank=rank, **options)
         yield optimizer
         optimizer.remove()
     elif optim == "adamw_bnb_8bit":
@@ -69,13 +73,13 @@ def make_optimizer(model: torch.nn.Module, name: str, rank: int) -> Iterator[tor
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding):
                 manager.register_module_override(module, "weight", {"optim_bits": 32})
-        yield bitsandbytes.optim.AdamW8bit(params)
+        yield bitsandbytes.optim.AdamW8bit(params, lr=lr)
         manager.initialize()  # it knows parameters by their ids, which come again
-    elif optim == "galore_adamw":
+    elif optim == GALORE:
         from galore_torch import GaLoreAdamW
 
         projected = {p for p in select(model).projected.values() if p.ndim == 2}
         others = {"params": [p for p in params if p not in projected]}
-        yield GaLoreAdamW([galore_group(list(projected), rank), others], no_deprecation_warning=True)
+        yield GaLoreAdamW([galore_group(list(projected), rank), others], lr=lr, no_deprecation_warning=True)
     else:
-        yield torch.optim.AdamW(params, fused=True)
+        yield torch.optim.AdamW(params, lr=lr, fused=True)

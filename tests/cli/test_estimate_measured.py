@@ -152,7 +152,6 @@ def test_a_batch_is_affine_in_its_size():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("run", [run for run in RUNS if run != "lora"])
 def test_on_a_gpu(run: str, checkpointing: bool):

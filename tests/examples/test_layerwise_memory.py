@@ -68,15 +68,36 @@ def test_a_live_gradient_is_counted_until_its_memory_is_freed():
     assert live.alive() == 0
 
 
-def test_the_training_runs_on_the_cpu_too(tiny: str, tmp_path: Path, monkeypatch, capsys):
+def test_the_training_runs_on_the_cpu_too(tiny: str, tmp_path: Path, capsys):
     runs = ["osd_adamw_layerwise:rank=4,projection_dtype=bfloat16", "no_such_optimizer"]
     command = ["--runs", *runs, "--model", tiny, "--steps", "2", "--sequence", "8", "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["layerwise_memory.py", *command])
-    layerwise_memory.main()
+    assert layerwise_memory.main(command) == 1  # for the one that fails, at the end
     ours, failed = json.loads((tmp_path / "layerwise_memory.json").read_text())["rows"]
     assert ours["fits"] and len(ours["losses"]) == 2 and ours["predicted_state_bytes"] > 0
     assert "no_such_optimizer" in failed["error"]
-    assert "| `no_such_optimizer` | failed |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| `no_such_optimizer` | - | failed |" in told and "no_such_optimizer failed: " in told.splitlines()[-1]
+
+
+def test_a_gpu_trains_the_cases_of_the_experiment_under_their_caps(tmp_path: Path, monkeypatch):
+    """As on a GPU, but for the processes."""
+    commands = []
+
+    class Done:
+        stdout, stderr = 'RESULT {"run": "x", "fits": false, "peak_allocated_bytes": 5}', ""
+
+    monkeypatch.setattr(layerwise_memory, "pick_device", lambda device: "cuda")
+    monkeypatch.setattr(layerwise_memory, "describe", lambda device: {"device": device})
+    monkeypatch.setattr(layerwise_memory.subprocess, "run", lambda command, **_: commands.append(command) or Done)
+    assert layerwise_memory.main(["layerwise_memory_gpu", "--device", "cuda", "--output_dir", str(tmp_path)]) == 0
+    cases = layerwise_memory.load_experiment("layerwise_memory_gpu")["cases"]
+    words = [dict(zip(command[2::2], command[3::2], strict=True)) for command in commands]
+    assert [(word["--one_run"], float(word["--cap_gb"])) for word in words] == [(run, cap) for run, cap in cases]
+    assert {(word["--model"], word["--sequence"], word["--device"]) for word in words} == {
+        ("llama_7b", "1024", "cuda")
+    }
+    assert {cap for _, cap in cases} == {24, 16}
+    assert "| 16 GB | does not fit |" in (tmp_path / "layerwise_memory_gpu.md").read_text()
 
 
 def test_the_committed_exchange_table_is_what_the_shapes_give():

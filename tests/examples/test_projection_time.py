@@ -37,10 +37,10 @@ def test_the_closed_form_is_the_optimizers_own_step():
 
 
 def test_nothing_longer_than_the_limit_is_tried_and_ranks_stay_below_the_sides():
-    rows = projection_time.measure([(16, 24), (8, 8)], [4, 8, 16], 2, 10.0, CPU, torch.bfloat16)
+    rows = list(projection_time.measure([(16, 24), (8, 8)], [4, 8, 16], 2, 10.0, CPU, torch.bfloat16))
     assert [(row["shape"], row["rank"]) for row in rows] == [([8, 8], 4), ([16, 24], 4), ([16, 24], 8)]
     assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())
-    short = projection_time.measure([(8, 8), (64, 96)], [4], 2, 1e-12, CPU, torch.float32)
+    short = list(projection_time.measure([(8, 8), (64, 96)], [4], 2, 1e-12, CPU, torch.float32))
     assert all(seconds is None for seconds in short[1]["seconds"].values())
     assert "| 64 x 96, float32 | 4 |" + " - |" * 8 in projection_time.table(short)
 
