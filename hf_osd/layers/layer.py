@@ -3,6 +3,7 @@
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .exchange import group_of_ddp
@@ -95,12 +96,14 @@ class LayerInfo:
     @property
     def stand_in(self) -> nn.Parameter:
         """B: looked up each time, for what shards a model exchanges its parameters."""
+        if torch.compiler.is_compiling():  # by key there would be a graph for each
+            return self._met_stand_in
         return self.stand_ins._parameters[self.key]  # type: ignore[return-value]
 
     def meet(self, x: Tensor) -> None:
         """Settle whose input x is, at the first forward pass."""
         self.show()
-        self.met = True
+        self.met, self._met_stand_in = True, self.stand_in
         self._meeting.group = self._meeting.group or group_of_ddp()
         if self.input is None:
             self.input = self._meeting.join(x, self)

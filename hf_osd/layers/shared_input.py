@@ -9,6 +9,7 @@ add up over all that is computed between two steps.
 """
 
 import weakref
+from itertools import count
 from typing import Any
 
 import torch
@@ -35,10 +36,13 @@ class SharedInput:
         turn (`int`): Which of the k first tokens is the first that P learns of.
         A (`torch.Tensor`, *optional*): As above, since the last step; `None` where nothing was seen.
         energy (`torch.Tensor`, *optional*): ||x_k||², 0-dim, likewise.
+        handle (`torch.Tensor`): A number on the CPU that compiled functions, which are given it, find the input by.
     """
 
     def __init__(self, leader: str, first: FirstProjection, every: int):
         self.leader, self.first, self.every = leader, first, every
+        self.handle = torch.tensor(next(_numbers))
+        _by_number[int(self.handle)] = self
         self.P: Tensor | None = None
         self.restart()
         self.A: Tensor | None = None
@@ -57,27 +61,27 @@ class SharedInput:
     @torch.no_grad()
     def project(self, x: Tensor) -> Tensor:
         """The product x P, (T, r): once for all layers that are given this x."""
+        dtype = _dtype_of_products(x)
         if torch.compiler.is_compiling():  # which sees by itself that the products are one
-            return self._product(x, learns=self.learns)
+            return torch.ops.hf_osd.project(x.detach(), self.handle, self.first.rank, dtype)
         last, version, product = self._last
         if last() is x and version == x._version:
             known = product()
-            if known is not None and known.dtype == _dtype_of_products(x):
+            if known is not None and known.dtype == dtype:
                 return known
+        xP = self._product(x, dtype)
+        self._last = weakref.ref(x), x._version, weakref.ref(xP)
+        return xP
+
+    def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if self.P is None:
             self.P = self.first.draw(x.shape[-1], x.device)
         elif self.P.device != x.device:  # the model has been moved
             self.P = self.P.to(x.device)
-        xP = self._product(x, learns=self.learns and self._is_new())
-        self._last = weakref.ref(x), x._version, weakref.ref(xP)
-        return xP
-
-    def _product(self, x: Tensor, learns: bool) -> Tensor:
         x = x.reshape(-1, x.shape[-1])
-        assert self.P is not None
         with full_precision(x):
-            xP = x @ self.P.to(x.dtype)
-        if learns:
+            xP = x.to(dtype) @ self.P.to(dtype)
+        if self.learns and self._is_new():
             start = self.turn % max(min(self.every, len(x)), 1)  # a few tokens are seen at every step, too
             self._learn(x[start :: self.every], xP[start :: self.every])
         return xP
@@ -125,3 +129,22 @@ def _dtype_of_products(x: Tensor) -> torch.dtype:
     kind = x.device.type
     autocast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
+
+
+_numbers = count()
+_by_number: weakref.WeakValueDictionary[int, SharedInput] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("hf_osd::project", mutates_args=())
+def _project(x: Tensor, handle: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """[`SharedInput.project`] as one operation of a compiled graph, which so depends on nothing that changes.
+
+    Blocks of one class share a graph, steps go by another P, and other tokens are learned of. Layers that share an
+    input pass the same arguments, so that the compiler makes one call of theirs.
+    """
+    return _by_number[int(handle)]._product(x, dtype)
+
+
+@_project.register_fake
+def _(x: Tensor, handle: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.reshape(-1, x.shape[-1]).shape[0], rank, dtype=dtype)
