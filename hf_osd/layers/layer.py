@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .exchange import group_of_ddp
-from .shared_input import SharedInput
+from .shared_input import SharedInput, new_handle, project_compiled
 from .start import FirstProjection
 
 
@@ -71,6 +71,7 @@ class LayerInfo:
         self.transposed = plain_class(modules[0]) is not nn.Linear
         self.input: SharedInput | None = None
         self.hidden = self.met = False
+        self._handle, self._known_stand_in = new_handle(self), self.stand_in
 
     def hide(self) -> None:
         """Keep W out of DDP, which would wait for its gradient: it takes what requires one when it wraps the model."""
@@ -96,16 +97,29 @@ class LayerInfo:
     @property
     def stand_in(self) -> nn.Parameter:
         """B: looked up each time, for what shards a model exchanges its parameters."""
-        if torch.compiler.is_compiling():  # by key there would be a graph for each
-            return self._met_stand_in
         return self.stand_ins._parameters[self.key]  # type: ignore[return-value]
 
     def meet(self, x: Tensor) -> None:
         """Settle whose input x is, at the first forward pass."""
         self.show()
-        self.met, self._met_stand_in = True, self.stand_in
+        self.met, self._known_stand_in = True, self.stand_in
         self._meeting.group = self._meeting.group or group_of_ddp()
         if self.input is None:
             self.input = self._meeting.join(x, self)
         if self.input.P is None:
             self.input.P = self.first.draw(x.shape[-1], x.device)
+
+    def in_subspace(self, x: Tensor) -> tuple[Tensor, nn.Parameter]:
+        """x P of the input x, and B."""
+        if torch.compiler.is_compiling():  # a look-up by key would be a graph for each key
+            handle = self.input.handle if self.met else self._handle  # type: ignore[union-attr]
+            return project_compiled(x, handle, self.first.rank), self._known_stand_in
+        if not self.met:
+            self.meet(x)
+        return self.input.project(x), self.stand_in  # type: ignore[union-attr]
+
+    def product(self, x: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:
+        """Of a compiled function that was given the handle of a layer, since it had not met its input."""
+        if not self.met:
+            self.meet(x)
+        return self.input.product(x, dtype, compiled)  # type: ignore[union-attr]

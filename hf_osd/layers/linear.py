@@ -22,12 +22,10 @@ class InSubspace:
         osd, W = self.osd, self.weight  # type: ignore[attr-defined]
         if not torch.is_grad_enabled() or not (W.requires_grad or osd.hidden):
             return self.plain.forward(self, x)
-        if not osd.stand_in.requires_grad:  # as where all parameters were frozen, and W is no longer
-            osd.stand_in.requires_grad_(True)
-        if not osd.met:
-            osd.meet(x)
-        xP = osd.input.project(x)  # type: ignore[union-attr]
-        return SubspaceProduct.apply(x, W, self.bias, osd.stand_in, xP, self.transposed)  # type: ignore[attr-defined]
+        xP, B = osd.in_subspace(x)
+        if not B.requires_grad:  # as where all parameters were frozen, and W is no longer
+            B.requires_grad_(True)
+        return SubspaceProduct.apply(x, W, self.bias, B, xP, self.transposed)  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in vars(self).items() if name != "osd"}

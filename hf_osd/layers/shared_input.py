@@ -41,13 +41,12 @@ class SharedInput:
 
     def __init__(self, leader: str, first: FirstProjection, every: int):
         self.leader, self.first, self.every = leader, first, every
-        self.handle = torch.tensor(next(_numbers))
-        _by_number[int(self.handle)] = self
+        self.handle = new_handle(self)
         self.P: Tensor | None = None
         self.restart()
         self.A: Tensor | None = None
         self.energy: Tensor | None = None
-        self._outside = False
+        self._outside: set[bool] = set()
         self._last: tuple[Any, int, Any] = (lambda: None, 0, None)
 
     def restart(self) -> None:
@@ -62,18 +61,18 @@ class SharedInput:
     def project(self, x: Tensor) -> Tensor:
         """The product x P, (T, r): once for all layers that are given this x."""
         dtype = _dtype_of_products(x)
-        if torch.compiler.is_compiling():  # which sees by itself that the products are one
-            return torch.ops.hf_osd.project(x.detach(), self.handle, self.first.rank, dtype)
         last, version, product = self._last
         if last() is x and version == x._version:
             known = product()
             if known is not None and known.dtype == dtype:
                 return known
-        xP = self._product(x, dtype)
+        xP = self.product(x, dtype)
         self._last = weakref.ref(x), x._version, weakref.ref(xP)
         return xP
 
-    def _product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    @torch.no_grad()
+    def product(self, x: Tensor, dtype: torch.dtype, compiled: bool = False) -> Tensor:
+        """As `project`, which asks for what is not known yet; learns from x."""
         if self.P is None:
             self.P = self.first.draw(x.shape[-1], x.device)
         elif self.P.device != x.device:  # the model has been moved
@@ -81,7 +80,7 @@ class SharedInput:
         x = x.reshape(-1, x.shape[-1])
         with full_precision(x):
             xP = x.to(dtype) @ self.P.to(dtype)
-        if self.learns and self._is_new():
+        if self.learns and self._is_new(compiled):
             start = self.turn % max(min(self.every, len(x)), 1)  # a few tokens are seen at every step, too
             self._learn(x[start :: self.every], xP[start :: self.every])
         return xP
@@ -96,17 +95,19 @@ class SharedInput:
         else:
             self.A, self.energy = self.A + A, self.energy + energy
 
-    def _is_new(self) -> bool:
+    def _is_new(self, compiled: bool) -> bool:
         """Whether this forward pass is none that a checkpoint repeats in the backward pass, having seen it before."""
-        # A reentrant checkpoint computes without gradients first: then this is the first that is seen of it.
+        # A reentrant checkpoint computes without gradients first, and one within a compiled function makes x P in the
+        # backward pass alone: then this is the first that is seen of it.
         if torch._C._current_graph_task_id() == -1:
-            self._outside = True
-        return torch._C._current_graph_task_id() == -1 or not self._outside
+            self._outside.add(compiled)
+            return True
+        return compiled not in self._outside
 
     def forget(self) -> None:
         """What was seen since the last step."""
         self.A = self.energy = None
-        self._outside = False
+        self._outside.clear()
         self.forget_product()
 
     def forget_product(self) -> None:
@@ -132,19 +133,31 @@ def _dtype_of_products(x: Tensor) -> torch.dtype:
 
 
 _numbers = count()
-_by_number: weakref.WeakValueDictionary[int, SharedInput] = weakref.WeakValueDictionary()
+_by_number: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def new_handle(owner: Any) -> Tensor:
+    """A number that compiled functions find `owner.product` by: an input of theirs, not part of their code."""
+    number = next(_numbers)
+    _by_number[number] = owner
+    return torch.tensor(number)
 
 
 @torch.library.custom_op("hf_osd::project", mutates_args=())
 def _project(x: Tensor, handle: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-    """[`SharedInput.project`] as one operation of a compiled graph, which so depends on nothing that changes.
+    """[`SharedInput.product`] as one operation of a compiled graph, which so depends on nothing that changes.
 
     Blocks of one class share a graph, steps go by another P, and other tokens are learned of. Layers that share an
     input pass the same arguments, so that the compiler makes one call of theirs.
     """
-    return _by_number[int(handle)]._product(x, dtype)
+    return _by_number[int(handle)].product(x, dtype, compiled=True)
 
 
 @_project.register_fake
 def _(x: Tensor, handle: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.reshape(-1, x.shape[-1]).shape[0], rank, dtype=dtype)
+
+
+def project_compiled(x: Tensor, handle: Tensor, rank: int) -> Tensor:
+    """In a compiled function, the x P of whose handle it is."""
+    return torch.ops.hf_osd.project(x.detach(), handle, rank, _dtype_of_products(x))
