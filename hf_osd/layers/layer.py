@@ -110,7 +110,7 @@ class LayerInfo:
             self.input.P = self.first.draw(x.shape[-1], x.device)
 
     def in_subspace(self, x: Tensor) -> tuple[Tensor, nn.Parameter]:
-        """x P of the input x, and B."""
+        """The product x P of the input x, and B."""
         if torch.compiler.is_compiling():  # a look-up by key would be a graph for each key
             handle = self.input.handle if self.met else self._handle  # type: ignore[union-attr]
             return project_compiled(x, handle, self.first.rank), self._known_stand_in

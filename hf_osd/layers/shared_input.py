@@ -62,17 +62,17 @@ class SharedInput:
         """The product x P, (T, r): once for all layers that are given this x."""
         dtype = _dtype_of_products(x)
         last, version, product = self._last
-        if last() is x and version == x._version:
-            known = product()
-            if known is not None and known.dtype == dtype:
-                return known
-        xP = self.product(x, dtype)
+        seen = last() is x and version == x._version
+        known = product() if seen else None
+        if known is not None and known.dtype == dtype:
+            return known
+        xP = self.product(x, dtype, seen=seen)  # that seen is gone where a checkpoint keeps nothing
         self._last = weakref.ref(x), x._version, weakref.ref(xP)
         return xP
 
     @torch.no_grad()
-    def product(self, x: Tensor, dtype: torch.dtype, compiled: bool = False) -> Tensor:
-        """As `project`, which asks for what is not known yet; learns from x."""
+    def product(self, x: Tensor, dtype: torch.dtype, compiled: bool = False, seen: bool = False) -> Tensor:
+        """As `project`, which asks for what is not known any more; learns from x unless it was seen."""
         if self.P is None:
             self.P = self.first.draw(x.shape[-1], x.device)
         elif self.P.device != x.device:  # the model has been moved
@@ -80,7 +80,7 @@ class SharedInput:
         x = x.reshape(-1, x.shape[-1])
         with full_precision(x):
             xP = x.to(dtype) @ self.P.to(dtype)
-        if self.learns and self._is_new(compiled):
+        if self.learns and not seen and self._is_new(compiled):
             start = self.turn % max(min(self.every, len(x)), 1)  # a few tokens are seen at every step, too
             self._learn(x[start :: self.every], xP[start :: self.every])
         return xP
