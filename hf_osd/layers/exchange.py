@@ -3,6 +3,7 @@
 Letters and shapes as in `shared_input`.
 """
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +20,15 @@ def in_a_process_of_many() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def group_of_ddp() -> Any:
-    """The processes of the DDP whose forward pass this is; `None` outside of one and where it has but one process."""
+def group_of_ddp() -> tuple[Any, Any]:
+    """The processes of the DDP whose forward pass this is, and a weak reference to it.
+
+    `None` and one to nothing outside of one, and where it has but one process.
+    """
     ddp = DistributedDataParallel._get_active_ddp_module()
-    return None if ddp is None or dist.get_world_size(ddp.process_group) == 1 else ddp.process_group
+    if ddp is None or dist.get_world_size(ddp.process_group) == 1:
+        return None, lambda: None
+    return ddp.process_group, weakref.ref(ddp)
 
 
 def all_holders(holders: Mapping[str, str], group: Any) -> dict[str, str]:

@@ -28,7 +28,22 @@ class Meeting:
     def __init__(self) -> None:
         self.changed, self.sharing = False, True
         self.group: Any = None
+        self._ddp: Any = lambda: None
         self._seen: list[tuple[Any, int, Any, SharedInput]] = []
+
+    def find_ddp(self) -> None:
+        """Know the DDP, if this is in a forward pass of one."""
+        if self.group is None:
+            self.group, self._ddp = group_of_ddp()
+
+    def refuse_join(self) -> None:
+        """Raise `ValueError` in torch's `Join`, which shadows the exchanges of DDP and none of ours."""
+        ddp = self._ddp()
+        if ddp is not None and ddp._join_config.enable:
+            raise ValueError(
+                "source='activations' exchanges in each step what P learns from, which `Join` does not shadow: give "
+                "all processes as many batches, or use source='gradients'."
+            )
 
     def join(self, x: Tensor, layer: "LayerInfo") -> SharedInput:
         """The input of the first layer, of the same kind, that was given this very tensor; else a new one."""
@@ -101,9 +116,11 @@ class LayerInfo:
 
     def meet(self, x: Tensor) -> None:
         """Settle whose input x is, at the first forward pass."""
-        self.show()
-        self.met, self._known_stand_in = True, self.stand_in
-        self._meeting.group = self._meeting.group or group_of_ddp()
+        self._known_stand_in = self.stand_in
+        self._meeting.find_ddp()
+        if not self.hidden or self._meeting.group is not None:  # else DDP is yet to take what requires a gradient
+            self.show()
+            self.met = True
         if self.input is None:
             self.input = self._meeting.join(x, self)
         if self.input.P is None:

@@ -20,7 +20,9 @@ class InSubspace:
     def forward(self, x: Tensor) -> Tensor:
         """As of the plain layer; where gradients are computed, through [`SubspaceProduct`]."""
         osd, W = self.osd, self.weight  # type: ignore[attr-defined]
-        if not torch.is_grad_enabled() or not (W.requires_grad or osd.hidden):
+        trained = W.requires_grad or osd.hidden
+        # what is no parameter has been made of one, by pruning or a parametrization, or is a caller's own
+        if not trained or not torch.is_grad_enabled() or not isinstance(W, nn.Parameter):
             return self.plain.forward(self, x)
         xP, B = osd.in_subspace(x)
         if not B.requires_grad:  # as where all parameters were frozen, and W is no longer

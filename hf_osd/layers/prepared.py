@@ -168,13 +168,19 @@ class PreparedLayers(nn.Module):
         end_first_pass(self)
         group, meeting = self.meeting.group, self.meeting
         if group is None:
+            for layer in self.layers.values():  # nobody else takes what requires a gradient from now on
+                layer.show()
             return
+        meeting.refuse_join()
         if meeting.sharing:
             holders = {name: layer.input.leader for name, layer in self.layers.items() if layer.input is not None}
             self.share_as({name: name for name in self.layers} | all_holders(holders, group))
             meeting.sharing = False
             for layer in self.layers.values():
                 layer.show()
+                if layer.input is not None and layer.input.P is None:  # another process may have called it
+                    rows = layer.weight.shape[0 if layer.transposed else 1]
+                    layer.input.P = layer.first.draw(rows, layer.weight.device)
         layers = self.layers.values()
         average_inputs({met: layer.weight.dtype for layer in layers if (met := layer.input) is not None}, group)
 
@@ -262,6 +268,9 @@ def _reason(module: nn.Module, name: str) -> str | None:
         return "no plain linear layer"
     if "forward" in vars(module):
         return "its forward is replaced"
+    p = module._parameters[name]
+    if getattr(p, "_backward_hooks", None) or getattr(p, "_post_accumulate_grad_hooks", None):
+        return "a hook waits for its gradient"
     return None
 
 

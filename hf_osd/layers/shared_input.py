@@ -87,8 +87,12 @@ class SharedInput:
 
     def _learn(self, x: Tensor, xP: Tensor) -> None:
         dtype = self.first.dtype
-        with reduced_precision(x):
-            A = x.t().to(xP.dtype) @ xP
+        if xP.dtype == torch.float16:  # whose range the sums of squares leave
+            with torch.autocast(x.device.type, enabled=False):
+                A = x.t().to(dtype) @ xP.to(dtype)
+        else:
+            with reduced_precision(x):
+                A = x.t().to(xP.dtype) @ xP
         energy = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, dtype)).square()
         if self.A is None or self.energy is None:
             self.A, self.energy = A.to(dtype), energy

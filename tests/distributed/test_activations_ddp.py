@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
@@ -129,6 +130,44 @@ def evaluation_on_one_process(rank: int, world_size: int, folder: Path) -> None:
     same_everywhere(net, optimizer)
 
 
+def a_pass_with_gradients_before_ddp(rank: int, world_size: int, folder: Path) -> None:
+    """Such as a sanity check: it must not let DDP take the weights, whose gradients never come."""
+    net = Net()
+    optimizer = make(net)
+    net(batch(rank))
+    model = DistributedDataParallel(net)
+    for step in range(4):
+        loss_of(model(share(large_batch(step)))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    same_everywhere(net, optimizer)
+    assert distance(net, Net()) > 1e-3
+
+
+def called_on_one_process_first(rank: int, world_size: int, folder: Path) -> None:
+    def forward(layers, x):
+        y = layers["a"](x)
+        return y + layers["b"](x + 1) if rank == 0 or forward.step else y
+
+    net = Other(forward, a=nn.Linear(N, 24), b=nn.Linear(N, 24))
+    optimizer = make(net)
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    for forward.step in range(4):
+        loss_of(model(share(large_batch(forward.step)))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    same_everywhere(net, optimizer)
+
+
+def join_is_refused(rank: int, world_size: int, folder: Path) -> None:
+    net = Net()
+    optimizer = make(net)
+    model = DistributedDataParallel(net)
+    with pytest.raises(ValueError, match="`Join`.*as many batches"), Join([model]):
+        loss_of(model(share(large_batch(0)))).backward()
+        optimizer.step()
+
+
 def resumed(rank: int, world_size: int, folder: Path) -> None:
     """By `load_state_dict` and by `torch.distributed.checkpoint`, whose template is made before the first pass."""
     for by_checkpoint in (False, True):
@@ -186,7 +225,8 @@ def bytes_on_the_wire(rank: int, world_size: int, folder: Path) -> None:
         same_everywhere(net, optimizer)
 
 
-SCENARIOS = [as_one_process, conditional, used_otherwise, evaluation_on_one_process, resumed, bytes_on_the_wire]
+SCENARIOS = [as_one_process, conditional, used_otherwise, evaluation_on_one_process, a_pass_with_gradients_before_ddp]
+SCENARIOS += [called_on_one_process_first, join_is_refused, resumed, bytes_on_the_wire]
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,8 @@ class LayerWeights(Weights):
         opened: list[InputWeight] = []
         seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
         if seen:
-            norms2 = torch.stack([shared.energy for _, shared in seen])  # type: ignore[misc]
+            # what is not finite in A must not enter P, and ||x||² may be all the same
+            norms2 = torch.stack([shared.energy + 0 * shared.A.sum() for _, shared in seen])  # type: ignore
             checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
             for (weight, shared), check in zip(seen, checks, strict=True):
                 self.ready(weight.p)

@@ -1,0 +1,88 @@
+"""What else people do with the layers and weights of a prepared model, and numbers that leave a precision's range."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from reference.nets_in_layers import N, Net, Other, batch, distance, loss_of, make, train
+
+
+def trained_names(net: nn.Module, optimizer, steps: int = 4) -> set[str]:
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for step in range(steps):
+        loss_of(net(batch(step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_weights_that_are_computed_from_others_are_trained(steps_before: int):
+    """Pruning and parametrizations put a tensor in the place of the weight, which is a parameter of another name."""
+    net = Net()
+    optimizer = make(net)
+    train(net, optimizer, range(steps_before))
+    prune.l1_unstructured(net.layers[0], "weight", amount=0.5)
+    parametrizations.orthogonal(net.layers[1])
+    originals = {"layers.0.weight_orig", "layers.1.parametrizations.weight.original"}
+    assert originals <= {name for name, _ in net.named_parameters()}
+    found = trained_names(net, optimizer)
+    assert originals <= found and "layers.2.weight" in found
+    parametrize.remove_parametrizations(net.layers[1], "weight")
+
+
+def test_a_callers_own_weights_get_gradients():
+    net = Net()
+    make(net)
+    own = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters() if "stand_ins" not in name}
+    loss_of(torch.func.functional_call(net, own, batch(0))).backward()
+    plain = Net()
+    loss_of(plain(batch(0))).backward()
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(own[name].grad, p.grad)
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_weight_whose_gradient_is_waited_for_has_one(hook: str):
+    net = Net()
+    seen = []
+    getattr(net.layers[0].weight, hook)(lambda value: seen.append(value.shape) or None)
+    optimizer = make(net)
+    assert trained_names(net, optimizer) >= {"layers.0.weight", "layers.1.weight"}
+    assert seen == [net.layers[0].weight.shape] * 4 and optimizer.layers.left.keys() == {"layers.0.weight"}
+
+
+def test_products_of_half_precision_do_not_leave_its_range():
+    """xᵀ x P sums over all tokens, and float16 ends at 65,504."""
+    net = Other(lambda layers, x: layers["a"](x), a=nn.Linear(N, 24)).float()
+    optimizer = make(net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for step in range(3):
+        x = 100 * batch(step, tokens=400).float()
+        with torch.autocast("cpu", torch.float16):
+            loss = net(x).float().square().mean() * 1e-4
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    (shared,) = optimizer.layers.inputs()
+    assert shared.P.isfinite().all() and scaler.get_scale() >= 1
+    assert distance(net, Other(lambda layers, x: x, a=nn.Linear(N, 24)).float()) > 1e-3
+
+
+@pytest.mark.parametrize("subspace", ["online_pca", "power"])
+@pytest.mark.parametrize("step_of_it", [0, 2])
+def test_what_is_not_finite_never_enters_p(step_of_it: int, subspace: str):
+    """Neither by the inputs nor by a product of theirs alone."""
+    net = Net()
+    optimizer = make(net, subspace=subspace)
+    for step in range(5):
+        loss_of(net(batch(step))).backward()
+        if step == step_of_it:
+            for shared in optimizer.layers.inputs():
+                shared.A[0, 0] = float("inf")
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(shared.P.isfinite().all() for shared in optimizer.layers.inputs())
+    assert all(p.isfinite().all() for p in net.parameters()) and distance(net, Net()) > 1e-3
