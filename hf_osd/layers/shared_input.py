@@ -144,7 +144,7 @@ def new_handle(owner: Any) -> Tensor:
     """A number that compiled functions find `owner.product` by: an input of theirs, not part of their code."""
     number = next(_numbers)
     _by_number[number] = owner
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")
 
 
 @torch.library.custom_op("hf_osd::project", mutates_args=())
