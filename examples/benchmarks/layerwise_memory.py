@@ -51,15 +51,16 @@ def make_model(name: str, dtype: torch.dtype, device: str = "cpu") -> torch.nn.M
 class LiveGradients:
     """Counts the bytes of parameters' gradients that are alive, whenever another one is complete."""
 
-    def __init__(self, model: torch.nn.Module):
-        """Watch before an optimizer does: hooks run in the order in which they were put on."""
+    def __init__(self) -> None:
         self.peak = 0
         self.watched: list[tuple[StorageWeakRef, int]] = []
         self.handles: dict[torch.nn.Parameter, RemovableHandle] = {}
-        self.watch(model)
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Watch the parameters of a model that are not watched yet."""
+        """Watch the parameters of a model that are not watched yet.
+
+        Before a layerwise optimizer does: hooks run in the order in which they were put on.
+        """
         for p in model.parameters():
             if p.requires_grad and p not in self.handles:
                 self.handles[p] = p.register_post_accumulate_grad_hook(self._arrived)
@@ -85,7 +86,8 @@ def gradient_memory(model_name: str, rank: int, sequence: int) -> list[dict[str,
     rows = []
     for mode, micro in (("ordinary", 1), ("layerwise", 1), ("ordinary", 2), ("layerwise", 2)):
         model = make_model(model_name, torch.float32)
-        live = LiveGradients(model)
+        live = LiveGradients()
+        live.watch(model)
         optim, options = "osd_adamw", {}
         if mode == "layerwise":
             optim, options = "osd_adamw_layerwise", {"gradient_accumulation": micro > 1}

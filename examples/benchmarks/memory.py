@@ -75,7 +75,9 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
             model = prepare_model(random_model(config, DTYPES[settings.dtype], device), name, settings.rank)
             if checkpointing:
                 enable_checkpointing(model)
-        gradients = LiveGradients(model)
+        gradients = LiveGradients()
+        if "source=activations" not in name:  # which leaves weights to their gradients where a hook waits for them
+            gradients.watch(model)
         with make_optimizer(model, name, settings.rank) as optimizer:
             gradients.watch(model)  # of stand-ins, which come with it
             for step in range(STEPS):

@@ -52,6 +52,7 @@ class PreparedLayers(nn.Module):
         self.left: dict[str, str] = {}
         self.meeting = Meeting()
         self.installed = self.findable = False
+        self._watch: Any = None
         owners = _owners(model)
         self._exchanged = in_a_process_of_many()
         self._shown: list[LayerInfo] = []
@@ -73,7 +74,8 @@ class PreparedLayers(nn.Module):
         """Put the layers into the model. What it was prepared with before goes out."""
         (model,) = self._model
         unload(model)
-        if not self.layers:
+        if not self.layers:  # none could be prepared
+            self.installed = True
             return
         for layer in self.layers.values():
             for module in layer.modules:
@@ -94,8 +96,9 @@ class PreparedLayers(nn.Module):
             _make_plain(layer)
             layer.show()
         end_first_pass(self)
-        if self.installed:
+        if self._watch is not None:
             self._watch.remove()
+            self._watch = None
         self.installed = False
         if model._modules.get(CHILD) is self:
             del model._modules[CHILD]

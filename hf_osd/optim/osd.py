@@ -250,6 +250,8 @@ class OSD(SavedOptimizer):
         """
         names = any("param_names" in group for group in self.param_groups)
         stand_ins: list[Any] = list(layers.parameters())
+        if not stand_ins:  # nothing could be prepared
+            return
         if names:
             stand_ins = [(f"{CHILD}.{key}", B) for key, B in layers.named_parameters()]
         own = {"params": stand_ins, "rank": None, STAND_INS: True}

@@ -59,7 +59,8 @@ def test_the_committed_result_is_what_the_count_must_give():
 def test_a_live_gradient_is_counted_until_its_memory_is_freed():
     p = torch.nn.Parameter(torch.zeros(10))
     model = torch.nn.ParameterList([p])
-    live = layerwise_memory.LiveGradients(model)
+    live = layerwise_memory.LiveGradients()
+    live.watch(model)
     p.square().sum().backward()
     kept = p.grad
     p.grad = None

@@ -53,6 +53,21 @@ def test_a_weight_whose_gradient_is_waited_for_has_one(hook: str):
     assert seen == [net.layers[0].weight.shape] * 4 and optimizer.layers.left.keys() == {"layers.0.weight"}
 
 
+def test_all_weights_may_be_left_to_their_gradients():
+    net = Net()
+    for layer in net.layers:
+        layer.weight.register_hook(lambda G: None)
+    optimizer = make(net)
+    assert len(optimizer.layers.left) == 3 and not list(optimizer.layers.parameters())
+    assert trained_names(net, optimizer) >= {f"layers.{i}.weight" for i in range(3)}
+    optimizer.remove()
+    assert [type(layer) for layer in net.layers] == [type(layer) for layer in Net().layers]
+    with pytest.raises(ValueError, match="attach"):
+        optimizer.step()
+    optimizer.attach()
+    assert trained_names(net, optimizer) >= {f"layers.{i}.weight" for i in range(3)}
+
+
 def test_products_of_half_precision_do_not_leave_its_range():
     """xᵀ x P sums over all tokens, and float16 ends at 65,504."""
     net = Other(lambda layers, x: layers["a"](x), a=nn.Linear(N, 24)).float()
