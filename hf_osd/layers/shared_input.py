@@ -51,7 +51,7 @@ class SharedInput:
 
     def restart(self) -> None:
         """Be as before the first step."""
-        if self.P is not None:  # a compiled forward pass, which draws none, may come next
+        if self.P is not None:  # the exchange of processes asks for it, whoever calls the layer next
             self.P = self.first.draw(self.P.shape[0], self.P.device)
         self.code: Tensor | None = None
         self.started, self.kept = self.first.complete, False

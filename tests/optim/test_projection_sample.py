@@ -51,20 +51,30 @@ def test_in_the_mean_of_k_movements_it_is_the_whole(shape, interval, k, monkeypa
 
 @pytest.mark.parametrize(
     ("options", "default"),
-    [({}, 4), ({"residual": "sign"}, 4), ({"side": "two_sided"}, 1), ({"subspace": "power", "mixing": 0.0}, 1)],
+    [({}, 4), ({"residual": "sign"}, 4), ({"subspace": "power", "mixing": 0.0}, 1)],
 )
-def test_the_default_is_1_where_a_whole_p_is_made_of_a(options, default, monkeypatch):
+def test_the_default_is_1_where_a_whole_p_is_made_of_a(options, default):
     found = []
-    for k in (None, default):
+    for k in (None, default, 3):
         torch.manual_seed(0)
         W = nn.Parameter(torch.randn(12, 30))
-        own = {} if k is None or options.get("side") == "two_sided" else {"projection_sample": k}
+        own = {} if k is None else {"projection_sample": k}
         optimizer = OSD([W], lr=1e-2, rank=4, **options, **own)
         for _ in range(6):
             W.grad = torch.randn(12, 30)
             optimizer.step()
         found.append(W.detach())
-    assert torch.equal(*found)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_two_factors_learn_of_the_whole_gradient(monkeypatch):
+    W, G = nn.Parameter(torch.zeros(6, 9, dtype=torch.float64)), torch.randn(6, 9, dtype=torch.float64)
+    optimizer = OSD([W], lr=1e-9, rank=3, side="two_sided", init="orthonormal")
+    with movements(monkeypatch) as seen:
+        W.grad = G
+        optimizer.step()
+    P, Q = optimizer.state[W]["projection"].split([6, 9])
+    torch.testing.assert_close(seen[0], torch.cat([G @ Q, G.T @ P]), rtol=0, atol=1e-12)
 
 
 def test_power_iteration_mixes_momentum_of_the_same_block(monkeypatch):
