@@ -181,7 +181,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         seconds, _, losses = zip(*row["curve"], strict=True)
         values = [float("nan") if loss is None else loss for loss in losses]
         color = OURS_COLOR if ours else PEER_COLOR
-        axes.plot(seconds, values, color=color, linestyle=styles[seen[ours] % len(styles)], label=row["name"])
+        style = styles[seen[ours] % len(styles)]
+        # with markers, for a line of one point is none
+        axes.plot(seconds, values, color=color, linestyle=style, marker=".", label=row["name"])
         seen[ours] += 1
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("validation loss")
