@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..subspace import effective_rank
 from .exchange import all_holders, average_inputs, in_a_process_of_many
 from .first_pass import end_first_pass, wait_for_first_pass
+from .int8 import Int8Weight, quantize_
 from .layer import LayerInfo, Meeting, plain_class
 from .linear import InSubspace, prepared_classes
 from .shared_input import SharedInput
@@ -56,6 +57,7 @@ class PreparedLayers(nn.Module):
         owners = _owners(model)
         self._exchanged = in_a_process_of_many()
         self._shown: list[LayerInfo] = []
+        self._given_back = False
         for name, rank in ranks.items():
             p, name = model.get_parameter(name), plain_name(name)
             modules, reason = owners[p]
@@ -70,9 +72,18 @@ class PreparedLayers(nn.Module):
         """Nothing: an `nn.Sequential` calls all its children."""
         return x
 
+    def quantize(self, params: Iterable[Tensor]) -> None:
+        """Keep those of these parameters that are the layers' in int8 from now on, one after the other."""
+        layers = self.by_weight()
+        for p in params:
+            if p in layers:
+                quantize_(layers[p].weight, layers[p].name)
+
     def install(self) -> None:
         """Put the layers into the model. What it was prepared with before goes out."""
         (model,) = self._model
+        if self._given_back:
+            raise ValueError("The int8 weights have been given back as floats: make a new optimizer.")
         unload(model)
         if not self.layers:  # none could be prepared
             self.installed = True
@@ -93,6 +104,7 @@ class PreparedLayers(nn.Module):
         """Make all layers plain again."""
         (model,) = self._model
         for layer in self.layers.values():
+            self._given_back |= isinstance(layer.weight, Int8Weight)
             _make_plain(layer)
             layer.show()
         end_first_pass(self)
@@ -248,7 +260,11 @@ def _warn_of_others(layers: PreparedLayers) -> Callable[..., None]:
 
 
 def _make_plain(layer: LayerInfo) -> None:
+    W: Any = layer.weight
+    if isinstance(W, Int8Weight):
+        W = nn.Parameter(W.plain(), W.requires_grad)
     for module in layer.modules:
+        module.weight = W
         if isinstance(module, InSubspace) and vars(module).get("osd") is layer:
             module.__class__ = module.plain  # type: ignore[assignment]
             del vars(module)["osd"]

@@ -38,8 +38,15 @@ def logged(trainer: Trainer) -> list[dict]:
     return [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
 
 
+INT8 = {"optim_args": "rank=4,source=activations,weight_dtype=int8"}
+
+
 @pytest.mark.parametrize("optim", ["osd_adamw", "osd_adamw8bit"])
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}, INT8, INT8 | {"bf16": True}],
+    ids=str,
+)
 def test_resume_is_exact(optim, options, tmp_path):
     whole = make(tmp_path / "whole", optim, **options)
     gradients = FullGradients()

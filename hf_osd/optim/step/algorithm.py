@@ -143,6 +143,7 @@ class ProjectedWeight(Weight):
             update = self.residual.extend(update, low, check)
         self._add_(update, check)
         if low.A is not None:
+            self.P.count = self.count
             movements.add(self.P, low.A, check)
 
     def _add_(self, update: Update, check: GradientCheck) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...layers import PreparedLayers
+from ...layers.int8 import Int8Weight
 from ...layers.shared_input import SharedInput
 from ...update_rules import GradientCheck
 from ..options.rules import rules_of
@@ -20,6 +21,8 @@ from .weights import AnyWeight, Group, Weights
 
 
 logger = logging.getLogger("hf_osd")
+
+INT8 = ("weight_int8", "weight_scale")  # entries of a saved state that are no state: the weight itself
 
 
 class LayerWeights(Weights):
@@ -91,6 +94,25 @@ class LayerWeights(Weights):
                 shared = held.keys() & held_elsewhere(weight.geometry, weight.rules)
                 whole[index] = states[index] | {name: held[name] for name in shared}
         return whole
+
+    def with_int8(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """States by position in which those of int8 weights have these, which a model is not saved in."""
+        whole = dict(states)
+        for index, p in enumerate(self._weights):
+            if index in states and isinstance(p, Int8Weight):
+                whole[index] = states[index] | dict(zip(INT8, (p.int_data, p.scale), strict=True))
+        return whole
+
+    def take_int8(self) -> None:
+        """Let int8 weights be those of states that have been loaded, where a model that has been is these, rounded."""
+        for p in self._weights:
+            own: Any = self.state.get(p, {})
+            saved = [own.pop(name, None) for name in INT8]
+            if isinstance(p, Int8Weight) and None not in saved and not p.become_(Int8Weight(*saved, p.dtype)):
+                logger.warning(
+                    "%s is not the weight that was saved with the state, and stays as it is.",
+                    self._weights[p].geometry.name,
+                )
 
     def _share(self) -> None:
         """Let weights whose layers have one input use one P."""

@@ -1,0 +1,315 @@
+"""Weights in 8 bits: the format, the step that rounds into it, and that the model stays the model."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from test_model_stays import copies
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hf_osd
+from hf_osd.layers.int8 import PIECE, Int8Weight
+from reference.nets_in_layers import Net, batch, distance, loss_of, make, train
+
+
+def noise(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weight(m: int = 30, n: int = 17, dtype: torch.dtype = torch.float32) -> Int8Weight:
+    return Int8Weight.from_float(torch.randn(m, n, generator=noise()).to(dtype))
+
+
+def test_rounded_to_nearest():
+    W = torch.randn(30, 17, generator=noise())
+    W[3] = 0
+    own = Int8Weight.from_float(W)
+    assert own.int_data.dtype == torch.int8 and own.scale.shape == (30,)
+    step = W.abs().amax(1, keepdim=True) / 127
+    assert ((own - W).abs() <= step / 2 * 1.0001).all() and (own[3] == 0).all()
+    assert torch.equal(own.int_data.abs().amax(1)[W.any(1)], torch.full((29,), 127, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_read_in_half_precision_it_is_known_again_by_its_scales(dtype):
+    """Each K s is rounded once to 8 bits or more, so that dividing by s finds K: 127 / 256 < 1 / 2."""
+    s = torch.cat([1 + torch.rand(4000, generator=noise()), torch.tensor([1.0, 1.9999999])])
+    K = torch.arange(-127, 128, dtype=torch.int8).expand(len(s), -1)
+    own = Int8Weight(K, s, dtype)
+    assert own.plain().dtype == dtype
+    assert torch.equal((own.plain().float() / s[:, None]).round().to(torch.int8), K)
+    again = Int8Weight.from_float(own.plain())
+    assert again.become_(own) and torch.equal(again.int_data, K) and torch.equal(again.scale, s)
+
+
+def test_another_weight_is_not_taken():
+    own, other = weight(), Int8Weight.from_float(torch.randn(30, 17, generator=noise(1)))
+    before = own.plain()
+    assert not own.become_(other) and torch.equal(own.plain(), before)
+
+
+def test_a_step_of_nothing_changes_nothing():
+    own = weight()
+    K, s = own.int_data.clone(), own.scale.clone()
+    for _ in range(100):
+        own.round_(own.int_data.float(), slice(None), noise(7))
+    assert torch.equal(own.int_data, K) and torch.equal(own.scale, s)
+
+
+def test_decay_scales_alone():
+    own = weight()
+    K, s = own.int_data.clone(), own.scale.clone()
+    own.round_(own.int_data.float() * 0.9, slice(None), noise())
+    assert torch.equal(own.int_data, K) and torch.allclose(own.scale, 0.9 * s)
+
+
+def test_rounding_is_right_in_the_mean():
+    """Mean X and variance f (1 - f) of the rounding of k + f, in units of a scale; an odd number of entries."""
+    K, s, random, trials = weight().int_data, weight().scale, noise(3), 4000
+    K[:, 0] = 127  # the largest, which stays
+    shift = torch.rand(30, 17, generator=noise(4))
+    shift[:, 0] = 0
+    X = (K.double() + shift).float().clamp(-126.5, 127)
+    total, squares = torch.zeros(2, 30, 17, dtype=torch.float64)
+    for _ in range(trials):
+        own = Int8Weight(K.clone(), s.clone(), torch.float32)
+        own.round_(X.clone(), slice(None), random)
+        total += own.int_data
+        squares += (own.int_data - X.double()) ** 2
+    f = X.double() - X.double().floor()
+    error = (total / trials - X.double()) / (f * (1 - f) / trials).sqrt().clamp(min=1e-9)
+    assert error[:, 1:].abs().max() < 5 and abs(error[:, 1:].square().mean() - 1) < 0.15
+    assert ((squares / trials).mean() / (f * (1 - f)).mean() - 1).abs() < 0.02
+
+
+def test_tiny_steps_arrive():
+    """1,000 steps of 1 / 1,000 of a quantum: their mean is their sum, which rounding to nearest would lose whole."""
+    own, random = Int8Weight(torch.full((200, 65), 50, dtype=torch.int8), torch.ones(200), torch.float32), noise(5)
+    own.int_data[:, 0] = 127
+    for _ in range(1000):
+        X = own.int_data.float()
+        X[:, 1:] += 1e-3
+        own.round_(X, slice(None), random)
+    moved = own.int_data[:, 1:].double() - 50
+    assert abs(moved.mean() - 1) < 5 / 12800**0.5 and abs(moved.var() - 1) < 0.1  # a sum of 1,000 rare ones: Poisson
+
+
+def test_what_would_change_it_is_refused():
+    own = weight()
+    for change in (lambda: own.add_(1), lambda: own.mul_(2), lambda: torch.add(own, 1, out=own)):
+        with pytest.raises(RuntimeError, match="would change an int8 weight"):
+            change()
+    own.copy_(torch.ones(30, 17))
+    assert torch.equal(own + 0, torch.ones(30, 17))
+    assert type(own.clone()) is Int8Weight and type(own + 1) is torch.Tensor
+
+
+def test_pieces_of_rows():
+    own = Int8Weight.from_float(torch.randn(5, PIECE // 2, generator=noise()))
+    assert own.pieces() == [slice(0, 2), slice(2, 4), slice(4, 5)]
+
+
+def int8_net(**options):
+    net = Net()
+    return net, make(net, weight_dtype="int8", **options)
+
+
+def test_a_step_is_that_of_a_float_weight_up_to_one_rounding():
+    net, optimizer = int8_net(weight_decay=0.1)
+    train(net, optimizer, range(3))
+    plain = copy.deepcopy(net)
+    twin = make(plain, weight_decay=0.1)
+    twin.load_state_dict(copy.deepcopy({**optimizer.state_dict(), "param_groups": as_floats(optimizer)}))
+    scales = {name: p.scale.clone() for name, p in net.named_parameters() if isinstance(p, Int8Weight)}
+    assert len(scales) == 3
+    train(net, optimizer, [3])
+    train(plain, twin, [3])
+    for name, p in plain.named_parameters():
+        own = net.get_parameter(name)
+        if isinstance(own, Int8Weight):
+            off = (own - p).abs() / torch.maximum(scales[name], own.scale)[:, None]
+            assert 0.05 < off.max() <= 1.0001, name
+        else:
+            assert torch.equal(own, p), name
+
+
+def as_floats(optimizer):
+    return [{**group, "weight_dtype": None} for group in optimizer.state_dict()["param_groups"]]
+
+
+@pytest.mark.parametrize("optim", ["osd_adamw", "osd_lion", "osd_sgd"])
+def test_a_broken_gradient_changes_no_bit(optim):
+    net, optimizer = int8_net(optim=optim)
+    train(net, optimizer, range(3))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    loss_of(net(batch(3))).backward()
+    for p in net.osd_stand_ins.parameters():
+        p.grad.fill_(float("nan"))
+    for p in (net.norm.weight, net.norm.bias, net.layers[0].bias, net.layers[2].bias):
+        p.grad = None
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+class Floats(TorchDispatchMode):
+    """How many float tensors of given sizes are alive after each operation, at most."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes, self.alive, self.most = sizes, [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_floating_point() and out.numel() in self.sizes:
+            if type(out) is torch.Tensor and out._base is None:
+                self.alive.append(weakref.ref(out))
+        self.most = max(self.most, self.count())
+        return out
+
+    def count(self) -> int:
+        return len({ref().untyped_storage().data_ptr() for ref in self.alive if ref() is not None})
+
+
+def test_no_float_copy_of_a_weight_is_left_alive():
+    net = nn.Sequential(*(nn.Linear(40, 40) for _ in range(4))).bfloat16()
+    optimizer = make(net, weight_dtype="int8")
+    x = torch.randn(7, 40, dtype=torch.bfloat16)
+    for _ in range(3):
+        with Floats({40 * 40}) as forward:
+            loss = net(x).square().mean()
+            assert forward.count() == 0 and forward.most == 1
+        with Floats({40 * 40}) as backward:
+            loss.backward()
+            assert backward.count() == 0 and backward.most == 1
+        with Floats({40 * 40}) as step:
+            optimizer.step()
+        assert step.count() == 0
+        optimizer.zero_grad()
+
+
+def test_what_is_saved_is_a_plain_model():
+    net, optimizer = int8_net()
+    train(net, optimizer, range(3))
+    state = net.state_dict()
+    assert list(state) == list(Net().state_dict()) and {type(value) for value in state.values()} == {torch.Tensor}
+    plain = Net()
+    plain.load_state_dict(state)
+    assert (plain(batch(5)) - net(batch(5))).abs().max() < 1e-12
+    for other in copies(net):
+        assert type(other.layers[0].weight) is nn.Parameter and distance(net, other) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_training_goes_on_exactly_from_what_is_saved(dtype, accumulation):
+    def build():
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 12)).to(dtype)
+        return net, make(net, "osd_adamw", weight_dtype="int8", stochastic_rounding=dtype == torch.bfloat16)
+
+    def run(net, optimizer, steps):
+        for step in steps:
+            for x in batch(step).to(dtype).chunk(accumulation):
+                net(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, own = build()
+    run(whole, own, range(4))
+    saved = copy.deepcopy((whole.state_dict(), own.state_dict()))
+    run(whole, own, range(4, 8))
+    torch.manual_seed(1)
+    again = nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 12)).to(dtype)
+    again.load_state_dict(saved[0])
+    other = make(again, "osd_adamw", weight_dtype="int8", stochastic_rounding=dtype == torch.bfloat16)
+    other.load_state_dict(saved[1])
+    run(again, other, range(4, 8))
+    for a, b in zip(whole.parameters(), again.parameters(), strict=False):
+        if isinstance(a, Int8Weight):
+            assert torch.equal(a.int_data, b.int_data) and torch.equal(a.scale, b.scale)
+        assert torch.equal(a + 0, b + 0)
+    assert all(name not in state for state in other.state.values() for name in ("weight_int8", "weight_scale"))
+
+
+def test_a_state_of_other_weights_leaves_them(caplog):
+    net, optimizer = int8_net()
+    train(net, optimizer, range(3))
+    torch.manual_seed(5)
+    other = nn.ModuleList([Net()])[0]
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(torch.randn_like(p))
+    own = make(other, weight_dtype="int8")
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    own.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    assert "is not the weight that was saved" in caplog.text
+
+
+def test_floats_again():
+    net, optimizer = int8_net()
+    train(net, optimizer, range(3))
+    y = net(batch(9)).detach()
+    hf_osd.unload(net)
+    assert all(type(p) is nn.Parameter and p.requires_grad for p in net.parameters())
+    assert (net(batch(9)) - y).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="given back as floats"):
+        optimizer.attach()
+    train(net, make(net), range(2))
+
+
+def test_moved_and_converted():
+    net, optimizer = int8_net()
+    train(net, optimizer, range(2))
+    held = net.layers[0].weight
+    net.to("cpu")
+    net.float()
+    assert net.layers[0].weight is held and held.dtype == torch.float32 and type(held) is Int8Weight
+    assert held.scale.dtype == torch.float32 and net.layers[0].bias.dtype == torch.float32
+    optimizer.zero_grad()
+    net(batch(2).float()).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert net(batch(2).float()).isfinite().all()
+
+
+def test_compiled():
+    """The same as eager, with no more graphs."""
+
+    def run(compiled):
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 12))
+        optimizer = make(net, weight_dtype="int8")
+        call = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+        for step in range(4):
+            call(batch(step).float()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p + 0 for p in net.parameters()]
+
+    for a, b in zip(run(False), run(True), strict=False):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_gradients_refuse_it():
+    with pytest.raises(ValueError, match="use source='activations'"):
+        make(Net(), source="gradients", weight_dtype="int8")
+    net, _optimizer = int8_net()
+    held = make(net, weight_dtype="int8")  # the first gives its weights back
+    train(net, held, range(2))
+
+
+def test_steps_of_a_bfloat16_p_add_up():
+    """Each is a thousandth of an entry, which rounding to nearest would lose."""
+    net = Net().float()
+    optimizer = make(net, projection_dtype="bfloat16", init="orthonormal")
+    net(batch(0).float()).square().mean().backward()
+    optimizer.step()
+    P = optimizer.weight_of(net.layers[0].weight).P
+    start = P.read().clone()
+    for count in range(1000):
+        P.count = count
+        P.write(P.read() + start * 1e-3)
+    assert abs((P.read() * start).sum() / start.square().sum() - 2) < 0.05
