@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..subspace import effective_rank
-from .exchange import all_holders, average_inputs, in_a_process_of_many
+from .exchange import all_holders, average_inputs, in_a_process_of_many, share_int8
 from .first_pass import end_first_pass, wait_for_first_pass
 from .int8 import Int8Weight, quantize_
 from .layer import LayerInfo, Meeting, plain_class
@@ -191,6 +191,7 @@ class PreparedLayers(nn.Module):
             holders = {name: layer.input.leader for name, layer in self.layers.items() if layer.input is not None}
             self.share_as({name: name for name in self.layers} | all_holders(holders, group))
             meeting.sharing = False
+            share_int8([layer.weight for layer in self.layers.values()], group)
             for layer in self.layers.values():
                 layer.show()
                 if layer.input is not None and layer.input.P is None:  # another process may have called it
