@@ -24,6 +24,7 @@ from allocations import counted
 from environment import added, describe, named, results_folder, save
 from hf_osd.estimate import DTYPES, Method, Workload, adamw, adamw8bit, galore, lora, osd
 from hf_osd.estimate.models import enable_checkpointing
+from hf_osd.layers.int8 import Int8Weight, held_bytes
 from hf_osd.optim import OPTIM_NAMES
 from layerwise_memory import LiveGradients
 from whole_models import BASELINE, PEERS, load_config, make_optimizer, parse_name, prepare_model, random_model
@@ -80,6 +81,7 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
             gradients.watch(model)
         with make_optimizer(model, name, settings.rank) as optimizer:
             gradients.watch(model)  # of stand-ins, which come with it
+            smaller = sum(p.nbytes - held_bytes(p) for p in model.parameters() if isinstance(p, Int8Weight))
             for step in range(STEPS):
                 with phase(f"forward {step}"):
                     loss = model(input_ids=ids, labels=ids).loss
@@ -97,9 +99,9 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
     steps = [seen[f"optimizer {step}"] for step in range(STEPS)]
     decodes = name == "adamw_bnb_8bit" and device == "cpu"
     return {
-        "weights": seen["model"].end - seen["model"].start,
+        "weights": seen["model"].end - seen["model"].start - smaller,
         "gradients": gradients.peak,
-        "state": seen[f"end {last}"].end - seen["model"].end - projection,
+        "state": seen[f"end {last}"].end - seen["model"].end + smaller - projection,
         "projection": projection,
         "activations": seen[f"forward {last}"].end - seen[f"forward {last}"].start,
         "temporaries": max(part.peak - part.end for part in steps),

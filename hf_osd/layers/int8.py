@@ -140,6 +140,16 @@ def plain(W: Any) -> Any:
     return W.plain() if isinstance(W, Int8Weight) else W
 
 
+def parts_of(X: Tensor) -> tuple[Tensor, ...]:
+    """What an int8 weight is kept in; nothing for any other tensor."""
+    return (X.int_data, X.scale) if isinstance(X, Int8Weight) else ()
+
+
+def held_bytes(X: Tensor) -> int:
+    """Bytes that a tensor takes, which of an int8 weight are not those that it is read as."""
+    return sum(part.nbytes for part in parts_of(X)) or X.nbytes
+
+
 def quantize_(p: nn.Parameter, name: str) -> None:
     """Let a parameter be an int8 weight from now on, for all who hold it.
 

@@ -237,15 +237,9 @@ def bytes_on_the_wire(rank: int, world_size: int, folder: Path) -> None:
         same_everywhere(net, optimizer)
 
 
-SCENARIOS = [
-    as_one_process,
-    int8,
-    conditional,
-    used_otherwise,
-    evaluation_on_one_process,
-    a_pass_with_gradients_before_ddp,
-]
-SCENARIOS += [a_pass_with_gradients_before_ddp, called_on_one_process_first, join_is_refused, resumed, bytes_on_the_wire]
+SCENARIOS = [as_one_process, int8, conditional, used_otherwise, evaluation_on_one_process]
+SCENARIOS += [a_pass_with_gradients_before_ddp, called_on_one_process_first, join_is_refused, resumed]
+SCENARIOS += [bytes_on_the_wire]
 
 
 @pytest.fixture(scope="module")

@@ -185,14 +185,14 @@ class LayerWeights(Weights):
         opened: list[InputWeight] = []
         seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
         if seen:
-            # what is not finite in A must not enter P, and ||x||² may be all the same
-            norms2 = torch.stack([shared.energy + 0 * shared.A.sum() for _, shared in seen])  # type: ignore
+            norms2 = torch.stack([shared.norm2() for _, shared in seen])
             checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
             for (weight, shared), check in zip(seen, checks, strict=True):
                 self.ready(weight.p)
                 opened += self._open(weight) if not weight.P.started else [weight]
                 self._observe_input(weight, shared, check)
                 weight.learn(shared, check, movements)
+                shared.A = None
         for weight in leaders:
             stepped = any(own.stepped for own in weight.sharing)
             if stepped and weight.rules.subspace.refresh_due(weight.clock):
