@@ -98,9 +98,12 @@ def settle_group(
     Returns:
         P_0 by name where the user gave one, and the names of parameters whose rank is not low.
     """
-    group["lr"] = plain(options.lr_of_step(group["lr"], where))
+    lr = options.lr_of_step(group["lr"], where)
+    number = plain(lr)
+    group["lr"] = lr if mode.capturable and isinstance(lr, Tensor) else number
     group.update({name: plain(value) for name, value in group.items() if name in options.DEFAULTS})
-    options.check_lr(group["lr"], where)
+    options.check_lr(number, where)
+    options.refuse_baked_lr(group, where)
     if isinstance(group["subspace"], SubspaceRule):
         group["subspace"] = name_rule(group["subspace"])
     options.validate(group, where)
@@ -127,7 +130,7 @@ def settle_group(
             f"source='activations' of {where} needs a model with prepared layers: use create_osd_optimizer."
         )
     settle_sides(group, names, {} if layers is None else layers.by_weight())
-    group["alpha"] = options.projection_alpha(group, group["lr"])
+    group["alpha"] = options.projection_alpha(group, number)
     clipped = [
         name
         for name, p in zip(names, group["params"], strict=True)
@@ -180,7 +183,7 @@ def warn_clipped(clipped: Sequence[str]) -> None:
 def warn_far(groups: Sequence[Mapping[str, Any]]) -> None:
     """Say once where P's learning rate is so large that most steps of P would be too long."""
     for group in groups:
-        rule, rate = options.projection_rule(group), group["lr"] * group["alpha"]
+        rule, rate = options.projection_rule(group), plain(group["lr"]) * group["alpha"]
         if rule is None or not group["params"]:
             continue
         # a column's step: the other rules have entries of about one size, SGD those of a gradient of norm 1

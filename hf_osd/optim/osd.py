@@ -27,6 +27,7 @@ from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode
 from .saving import STAND_INS, SavedOptimizer
 from .statistics import summarize
+from .step.capture import check_capture
 from .step.layer_weights import LayerWeights
 from .step.movement import Movements
 from .step.rounding import refuse_without_bfloat16
@@ -141,6 +142,11 @@ class OSD(SavedOptimizer):
             With `layerwise`: several backward passes come before a `step`, which then steps. What is projected adds up
             R, and P learns from each micro-batch; P_0 and SVDs are made from the first. What is not adds up its
             gradient. Norms are estimated ([`~optim.arrival.window.norm_stand_in`]).
+        capturable (`bool`, *optional*, defaults to `False`):
+            A step can be captured in a CUDA graph: the device decides all that the host does otherwise. As torch's
+            AdamW: make a few steps, then capture. A learning rate that is to change must be a float32 tensor on the
+            parameters' device, which schedules fill. Uncaptured steps are slower for it: part of the gradient is
+            copied (`projection_sample`). For `online_pca` and `static`.
         partial_load (`bool`, *optional*, defaults to `False`):
             Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
@@ -206,6 +212,7 @@ class OSD(SavedOptimizer):
         layerwise_clipping: str | None = None,
         max_grad_norm: float | None = None,
         gradient_accumulation: bool = False,
+        capturable: bool = False,
         partial_load: bool = False,
         # end of options
         layers: PreparedLayers | None = None,
@@ -274,8 +281,8 @@ class OSD(SavedOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # What `GradScaler.step` asks: it then tells `step` its scale, which is how the stream can refuse it.
-        return self._stream is not None
+        # What `GradScaler.step` asks: it then tells `step` its scale, which is how that can refuse it.
+        return self._stream is not None or self.mode.capturable
 
     @property
     def weights(self) -> Weights:
@@ -286,7 +293,11 @@ class OSD(SavedOptimizer):
             if weights is not None and self._groups is groups:
                 weights.meet()  # for it knows which parameters have been taken out of groups
             made_of = self.trained_groups, self.state, self._given_projections
-            weights = Weights(*made_of) if self._layers is None else LayerWeights(*made_of, self._layers)
+            weights = (
+                Weights(*made_of, self.mode.capturable)
+                if self._layers is None
+                else LayerWeights(*made_of, self._layers)
+            )
             self._weights, self._groups = weights, groups
             weights.observing = observing
         return weights
@@ -351,7 +362,7 @@ class OSD(SavedOptimizer):
         Args:
             closure (`Callable`, *optional*): Evaluates the model and returns the loss. Called once, in every mode.
         """
-        if self._stream is not None:
+        if self._stream is not None or self.mode.capturable:
             self._refuse_scaler()
         loss = None
         if closure is not None:
@@ -359,14 +370,17 @@ class OSD(SavedOptimizer):
                 loss = closure()
         if self._layers is not None and not self._layers.installed:
             raise ValueError("The model's layers are plain again: call `attach()`, or make a new optimizer.")
-        if not self.state and self.weights.only_make_states():
+        weights = self.weights
+        if "cuda" in weights.device_types and torch.cuda.is_current_stream_capturing():
+            check_capture(weights)
+        if not self.state and weights.only_make_states():
             return loss
         if self._stream is not None:
             self._stream.finish()
             return loss
         if self._layers is not None:
             self._layers.agree()
-        weights, movements, leaders = self.weights, Movements(), []
+        movements, leaders = Movements(), []
         if weights.observing:
             weights.observations.clear()
         with own_precision(weights.device_types):
@@ -393,6 +407,11 @@ class OSD(SavedOptimizer):
 
     def _refuse_scaler(self) -> None:
         if hasattr(self, "grad_scale"):  # set by GradScaler.step
+            if self._stream is None:
+                raise ValueError(
+                    "With `capturable` no `GradScaler` decides over steps: call its `unscale_`, the step itself, which "
+                    "leaves out what is not finite, and `update`."
+                )
             raise ValueError(
                 "A `GradScaler` (fp16) cannot unscale: the step has been made with scaled gradients. "
                 "Train in bf16, or without `layerwise`."
