@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..declare import plain
 from ..layers import PreparedLayers
-from ..subspace import SubspaceRule, name_rule
+from ..subspace import SubspaceRule, name_rule, rule_class
 from ..text import shortened
 from ..update_rules import RULES, require_bitsandbytes
 from .options import table as options
@@ -168,6 +168,17 @@ def refuse_same_names(groups: Sequence[Mapping[str, Any]]) -> None:
                     "`named_parameters(prefix=...)` does, or give none."
                 )
             seen.add(name)
+
+
+def refuse_without_movement(groups: Sequence[Mapping[str, Any]], mode: Mode) -> None:
+    """Raise `ValueError` where no P moves that a stream of its own is asked for."""
+    projected = [group for group in groups if group["rank"] is not None and group["source"] == "gradients"]
+    rules = [rule_class(group["subspace"]) for group in projected]
+    if mode.projection_stream and all(rule.moves_at is SubspaceRule.moves_at for rule in rules):
+        raise ValueError(
+            "`projection_stream` has no effect: no P moves beside the weights' steps, as with online_pca and power on "
+            "gradients. Leave it out."
+        )
 
 
 def warn_clipped(clipped: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from .groups import (
     named,
     refuse_ignored,
     refuse_same_names,
+    refuse_without_movement,
     settle_group,
     warn_clipped,
     warn_far,
@@ -28,10 +29,12 @@ from .options.mode import MODE_DEFAULTS, Mode
 from .saving import STAND_INS, SavedOptimizer
 from .statistics import summarize
 from .step.capture import check_capture
+from .step.input_weight import InputWeight
 from .step.layer_weights import LayerWeights
 from .step.movement import Movements
 from .step.rounding import refuse_without_bfloat16
 from .step.sides import is_matrix
+from .step.streams import SideStreams
 from .step.weights import AnyWeight, Weights
 
 
@@ -147,6 +150,10 @@ class OSD(SavedOptimizer):
             AdamW: make a few steps, then capture. A learning rate that is to change must be a float32 tensor on the
             parameters' device, which schedules fill. Uncaptured steps are slower for it: part of the gradient is
             copied (`projection_sample`). For `online_pca` and `static`.
+        projection_stream (`bool`, *optional*, defaults to `False`):
+            Move P on a CUDA stream of its own, beside the steps of the weights that follow (the paper's "executed in
+            parallel with weight updates"). The step ends when both have ended. It may help where the GPU has more to
+            do than the host, as in CUDA graphs; not measured yet.
         partial_load (`bool`, *optional*, defaults to `False`):
             Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
@@ -213,6 +220,7 @@ class OSD(SavedOptimizer):
         max_grad_norm: float | None = None,
         gradient_accumulation: bool = False,
         capturable: bool = False,
+        projection_stream: bool = False,
         partial_load: bool = False,
         # end of options
         layers: PreparedLayers | None = None,
@@ -237,6 +245,7 @@ class OSD(SavedOptimizer):
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
+        refuse_without_movement(self.param_groups, self.mode)
         self._constructed = True
         warn_clipped(self._clipped)
         warn_far(self.param_groups)
@@ -380,7 +389,8 @@ class OSD(SavedOptimizer):
             return loss
         if self._layers is not None:
             self._layers.agree()
-        movements, leaders = Movements(), []
+        movements = Movements(SideStreams(weights.device_types) if self.mode.projection_stream else None)
+        leaders: list[InputWeight] = []
         if weights.observing:
             weights.observations.clear()
         with own_precision(weights.device_types):
@@ -409,8 +419,8 @@ class OSD(SavedOptimizer):
         if hasattr(self, "grad_scale"):  # set by GradScaler.step
             if self._stream is None:
                 raise ValueError(
-                    "With `capturable` no `GradScaler` decides over steps: call its `unscale_`, the step itself, which "
-                    "leaves out what is not finite, and `update`."
+                    "With `capturable` no `GradScaler` decides over steps: call its `unscale_`, then the step itself, "
+                    "which leaves out what is not finite, and its `update`."
                 )
             raise ValueError(
                 "A `GradScaler` (fp16) cannot unscale: the step has been made with scaled gradients. "

@@ -238,7 +238,7 @@ def test_a_gradient_scaler_is_told_what_takes_its_place():
     p = nn.Parameter(torch.randn(24, 16))
     optimizer, scaler = OSD([p], rank=4, capturable=True), torch.amp.GradScaler("cpu")
     scaler.scale(p.square().sum()).backward()
-    with pytest.raises(ValueError, match="call its `unscale_`, the step itself"):
+    with pytest.raises(ValueError, match="call its `unscale_`, then the step itself"):
         scaler.step(optimizer)
     del optimizer.grad_scale, optimizer.found_inf
     scaler.update()

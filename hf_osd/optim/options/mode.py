@@ -88,6 +88,15 @@ class Mode:
         check=boolean(),
         needs=(Need(lambda mode: not mode["layerwise"], "with `layerwise`, whose hooks make the steps"),),
     )
+    projection_stream: bool = option(
+        False,
+        "Move P on a CUDA stream of its own, beside the steps of the weights that follow (the paper's \"executed in "
+        'parallel with weight updates").\n\n'
+        "The step ends when both have ended. It may help where the GPU has more to do than the host, as in CUDA "
+        "graphs; not measured yet.",
+        check=boolean(),
+        needs=(Need(lambda mode: not mode["layerwise"], "with `layerwise`, where each step ends with P's movement"),),
+    )
     partial_load: bool = option(
         False,
         "Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.",
