@@ -5,6 +5,7 @@ the host has put in, numbers and decisions, stays in it.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,6 +171,14 @@ def test_what_a_graph_cannot_hold_is_refused(options: dict[str, Any], reason: st
     W = nn.Parameter(torch.randn(24, 16, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=reason):
         OSD([W], rank=RANK, capturable=True, **options)
+
+
+def test_sharded_weights_are_refused():
+    trained = Trained(capturable=True)
+    weights, p = trained.optimizer.weights, trained.params[0]
+    sharded = replace(weights.of(p).geometry, sharding=object())
+    with pytest.raises(ValueError, match="parameter 0 is sharded .FSDP2., which `capturable` is not for"):
+        weights._make(p, sharded, trained.optimizer.param_groups[0])
 
 
 def test_activations_are_refused():

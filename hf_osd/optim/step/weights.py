@@ -201,6 +201,8 @@ class Weights:
         """Let weights use the P of others: none here."""
 
     def _make(self, p: Tensor, geometry: Geometry, group: Group) -> AnyWeight:
+        if geometry.sharding is not None and self.capturable:
+            raise ValueError(f"{geometry.name} is sharded (FSDP2), which `capturable` is not for: leave it out.")
         if not isinstance(geometry, ProjectedGeometry):
             return FullWeight(local(p), geometry, group)
         if p.dtype == torch.float16:
@@ -208,8 +210,6 @@ class Weights:
                 f"{geometry.name} is float16, which P's gradient over- and underflows. "
                 "Load with dtype=torch.bfloat16, or in float32 under autocast."
             )
-        if geometry.sharding is not None and self.capturable:
-            raise ValueError(f"{geometry.name} is sharded (FSDP2), which `capturable` is not for: leave it out.")
         return (ExpertWeights if geometry.stacked else ProjectedWeight)(local(p), geometry, group)
 
     def follow(self) -> None:
