@@ -33,5 +33,5 @@ def check_capture(weights: Weights) -> None:
         warnings.warn(
             "The CUDA graph keeps the learning rate that it is captured with: for a schedule, make the optimizer with "
             "a tensor on the parameters' device.",
-            stacklevel=4,
+            stacklevel=5,
         )
