@@ -220,6 +220,8 @@ def test_what_is_not_ready_is_told():
     trained.optimizer.param_groups[1]["lr"] = 0.1
     with pytest.warns(UserWarning, match="keeps the learning rate that it is captured with"):
         check_capture(trained.optimizer.weights)
+    trained.optimizer.weights.device_types = {"cpu", "cuda"}
+    told(RuntimeError, "holds no step on another device: cpu, cuda")
     trained = Trained()
     told(RuntimeError, "make the optimizer with `capturable=True`")
 

@@ -72,7 +72,7 @@ class Movements:
     def finish(self) -> None:
         """Move those that still wait, and count."""
         for waiting in self._waiting.values():
-            self._move(waiting)
+            _move_all(waiting)  # beside what still moves aside, where the current stream has nothing else to do
         self._waiting.clear()
         if self._aside is not None:
             self._aside.join()
