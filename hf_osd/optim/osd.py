@@ -51,7 +51,7 @@ class OSD(SavedOptimizer):
 
     Args:
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
-        lr (`float`, *optional*, defaults to 1e-3): Learning rate of the weights.
+        lr (`float` or `torch.Tensor`, *optional*, defaults to 1e-3): Learning rate; a tensor with `capturable`.
         rank (`int`, *optional*):
             Rank r of the subspaces. It is for matrices (m, n), and stacks (E, m, n) of experts' matrices, of which
             each is projected by itself and left alone in steps in which its gradient is zero. Parameters of other
@@ -182,7 +182,7 @@ class OSD(SavedOptimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         *,
         # options: written by `make options`
         rank: int | None = None,
