@@ -303,7 +303,7 @@ class OSD(SavedOptimizer):
                 weights.meet()  # for it knows which parameters have been taken out of groups
             made_of = self.trained_groups, self.state, self._given_projections
             weights = (
-                Weights(*made_of, self.mode.capturable)
+                Weights(*made_of, capturable=self.mode.capturable)
                 if self._layers is None
                 else LayerWeights(*made_of, self._layers)
             )
