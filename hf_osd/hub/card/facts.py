@@ -118,7 +118,7 @@ class CardFacts:
             ),
             state_bytes=predicted_state_bytes(osd),
             adamw_bytes=adamw_state_bytes(osd),
-            learning_rate=osd.param_groups[0].get("initial_lr", osd.param_groups[0]["lr"]),
+            learning_rate=float(osd.param_groups[0].get("initial_lr", osd.param_groups[0]["lr"])),
             lr_scheduler=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             steps=state.global_step,
             targets=_targets(args) if asked else None,
