@@ -33,6 +33,7 @@ from typing import Any
 
 from comparison_plot import draw
 from environment import added, describe, load_experiment, named, results_folder, save
+from q_galore_weights import obeyed
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # of pretrain_llama
@@ -156,7 +157,7 @@ def _train(command: list[str], log: Path) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    pretrain_llama.main(command)
+    pretrain_llama.main(obeyed(command))
 
 
 def compare(method: Method, run: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:

@@ -80,23 +80,25 @@ class PreparedLayers(nn.Module):
                 quantize_(layers[p].weight, layers[p].name)
 
     def install(self) -> None:
-        """Put the layers into the model. What it was prepared with before goes out."""
+        """Put the layers into the model, or leave them there. What else it was prepared with goes out."""
         (model,) = self._model
         if self._given_back:
             raise ValueError("The int8 weights have been given back as floats: make a new optimizer.")
-        unload(model)
+        _unload(model, keep=self if self.installed else None)
         if not self.layers:  # none could be prepared
             self.installed = True
             return
         for layer in self.layers.values():
             for module in layer.modules:
-                module.__class__ = prepared_classes()[type(module)]
+                module.__class__ = prepared_classes()[plain_class(module)]
                 vars(module)["osd"] = layer
             if self._exchanged:
+                layer.show()
                 layer.hide()
         model.add_module(CHILD, self)
         self.installed = self.findable = True
-        self._watch = register_optimizer_step_pre_hook(_warn_of_others(self))
+        if self._watch is None:
+            self._watch = register_optimizer_step_pre_hook(_warn_of_others(self))
         if any(layer.input is None for layer in self.layers.values()):
             wait_for_first_pass(self)
 
@@ -231,12 +233,17 @@ def unload(model: nn.Module) -> nn.Module:
     Returns:
         `nn.Module`: The model.
     """
+    _unload(model)
+    return model
+
+
+def _unload(model: nn.Module, keep: PreparedLayers | None = None) -> None:
     found = {vars(module)["osd"].stand_ins for module in model.modules() if isinstance(module, InSubspace)}
-    for prepared in found:
+    for prepared in found - {keep}:
         prepared.remove()
     for module in model.modules():
-        module._modules.pop(CHILD, None)  # of a copy
-    return model
+        if module._modules.get(CHILD) is not keep:
+            module._modules.pop(CHILD, None)  # of a copy
 
 
 def _warn_of_others(layers: PreparedLayers) -> Callable[..., None]:

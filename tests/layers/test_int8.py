@@ -260,6 +260,15 @@ def test_floats_again():
     train(net, make(net), range(2))
 
 
+def test_put_into_the_model_again_they_stay():
+    """As a Trainer does when it begins."""
+    net, optimizer = int8_net()
+    held = net.layers[0].weight
+    optimizer.attach()
+    train(net, optimizer, range(2))
+    assert net.layers[0].weight is held and type(held) is Int8Weight and optimizer.state[held]
+
+
 def test_moved_and_converted():
     net, optimizer = int8_net()
     train(net, optimizer, range(2))
