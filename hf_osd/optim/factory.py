@@ -21,7 +21,7 @@ from .selection.adapters import module_names
 from .selection.rank_pattern import parse_rank_pattern, ranks_of
 from .selection.targets import ALL_LINEAR, Selection, select
 from .selection.wrappers import plain_name, unwrapped
-from .step.sharding import NOT_SHARDED, is_sharded
+from .step.sharding import INT8_NOT_SHARDED, NOT_SHARDED, is_sharded
 from .summary import announce_summary
 
 
@@ -101,7 +101,7 @@ def osd_kwargs(
     if settings["source"] == "activations":
         refuse_wrapped(whole)
         if any(map(is_sharded, selection.projected.values())):
-            raise ValueError(NOT_SHARDED)
+            raise ValueError(NOT_SHARDED if settings["weight_dtype"] is None else INT8_NOT_SHARDED)
         own["layers"] = PreparedLayers(model, ranks, plain_name)
     return {"selection": selected_groups(selection, ranks, settings["init"]), **own}
 

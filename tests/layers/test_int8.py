@@ -5,8 +5,12 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_model_stays import copies
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_osd
@@ -308,6 +312,52 @@ def test_gradients_refuse_it():
     net, _optimizer = int8_net()
     held = make(net, weight_dtype="int8")  # the first gives its weights back
     train(net, held, range(2))
+
+
+@pytest.fixture
+def alone():
+    """A group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_refuse_it(alone):
+    sharded, parallel, later = (nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)) for _ in range(3))
+    fully_shard(sharded, mesh=alone)
+    parallelize_module(parallel, alone, {"0": ColwiseParallel()})
+    for net in (sharded, parallel):
+        with pytest.raises(ValueError, match="weight_dtype='int8' is not for FSDP2 and tensor parallelism.*use DDP"):
+            make(net, weight_dtype="int8")
+    optimizer = make(later, weight_dtype="int8")
+    optimizer.param_groups[0]["params"] = list(sharded.parameters())  # as accelerate exchanges them
+    with pytest.raises(ValueError, match="weight_dtype='int8' is not for FSDP2"):
+        optimizer.weights.meet()
+
+
+def test_tensors_of_torchao_are_given_and_taken():
+    """The same numbers in the same layout, by their parts; the scales of a bfloat16 one are bfloat16."""
+    torchao = pytest.importorskip("torchao.prototype.quantized_training")
+    kind = torchao.Int8QuantizedTrainingLinearWeight
+    net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 12))
+    theirs = {layer: kind.from_float(layer.weight.detach()) for layer in (net[0], net[2])}
+    for layer, W in theirs.items():
+        layer.weight = nn.Parameter(Int8Weight(W.int_data, W.scale.float(), torch.float32))
+    optimizer = make(net, weight_dtype="int8")
+    for layer, W in theirs.items():
+        assert torch.equal(layer.weight.int_data, W.int_data) and torch.equal(layer.weight.plain(), W.dequantize())
+        assert torch.equal(Int8Weight.from_float(W.dequantize()).int_data, W.int_data)
+    held = net[0].weight
+    before = held.plain()
+    for step in range(3):
+        net(batch(step).float()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    taken = kind(held.int_data, held.scale)
+    assert torch.equal(taken.dequantize(), held.plain()) and not torch.equal(held.plain(), before)
+    x = batch(5).float()
+    with torch.no_grad():
+        assert torch.allclose(nn.functional.linear(x, taken, net[0].bias), net[0](x), atol=1e-5)
 
 
 def test_steps_of_a_bfloat16_p_add_up():

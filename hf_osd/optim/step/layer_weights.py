@@ -16,6 +16,7 @@ from .geometry import Geometry, ProjectedGeometry
 from .gradients import check_of
 from .input_weight import InputWeight
 from .movement import Movements
+from .sharding import INT8_NOT_SHARDED, is_sharded
 from .state import held_elsewhere
 from .weights import AnyWeight, Group, Weights
 
@@ -46,6 +47,9 @@ class LayerWeights(Weights):
 
     def meet(self) -> None:  # noqa: D102 - see Weights
         self.layer_of = self.layers.by_weight()
+        for group in self.groups:
+            if group["weight_dtype"] is not None and any(map(is_sharded, group["params"])):
+                raise ValueError(INT8_NOT_SHARDED)
         super().meet()
 
     def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:  # noqa: D102

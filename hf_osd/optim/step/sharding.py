@@ -145,6 +145,10 @@ NOT_SHARDED = (
     "source='activations' is not for FSDP2 and tensor parallelism as yet: use DDP, or an `osd_` name with "
     "source='gradients'."
 )
+INT8_NOT_SHARDED = (
+    "weight_dtype='int8' is not for FSDP2 and tensor parallelism, which would shard what it is read as: use DDP, or "
+    "leave it out."
+)
 
 
 def is_sharded(X: Tensor) -> bool:
