@@ -143,8 +143,8 @@ class SharedInput:
         self._last = (lambda: None, 0, None)
 
     def make_room(self) -> None:
-        """Drop the sketch, of which A tells all, before P is made of that."""
-        if not self.started and self.A is not None:
+        """Drop the sketch, of which A tells all, before P is made of that. A itself is made in its turn."""
+        if not self.started and (self._A is not None or self._tokens):
             self.P = None
 
     def bind(self, P: Tensor, code: Tensor | None) -> None:
