@@ -3,7 +3,7 @@
     W = diag(s) K            K (m, n) int8, the largest of each row 127 in size; s (m,) float32
 
 To read a `Int8Weight` is to dequantise it, for as long as the result is held. What changes it is the optimizer's step
-([`round_`]), and `copy_`, as `load_state_dict` calls it, which rounds to nearest.
+([`round_rows_`]), and `copy_`, as `load_state_dict` calls it, which rounds to nearest.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 
 MOST = 127
-PIECE = 1 << 22  # entries worked on at a time: bounds float32 temporaries to 16 MiB
+PIECE = 1 << 20  # entries worked on at a time: bounds float32 temporaries to 4 MiB, which caches hold
 _COPIES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default)
 
 
@@ -51,7 +51,7 @@ class Int8Weight(Tensor):
         return cls(parts["int_data"], parts["scale"], dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _COPIES:
             W = args[0]
@@ -119,7 +119,7 @@ class Int8Weight(Tensor):
         W = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         return torch.mul(self.int_data, self.scale[:, None], out=W)
 
-    def round_(self, X: Tensor, rows: slice, noise: torch.Generator) -> None:
+    def round_rows_(self, X: Tensor, rows: slice, noise: torch.Generator) -> None:
         """Rows of K <- X, (.., n) in units of their old scales, at random such that the mean is X; s as X needs it.
 
         With X = K both stay the same to the bit. Changes X.

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_osd
+from hf_osd.layers import int8, prepared
 from hf_osd.layers.int8 import PIECE, Int8Weight
 from reference.nets_in_layers import Net, batch, distance, loss_of, make, train
 
@@ -58,14 +59,14 @@ def test_a_step_of_nothing_changes_nothing():
     own = weight()
     K, s = own.int_data.clone(), own.scale.clone()
     for _ in range(100):
-        own.round_(own.int_data.float(), slice(None), noise(7))
+        own.round_rows_(own.int_data.float(), slice(None), noise(7))
     assert torch.equal(own.int_data, K) and torch.equal(own.scale, s)
 
 
 def test_decay_scales_alone():
     own = weight()
     K, s = own.int_data.clone(), own.scale.clone()
-    own.round_(own.int_data.float() * 0.9, slice(None), noise())
+    own.round_rows_(own.int_data.float() * 0.9, slice(None), noise())
     assert torch.equal(own.int_data, K) and torch.allclose(own.scale, 0.9 * s)
 
 
@@ -79,7 +80,7 @@ def test_rounding_is_right_in_the_mean():
     total, squares = torch.zeros(2, 30, 17, dtype=torch.float64)
     for _ in range(trials):
         own = Int8Weight(K.clone(), s.clone(), torch.float32)
-        own.round_(X.clone(), slice(None), random)
+        own.round_rows_(X.clone(), slice(None), random)
         total += own.int_data
         squares += (own.int_data - X.double()) ** 2
     f = X.double() - X.double().floor()
@@ -95,7 +96,7 @@ def test_tiny_steps_arrive():
     for _ in range(1000):
         X = own.int_data.float()
         X[:, 1:] += 1e-3
-        own.round_(X, slice(None), random)
+        own.round_rows_(X, slice(None), random)
     moved = own.int_data[:, 1:].double() - 50
     assert abs(moved.mean() - 1) < 5 / 12800**0.5 and abs(moved.var() - 1) < 0.1  # a sum of 1,000 rare ones: Poisson
 
@@ -193,6 +194,24 @@ def test_no_float_copy_of_a_weight_is_left_alive():
         optimizer.zero_grad()
 
 
+def test_quantised_layer_by_layer():
+    """Of eight layers no more than one is there twice while they are made int8."""
+    net = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8))).bfloat16()
+    layer = 2 * 256 * 256
+    freed, quantize = [], int8.quantize_
+
+    def watched(p, name):
+        gone = weakref.ref(p.untyped_storage())
+        quantize(p, name)
+        freed.append(gone() is None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared, "quantize_", watched)
+        make(net, weight_dtype="int8")
+    held = sum(int8.held_bytes(p) for p in net.parameters() if type(p) is Int8Weight)
+    assert freed == [True] * 8 and held == 8 * (layer // 2 + 4 * 256)
+
+
 def test_what_is_saved_is_a_plain_model():
     net, optimizer = int8_net()
     train(net, optimizer, range(3))
@@ -205,13 +224,17 @@ def test_what_is_saved_is_a_plain_model():
         assert type(other.layers[0].weight) is nn.Parameter and distance(net, other) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "subspace"), [(torch.bfloat16, "online_pca"), (torch.float32, "online_pca"), (torch.float32, "power")]
+)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_training_goes_on_exactly_from_what_is_saved(dtype, accumulation):
+def test_training_goes_on_exactly_from_what_is_saved(dtype, subspace, accumulation):
+    options = {"weight_dtype": "int8", "stochastic_rounding": dtype == torch.bfloat16, "subspace": subspace}
+
     def build():
         torch.manual_seed(1)
         net = nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 12)).to(dtype)
-        return net, make(net, "osd_adamw", weight_dtype="int8", stochastic_rounding=dtype == torch.bfloat16)
+        return net, make(net, "osd_adamw", **options)
 
     def run(net, optimizer, steps):
         for step in steps:
@@ -227,7 +250,7 @@ def test_training_goes_on_exactly_from_what_is_saved(dtype, accumulation):
     torch.manual_seed(1)
     again = nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 12)).to(dtype)
     again.load_state_dict(saved[0])
-    other = make(again, "osd_adamw", weight_dtype="int8", stochastic_rounding=dtype == torch.bfloat16)
+    other = make(again, "osd_adamw", **options)
     other.load_state_dict(saved[1])
     run(again, other, range(4, 8))
     for a, b in zip(whole.parameters(), again.parameters(), strict=False):

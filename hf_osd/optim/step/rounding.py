@@ -86,7 +86,7 @@ def add_to_int8_(W: Int8Weight, op: LinearOperator, update: Update, alpha: float
         left, right = (P[rows], D) if op.long_dim else (D[rows], P.t())
         with full_precision(X):
             X.addmm_(left / W.scale[rows, None], right, alpha=alpha)
-        W.round_(X, rows, rounding.noise)
+        W.round_rows_(X, rows, rounding.noise)
 
 
 def round_into_(W: Tensor, X: Tensor, noise: torch.Generator) -> None:
