@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_osd
-from hf_osd.layers import int8, prepared
 from hf_osd.layers.int8 import PIECE, Int8Weight
 from reference.nets_in_layers import Net, batch, distance, loss_of, make, train
 
@@ -195,21 +196,19 @@ def test_no_float_copy_of_a_weight_is_left_alive():
 
 
 def test_quantised_layer_by_layer():
-    """Of eight layers no more than one is there twice while they are made int8."""
-    net = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8))).bfloat16()
-    layer = 2 * 256 * 256
-    freed, quantize = [], int8.quantize_
-
-    def watched(p, name):
-        gone = weakref.ref(p.untyped_storage())
-        quantize(p, name)
-        freed.append(gone() is None)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared, "quantize_", watched)
-        make(net, weight_dtype="int8")
-    held = sum(int8.held_bytes(p) for p in net.parameters() if type(p) is Int8Weight)
-    assert freed == [True] * 8 and held == 8 * (layer // 2 + 4 * 256)
+    """Beside the model there is one layer: its copy in float32, as much again for its largest, and its integers."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        net = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8))).bfloat16()
+        with record_function("quantised"):
+            optimizer = make(net, weight_dtype="int8")
+    events = sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    (during,) = (event for event in events if event.name() == "quantised")
+    sizes = [(event.start_ns() > during.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    model, live = 8 * 2 * 256 * 256, list(accumulate(size for _, size in sizes))
+    before = [there for there, (later, _) in zip(live, sizes, strict=True) if not later][-1]
+    assert abs(before - model) < 1000
+    assert max(there for there, (later, _) in zip(live, sizes, strict=True) if later) < model + 9.5 * 256 * 256
+    assert live[-1] < model / 2 + 8 * 4 * 256 + 1000 and optimizer.layers is not None
 
 
 def test_what_is_saved_is_a_plain_model():
