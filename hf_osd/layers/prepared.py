@@ -12,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..subspace import effective_rank
-from .exchange import all_holders, average_inputs, in_a_process_of_many
+from .divided import reason_of, zeros_by_rows
+from .exchange import all_holders, average_inputs, ddp_may_come
 from .first_pass import end_first_pass, wait_for_first_pass
+from .fsdp import groups_of_fsdp
 from .layer import LayerInfo, Meeting, plain_class
 from .linear import InSubspace, prepared_classes
 from .shared_input import SharedInput
@@ -28,7 +30,7 @@ class PreparedLayers(nn.Module):
     """The prepared layers of a model, as a child of it, for it holds parameters: for each weight a stand-in of zeros.
 
     The gradient of a stand-in is R, so everything that works on gradients works on R: accumulation, clipping, loss
-    scaling, DDP. Weights keep `requires_grad` and get no gradient from their layers; what else a model does with them
+    scaling, DDP, and where weights are divided, it is divided like them. Weights keep `requires_grad` and get no gradient from their layers; what else a model does with them
     is seen by the gradient that they get from there. Nothing of this is in the model's `state_dict`, and none of it in
     a copy of the model, whose layers are plain.
 
@@ -36,6 +38,7 @@ class PreparedLayers(nn.Module):
         model (`nn.Module`): The model.
         ranks (`Mapping[str, int]`): Rank by name of weight; those that cannot be prepared are left.
         plain_name (`Callable`): Makes such a name the one that the optimizer calls the weight by.
+        sharding_of (`Callable`): Says how a parameter of a name is divided; `None` for a whole one.
 
     Attributes:
         layers (`dict[str, LayerInfo]`): By name of the weight.
@@ -45,16 +48,22 @@ class PreparedLayers(nn.Module):
         findable (`bool`): Whether a loop is being made: DDP, and who lists what to clip, must find the stand-ins.
     """
 
-    def __init__(self, model: nn.Module, ranks: Mapping[str, int], plain_name: Callable[[str], str]):
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Mapping[str, int],
+        plain_name: Callable[[str], str],
+        sharding_of: Callable[[Tensor, str], Any],
+    ):
         super().__init__()
-        self._model = (model,)  # no child
+        self._model, self._sharding_of = (model,), sharding_of  # no child
         self.layers: dict[str, LayerInfo] = {}
         self.left: dict[str, str] = {}
         self.meeting = Meeting()
-        self.installed = self.findable = False
+        self.installed = self.findable = self._following = False
         self._watch: Any = None
         owners = _owners(model)
-        self._exchanged = in_a_process_of_many()
+        self._exchanged = ddp_may_come() and all(sharding_of(p, "") is None for p in owners)
         self._shown: list[LayerInfo] = []
         for name, rank in ranks.items():
             p, name = model.get_parameter(name), plain_name(name)
@@ -65,6 +74,7 @@ class PreparedLayers(nn.Module):
             key = name.replace(".", "/")
             self.register_parameter(key, nn.Parameter(_zeros(p, rank, modules[0], self._exchanged)))
             self.layers[name] = LayerInfo(name, modules, self, key, self.meeting)
+        self.follow_weights()
 
     def forward(self, x: Any) -> Any:
         """Nothing: an `nn.Sequential` calls all its children."""
@@ -108,6 +118,7 @@ class PreparedLayers(nn.Module):
 
         What pairs the model's parameters with another's, to average or copy them, finds the model's own.
         """
+        self.follow_weights()
         if memo is None or self.findable or self.has_gradients:
             yield from super().named_modules(memo, prefix, remove_duplicate)
 
@@ -123,12 +134,41 @@ class PreparedLayers(nn.Module):
             layer.hide()
         self._shown.clear()
 
-    def leave(self, name: str, reason: str) -> None:
-        """Make one layer plain for good."""
+    def leave(self, name: str, reason: str, expected: bool = False) -> None:
+        """Make one layer plain for good; its stand-in stays where somebody expects to find it again."""
         layer = self.layers.pop(name)
         _make_plain(layer)
-        delattr(self, layer.key)
+        if not expected:
+            delattr(self, layer.key)
         self.left[name] = reason
+
+    def follow_weights(self) -> None:
+        """Let stand-ins lie as their weights do: accelerate has FSDP2 divide them when there is an optimizer already.
+
+        It then exchanges the optimizer's parameters, and looks for the model's: that is how it comes by here.
+        """
+        whole = [layer for layer in self.layers.values() if layer.sharding is None]
+        if self._following or not whole:
+            return
+        self._following = True  # a look for FSDP2 comes by here, too
+        try:
+            managed = groups_of_fsdp(self._model[0])
+            for layer in whole:
+                W = layer.weight
+                sharding = None if self.installed and W.is_meta else self._sharding_of(W, layer.name)
+                reason = None if sharding is None else reason_of(sharding, layer.transposed)
+                if reason is not None:
+                    layer.show()
+                    self.leave(layer.name, reason, expected=self.installed)
+                    if self.installed:
+                        logger.warning("%s learns from its gradients, not from activations: %s.", layer.name, reason)
+                elif sharding is not None:
+                    layer.show()
+                    B = zeros_by_rows(sharding, layer.stand_in.shape, W.dtype, W.device)
+                    self._parameters[layer.key] = B
+                    layer.divide(sharding, next((managed[m] for m in layer.modules if m in managed), None))
+        finally:
+            self._following = False
 
     def by_weight(self) -> dict[Tensor, LayerInfo]:
         """The layers by weight, as these are now: moving and sharding a model exchanges them."""
@@ -160,7 +200,7 @@ class PreparedLayers(nn.Module):
         shared.forget()
         for layer in self.layers.values():
             if layer.input is shared:
-                layer.stand_in.grad = None
+                layer.forget()
 
     def inputs(self) -> Iterator[Any]:
         """Every input that has been met, once."""
@@ -170,6 +210,8 @@ class PreparedLayers(nn.Module):
         """Before a step: let all processes share inputs alike, and average what they have seen of them."""
         end_first_pass(self)
         group, meeting = self.meeting.group, self.meeting
+        if meeting.rows is not None:  # what a backward pass that was broken off has left
+            meeting.rows.finish()
         if group is None:
             for layer in self.layers.values():  # nobody else takes what requires a gradient from now on
                 layer.show()
@@ -190,14 +232,15 @@ class PreparedLayers(nn.Module):
     @property
     def has_gradients(self) -> bool:
         """Whether a backward pass has made any R."""
-        return any(B.grad is not None for B in self._parameters.values() if B is not None)
+        made = any(layer.made for layer in self.layers.values())
+        return made or any(B.grad is not None for B in self._parameters.values() if B is not None)
 
     def forget(self) -> None:
         """Forget what was seen since the last step, R included."""
         for shared in self.inputs():
             shared.forget()
-        for B in self.parameters():
-            B.grad = None
+        for layer in self.layers.values():
+            layer.forget()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing."""

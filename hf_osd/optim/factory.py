@@ -21,7 +21,7 @@ from .selection.adapters import module_names
 from .selection.rank_pattern import parse_rank_pattern, ranks_of
 from .selection.targets import ALL_LINEAR, Selection, select
 from .selection.wrappers import plain_name, unwrapped
-from .step.sharding import NOT_SHARDED, is_sharded
+from .step.sharding import sharding_of
 from .summary import announce_summary
 
 
@@ -100,9 +100,7 @@ def osd_kwargs(
     ranks = ranks_of(usual, pattern, module_names(model).plain)
     if settings["source"] == "activations":
         refuse_wrapped(whole)
-        if any(map(is_sharded, selection.projected.values())):
-            raise ValueError(NOT_SHARDED)
-        own["layers"] = PreparedLayers(model, ranks, plain_name)
+        own["layers"] = PreparedLayers(model, ranks, plain_name, sharding_of)
     return {"selection": selected_groups(selection, ranks, settings["init"]), **own}
 
 

@@ -55,6 +55,11 @@ class InputWeight(ProjectedWeight):
         leader.sharing.append(self)
 
     @property
+    def parameter(self) -> Tensor:
+        """W as the optimizer has it: `p` is this process's part of it."""
+        return self.layer.weight
+
+    @property
     def clock(self) -> int:
         """Steps that P goes by: of the weight that has made most, for some may be frozen."""
         return max(weight.count for weight in self.sharing)

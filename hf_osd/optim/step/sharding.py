@@ -44,6 +44,11 @@ class Sharding:
         """Shape of this process's part of a tensor that is divided in `dim` like the parameter in its own."""
         return tuple(self.local_size if i == dim else size for i, size in enumerate(shape))
 
+    @property
+    def group(self) -> Any:
+        """All processes of the mesh."""
+        return _group(self.mesh)
+
     def wrap(self, X: Tensor, shape: Sequence[int], dim: int | None) -> Tensor:
         """A DTensor of `shape` around this process's part of it."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -140,10 +145,6 @@ FLAT = (
     "It hands the optimizer flat pieces of many parameters, which have no rows and columns to project. Use FSDP2 "
     "(`torch.distributed.fsdp.fully_shard`; `fsdp_version: 2` in accelerate's config; `version: 2` in Trainer's "
     "`fsdp_config`) or DDP."
-)
-NOT_SHARDED = (
-    "source='activations' is not for FSDP2 and tensor parallelism as yet: use DDP, or an `osd_` name with "
-    "source='gradients'."
 )
 
 
