@@ -40,6 +40,14 @@ def groups_of_fsdp(model: nn.Module) -> dict[nn.Module, Any]:
     return found
 
 
+def keep_from_fsdp(module: nn.Module) -> None:
+    """Let `fully_shard` leave the parameters of a module alone, as it leaves those that are replicated."""
+    if dist.is_available():
+        from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
+
+        setattr(module, REGISTRY_KEY, {"replicate": RegistryItem()})
+
+
 class Sent(NamedTuple):
     """R of some layers on their way.
 
@@ -108,13 +116,14 @@ class RowExchange:
     @torch.no_grad()
     def _send(self, layers: dict[Any, None]) -> None:
         """Reduce-scatter R of these layers, as many at once as are one bucket."""
+        reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # older torch
         for members in _buckets(layers):
             if len(self._sent) == ON_THE_WAY:
                 self._take_in(self._sent.pop(0))
             given = self._by_process(members)
             rows = torch.empty_like(given[0])
             group = self.mesh.get_group(self._divided)
-            work = dist.reduce_scatter_tensor(rows, given.view(-1), group=group, async_op=True)
+            work = reduce_scatter(rows, given.view(-1), group=group, async_op=True)
             self._sent.append(Sent(members, work, given, rows))
         self._waiting.clear()
 

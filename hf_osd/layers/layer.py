@@ -48,8 +48,8 @@ class Meeting:
             self.rows = self.rows or RowExchange(layer.sharding)
             if (self.rows.mesh, self.rows.placements) != (mesh, layer.sharding.placements):
                 raise ValueError(
-                    f"{layer.name} lies on another mesh than other layers, which source='activations' does not support: "
-                    "leave it out (`exclude_modules`)."
+                    f"{layer.name} lies on another mesh than other layers. With source='activations' all must lie on "
+                    "one: leave it out (`exclude_modules`)."
                 )
             self.rows.layers.append(layer)
 
@@ -144,6 +144,7 @@ class LayerInfo:
     def divide(self, sharding: Any, fsdp: Any) -> None:
         """Know that W is divided: by FSDP2 where there is a group of its, else by tensor parallelism."""
         self._divided, self.sharding, self.fsdp = self.modules[0].weight, sharding, fsdp
+        self._known_leaf = self.stand_in
         self._meeting.divide(self)
 
     @property

@@ -15,7 +15,7 @@ from ..subspace import effective_rank
 from .divided import reason_of, zeros_by_rows
 from .exchange import all_holders, average_inputs, ddp_may_come
 from .first_pass import end_first_pass, wait_for_first_pass
-from .fsdp import groups_of_fsdp
+from .fsdp import groups_of_fsdp, keep_from_fsdp
 from .layer import LayerInfo, Meeting, plain_class
 from .linear import InSubspace, prepared_classes
 from .shared_input import SharedInput
@@ -30,9 +30,9 @@ class PreparedLayers(nn.Module):
     """The prepared layers of a model, as a child of it, for it holds parameters: for each weight a stand-in of zeros.
 
     The gradient of a stand-in is R, so everything that works on gradients works on R: accumulation, clipping, loss
-    scaling, DDP, and where weights are divided, it is divided like them. Weights keep `requires_grad` and get no gradient from their layers; what else a model does with them
-    is seen by the gradient that they get from there. Nothing of this is in the model's `state_dict`, and none of it in
-    a copy of the model, whose layers are plain.
+    scaling, DDP. Where weights are divided among processes, it is divided like them. Weights keep `requires_grad` and
+    get no gradient from their layers; what else a model does with them is seen by the gradient that they get from
+    there. Nothing of this is in the model's `state_dict`, and none of it in a copy of the model, whose layers are plain.
 
     Args:
         model (`nn.Module`): The model.
@@ -74,6 +74,7 @@ class PreparedLayers(nn.Module):
             key = name.replace(".", "/")
             self.register_parameter(key, nn.Parameter(_zeros(p, rank, modules[0], self._exchanged)))
             self.layers[name] = LayerInfo(name, modules, self, key, self.meeting)
+        keep_from_fsdp(self)
         self.follow_weights()
 
     def forward(self, x: Any) -> Any:

@@ -194,4 +194,5 @@ def create_osd_optimizer(
     optimizer = OSD(decay_groups(model, settings["weight_decay"]), lr=lr, **mode, **kwargs)
     if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured
         announce_summary(optimizer, model)
+        optimizer.weights.let_go()
     return optimizer

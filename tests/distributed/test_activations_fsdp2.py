@@ -1,4 +1,4 @@
-"""`source="activations"` where FSDP2 or tensor parallelism divides the weights: as one process on the global batch."""
+"""`source="activations"` where FSDP2 divides the weights: as one process on the global batch, no gradients of W."""
 
 import warnings
 from pathlib import Path
@@ -6,47 +6,398 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from sharded_models import LR, RANK, Model, assert_same_weights, loss_of, make_model, shard, train
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from sharded_models import (
+    LR,
+    RANK,
+    Model,
+    assert_same_state,
+    assert_same_weights,
+    loss_of,
+    make_model,
+    shard,
+    single_process_mesh,
+    train,
+    whole,
+)
+from test_fsdp2_meshes import shard_as_accelerate
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from hf_osd import OSD, create_osd_optimizer
+from hf_osd import OSD, ProjectionState, create_osd_optimizer
+from hf_osd.layers import fsdp
+from hf_osd.optim.step.sharding import local
+from reference.nets_in_layers import Other
 
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 5
 TOLERANCE = 1e-9  # float64, see test_fsdp2.py
+TARGETS = ["tall", "wide", "gate"]  # the gate, of one row, has an empty part on all processes but one
 
 
-def make(model: Model, optim: str = "osd_adamw", **options) -> OSD:
-    """The gate, of one row, has an empty part on most processes."""
+def make(model: nn.Module, optim: str = "osd_adamw", **options) -> OSD:
+    defaults = {"lr": LR, "rank": RANK, "source": "activations", "weight_decay": 0.01}
+    if options.get("subspace") != "random":
+        defaults["projection_sample"] = 1  # else tokens are of each process's own part
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its rank is clipped, which the optimizer says
-        defaults = {"lr": LR, "rank": RANK, "source": "activations", "weight_decay": 0.01, "projection_sample": 1}
-        defaults["target_modules"] = ["tall", "wide", "gate"]
-        return create_osd_optimizer(model, optim, **{**defaults, **options})
+        warnings.simplefilter("ignore")  # the rank of the gate is clipped, which the optimizer says
+        return create_osd_optimizer(model, optim, **{**defaults, "target_modules": TARGETS, **options})
 
 
-def compare(rank: int, world: int, clip: float = 0.0, **options):
-    single, sharded = make_model(), shard(make_model())
+def compare(rank: int, world: int, clip: float = 0.0, mesh=None, tolerance: float = TOLERANCE, **options):
+    single, sharded = make_model(), shard(make_model(), mesh)
     reference, optimizer = make(single, **options), make(sharded, **options)
-    assert len(optimizer.layers.layers) == len(reference.layers.layers) == 5
+    assert len(optimizer.layers.layers) == 5 and isinstance(optimizer.layers.layers["gate.weight"].stand_in, DTensor)
     train(single, reference, range(STEPS), clip=clip)
     train(sharded, optimizer, range(STEPS), rank, world, clip=clip)
-    assert_same_weights(sharded, single, TOLERANCE)
+    assert_same_weights(sharded, single, tolerance)
+    assert_same_state(optimizer, reference, 1e-7)
+    assert not torch.equal(single.blocks[0].tall.weight, make_model().blocks[0].tall.weight)
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if value is local(value):
+                first = value.clone()
+                dist.broadcast(first, src=0)
+                assert torch.equal(first, value), name
+            elif p.ndim == 2:
+                assert value.placements == p.placements and value.shape[0] == p.shape[0]
 
 
 def dense(rank: int, world: int, folder: Path):
-    compare(rank, world)
+    for options in ({}, {"optim": "osd_lion"}, {"subspace": "power"}, {"subspace": "random", "update_interval": 3}):
+        compare(rank, world, **options)
 
 
-SCENARIOS = [dense]
+def clipped(rank: int, world: int, folder: Path):
+    """In buckets of one weight, of which some are sent while the backward pass goes on."""
+    fsdp.BUCKET = 1000
+    try:
+        compare(rank, world, clip=0.05)
+    finally:
+        fsdp.BUCKET = 2**25
+
+
+def hsdp(rank: int, world: int, folder: Path):
+    compare(rank, world, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+def accumulated(rank: int, world: int, folder: Path):
+    """As in test_fsdp2.py; the norm that is clipped by is that of the averaged R."""
+    for always in (True, False):
+        single, sharded = make_model(), shard(make_model())
+        reference, optimizer = make(single), make(sharded)
+        for step in range(4):
+            for i in range(3):
+                sharded.set_requires_gradient_sync(always or i == 2)
+                (loss_of(sharded, 3 * step + i, rank, world) / 3).backward()
+                (loss_of(single, 3 * step + i) / 3).backward()
+                gate = optimizer.layers.layers["gate.weight"]
+                assert gate.made != (gate.stand_in.grad is not None) == (always or i == 2)
+            norms = [nn.utils.clip_grad_norm_(model.parameters(), 0.05) for model in (single, sharded)]
+            assert norms[0] > 0.05
+            torch.testing.assert_close(whole(norms[1]), norms[0], rtol=1e-9, atol=0)
+            for own in (reference, optimizer):
+                own.step()
+                own.zero_grad()
+        assert_same_weights(sharded, single, TOLERANCE)
+
+
+def checkpointed(rank: int, world: int, folder: Path):
+    for reentrant in (False, True):
+        single, sharded = make_model(), make_model()
+        for model in (single, sharded):
+            for block in model.blocks:
+                plain = block.forward
+                block.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=reentrant)  # noqa: B023
+        shard(sharded)
+        reference, optimizer = make(single), make(sharded)
+        train(single, reference, range(3))
+        train(sharded, optimizer, range(3), rank, world)
+        assert_same_weights(sharded, single, TOLERANCE)
+
+
+class Allocations(TorchDispatchMode):
+    """Shapes of all that operations give in plain tensors, but for views and what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for made in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(made, torch.Tensor) and not isinstance(made, DTensor) and made.device.type != "meta":
+                if made.untyped_storage().data_ptr() not in given:
+                    self.shapes.add(tuple(made.shape))
+        return result
+
+
+def no_gradient_of_w(rank: int, world: int, folder: Path):
+    """Nothing of W's size is made in the backward pass, where FSDP2 gathers W in front of it, nor in the step."""
+    for source, expected in (("activations", False), ("gradients", True)):
+        model = shard(make_model(), reshard_after_forward=False)
+        optimizer = make(model, source=source)
+        train(model, optimizer, range(2), rank, world)
+        loss = loss_of(model, 2, rank, world)
+        with Allocations() as seen:
+            loss.backward()
+        assert ((33, 20) in seen.shapes) == ((20, 33) in seen.shapes) == expected, seen.shapes
+        assert (37, 20) in seen.shapes  # of the embedding
+        if not expected:
+            assert all(p.grad is None for p in optimizer.param_groups[0]["params"])
+            with Allocations() as seen:
+                optimizer.step()
+            assert not {(33, 20), (20, 33)} & seen.shapes
+
+
+def accelerate_order(rank: int, world: int, folder: Path):
+    single, sharded = make_model(), make_model()
+    reference = make(single)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        optimizer = make(sharded)
+    assert all(p.requires_grad for p in sharded.blocks[0].tall.parameters())  # not kept from DDP
+    shard_as_accelerate(sharded, optimizer)
+    assert all(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    train(single, reference, range(STEPS), clip=0.05)
+    train(sharded, optimizer, range(STEPS), rank, world, clip=0.05)
+    assert_same_weights(sharded, single, TOLERANCE)
+
+
+def in_bfloat16(rank: int, world: int, folder: Path):
+    """R is exchanged in the precision that FSDP2's policy says, and added to the weights in theirs."""
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    reduced = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for dtype, policy in ((torch.float32, mixed), (torch.float32, reduced), (torch.bfloat16, MixedPrecisionPolicy())):
+        single, sharded = make_model(dtype), shard(make_model(dtype), mp_policy=policy)
+        reference, optimizer = make(single, optim="osd_sgd", lr=0.1), make(sharded, optim="osd_sgd", lr=0.1)
+        start = make_model(dtype).blocks[0].tall.weight
+        train(single, reference, range(STEPS))
+        train(sharded, optimizer, range(STEPS), rank, world)
+        moved = (single.blocks[0].tall.weight - start).norm()
+        for name in ("blocks.0.tall.weight", "blocks.1.wide.weight"):
+            p, q = single.get_parameter(name), whole(sharded.get_parameter(name))
+            assert (p - q).norm() < 0.1 * moved  # bfloat16 has 8 bits
+        assert optimizer.layers.layers["gate.weight"].leaf.dtype == torch.bfloat16
+        assert optimizer.layers.layers["gate.weight"].stand_in.dtype == dtype
+
+
+def eight_bit(rank: int, world: int, folder: Path):
+    """The reference is divided over one process, so that blocks lie within rows there, too."""
+    sizes = {"width": 128, "inner": 130}
+    single = shard(make_model(torch.float32, **sizes), single_process_mesh(world))
+    sharded = shard(make_model(torch.float32, **sizes))
+    for model in (single, sharded):
+        model.embedding.requires_grad_(False)  # 8-bit moments of what is not projected make steps of noise
+    # inputs of 37 tokens would leave columns of a P that starts as orth(A) to rounding
+    reference, optimizer = (make(model, "osd_adamw8bit", rank=64, init="orthonormal") for model in (single, sharded))
+    train(single, reference, range(STEPS))
+    train(sharded, optimizer, range(STEPS), rank, world)
+    assert local(optimizer.state[sharded.blocks[0].tall.weight]["exp_avg"]).dtype == torch.uint8
+    assert_same_weights(sharded, single, LR / 5)  # sums in another order change codes, see test_fsdp2_checkpoints.py
+
+
+def used_otherwise_too(rank: int, world: int, folder: Path):
+    """What comes to W beside its layer is reduced by FSDP2, and projected like a gradient."""
+
+    class Twice(Model):
+        def forward(self, tokens):
+            return super().forward(tokens) + self.blocks[0](self.embedding(tokens)) @ self.gate.weight.t()
+
+    torch.manual_seed(0)
+    single = Twice().double()
+    sharded = Twice().double()
+    sharded.load_state_dict(single.state_dict())
+    for model in (single, sharded):
+        model.blocks = model.blocks[:1] + nn.ModuleList([model.blocks[1]])
+    shard(sharded)
+    reference, optimizer = make(single), make(sharded)
+    train(single, reference, range(STEPS))
+    train(sharded, optimizer, range(STEPS), rank, world)
+    assert sharded.gate.weight.grad is None and len(optimizer.layers.layers) == 5
+    assert_same_weights(sharded, single, TOLERANCE)
+
+
+class Choice(nn.Module):
+    """Each process calls a layer of its own beside a common one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8, bias=False) for _ in range(3)]).double()
+
+    def forward(self, x, index: int):
+        return self.layers[2](x) + self.layers[index](x + 1)
+
+
+def called_on_some_processes(rank: int, world: int, folder: Path):
+    model = Choice()
+    fully_shard(model)
+    optimizer = make(model, target_modules="all-linear", rank=4)
+    with pytest.raises(ValueError, match="set_reduce_scatter_unused_params"):
+        model(torch.randn(4, 8).double(), rank).square().sum().backward()
+    optimizer.zero_grad()
+
+    model, single = Choice(), Choice()
+    single.load_state_dict(model.state_dict())
+    fully_shard(model)
+    model.set_reduce_scatter_unused_params(True)
+    optimizer, reference = (make(m, target_modules="all-linear", rank=4) for m in (model, single))
+    for step in range(4):
+        x = torch.randn(world, 4, 8, generator=torch.Generator().manual_seed(step)).double()
+        model(x[rank], rank).square().sum().backward()
+        (sum(single(x[i], i).square().sum() for i in range(world)) / world).backward()
+        for own in (optimizer, reference):
+            own.step()
+            own.zero_grad()
+    for p, q in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(whole(p.detach()), q.detach(), rtol=0, atol=TOLERANCE)
+
+
+def what_does_not_fit(rank: int, world: int, folder: Path):
+    """GPT-2's layer stores its weight transposed, and its rows, which are divided, are the inputs."""
+    from transformers.pytorch_utils import Conv1D
+
+    def chain(layers, x):
+        return layers["b"](layers["a"](x))
+
+    for order in (fully_shard, shard_as_accelerate):
+        model = Other(chain, a=nn.Linear(8, 12), b=Conv1D(6, 12))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_FSDP", "true")
+            patch.setattr("test_fsdp2_meshes.shard", fully_shard)
+            if order is fully_shard:
+                fully_shard(model)
+            optimizer = make(model, target_modules="all-linear", rank=4)
+            if order is shard_as_accelerate:
+                shard_as_accelerate(model, optimizer)
+        assert list(optimizer.layers.layers) == ["layers.a.weight"]
+        assert optimizer.layers.left == {"layers.b.weight": "the dimension of its inputs is divided"}
+        before = whole(model.layers["b"].weight).clone()
+        for _ in range(3):
+            model(torch.randn(5, 8).double()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not torch.equal(whole(model.layers["b"].weight), before)
+        assert set(optimizer.param_groups[0]["sides"]) == {"right"}
+
+
+def refused(rank: int, world: int, folder: Path):
+    model = make_model()
+    optimizer = make(model)
+    shard(model)
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match="make the optimizer after"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="source='activations' without `layerwise`"):
+        make(shard(make_model()), "osd_adamw_layerwise", source="gradients")
+    meshes = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (1, world), mesh_dim_names=("a", "b"))
+    model = make_model()
+    for block, mesh in zip(model.blocks, meshes, strict=True):
+        fully_shard(block, mesh=mesh)
+    with pytest.raises(ValueError, match="another mesh"):
+        make(fully_shard(model))
+
+
+def tensor_parallel(rank: int, world: int, folder: Path):
+    """Colwise layers make their rows of R themselves; rowwise ones, whose inputs are divided, go by gradients."""
+    mesh = init_device_mesh("cpu", (world,))
+    single, parallel = make_model(inner=34), make_model(inner=34)
+    for block, other in zip(single.blocks, parallel.blocks, strict=True):
+        parallelize_module(other, mesh, {"tall": ColwiseParallel(), "wide": RowwiseParallel()})
+        block.wide.weight.register_hook(lambda G: G)  # for which it goes by its gradients, too
+    reference, optimizer = (make(model, target_modules=["tall", "wide"]) for model in (single, parallel))
+    assert set(optimizer.layers.layers) == {"blocks.0.tall.weight", "blocks.1.tall.weight"}
+    assert set(optimizer.layers.left.values()) == {"the dimension of its inputs is divided"}
+    for step in range(STEPS):
+        losses = []
+        for model in (single, parallel):
+            loss = loss_of(model, step)
+            with CommDebugMode() as counts:
+                loss.backward()
+            losses.append(loss.detach())
+        assert counts.get_total_counts() == 2  # dx of each block
+        assert torch.allclose(*losses, rtol=1e-9)
+        for own in (reference, optimizer):
+            own.step()
+            own.zero_grad()
+    assert optimizer.state[parallel.blocks[0].tall.weight]["exp_avg"].placements == (Shard(0),)
+    assert_same_weights(parallel, single, TOLERANCE)
+    assert_same_state(optimizer, reference, 1e-7)
+
+    pair = Other(lambda layers, x: layers["q"](x) * layers["k"](x), q=nn.Linear(8, 6), k=nn.Linear(8, 6))
+    parallelize_module(pair, mesh, {"layers.q": ColwiseParallel(), "layers.k": ColwiseParallel()})
+    optimizer = make(pair, target_modules="all-linear", rank=2)
+    pair(DTensor.from_local(torch.randn(3, 8).double(), mesh, [Replicate()]))
+    assert len(set(optimizer.layers.inputs())) == 1  # where both are given one DTensor
+
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("data", "tensor"))
+    both = make_model(inner=34)
+    for block in both.blocks:
+        parallelize_module(block, mesh["tensor"], {"tall": ColwiseParallel()})
+    with pytest.raises(ValueError, match="not with both at once"):
+        make(shard(both, mesh["data"]), target_modules=["tall"])
+
+
+def resumed(rank: int, world: int, folder: Path, end: int = 5):
+    """Saved by two processes; these go on bit for bit, and one and four from the same files."""
+    model = shard(make_model())
+    optimizer = make(model)
+    if world == 2 and not (folder / "end.bin").exists():
+        train(model, optimizer, range(3), rank, world)
+        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, checkpoint_id=folder / "saved")
+        train(model, optimizer, range(3, end), rank, world)
+        own = {name: whole(p.detach()) for name, p in model.named_parameters()}
+        if rank == 0:
+            ProjectionState.from_optimizer(optimizer).save_pretrained(folder / "p")
+            torch.save(own, folder / "end.bin")
+        dist.barrier()
+        model = shard(make_model())
+        optimizer = make(model)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder / "saved")
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    train(model, optimizer, range(3, end), rank, world)
+    expected = torch.load(folder / "end.bin")
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(whole(p.detach()), expected[name], rtol=0, atol=0 if world == 2 else TOLERANCE)
+    assert ProjectionState.from_pretrained(folder / "p")["blocks.0.wide.weight"].projection.shape == (33, RANK)
+
+
+TWO = [dense, clipped, accumulated, checkpointed, no_gradient_of_w, accelerate_order, in_bfloat16, eight_bit]
+TWO += [used_otherwise_too, called_on_some_processes, what_does_not_fit, refused, tensor_parallel, resumed]
+FOUR = [hsdp, dense, resumed]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return processes.run(2, SCENARIOS, tmp_path_factory.mktemp("activations"))
+    folder = tmp_path_factory.mktemp("activations")
+    results = {(2, name): text for name, text in processes.run(2, TWO, folder).items()}
+    results |= {(4, name): text for name, text in processes.run(4, FOUR, folder).items()}
+    return results | {(1, name): text for name, text in processes.run(1, [resumed], folder).items()}
 
 
-@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
-def test_two_processes(results, scenario: str):
-    assert not results[scenario], results[scenario]
+CASES = [(2, scenario) for scenario in TWO] + [(4, scenario) for scenario in FOUR] + [(1, resumed)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1].__name__} on {case[0]}")
+def test_processes(results, case):
+    world, scenario = case
+    assert not results[world, scenario.__name__], results[world, scenario.__name__]

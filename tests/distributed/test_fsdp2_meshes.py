@@ -37,7 +37,7 @@ def shard_as_accelerate(model: nn.Module, optimizer: OSD) -> None:
     from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
 
     old = {name: p.data_ptr() for name, p in model.named_parameters()}
-    gone = [weakref.ref(p) for p in model.parameters()]
+    gone = [weakref.ref(p) for name, p in model.named_parameters() if "osd_stand_ins" not in name]
     for group in optimizer.param_groups:
         for i, p in enumerate(group["params"]):
             group["params"][i] = torch.empty(1, dtype=p.dtype)

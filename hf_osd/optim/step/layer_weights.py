@@ -44,10 +44,20 @@ class LayerWeights(Weights):
 
     def meet(self) -> None:  # noqa: D102 - see Weights
         self.layer_of = self.layers.by_weight()
+        divided = {p for p, layer in self.layer_of.items() if layer.sharding is not None}
+        if divided and divided.isdisjoint(p for group in self.groups for p in group["params"]):
+            raise ValueError(
+                "The model's weights have been exchanged by `fully_shard` since: make the optimizer after it, or let "
+                "accelerate prepare both."
+            )
         super().meet()
 
+    def let_go(self) -> None:  # noqa: D102
+        self.layer_of = {}
+        super().let_go()
+
     def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:  # noqa: D102
-        if self.layers.meeting.changed:
+        if self.layers.meeting.changed or not self._weights:
             self.meet()
             self.layers.meeting.changed = False
         return super().with_gradients()
