@@ -6,17 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..subspace import effective_rank
+from .candidates import owners_of, zeros_like_R
 from .divided import reason_of, zeros_by_rows
 from .exchange import all_holders, average_inputs, ddp_may_come
 from .first_pass import end_first_pass, wait_for_first_pass
 from .fsdp import groups_of_fsdp, keep_from_fsdp
-from .layer import LayerInfo, Meeting, plain_class
+from .layer import LayerInfo, Meeting
 from .linear import InSubspace, prepared_classes
 from .shared_input import SharedInput
 
@@ -32,7 +30,7 @@ class PreparedLayers(nn.Module):
     The gradient of a stand-in is R, so everything that works on gradients works on R: accumulation, clipping, loss
     scaling, DDP. Where weights are divided among processes, it is divided like them. Weights keep `requires_grad` and
     get no gradient from their layers; what else a model does with them is seen by the gradient that they get from
-    there. Nothing of this is in the model's `state_dict`, and none of it in a copy of the model, whose layers are plain.
+    there. Nothing of this is in the model's `state_dict`, none of it in a copy of the model, which has plain layers.
 
     Args:
         model (`nn.Module`): The model.
@@ -62,7 +60,7 @@ class PreparedLayers(nn.Module):
         self.meeting = Meeting()
         self.installed = self.findable = self._following = False
         self._watch: Any = None
-        owners = _owners(model)
+        owners = owners_of(model)
         self._exchanged = ddp_may_come() and all(sharding_of(p, "") is None for p in owners)
         self._shown: list[LayerInfo] = []
         for name, rank in ranks.items():
@@ -72,7 +70,7 @@ class PreparedLayers(nn.Module):
                 self.left[name] = reason
                 continue
             key = name.replace(".", "/")
-            self.register_parameter(key, nn.Parameter(_zeros(p, rank, modules[0], self._exchanged)))
+            self.register_parameter(key, nn.Parameter(zeros_like_R(p, rank, modules[0], self._exchanged)))
             self.layers[name] = LayerInfo(name, modules, self, key, self.meeting)
         keep_from_fsdp(self)
         self.follow_weights()
@@ -155,8 +153,10 @@ class PreparedLayers(nn.Module):
         try:
             managed = groups_of_fsdp(self._model[0])
             for layer in whole:
-                W = layer.weight
-                sharding = None if self.installed and W.is_meta else self._sharding_of(W, layer.name)
+                W = layer.modules[0]._parameters.get("weight")
+                if W is None or (W.is_meta and self.installed):  # computed from others; on its way to a device
+                    continue
+                sharding = self._sharding_of(W, layer.name)
                 reason = None if sharding is None else reason_of(sharding, layer.transposed)
                 if reason is not None:
                     layer.show()
@@ -296,39 +296,3 @@ def _make_plain(layer: LayerInfo) -> None:
         if isinstance(module, InSubspace) and vars(module).get("osd") is layer:
             module.__class__ = module.plain  # type: ignore[assignment]
             del vars(module)["osd"]
-
-
-def _owners(model: nn.Module) -> dict[Tensor, tuple[list[nn.Module], str | None]]:
-    """Of each parameter the modules that have it, and why they cannot be prepared, if so."""
-    found: dict[Tensor, tuple[list[nn.Module], str | None]] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                modules, reason = found.get(p, ([], None))
-                found[p] = [*modules, module], reason or _reason(module, name)
-    return found
-
-
-def _reason(module: nn.Module, name: str) -> str | None:
-    """Why what a module does with a parameter is not known to be y = x Wᵀ + b."""
-    if plain_class(module) not in prepared_classes() or name != "weight":
-        return "no plain linear layer"
-    if "forward" in vars(module):
-        return "its forward is replaced"
-    p = module._parameters[name]
-    if getattr(p, "_backward_hooks", None) or getattr(p, "_post_accumulate_grad_hooks", None):
-        return "a hook waits for its gradient"
-    return None
-
-
-def _zeros(p: Tensor, rank: int, module: nn.Module, whole: bool) -> Tensor:
-    """Zeros shaped like R that take no memory, unless processes are to exchange them."""
-    rank = effective_rank(rank, *p.shape)
-    shape = (p.shape[0], rank) if plain_class(module) is nn.Linear else (rank, p.shape[1])
-    return torch.zeros(shape if whole else (1, 1), dtype=p.dtype, device=p.device).expand(shape)
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise `ValueError` for a model that DDP has: it would not exchange what is prepared afterwards."""
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError("source='activations' prepares the model before DDP wraps it: make the optimizer first.")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..declare import plain, refuse_unknown
 from ..layers import PreparedLayers, unload
-from ..layers.prepared import refuse_wrapped
+from ..layers.candidates import refuse_wrapped
 from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from .groups import by_name

@@ -23,6 +23,7 @@ from .low_rank import LowRank
 from .movement import Movements
 from .observation import observation
 from .projection import Make, usable
+from .sharding import local
 from .weight import Weight
 
 
@@ -30,6 +31,7 @@ class InputWeight(ProjectedWeight):
     """A weight of a prepared layer.
 
     Attributes:
+        parameter (`torch.Tensor`): W as the optimizer has it: `p` is this process's part of it.
         layer ([`LayerInfo`]): What its layers know.
         leader ([`InputWeight`]): The weight that holds P, maybe itself.
         given (`torch.Tensor`, *optional*): P_0, where the user gave one.
@@ -45,7 +47,8 @@ class InputWeight(ProjectedWeight):
         layer: LayerInfo,
         given: Tensor | None,
     ):
-        super().__init__(p, geometry, group)
+        super().__init__(local(p), geometry, group)
+        self.parameter = p
         self.layer, self.leader, self.given, self.stepped = layer, self, given, False
         self.sharing = [self]
 
@@ -53,11 +56,6 @@ class InputWeight(ProjectedWeight):
         """Use the P of another weight."""
         self.leader, self.P, self.slots = leader, leader.P, [self.slot, leader.slot]
         leader.sharing.append(self)
-
-    @property
-    def parameter(self) -> Tensor:
-        """W as the optimizer has it: `p` is this process's part of it."""
-        return self.layer.weight
 
     @property
     def clock(self) -> int:

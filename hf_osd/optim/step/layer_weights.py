@@ -78,7 +78,7 @@ class LayerWeights(Weights):
         layer = self.layer_of.get(p)
         if layer is None or not isinstance(geometry, ProjectedGeometry):
             return weight
-        return InputWeight(local(p), geometry, group, layer, self.given.get(geometry.name))
+        return InputWeight(p, geometry, group, layer, self.given.get(geometry.name))
 
     def share_given(self) -> None:
         """Let prepared layers that were given one and the same P share it; each other given P is one layer's own."""
