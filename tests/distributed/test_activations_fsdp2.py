@@ -1,6 +1,8 @@
 """`source="activations"` where FSDP2 divides the weights: as one process on the global batch, no gradients of W."""
 
+import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import processes
@@ -42,6 +44,8 @@ from hf_osd.layers import fsdp
 from hf_osd.optim.step.sharding import local
 from reference.nets_in_layers import Other
 
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))  # for `ddp_exchange`
 
 pytestmark = pytest.mark.distributed
 
@@ -269,6 +273,47 @@ def called_on_some_processes(rank: int, world: int, folder: Path):
         torch.testing.assert_close(whole(p.detach()), q.detach(), rtol=0, atol=TOLERANCE)
 
 
+class Exchanged(TorchDispatchMode):
+    """Bytes that this process gives to each kind of collective, and how many there are of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            name = function._opname.strip("_")
+            given = args[1] if "scatter" in name or "gather" in name else args[0][0]
+            self.bytes[name] += given.nbytes
+            self.calls[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def bytes_on_the_wire(rank: int, world: int, folder: Path):
+    """A step reduces what the benchmark counts, in one bucket, and gathers what it gathers with gradients."""
+    from ddp_exchange import exchanged_bytes, input_bytes
+
+    gathered = {}
+    for source in ("activations", "gradients"):
+        model = shard(make_model(inner=34), mp_policy=MixedPrecisionPolicy())
+        model.gate.requires_grad_(False)  # whose row would be padded
+        model.embedding.requires_grad_(False)  # 37 rows likewise
+        optimizer = make(model, source=source, target_modules=["tall", "wide"])
+        train(model, optimizer, range(2), rank, world)
+        with Exchanged() as seen:
+            loss_of(model, 2, rank, world).backward()
+            optimizer.step()
+        gathered[source] = seen.bytes["allgather_base"]
+        if source == "activations":
+            total, _, whole_bytes, _ = exchanged_bytes(optimizer, model)
+            checks = 8 * len(optimizer.trained_groups[0]["params"] + optimizer.trained_groups[1]["params"])
+            assert seen.bytes["allreduce"] == input_bytes(model) + checks and seen.calls["allreduce"] == 2
+            assert seen.bytes["reduce_scatter_base"] == total - input_bytes(model) < whole_bytes / 2
+            assert seen.calls["reduce_scatter_base"] == 3  # of each block's vectors, and of R
+    assert gathered["activations"] == gathered["gradients"] > 0
+
+
 def what_does_not_fit(rank: int, world: int, folder: Path):
     """GPT-2's layer stores its weight transposed, and its rows, which are divided, are the inputs."""
     from transformers.pytorch_utils import Conv1D
@@ -356,7 +401,7 @@ def tensor_parallel(rank: int, world: int, folder: Path):
 
 def resumed(rank: int, world: int, folder: Path, end: int = 5):
     """Saved by two processes; these go on bit for bit, and one and four from the same files."""
-    model = shard(make_model())
+    model = shard(make_model()) if dist.is_initialized() else make_model()
     optimizer = make(model)
     if world == 2 and not (folder / "end.bin").exists():
         train(model, optimizer, range(3), rank, world)
@@ -382,22 +427,27 @@ def resumed(rank: int, world: int, folder: Path, end: int = 5):
 
 
 TWO = [dense, clipped, accumulated, checkpointed, no_gradient_of_w, accelerate_order, in_bfloat16, eight_bit]
-TWO += [used_otherwise_too, called_on_some_processes, what_does_not_fit, refused, tensor_parallel, resumed]
-FOUR = [hsdp, dense, resumed]
+TWO += [used_otherwise_too, called_on_some_processes, what_does_not_fit, refused, tensor_parallel, bytes_on_the_wire]
+TWO += [resumed]
+FOUR = [hsdp, resumed]
+CASES = [(2, scenario.__name__) for scenario in TWO] + [(4, scenario.__name__) for scenario in FOUR]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("activations")
-    results = {(2, name): text for name, text in processes.run(2, TWO, folder).items()}
-    results |= {(4, name): text for name, text in processes.run(4, FOUR, folder).items()}
-    return results | {(1, name): text for name, text in processes.run(1, [resumed], folder).items()}
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("activations")
 
 
-CASES = [(2, scenario) for scenario in TWO] + [(4, scenario) for scenario in FOUR] + [(1, resumed)]
+@pytest.fixture(scope="module")
+def results(folder):
+    two, four = processes.run(2, TWO, folder), processes.run(4, FOUR, folder)
+    return {(2, name): text for name, text in two.items()} | {(4, name): text for name, text in four.items()}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1].__name__} on {case[0]}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1]} on {case[0]}")
 def test_processes(results, case):
-    world, scenario = case
-    assert not results[world, scenario.__name__], results[world, scenario.__name__]
+    assert not results[case], results[case]
+
+
+def test_one_process_goes_on(results, folder):
+    resumed(0, 1, folder)
