@@ -25,6 +25,8 @@ def reason_of(sharding: Any, transposed: bool) -> str | None:
             "source='activations' goes with FSDP2 or with tensor parallelism, not with both at once: use "
             "source='gradients'."
         )
+    if sharding.dim is None:
+        return "it is whole on each process of a mesh"
     return None if sharding.dim == 0 and not transposed else "the dimension of its inputs is divided"
 
 

@@ -77,6 +77,7 @@ class RowExchange:
         self._divided, *others = sorted(range(self.mesh.ndim), key=lambda i: sharding.placements[i].is_replicate())
         self._copied = [i for i in others if self.mesh.size(i) > 1]
         self._waiting: dict[Any, None] = {}
+        self._bytes = 0  # of what waits
         self._sent: list[Sent] = []
         self._pass, self._agreed = -1, self.mesh.size() == 1
 
@@ -88,7 +89,8 @@ class RowExchange:
             Variable._execution_engine.queue_callback(self.finish)  # type: ignore[attr-defined]
         if self._agreed and layer.fsdp.reduce_grads and not _fills_up(layer):
             self._waiting[layer] = None
-            if sum(other.leaf.grad.nbytes for other in self._waiting) >= BUCKET:
+            self._bytes += layer.leaf.grad.nbytes
+            if self._bytes >= BUCKET:
                 self._send(self._waiting)
 
     @torch.no_grad()
@@ -125,7 +127,7 @@ class RowExchange:
             group = self.mesh.get_group(self._divided)
             work = reduce_scatter(rows, given.view(-1), group=group, async_op=True)
             self._sent.append(Sent(members, work, given, rows))
-        self._waiting.clear()
+        self._waiting, self._bytes = {}, 0
 
     def _by_process(self, layers: list[Any]) -> Tensor:
         """The rows of each R that every process is to have, (processes, numbers); R is free then."""

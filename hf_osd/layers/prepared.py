@@ -146,30 +146,30 @@ class PreparedLayers(nn.Module):
 
         It then exchanges the optimizer's parameters, and looks for the model's: that is how it comes by here.
         """
-        whole = [layer for layer in self.layers.values() if layer.sharding is None]
-        if self._following or not whole:
+        found = {layer: self._sharding_now(layer) for layer in self.layers.values() if layer.sharding is None}
+        found = {layer: sharding for layer, sharding in found.items() if sharding is not None}
+        if self._following or not found:
             return
         self._following = True  # a look for FSDP2 comes by here, too
-        try:
-            managed = groups_of_fsdp(self._model[0])
-            for layer in whole:
-                W = layer.modules[0]._parameters.get("weight")
-                if W is None or (W.is_meta and self.installed):  # computed from others; on its way to a device
-                    continue
-                sharding = self._sharding_of(W, layer.name)
-                reason = None if sharding is None else reason_of(sharding, layer.transposed)
-                if reason is not None:
-                    layer.show()
-                    self.leave(layer.name, reason, expected=self.installed)
-                    if self.installed:
-                        logger.warning("%s learns from its gradients, not from activations: %s.", layer.name, reason)
-                elif sharding is not None:
-                    layer.show()
-                    B = zeros_by_rows(sharding, layer.stand_in.shape, W.dtype, W.device)
-                    self._parameters[layer.key] = B
-                    layer.divide(sharding, next((managed[m] for m in layer.modules if m in managed), None))
-        finally:
-            self._following = False
+        managed = groups_of_fsdp(self._model[0])
+        self._following = False
+        for layer, sharding in found.items():
+            layer.show()
+            reason = reason_of(sharding, layer.transposed)
+            if reason is not None:
+                self.leave(layer.name, reason, expected=self.installed)
+                if self.installed:
+                    logger.warning("%s learns from its gradients, not from activations: %s.", layer.name, reason)
+                continue
+            B, W = layer.stand_in, layer.weight
+            self._parameters[layer.key] = zeros_by_rows(sharding, B.shape, W.dtype, W.device)
+            layer.divide(sharding, next((managed[m] for m in layer.modules if m in managed), None))
+
+    def _sharding_now(self, layer: LayerInfo) -> Any:
+        W = layer.modules[0]._parameters.get("weight")
+        if W is None or (W.is_meta and self.installed):  # computed from others; on its way to a device
+            return None
+        return self._sharding_of(W, layer.name)
 
     def by_weight(self) -> dict[Tensor, LayerInfo]:
         """The layers by weight, as these are now: moving and sharding a model exchanges them."""
