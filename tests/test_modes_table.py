@@ -85,7 +85,7 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         (
             "yes",
             [
-                "distributed/test_activations_fsdp2.py::test_processes",
+                "distributed/test_activations_fsdp2.py::test_two_processes",
                 "distributed/test_fsdp2_trainer.py::test_two_processes_train_what_one_trains",
                 "rso/test_rso_ddp.py::test_two_processes_train_as_one",
             ],

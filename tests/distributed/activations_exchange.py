@@ -14,10 +14,10 @@ from sharded_models import (
     loss_of,
     make_model,
     shard,
+    shard_as_accelerate,
     train,
     whole,
 )
-from test_fsdp2_meshes import shard_as_accelerate
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -173,7 +173,7 @@ def what_does_not_fit(rank: int, world: int, folder: Path):
         model = Other(chain, a=nn.Linear(8, 12), b=Conv1D(6, 12))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ACCELERATE_USE_FSDP", "true")
-            patch.setattr("test_fsdp2_meshes.shard", fully_shard)
+            patch.setattr("sharded_models.shard", fully_shard)
             if order is fully_shard:
                 fully_shard(model)
             optimizer = make(model, target_modules="all-linear", rank=4)
@@ -197,7 +197,7 @@ def refused(rank: int, world: int, folder: Path):
     loss_of(model, 0).backward()
     with pytest.raises(ValueError, match="make the optimizer after"):
         optimizer.step()
-    with pytest.raises(ValueError, match="source='activations' without `layerwise`"):
+    with pytest.raises(ValueError, match="source='activations' instead"):
         make(shard(make_model()), "osd_adamw_layerwise", source="gradients")
     meshes = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (1, world), mesh_dim_names=("a", "b"))
     model = make_model()

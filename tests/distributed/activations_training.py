@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from sharded_models import (
     LR,
     RANK,
@@ -16,25 +15,18 @@ from sharded_models import (
     loss_of,
     make_model,
     shard,
+    shard_as_accelerate,
     single_process_mesh,
     train,
     whole,
 )
-from test_fsdp2_meshes import shard_as_accelerate
 from test_fsdp2_trainer import pretend_to_be_on_gpus
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_osd import OSD, ProjectionState, create_osd_optimizer
+from hf_osd import OSD, create_osd_optimizer
 from hf_osd.layers import fsdp
 from hf_osd.optim.step.sharding import local
 
@@ -84,10 +76,6 @@ def clipped(rank: int, world: int, folder: Path):
         compare(rank, world, clip=0.05)
     finally:
         fsdp.BUCKET = 2**25
-
-
-def hsdp(rank: int, world: int, folder: Path):
-    compare(rank, world, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
 
 
 def accumulated(rank: int, world: int, folder: Path):
@@ -224,30 +212,3 @@ def eight_bit(rank: int, world: int, folder: Path):
     train(sharded, optimizer, range(STEPS), rank, world)
     assert local(optimizer.state[sharded.blocks[0].tall.weight]["exp_avg"]).dtype == torch.uint8
     assert_same_weights(sharded, single, LR / 5)  # sums in another order change codes, see test_fsdp2_checkpoints.py
-
-
-def resumed(rank: int, world: int, folder: Path, end: int = 5):
-    """Saved by two processes; these go on bit for bit, and one and four from the same files."""
-    model = shard(make_model()) if dist.is_initialized() else make_model()
-    optimizer = make(model)
-    if world == 2 and not (folder / "end.bin").exists():
-        train(model, optimizer, range(3), rank, world)
-        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.save(state, checkpoint_id=folder / "saved")
-        train(model, optimizer, range(3, end), rank, world)
-        own = {name: whole(p.detach()) for name, p in model.named_parameters()}
-        if rank == 0:
-            ProjectionState.from_optimizer(optimizer).save_pretrained(folder / "p")
-            torch.save(own, folder / "end.bin")
-        dist.barrier()
-        model = shard(make_model())
-        optimizer = make(model)
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder / "saved")
-    set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    train(model, optimizer, range(3, end), rank, world)
-    expected = torch.load(folder / "end.bin")
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(whole(p.detach()), expected[name], rtol=0, atol=0 if world == 2 else TOLERANCE)
-    assert ProjectionState.from_pretrained(folder / "p")["blocks.0.wide.weight"].projection.shape == (33, RANK)

@@ -126,8 +126,8 @@ class GradientStream:
     def _check_processes(self) -> None:
         if any(is_sharded(p) for group in self.weights.groups for p in group["params"]):
             raise ValueError(
-                "`layerwise` needs whole gradients, which nobody has under FSDP2. For none of full size use "
-                "source='activations' without `layerwise`."
+                "`layerwise` needs whole parameters, and these are sharded (FSDP2). Use source='activations' instead, "
+                "which has no gradients of full size there either."
             )
         if in_a_process_of_many():
             raise ValueError(
