@@ -226,7 +226,7 @@ class OSD(SavedOptimizer):
         self._weights: Weights | None = None
         self._groups: list[dict[str, Any]] | None = None  # that they were made of
         self._constructed = False
-        super().__init__(with_plain_names(params if selection is None else divided(params, selection)), defaults)
+        super().__init__(with_plain_names(params if selection is None else divided(params, selection, lr)), defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known

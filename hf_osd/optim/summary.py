@@ -8,6 +8,7 @@ from torch import nn
 
 from ..text import announce, format_bytes, format_count, shortened
 from .memory import adamw_state_bytes, predicted_state_bytes
+from .options.table import LR_MULTIPLE
 from .osd import OSD
 from .selection.quantised import is_quantised
 from .step.geometry import ProjectedGeometry
@@ -65,8 +66,8 @@ def summary(optimizer: OSD, model: object = None) -> str:
         f"OSD: {matrices} matrices projected to {rank} ({format_count(numel[True], 'M')} parameters"
         f"{f': {projected_kinds}' if projected_kinds else ''}), "
         f"{format_count(numel[False], 'M')} parameters at full size{f' ({whole})' if whole else ''}"
-        f"{_frozen(model) if isinstance(model, nn.Module) else ''}{_sources(optimizer, matrices)}; optimizer state "
-        f"{'' if _sharing_is_known(optimizer) else 'at most '}"
+        f"{_frozen(model) if isinstance(model, nn.Module) else ''}{_sources(optimizer, matrices)}"
+        f"{_other_groups(optimizer)}; optimizer state {'' if _sharing_is_known(optimizer) else 'at most '}"
         f"{format_bytes(predicted_state_bytes(optimizer), smallest='MB')}, "
         f"AdamW's {format_bytes(adamw_state_bytes(optimizer), smallest='MB')}"
     )
@@ -83,6 +84,20 @@ def _sources(optimizer: OSD, matrices: int) -> str:
         reasons.setdefault(reason, {})[_kind(name)] = None
     why = "; ".join(f"{reason}: {shortened(kinds, KINDS_SHOWN)}" for reason, kinds in reasons.items())
     return text + (f", {matrices - count} from gradients ({why})" if reasons else "")
+
+
+def _other_groups(optimizer: OSD) -> str:
+    """What `full_size_optim` and `lr_pattern` have made of groups."""
+    rule = optimizer.defaults["weight_rule"]
+    others = {group["weight_rule"] for group in optimizer.trained_groups if group["rank"] is None} - {rule}
+    rates: dict[float, list[str]] = {}
+    for group in optimizer.trained_groups:
+        if LR_MULTIPLE in group:
+            names = group.get("param_names") or [f"{len(group['params'])} parameters"]
+            rates.setdefault(group[LR_MULTIPLE], []).extend(names)
+    texts = [f"at full size by {', '.join(sorted(others))}"] if others else []
+    texts += [f"{rate:g} times the learning rate for {shortened(own, 2)}" for rate, own in rates.items()]
+    return "".join(f"; {text}" for text in texts)
 
 
 def _sharing_is_known(optimizer: OSD) -> bool:

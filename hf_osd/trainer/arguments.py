@@ -70,6 +70,8 @@ class OSDTrainingArguments(TrainingArguments):
     osd_layerwise_clipping: str | None = flag("layerwise_clipping")
     osd_partial_load: bool | None = flag("partial_load")
     osd_rank_pattern: str | None = flag("rank_pattern")
+    osd_lr_pattern: str | None = flag("lr_pattern")
+    osd_full_size_optim: str | None = flag("full_size_optim")
     osd_preset: str | None = flag("preset")
     # end of options
 

@@ -31,7 +31,8 @@ def in_subspace(text: str = "") -> Callable[[Mapping[str, Any]], str]:
     return lambda group: f"with subspace={group['subspace']!r}{text}"
 
 
-def _names(rules: Iterable[str]) -> str:
+def names_in_code(rules: Iterable[str]) -> str:
+    """`a`, `b`, `c`."""
     return ", ".join(f"`{name}`" for name in rules)
 
 
@@ -58,7 +59,7 @@ class Options:
     )
     weight_rule: str = option(
         "adamw",
-        f"Update rule of the weights: {_names(RULES)}.",
+        f"Update rule of the weights: {names_in_code(RULES)}.",
         check=one_of(RULES),
         state=True,
         argument="optim='osd_*'",
@@ -76,7 +77,7 @@ class Options:
     )
     subspace: str | SubspaceRule = option(
         "online_pca",
-        f"How P moves: {_names(SUBSPACES)}.\n\nOr a [`SubspaceRule`] of your own.",
+        f"How P moves: {names_in_code(SUBSPACES)}.\n\nOr a [`SubspaceRule`] of your own.",
         check=one_of(
             SUBSPACES,
             lambda value: isinstance(value, SubspaceRule) or is_rule(value),
@@ -90,7 +91,7 @@ class Options:
     )
     projection_rule: str | None = option(
         None,
-        f"Update rule of P: {_names(RULES)} (every pair of the paper's Table 6).",
+        f"Update rule of P: {names_in_code(RULES)} (every pair of the paper's Table 6).",
         check=one_of(RULES),
         key="projection_optim",
         needs=(RANK, LEARNED),

@@ -56,6 +56,7 @@ def _owned_by_updates(owners: tuple[str, ...]) -> tuple[Need, ...]:
 # name in a group -> its option
 OPTIONS: dict[str, Option] = options_of(Options) | _declared_by_rules()
 DEFAULTS: dict[str, Any] = {name: own.default for name, own in OPTIONS.items()}
+LR_MULTIPLE = "lr_multiple"  # key of a group that has so many times the learning rate, by `lr_pattern`
 CYCLED = ("betas", "momentum")  # what torch's schedules change in a group, beside the learning rate
 PROJECTED = frozenset(name for name, own in OPTIONS.items() if RANK in own.needs)  # what only projected groups use
 
