@@ -11,6 +11,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainingArguments, create_osd_optimizer
+from hf_osd.hub.card.section import render_section
+from hf_osd.optim.osd import osd_of
+from hf_osd.trainer.push import _facts
 from reference.tiny_models import tiny_llama
 
 
@@ -130,6 +133,11 @@ def test_trainer_logs_the_rate_itself_and_resumes(tmp_path: Path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+    facts = _facts(osd_of(again.optimizer), again.args, again.state, again.model)  # type: ignore[arg-type]
+    card = render_section(facts, picture=None, projections=True)
+    assert "| learning rate | 0.01, linear schedule |" in card and "| rule at full size | `sgd` |" in card
+    assert f'lr_pattern="{everywhere}"' in card and 'full_size_optim="sgd"' in card
 
     for changed, message in (({"osd_lr_pattern": TEXT}, "2 times lr"), ({"osd_full_size_optim": "lion"}, "lion")):
         options = typed | {"osd_lr_pattern": everywhere} | changed
