@@ -48,7 +48,7 @@ class OSDTrainingArguments(TrainingArguments):
     osd_projection_optim: str | None = flag("projection_optim")
     osd_projection_lr: float | None = flag("projection_lr")
     osd_projection_weight_decay: float | None = flag("projection_weight_decay")
-    osd_scale: float | None = flag("scale")
+    osd_scale: str | None = flag("scale")
     osd_init: str | None = flag("init")
     osd_side: str | None = flag("side")
     osd_carry_moments: bool | None = flag("carry_moments")

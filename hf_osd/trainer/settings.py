@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -23,8 +23,6 @@ from ..optim.step.sharding import FLAT, NOT_SHARDED
 from ..subspace.initialization import INITS
 from ..update_rules import rule_options
 
-
-KINDS: dict[str, type] = {key: own.check.kind for key, own in KEYS.items()}  # of `optim_args`
 
 # What users may look for in `optim_args` and an argument of Trainer's sets: that is the one place.
 TRAINER_FIELDS: dict[str, str] = {
@@ -64,8 +62,8 @@ def uses_osd(args: TrainingArguments) -> bool:
     return optim_name(args) in OPTIM_NAMES
 
 
-def parse_optim_args(text: str | None, kinds: Mapping[str, type] = KINDS) -> dict[str, Any]:
-    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else than these `kinds`."""
+def parse_optim_args(text: str | None) -> dict[str, Any]:
+    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else."""
     if text is not None and not isinstance(text, str):
         raise ValueError(f"`optim_args` must be a text, key=value,key=value, got {type(text).__name__}.")
     values: dict[str, Any] = {}
@@ -80,10 +78,10 @@ def parse_optim_args(text: str | None, kinds: Mapping[str, type] = KINDS) -> dic
             raise ValueError(
                 f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in `optim_args`."
             )
-        refuse_unknown([key], kinds, "`optim_args`")
+        refuse_unknown([key], KEYS, "`optim_args`")
         if key in values:
             raise ValueError(f"{key!r} is given twice in `optim_args`: {text!r}.")
-        values[key] = typed(value, kinds[key], f"{key!r} in `optim_args`")
+        values[key] = typed(value, key, f"{key!r} in `optim_args`")
     return values
 
 
@@ -242,17 +240,20 @@ def _environment(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-def typed(value: Any, wanted: type, where: str) -> Any:
+def typed(value: Any, key: str, where: str) -> Any:
     """What a text stands for, as YAML gives `1e-3`; anything else as it is."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or key not in KEYS or value in KEYS[key].check.names:
         return value
+    check = KEYS[key].check
+    wanted = check.kind
     kind = {int: "an integer", float: "a number", bool: "true or false"}.get(wanted, "")
     try:
         if wanted is bool:
             return {"true": True, "false": False}[value.lower()]
         return wanted(value)
     except (ValueError, KeyError):
-        raise ValueError(f"{where} must be {kind}, got {value!r}.") from None
+        names = "".join(f", or {name}" for name in check.names)
+        raise ValueError(f"{where} must be {kind}{names}, got {value!r}.") from None
 
 
 def _is_repository(init: str) -> bool:
@@ -264,7 +265,7 @@ def _fields(args: TrainingArguments) -> dict[str, Any]:
     # arguments that an earlier version has saved may have more
     found = {key: getattr(args, f"osd_{key}", None) for key in (*KEYS, *RETIRED)}
     given = {key: value for key, value in found.items() if value is not None}
-    return {key: typed(value, KINDS.get(key, str), f"`osd_{key}`") for key, value in given.items()}
+    return {key: typed(value, key, f"`osd_{key}`") for key, value in given.items()}
 
 
 def _mode(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...declare import Need, boolean, integer, number, one_of, option
+from ...declare import Need, boolean, integer, number, number_or, one_of, option
 from ...subspace import SIDES, SUBSPACES, SubspaceRule, is_rule, rule_class
 from ...subspace.initialization import INITS
 from ...subspace.protocol import Renewed
@@ -112,10 +112,12 @@ class Options:
         needs=(RANK, LEARNED),
         unset="the weights' own",
     )
-    scale: float = option(
+    scale: float | str = option(
         1.0,
-        "Factor on the projected update (GaLore's 0.25; the paper's text has none).",
-        check=number(0, open_below=True),
+        "Factor on the projected update (GaLore's 0.25; the paper's text has none), or `auto`: sqrt(s/r) of each "
+        "weight, s its projected dimension, by which updates have the root mean square of those at full size.\n\n"
+        "On both sides sqrt(m n)/r. The residual is scaled by it, too.",
+        check=number_or("auto", 0, open_below=True),
         needs=(RANK,),
     )
     weight_decay: float = option(0.0, "Decoupled weight decay.", check=number(0), argument="weight_decay")

@@ -117,6 +117,10 @@ def _refuse_impossible_rule(options: Mapping[str, Any], where: str) -> None:
             f"subspace={name!r} of {where} mixes in the momentum, which weight_rule={weight!r} does not keep as an "
             "average: set `mixing` to 0."
         )
+    if options["scale"] == "auto" and options["unbiased"]:
+        raise ValueError(
+            f"scale='auto' of {where} is for P with columns of length 1: `unbiased` makes them as much longer."
+        )
     if options["projection_lr"] is not None and not OPTIONS["alpha"].has_default(options["alpha"]):
         raise ValueError(
             f"`alpha` and `projection_lr` of {where} set the same thing, P's learning rate: give one of them."

@@ -147,7 +147,8 @@ class ProjectedWeight(Weight):
 
     def _add_(self, update: Update, check: GradientCheck) -> None:
         """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S)."""
-        W, op, alpha, (D, P, add_rest) = self.p, self.op, -self.group["lr"] * self.group["scale"], update
+        W, op, scale, (D, P, add_rest) = self.p, self.op, self.group["scale"], update
+        alpha = -self.group["lr"] * (self.geometry.full_scale if scale == "auto" else scale)
         if self.group["stochastic_rounding"] and W.dtype == torch.bfloat16:
 
             def add_(X: Tensor, rows: slice) -> None:
