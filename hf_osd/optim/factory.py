@@ -190,8 +190,8 @@ def create_osd_optimizer(
             or parameter's name, of which the first that matches counts. `{"q_proj": 64, "layers.0.mlp.*": 32}`, or
             `"q_proj:64;layers.0.mlp.*:32"`. `lr_pattern` (`Mapping[str, float]` or `str`), in the same form, has
             multiples of `lr` for parameters, projected or not; P's learning rate goes with its weights'. They become
-            groups with an `lr` of their own, which schedules scale as others. `full_size_optim` (`str`) is the update
-            rule of what is not projected.
+            groups with an `lr` of their own, which schedules scale as others; from activations, layers of one input
+            share a P within a group. `full_size_optim` (`str`) is the update rule of what is not projected.
 
     Raises:
         ValueError: For an unknown name or option, with the nearest one, or an empty selection.

@@ -142,8 +142,8 @@ def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> d
 
 
 def _refuse_without_model(args: TrainingArguments, settings: OSDSettings) -> None:
-    by_model = settings.exclude_modules, settings.rank_pattern, settings.lr_pattern, settings.full_size
-    if args.optim_target_modules or any(by_model):
+    by_names = settings.exclude_modules, settings.rank_pattern, settings.lr_pattern, settings.full_size
+    if args.optim_target_modules or any(by_names):
         raise ValueError(
             f"{optim_name(args)} needs the model for its choice of layers: get_optimizer_cls_and_kwargs(args, model)."
         )

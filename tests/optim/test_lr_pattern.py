@@ -90,6 +90,18 @@ def test_parameters_at_full_size_are_stepped_by_a_rule_of_their_own(rule: str):
         torch.testing.assert_close(net[0].weight, twin[0].weight, rtol=1e-12, atol=0)
 
 
+def test_layerwise_steps_alike():
+    models = [tiny_llama() for _ in range(2)]
+    for model, name in zip(models, ("osd_adamw", "osd_adamw_layerwise"), strict=True):
+        optimizer = create_osd_optimizer(model, name, rank=4, lr=0.01, lr_pattern=RATES, full_size_optim="lion")
+        for _ in range(2):
+            model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_what_is_wrong_or_has_no_effect_is_refused():
     for options, message in (
         ({"lr_pattern": "q_porj:2"}, "'q_porj' in `lr_pattern` matches no module or parameter that is trained"),
