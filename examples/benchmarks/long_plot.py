@@ -1,5 +1,6 @@
 """The picture of a long comparison: what each method reached, and how, by tokens and by time."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         style = {"color": colors.get(row["method"], "0.55"), "linewidth": 1.2}
         by_tokens.plot([step * millions for step in steps], losses, **style)
         by_time.plot([step * row["seconds_per_step"] / 60 for step in steps], losses, **style)
-    if rows:  # the first evaluations would hide the rest
-        ends = [loss for row in rows for _, loss in row["curves"][0][len(row["curves"][0]) // 5 :]]
+    ends = [loss for row in rows for _, loss in row["curves"][0][len(row["curves"][0]) // 5 :] if math.isfinite(loss)]
+    if ends:  # the first evaluations would hide the rest
         for axes in (by_tokens, by_time):
             axes.set_ylim(min(ends) - 0.05, max(ends) + 0.05)
     by_tokens.set_xlabel("million tokens")
