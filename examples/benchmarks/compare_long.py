@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("experiment", help="name of a file in experiments/")
     parser.add_argument("--data", help="data set for --dataset; results are written under its name")
     parser.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
-    parser.add_argument("--status", action="store_true", help="run nothing: the table of what has finished")
+    parser.add_argument("--status", action="store_true", help="run nothing: what has finished, and its table")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
     arguments = parser.parse_args()
@@ -220,6 +220,7 @@ def _rows(contenders: list[Contender], folder: Path) -> list[dict[str, Any]]:
 def _look(run: Run, folder: Path) -> dict[str, Any]:
     if (found := finished(run, folder)) is None:
         raise Missing(f"{run.name} has not finished")
+    print(f"{folder.name} {run.name}: perplexity {found['perplexity']:.2f}")
     return found
 
 
