@@ -162,7 +162,7 @@ def learned_rank(init: Any) -> int | None:
 def create_osd_optimizer(
     model: nn.Module,
     optim: str = "osd_adamw",
-    lr: float = 1e-3,
+    lr: float | Tensor = 1e-3,
     *,
     rank: int | None = None,
     target_modules: str | Iterable[str] = ALL_LINEAR,
@@ -178,7 +178,7 @@ def create_osd_optimizer(
         optim (`str`, *optional*, defaults to `"osd_adamw"`):
             `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor` or `osd_sgd`, or one of them
             with `_layerwise`.
-        lr (`float`, *optional*, defaults to 1e-3): Learning rate.
+        lr (`float` or `torch.Tensor`, *optional*, defaults to 1e-3): Learning rate, see [`OSD`].
         rank (`int`, *optional*): r. Defaults to that of each P in `init`, else to 128.
         target_modules, exclude_modules: What is projected, see [`~optim.selection.targets.select`].
         preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.

@@ -68,6 +68,8 @@ class OSDTrainingArguments(TrainingArguments):
     osd_mixing: float | None = flag("mixing")
     osd_momentum: float | None = flag("momentum")
     osd_layerwise_clipping: str | None = flag("layerwise_clipping")
+    osd_capturable: bool | None = flag("capturable")
+    osd_projection_stream: bool | None = flag("projection_stream")
     osd_partial_load: bool | None = flag("partial_load")
     osd_rank_pattern: str | None = flag("rank_pattern")
     osd_lr_pattern: str | None = flag("lr_pattern")

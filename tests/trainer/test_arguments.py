@@ -123,7 +123,9 @@ def test_the_keys_are_these():
     keys = "rank rank_pattern alpha lambda scale projection_optim subspace init side projection_lr partial_load preset"
     keys += " projection_weight_decay projection_dtype moment_dtype update_interval projection_interval distribution"
     keys += " mixing carry_moments residual residual_scale momentum stochastic_rounding seed layerwise_clipping"
-    keys += " source projection_sample unbiased restart_moments lr_pattern full_size_optim"
+    keys += (
+        " source projection_sample unbiased restart_moments lr_pattern full_size_optim capturable projection_stream"
+    )
     assert set(keys.split()) == KEYS.keys()
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
     assert own == {f"osd_{key}" for key in KEYS} | {"osd_exclude_modules"}
@@ -143,6 +145,8 @@ def test_what_a_key_sets_and_its_type():
         "unbiased",
         "stochastic_rounding",
         "partial_load",
+        "capturable",
+        "projection_stream",
     }
     assert {kinds[key] for key in texts} == {str} and kinds["alpha"] is kinds["mixing"] is float
     for key, kind in kinds.items():

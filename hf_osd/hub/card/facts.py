@@ -122,7 +122,7 @@ class CardFacts:
             ),
             state_bytes=predicted_state_bytes(osd),
             adamw_bytes=adamw_state_bytes(osd),
-            learning_rate=first.get("initial_lr", first["lr"]) / first.get(LR_MULTIPLE, 1),
+            learning_rate=float(first.get("initial_lr", first["lr"])) / first.get(LR_MULTIPLE, 1),
             lr_scheduler=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             steps=state.global_step,
             targets=_targets(args) if asked else None,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...declare import Need, Option, check_values, number, options_of, plain, refuse_without_effect, same
@@ -204,12 +205,30 @@ def has_cycled(group: Mapping[str, Any], name: str) -> bool:
 
 def lr_of_step(value: Any, where: str) -> Any:
     """A learning rate that somebody has put into a group, as steps take it; of a tensor a view without dimensions."""
-    if math.prod(getattr(value, "shape", (0,))) == 1:  # an array's or a tensor's only number
+    if getattr(value, "ndim", 0) and math.prod(value.shape) == 1:  # an array's or a tensor's only number
         value = value.reshape(())
     value = value if isinstance(value, Tensor) else plain(value)
     if not isinstance(value, Real) and getattr(value, "ndim", None) != 0:
         check_lr(value, where)
     return value
+
+
+def loaded_lr(value: Any, own: Any) -> Any:
+    """A saved learning rate in the form that the group has: on the device, where a graph is to read it there."""
+    number = plain(value)
+    return torch.full_like(own, number) if isinstance(own, Tensor) else number
+
+
+def refuse_baked_lr(group: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` for a tensor that a CUDA graph of the group's steps would not read."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        elsewhere = any(p.is_cuda and p.device != lr.device for p in group["params"])
+        if elsewhere or lr.dtype != torch.float32:
+            raise ValueError(
+                f"`lr` of {where} is {lr.dtype} on {lr.device}: with `capturable` it must be float32 on the "
+                "parameters' device."
+            )
 
 
 def check_lr(value: Any, where: str) -> None:
