@@ -52,13 +52,15 @@ def named(group: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict
     return {**group, "params": params}
 
 
-def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]], lr: Any) -> list[dict[str, Any]]:
     """Groups of one's own, of which each keeps its options, divided into those of a selection.
 
     Args:
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
         selection (`list[dict]`):
-            Groups of (name, parameter) pairs that differ in what is projected, as `factory.py` makes them.
+            Groups of (name, parameter) pairs that differ in what is projected, as `factory.py` makes them. Those with
+            an `LR_MULTIPLE` have as many times the learning rate.
+        lr (`float`): Learning rate of groups that have none of their own.
 
     Returns:
         In the order of the selection, and last what it does not know.
@@ -73,7 +75,10 @@ def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]]) -> li
     for chosen in selection:
         for group, rest in zip(own, left, strict=True):
             pairs = [(name, p) for name, p in chosen["params"] if rest.pop(p, None) is not None]
-            found += [{**chosen, **group, "params": pairs}] if pairs else []
+            made = {**chosen, **group, "params": pairs}
+            if options.LR_MULTIPLE in chosen:
+                made["lr"] = chosen[options.LR_MULTIPLE] * options.lr_of_step(group.get("lr", lr), "OSD")
+            found += [made] if pairs else []
     return found + [{**group, "params": list(rest.values())} for group, rest in zip(own, left, strict=True) if rest]
 
 

@@ -76,8 +76,10 @@ class OSD(SavedOptimizer):
             P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule.
         projection_weight_decay (`float`, *optional*):
             P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.
-        scale (`float`, *optional*, defaults to 1.0):
-            Factor on the projected update (GaLore's 0.25; the paper's text has none).
+        scale (`float` or `str`, *optional*, defaults to 1.0):
+            Factor on the projected update (GaLore's 0.25; the paper's text has none), or `auto`: sqrt(s/r) of each
+            weight, s its projected dimension, by which updates have the root mean square of those at full size. On
+            both sides sqrt(m n)/r. The residual is scaled by it, too.
         weight_decay (`float`, *optional*, defaults to 0.0): Decoupled weight decay.
         init (`str` or `Sequence[Tensor]` or `Mapping[str, Tensor]`, *optional*, defaults to `"auto"`):
             P's start: `svd` or `randomized_svd` of the first gradient, `auto`: one of them by size, `orthonormal`, or
@@ -193,7 +195,7 @@ class OSD(SavedOptimizer):
         projection_rule: str | None = None,
         projection_lr: float | None = None,
         projection_weight_decay: float | None = None,
-        scale: float = 1.0,
+        scale: float | str = 1.0,
         weight_decay: float = 0.0,
         init: str | Sequence[Tensor] | Mapping[str, Tensor] = "auto",
         side: str = "auto",
@@ -241,7 +243,7 @@ class OSD(SavedOptimizer):
         self._weights: Weights | None = None
         self._groups: list[dict[str, Any]] | None = None  # that they were made of
         self._constructed = False
-        super().__init__(with_plain_names(params if selection is None else divided(params, selection)), defaults)
+        super().__init__(with_plain_names(params if selection is None else divided(params, selection, lr)), defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known

@@ -175,7 +175,8 @@ class ProjectedWeight(Weight):
 
     def _add_(self, update: Update, check: GradientCheck) -> None:
         """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S)."""
-        W, op, rate, (D, P, add_rest) = self.p, self.op, -self.group["lr"] * self.group["scale"], update
+        W, op, scale, (D, P, add_rest) = self.p, self.op, self.group["scale"], update
+        rate = -self.group["lr"] * (self.geometry.full_scale if scale == "auto" else scale)
         alpha = rate
         if isinstance(rate, Tensor):  # products take numbers only, which would have to be read
             D, alpha = D.mul_(rate), 1.0
