@@ -130,11 +130,13 @@ class LayerInfo:
 
     @property
     def weight(self) -> nn.Parameter:
-        """W; where it is divided, as it lies between steps, also while FSDP2 has it gathered."""
+        """W; where it is divided, as it lies between steps, also while FSDP2 has it gathered, or divided by fewer."""
         W: Any = self.modules[0].weight
-        if self._divided is not None and isinstance(W, type(self._divided)):
+        if self._divided is None:
+            return W
+        if isinstance(W, type(self._divided)) and W.device_mesh == self.sharding.mesh:
             self._divided = W
-        return W if self._divided is None else self._divided
+        return self._divided
 
     @property
     def stand_in(self) -> nn.Parameter:

@@ -61,7 +61,8 @@ class PreparedLayers(nn.Module):
         self.installed = self.findable = self._following = False
         self._watch: Any = None
         owners = owners_of(model)
-        self._exchanged = ddp_may_come() and all(sharding_of(p, "") is None for p in owners)
+        whole = (sharding_of(model.get_parameter(name), name) is None for name in ranks)
+        self._exchanged = ddp_may_come() and all(whole)
         self._shown: list[LayerInfo] = []
         for name, rank in ranks.items():
             p, name = model.get_parameter(name), plain_name(name)

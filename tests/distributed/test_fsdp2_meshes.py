@@ -177,8 +177,9 @@ TWO = [accelerate_order, given_p, tensor_parallel, refused]
 
 def hsdp_from_activations(rank: int, world: int, folder: Path):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    activations_training.compare(rank, world, mesh=mesh)
-    activations_training.compare(rank, world)  # uneven rows, and processes without any
+    activations_training.compare(rank, world, how={"mesh": mesh})
+    # uneven rows, and processes without any; divided by two between the passes
+    activations_training.compare(rank, world, how={"reshard_after_forward": 2})
 
 
 FOUR = [hsdp, hsdp_from_activations, part_of_the_world, fsdp_over_tensor_parallel]
