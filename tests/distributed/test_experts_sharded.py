@@ -1,0 +1,161 @@
+"""Stacks of experts that are divided among processes: those on each are stepped as on one process, bit for bit."""
+
+import math
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+from sharded_models import whole
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from hf_osd import OSD
+from hf_osd.optim import predicted_state_bytes, state_bytes
+
+
+pytestmark = pytest.mark.distributed
+
+ADAFACTOR = {"weight_rule": "adafactor", "projection_sample": 1}
+STEPS, RANK, SHAPE = 9, 8, (20, 36)
+ROWS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "sample": {"projection_sample": 2},
+    "adafactor": ADAFACTOR,
+    "lion": {"weight_rule": "lion", "projection_rule": "adamw"},
+    "svd": {"subspace": "svd", "update_interval": 2},
+    "restart": {"subspace": "svd", "update_interval": 2, "restart_moments": True},
+    "random": {"subspace": "random", "update_interval": 3},
+    "cosine": {"subspace": "cosine", "update_interval": 3, "carry_moments": True},
+    "power": {"subspace": "power", "residual": "scaled"},
+    "sign": {"residual": "sign", "residual_scale": 0.1},
+    "left": {"side": "left", "init": "orthonormal"},
+    "right": {"side": "right", "init": "randomized_svd"},
+    "two_sided": {"side": "two_sided", "residual": "scaled"},
+    "rounding": {"stochastic_rounding": True, "dtype": torch.bfloat16},
+    "eight_bit": {"weight_rule": "adamw8bit", "shape": (96, 160), "rank": 48},
+}
+
+
+def gradient(step: int, experts: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Experts have tokens in turn, the last one comes late, none has any at one step; one is broken at another."""
+    G = torch.randn(experts, *shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    for e in range(experts):
+        if step == 4 or (e + step) % 4 == 0 or (e == experts - 1 and step < 2):
+            G[e] = 0
+    if step == 6:
+        G[experts // 2, 3, 5] = float("nan")
+    return G.to(dtype)
+
+
+def make(p: Tensor, rank: int = RANK, **options: Any) -> OSD:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return OSD([{"params": [("experts", p)], "rank": rank}], **{"lr": 1e-2, "weight_decay": 0.1, **options})
+
+
+def seen(optimizer: OSD) -> dict[str, float]:
+    return {name: value for name, value in optimizer.statistics().items() if not math.isnan(value)}
+
+
+def sharded(X: Tensor, mesh: DeviceMesh, placements: list) -> Any:
+    return distribute_tensor(X, mesh, placements, src_data_rank=None)
+
+
+def assert_same(own: Any, optimizer: OSD, single: Tensor, reference: OSD, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(own.full_tensor(), single.detach(), rtol=0, atol=tolerance)
+    for name, value in reference.state[single].items():
+        torch.testing.assert_close(whole(optimizer.state[own][name]), value, rtol=1e-6, atol=1e-7)
+
+
+def compare(experts: int, mesh: DeviceMesh, placements: list, exact: bool = True, **options: Any) -> None:
+    """Train whole and divided experts with the same gradients."""
+    shape, dtype = options.pop("shape", SHAPE), options.pop("dtype", torch.float32)
+    W = torch.randn(experts, *shape, generator=torch.Generator().manual_seed(99)).to(dtype)
+    single, own = nn.Parameter(W.clone()), nn.Parameter(sharded(W, mesh, placements))
+    reference, optimizer = make(single, **options), make(own, **options)
+    assert optimizer.param_groups[0]["sides"] == reference.param_groups[0]["sides"]
+    alone = all(not other.is_replicate() and other.dim == 0 for other in placements)  # each expert, on one process
+    for step in range(STEPS):
+        optimizer.collect_statistics = reference.collect_statistics = step % 2 == 0
+        single.grad = gradient(step, experts, shape, dtype)
+        own.grad = sharded(single.grad, mesh, placements)
+        with CommDebugMode() if step > 6 and alone else nullcontext() as counts:
+            optimizer.step()
+        reference.step()
+        assert counts is None or counts.get_total_counts() == (step % 2 == 0), counts.get_comm_counts()
+        if step % 2 == 0:
+            assert seen(optimizer) == pytest.approx(seen(reference), rel=1e-4, abs=1e-6)
+    assert predicted_state_bytes(optimizer) == state_bytes(optimizer)
+    if not exact:  # A is summed
+        assert_same(own, optimizer, single, reference)
+        return
+    assert torch.equal(own.full_tensor(), single)
+    here = len(optimizer.weight_of(own).geometry.experts)
+    assert state_bytes(optimizer) * experts == state_bytes(reference) * here
+    for name, value in reference.state[single].items():
+        if name != "projection_overdue":
+            assert torch.equal(optimizer.state[own][name].full_tensor(), value), name
+
+
+def bit_for_bit(rank: int, world: int, folder: Path):
+    mesh = init_device_mesh("cpu", (world,))
+    for experts in (1, world, world + 1, 2 * world + 1):
+        compare(experts, mesh, [Shard(0)])
+    for name, options in ROWS.items():
+        try:
+            compare(3, mesh, [Shard(0)], **options)
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
+
+def on_two_dimensions(rank: int, world: int, folder: Path):
+    """Copies of experts (HSDP), and FSDP2 over expert parallelism, of which torch says that shards are strided."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for placements in ([Replicate(), Shard(0)], [Shard(0), Replicate()], [_StridedShard(0, split_factor=2), Shard(0)]):
+        for options in (ROWS["adamw"], ROWS["right"], ROWS["cosine"]):
+            compare(5, mesh, placements, **options)
+    compare(3, mesh, [_StridedShard(0, split_factor=2), Shard(0)])  # one process has none
+
+
+def tensor_parallel(rank: int, world: int, folder: Path):
+    """Every process has a part of each expert's matrix, which is projected in the dimension that is whole."""
+    mesh = init_device_mesh("cpu", (world,))
+    fused = [_StridedShard(1, split_factor=2)]
+    for placements, side in (([Shard(1)], "right"), ([Shard(2)], "left"), (fused, "right"), ([Replicate()], "left")):
+        # blocks would be of each process's own part
+        for options in ({"projection_sample": 1}, ADAFACTOR, ROWS["cosine"], ROWS["power"]):
+            compare(3, mesh, placements, side=side, exact=False, dtype=torch.float64, **options)
+    p = nn.Parameter(sharded(torch.zeros(3, 8, 12), mesh, [Shard(1)]))
+    with pytest.raises(ValueError, match="sharded in the dimension that side='left' projects"):
+        make(p, side="left")
+
+
+SCENARIOS = [bit_for_bit]
+ON_FOUR = [on_two_dimensions, tensor_parallel]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return processes.run(2, SCENARIOS, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
+def test_two_processes(results, scenario: str):
+    assert not results[scenario], results[scenario]
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory):
+    return processes.run(4, ON_FOUR, tmp_path_factory.mktemp("meshes"))
+
+
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in ON_FOUR])
+def test_four_processes(on_four, scenario: str):
+    assert not on_four[scenario], on_four[scenario]
