@@ -9,14 +9,17 @@ from typing import Any
 import processes
 import pytest
 import torch
-from sharded_models import whole
+import torch.distributed.checkpoint as dcp
+from expert_models import make_moe, optimizer_of, shard_moe
+from sharded_models import assert_same_state, assert_same_weights, loss_of, whole
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from hf_osd import OSD
+from hf_osd import OSD, ProjectionState
 from hf_osd.optim import predicted_state_bytes, state_bytes
 
 
@@ -24,6 +27,7 @@ pytestmark = pytest.mark.distributed
 
 ADAFACTOR = {"weight_rule": "adafactor", "projection_sample": 1}
 STEPS, RANK, SHAPE = 9, 8, (20, 36)
+SAVED_EXPERTS, SAVED = 5, ("adamw", "eight_bit", "restart", "random", "power")
 ROWS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sample": {"projection_sample": 2},
@@ -115,6 +119,103 @@ def bit_for_bit(rank: int, world: int, folder: Path):
             raise AssertionError(name) from error
 
 
+class Stack(nn.Module):
+    """A model that is a stack."""
+
+    def __init__(self, mesh: DeviceMesh | None, dtype: torch.dtype = torch.float32, shape: tuple = SHAPE) -> None:
+        super().__init__()
+        W = torch.randn(SAVED_EXPERTS, *shape, generator=torch.Generator().manual_seed(99)).to(dtype)
+        self.experts = nn.Parameter(W if mesh is None else sharded(W, mesh, [Shard(0)]))
+
+    def train_on(self, optimizer: OSD, steps: range) -> None:
+        p: Any = self.experts
+        for step in steps:
+            p.grad = gradient(step, *p.shape[:1], tuple(p.shape[1:]), p.dtype)
+            if isinstance(p, DTensor):
+                p.grad = sharded(p.grad, p.device_mesh, list(p.placements))
+            optimizer.step()
+
+
+def made(name: str, mesh: DeviceMesh | None) -> tuple[Stack, OSD]:
+    options = dict(ROWS[name])
+    model = Stack(mesh, **{key: options.pop(key) for key in ("dtype", "shape") if key in options})
+    return model, make(model.experts, **options)
+
+
+def save_and_go_on(rank: int, world: int, folder: Path):
+    mesh = init_device_mesh("cpu", (world,))
+    for name in SAVED:
+        model, optimizer = made(name, mesh)
+        model.train_on(optimizer, range(4))
+        saved = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(saved, checkpoint_id=folder / name)
+        model.train_on(optimizer, range(4, STEPS))
+        weights, P = model.experts.full_tensor(), ProjectionState.from_optimizer(optimizer)
+        if rank == 0:
+            torch.save(weights, folder / f"{name}.bin")
+            P.save_pretrained(folder / f"{name}_P")
+
+
+def load_and_go_on(folder: Path, mesh: DeviceMesh | None) -> None:
+    for name in SAVED:
+        model, optimizer = made(name, mesh)
+        state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(state, checkpoint_id=folder / name, no_dist=mesh is None)
+        model.load_state_dict(state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        model.train_on(optimizer, range(4, STEPS))
+        assert torch.equal(whole(model.experts), torch.load(folder / f"{name}.bin")), name
+        P, saved = ProjectionState.from_optimizer(optimizer), ProjectionState.from_pretrained(folder / f"{name}_P")
+        assert P.config == saved.config and torch.equal(P["experts"].projection, saved["experts"].projection), name
+
+
+def resharded(rank: int, world: int, folder: Path):
+    load_and_go_on(folder.parent / "experts", init_device_mesh("cpu", (world,)))
+
+
+def given_p(rank: int, world: int, folder: Path):
+    """Every process gets the P of its own experts; one that is zero starts with the expert's first tokens."""
+    P = torch.linalg.qr(torch.randn(SAVED_EXPERTS, SHAPE[0], RANK)).Q
+    P[-1] = 0
+    (model, _), (single, _) = made("adamw", init_device_mesh("cpu", (world,))), made("adamw", None)
+    pair = [make(m.experts, init={"experts": P}, side="left") for m in (model, single)]
+    for m, optimizer in zip((model, single), pair, strict=True):
+        m.train_on(optimizer, range(3))
+    assert torch.equal(whole(model.experts), single.experts)
+
+
+def one_expert_without_gradients_anywhere_else(rank: int, world: int, folder: Path):
+    """Only the last process has tokens in a first step with lr 0: none may take it for the making of states."""
+    p = nn.Parameter(sharded(torch.randn(world, *SHAPE), init_device_mesh("cpu", (world,)), [Shard(0)]))
+    optimizer = make(p, lr=0.0)
+    G = torch.zeros(world, *SHAPE)
+    G[-1] = torch.randn(SHAPE)
+    p.grad = sharded(G, p.device_mesh, [Shard(0)])
+    optimizer.step()
+    assert optimizer.state[p]["idle_steps"].full_tensor().tolist() == [1] * (world - 1) + [0]
+    P = ProjectionState.from_optimizer(optimizer)["experts"].projection  # all others have none
+    assert P[-1].any() and not P[:-1].any()
+
+
+def fully_sharded(rank: int, world: int, folder: Path):
+    """A mixture of experts under FSDP2 is what one process trains on the same batch: even, uneven, without experts."""
+    for experts, clip, accumulate in ((4, 0.0, 1), (5, 0.1, 1), (3, 0.0, 2), (1, 0.0, 1)):
+        single, model = make_moe(experts), shard_moe(make_moe(experts))
+        reference, optimizer = optimizer_of(single), optimizer_of(model)
+        for step in range(5):
+            single.resting = model.resting = step
+            for i in range(accumulate):
+                (loss_of(single, 2 * step + i) / accumulate).backward()
+                (loss_of(model, 2 * step + i, rank, world) / accumulate).backward()
+            for own, parameters in ((reference, single.parameters()), (optimizer, model.parameters())):
+                if clip:
+                    nn.utils.clip_grad_norm_(parameters, clip)
+                own.step()
+                own.zero_grad()
+        assert_same_weights(model, single, 1e-9)
+        assert_same_state(optimizer, reference, 1e-7)
+
+
 def on_two_dimensions(rank: int, world: int, folder: Path):
     """Copies of experts (HSDP), and FSDP2 over expert parallelism, of which torch says that shards are strided."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -137,25 +238,34 @@ def tensor_parallel(rank: int, world: int, folder: Path):
         make(p, side="left")
 
 
-SCENARIOS = [bit_for_bit]
-ON_FOUR = [on_two_dimensions, tensor_parallel]
+SCENARIOS = [bit_for_bit, save_and_go_on, given_p, one_expert_without_gradients_anywhere_else, fully_sharded]
+ON_FOUR = [on_two_dimensions, tensor_parallel, resharded, fully_sharded]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return processes.run(2, SCENARIOS, tmp_path_factory.mktemp("experts"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def on_two(folder):
+    return processes.run(2, SCENARIOS, folder / "experts")
+
+
+@pytest.fixture(scope="module")
+def on_four(on_two, folder):
+    return processes.run(4, ON_FOUR, folder / "meshes")
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
-def test_two_processes(results, scenario: str):
-    assert not results[scenario], results[scenario]
-
-
-@pytest.fixture(scope="module")
-def on_four(tmp_path_factory):
-    return processes.run(4, ON_FOUR, tmp_path_factory.mktemp("meshes"))
+def test_two_processes(on_two, scenario: str):
+    assert not on_two[scenario], on_two[scenario]
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in ON_FOUR])
 def test_four_processes(on_four, scenario: str):
     assert not on_four[scenario], on_four[scenario]
+
+
+def test_one_process_goes_on_from_two(on_two, folder):
+    load_and_go_on(folder / "experts", None)
