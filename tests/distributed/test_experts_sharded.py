@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from hf_osd import OSD, ProjectionState
+from hf_osd import OSD, ProjectionState, create_osd_optimizer
 from hf_osd.optim import predicted_state_bytes, state_bytes
 
 
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.distributed
 
 ADAFACTOR = {"weight_rule": "adafactor", "projection_sample": 1}
 STEPS, RANK, SHAPE = 9, 8, (20, 36)
+OF_TRANSFORMERS = {"rank": 4, "projection_sample": 1}
 SAVED_EXPERTS, SAVED = 5, ("adamw", "eight_bit", "restart", "random", "power")
 ROWS: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -238,13 +239,64 @@ def tensor_parallel(rank: int, world: int, folder: Path):
         make(p, side="left")
 
 
+def on_its_sides(optimizer: OSD, model: nn.Module) -> OSD:
+    """An optimizer of a whole model that projects what `optimizer` does, on the same sides."""
+    named, groups = dict(model.named_parameters()), []
+    for group in optimizer.param_groups:
+        sides = group.get("sides") or [None] * len(group["params"])
+        for side in dict.fromkeys(sides):
+            params = [
+                (name, named[name]) for name, own in zip(group["param_names"], sides, strict=True) if own == side
+            ]
+            groups.append({"params": params} if side is None else {"params": params, "side": side, **OF_TRANSFORMERS})
+    return OSD(groups, lr=1e-2)
+
+
+def loaded_by_transformers(rank: int, world: int, folder: Path):
+    """Experts on one mesh and all else on another (expert parallelism), clipped as by Trainer; tensor parallelism."""
+    from transformers import MixtralForCausalLM, Trainer
+    from transformers.distributed import DistributedConfig
+
+    for sizes, parts in (({"fsdp_size": world, "ep_size": world}, world), ({"tp_size": world}, 1)):
+        single = MixtralForCausalLM.from_pretrained(folder.parent / "mixtral")
+        config = DistributedConfig(**sizes)
+        model = MixtralForCausalLM.from_pretrained(folder.parent / "mixtral", distributed_config=config)
+        optimizer = create_osd_optimizer(model, lr=1e-2, **OF_TRANSFORMERS)
+        reference = on_its_sides(optimizer, single)
+        stack: Any = model.model.layers[0].mlp.experts.down_proj
+        assert len(optimizer.weight_of(stack).geometry.experts) == 4 // parts
+        optimizer.collect_statistics = reference.collect_statistics = True
+        for step in range(4):
+            tokens = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(step))
+            norms = []
+            for own, part, its in ((single, tokens, reference), (model, tokens.chunk(parts)[rank % parts], optimizer)):
+                own(input_ids=part, labels=part).loss.backward()
+                norms.append(float(Trainer._mixed_mesh_grad_norm(None, own, 0.5)))
+                its.step()
+                its.zero_grad()
+            assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] > 0.5
+            assert optimizer.statistics() == pytest.approx(reference.statistics(), abs=1e-3)
+        # float32, and Adam divides by gradients near zero: a tenth of a step
+        assert_same_weights(model, single, 1e-3)
+        P, expected = map(ProjectionState.from_optimizer, (optimizer, reference))
+        assert {name: P[name].shape for name in P} == {name: expected[name].shape for name in expected}
+
+
 SCENARIOS = [bit_for_bit, save_and_go_on, given_p, one_expert_without_gradients_anywhere_else, fully_sharded]
+SCENARIOS += [loaded_by_transformers]
 ON_FOUR = [on_two_dimensions, tensor_parallel, resharded, fully_sharded]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("sharded")
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path_factory.mktemp("sharded")
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4)).save_pretrained(folder / "mixtral")
+    return folder
 
 
 @pytest.fixture(scope="module")
