@@ -107,7 +107,6 @@ def test_two_processes_train_what_one_trains(tmp_path):
     assert set(saved) == set(expected) and {entry.side for entry in saved.values()} == {"right"}
     for name, entry in saved.items():
         P, Q = entry.projection, expected[name].projection
-        P = (
-            P * (P * Q).sum(dim=-2, keepdim=True).sign()
-        )  # of the first gradient's singular vectors, whose sign is the processor's
+        # of the first gradient's singular vectors, whose sign is the processor's
+        P = P * (P * Q).sum(dim=-2, keepdim=True).sign()
         torch.testing.assert_close(P, Q, rtol=0, atol=1e-2)
