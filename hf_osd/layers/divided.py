@@ -45,7 +45,7 @@ def parallel_product(osd: Any, x: Any, W: Any, b: Any) -> Tensor:
         W (`DTensor`): (m, n), divided by rows.
         b (`DTensor`, *optional*): (m,), divided likewise.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 
     mesh = W.device_mesh
     if not isinstance(x, DTensor):
@@ -57,6 +57,4 @@ def parallel_product(osd: Any, x: Any, W: Any, b: Any) -> Tensor:
     xP, B = osd.in_subspace(own, W)
     x = x.to_local(grad_placements=[Partial()])
     y = SubspaceProduct.apply(x, W.to_local(), None if b is None else b.to_local(), B.to_local(), xP, False)
-    shape = torch.Size([*y.shape[:-1], W.shape[0]])
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(y, mesh, [Shard(y.ndim - 1)], run_check=False, shape=shape, stride=stride)
+    return osd.sharding.wrap(y, torch.Size([*y.shape[:-1], W.shape[0]]), y.ndim - 1)
