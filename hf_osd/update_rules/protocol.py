@@ -86,9 +86,9 @@ class UpdateRule(Protocol):
             parameter can be worked through in slices with small temporaries, and a sharded one in its parts. Other
             rules are given DTensors where a parameter is sharded, and write nothing in place that is a mean of them.
         stackable (`bool`):
-            Whether it also takes several parameters of one shape at once: stacks (k, ...), with `now.step` (k,) and
-            the tensors of `now.check` (k, 1, ...). W is zero then, and moments are not looked at where
-            `now.check.skip`.
+            Whether it also takes several parameters of one shape at once: stacks (k, ...), with `now.step` (k,), and
+            of `now.check` nothing but `skip` and `keep`, (k, 1, ...). W is zero then, and nobody looks at moments
+            where it skips.
     """
 
     elementwise: ClassVar[bool]

@@ -30,7 +30,7 @@ from ..options.general import projection_sample_of
 from ..options.rules import Rules
 from .geometry import ProjectedGeometry
 from .low_rank import LowRank, Update
-from .moments import Moments
+from .moments import Moments, launches
 from .movement import Movements, Moving, Stepping
 from .observation import observation
 from .projection import LiveProjection, Make, usable
@@ -136,7 +136,7 @@ class ProjectedWeight(Weight):
         self.count += 1
         if self.rules.restarts:
             movements.counters.append((self.slot.state["step"], check.keep))
-        if self.moments.stackable and low.R.numel():
+        if self.moments.stackable and low.R.numel() and launches(low.R):
             movements.step(Stepping(self, low, check))
         else:
             self.slot.state[self.moments.counter].add_(check.keep)
@@ -152,7 +152,7 @@ class ProjectedWeight(Weight):
             self._add_rounded_(update, check)
         else:
             if self.group["weight_decay"]:
-                W.mul_(1 - self.group["lr"] * self.group["weight_decay"] * check.keep)
+                W.addcmul_(W, check.keep, value=-self.group["lr"] * self.group["weight_decay"])
             if W.dtype != P.dtype:
                 D, P = D.to(W.dtype), P.to(W.dtype)
             with full_precision(W):

@@ -150,6 +150,11 @@ class Moments:
             self.storage.store(own, values[name], skip)
 
 
+def launches(X: Tensor) -> bool:
+    """Whether what is done to X costs launches of kernels. On a CPU a stack only leaves the caches."""
+    return not X.is_cpu
+
+
 def joint_steps(members: Sequence[Moments], G: Tensor, paces: Sequence[Pace]) -> Tensor:
     """-lr rule(G) of each of several parameters, 0 where it is skipped; their steps are counted.
 
@@ -163,9 +168,11 @@ def joint_steps(members: Sequence[Moments], G: Tensor, paces: Sequence[Pace]) ->
         counters.append(moments.slot.state[moments.counter])
         checks.append(pace.check)
     torch._foreach_add_(counters, list(map(attrgetter("keep"), checks)))
-    if first.stackable and len(members) > 1:
+    if first.stackable and len(members) > 1 and launches(G):
         apart = (-1, *[1] * (G.ndim - 1))
-        check = GradientCheck(*(torch.stack(field).view(apart) for field in zip(*checks, strict=True)))
+        skip, keep = (torch.stack([getattr(c, name) for c in checks]).view(apart) for name in ("skip", "keep"))
+        unknown = skip.new_empty(0)
+        check = GradientCheck(inv_norm2=unknown, skip=skip, found_inf=unknown, keep=keep, broken=unknown)
         return _stacked_steps(members, G, RuleStep({}, torch.stack(counters), check, paces[0].lr))
     steps = torch.zeros_like(G, memory_format=torch.contiguous_format)
     for moments, step, own, pace in zip(members, steps, G, paces, strict=True):
