@@ -1,5 +1,7 @@
-"""How many kernels a step launches for each projected weight on a GPU: counted on the meta device, for which the package
-takes the same way as for one. An operator that computes is a launch, and so is one that works through many tensors.
+"""How many kernels a step launches for each projected weight on a GPU.
+
+They are counted on the meta device, for which the package takes the same way: an operator that computes is a launch,
+and so is one that works through many tensors.
 """
 
 from collections import Counter

@@ -68,7 +68,9 @@ def test_moments_that_are_decoded_together_are_those_of_each(rule: str, options:
             monkeypatch.setattr(module, "launches", lambda X: together)
         load = BlockWise8bit.load_stack
         monkeypatch.setattr(
-            BlockWise8bit, "load_stack", lambda own, states, kept: stacks.append(len(states)) or load(own, states, kept)
+            BlockWise8bit,
+            "load_stack",
+            lambda own, states, kept: stacks.append(len(states)) or load(own, states, kept),
         )
         generator = torch.Generator().manual_seed(7)
         shapes = [(256, 320), (256, 320), (256, 320), (2, 256, 320), (24, 30)]

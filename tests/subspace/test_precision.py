@@ -64,7 +64,7 @@ def test_the_setting_of_products_is_left_as_it_was(outer: str, own: str, monkeyp
 
 
 def learned(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
-    """Share of the gradient's energy outside P, and P's error of orthogonality, after some steps on noisy gradients."""
+    """Share of the gradient's energy outside P, and P's error of orthogonality, after steps on noisy gradients."""
     monkeypatch.setattr(precision, "_keeps_float32", lambda: narrow)
     generator = torch.Generator().manual_seed(0)
     U = torch.linalg.qr(torch.randn(288, 288, generator=generator)).Q * torch.arange(1, 289).pow(-0.5)

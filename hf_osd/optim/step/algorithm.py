@@ -152,6 +152,7 @@ class ProjectedWeight(Weight):
             self._add_rounded_(update, check)
         else:
             if self.group["weight_decay"]:
+                # in one pass, of which the host knows no factor
                 W.addcmul_(W, check.keep, value=-self.group["lr"] * self.group["weight_decay"])
             if W.dtype != P.dtype:
                 D, P = D.to(W.dtype), P.to(W.dtype)

@@ -1,4 +1,4 @@
-"""How P moves after a step has used it: by itself, or together with others of its shape.
+"""What is done for all weights of one shape together: P is moved, and 8-bit moments are stepped where launches count.
 
 What a rule computes for one P is r wide, too little to fill a processor; for the many weights of one shape that a
 transformer has, it is one batched product. A step of P's optimizer is taken as it is, up to a length that leaves P
@@ -22,7 +22,8 @@ from .moments import Moments, Pace, joint_steps
 from .projection import LiveProjection, usable
 
 
-# Entries of a stack of P, 4 MiB in float32: as much again of A and of copies of both is held while it fills.
+# Entries of a stack of P or R, 4 MiB in float32: as much again of A and of copies of both is held while it fills, and
+# of moments that are decoded for it.
 STACK_LIMIT = 1 << 20
 # Multiplications of a product r wide: up to there torch has another kernel for one product than for a batch of them.
 ALONE_UP_TO = 16**3
