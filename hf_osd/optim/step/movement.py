@@ -20,6 +20,7 @@ from ...update_rules import GradientCheck
 from .low_rank import LowRank
 from .moments import Moments, Pace, joint_steps
 from .projection import LiveProjection, usable
+from .streams import SideStreams
 
 
 # Entries of a stack of P or R, 4 MiB in float32: as much again of A and of copies of both is held while it fills, and
@@ -62,11 +63,15 @@ class Stepping(NamedTuple):
 class Movements:
     """All that a step's weights have left to be done together: `finish` does the last of it.
 
+    Args:
+        aside ([`SideStreams`], *optional*): Where P moves, if not in its turn.
+
     Attributes:
         counters (`list[tuple]`): Counters that nothing else in this step reads, and what is to be added to each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aside: SideStreams | None = None) -> None:
+        self._aside = aside
         self._steps: dict[tuple, list[Stepping]] = {}
         self._waiting: dict[tuple, list[Moving]] = {}
         self.counters: list[tuple[Tensor, Tensor]] = []
@@ -97,21 +102,32 @@ class Movements:
         geometry, group = projection.geometry, projection.group
         alone = geometry.side == "two_sided" or group["carry_moments"] or not projection.rule.stackable
         if alone or A.numel() * geometry.rank <= ALONE_UP_TO:
-            _move(moving)
+            if self._aside is None:
+                _move(moving)
+            else:
+                self._move([moving])
             return
         key = (id(group), A.shape, A.dtype, A.device)
         waiting = self._waiting.setdefault(key, [])
         waiting.append(moving)
         if (len(waiting) + 1) * A.numel() > STACK_LIMIT:
-            _move_all(self._waiting.pop(key))
+            self._move(self._waiting.pop(key))
+
+    def _move(self, waiting: list[Moving]) -> None:
+        if self._aside is None:
+            _move_all(waiting)
+        else:
+            self._aside.run(_move_all, waiting, waiting[0].A.device)
 
     def finish(self) -> None:
         """Move what still waits, and count."""
         while self._steps:
             self._step_all(self._steps.popitem()[1])
         for waiting in self._waiting.values():
-            _move_all(waiting)
+            _move_all(waiting)  # beside what still moves aside, where the current stream has nothing else to do
         self._waiting.clear()
+        if self._aside is not None:
+            self._aside.join()
         if self.counters:
             torch._foreach_add_(*map(list, zip(*self.counters, strict=True)))  # one launch for many
             self.counters.clear()
@@ -160,8 +176,10 @@ def _descend(waiting: list[Moving], gP: Tensor) -> None:
     step = joint_steps(list(moments), gP.reshape(len(Ps), *Ps[0].shape), list(paces))
     if weight_decay:
         keep = torch.stack([check.keep for check in checks])[:, None, None]
-        step.addcmul_(torch.stack(Ps), keep, value=-rate * weight_decay)
-    if rate * math.sqrt(Ps[0].numel()) > LONGEST_STEP:  # else no step is longer, by most rules
+        step.addcmul_(torch.stack(Ps), keep * (-rate * weight_decay))
+    if (
+        isinstance(rate, Tensor) or rate * math.sqrt(Ps[0].numel()) > LONGEST_STEP
+    ):  # else no step is longer, by most rules
         shorten_(step)
     torch._foreach_add_(Ps, step.unbind())
 
