@@ -56,7 +56,13 @@ def test_together_is_one_by_one(rule: str, broken: int | None, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"init": "svd"}, {"residual": "scaled"}, {"subspace": "random", "restart_moments": True}]
+    "options",
+    [
+        {"init": "svd"},
+        {"residual": "scaled"},
+        {"subspace": "random", "restart_moments": True},
+        {"capturable": True, "lr": torch.tensor(1e-2)},
+    ],
 )
 @pytest.mark.parametrize("rule", [rule for rule, entry in RULES.items() if entry.eight_bit])
 def test_moments_that_are_decoded_together_are_those_of_each(rule: str, options: dict, monkeypatch):
@@ -76,7 +82,7 @@ def test_moments_that_are_decoded_together_are_those_of_each(rule: str, options:
         shapes = [(256, 320), (256, 320), (256, 320), (2, 256, 320), (24, 30)]
         params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
         groups = [{"params": params, "rank": 16}]
-        optimizer = OSD(groups, lr=1e-2, weight_decay=0.1, weight_rule=rule, **options)
+        optimizer = OSD(groups, **{"lr": 1e-2, "weight_decay": 0.1, "weight_rule": rule} | options)
         for step in range(5):
             for i, p in enumerate(params):
                 p.grad = torch.randn(p.shape, generator=generator)
