@@ -27,7 +27,7 @@ from .groups import (
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode
 from .saving import STAND_INS, SavedOptimizer
-from .statistics import summarize
+from .statistics import share_observations, summarize
 from .step.capture import check_capture
 from .step.input_weight import InputWeight
 from .step.layer_weights import LayerWeights
@@ -415,6 +415,8 @@ class OSD(SavedOptimizer):
                         slot.state = {}
                 for weight in leaders:
                     weight.release()
+            if weights.observing:
+                share_observations(weights)
         return loss
 
     def _refuse_scaler(self) -> None:
@@ -465,7 +467,8 @@ class OSD(SavedOptimizer):
         Returns:
             `dict[str, float]`: `pca_loss`, mean share of the gradients' energy outside their subspaces, and
             `orthogonality`, mean ||PᵀP - I|| / sqrt(r), where a step was observed; `skipped_steps`, the number of
-            parameter steps skipped for a gradient that was not finite, since the state began.
+            parameter steps skipped for a gradient that was not finite, since the state began (of experts on several
+            processes, up to the last step observed).
         """
         return summarize(self.weights)
 
