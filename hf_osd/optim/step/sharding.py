@@ -137,9 +137,10 @@ def refuse_flat(p: Tensor, name: str) -> None:
 
 
 FLAT = (
-    "It hands the optimizer flat pieces of many parameters, which have no rows and columns to project. Use FSDP2 "
-    "(`torch.distributed.fsdp.fully_shard`; `fsdp_version: 2` in accelerate's config; `version: 2` in Trainer's "
-    "`fsdp_config`) or DDP."
+    "It hands the optimizer flat pieces of many parameters, which have no rows and columns to project. Use FSDP2: "
+    "`fsdp_version: 2` in accelerate's config, `version: 2` in Trainer's `fsdp_config`, or a model from "
+    "`from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))`; in a loop of your own `fully_shard`. "
+    "Or use DDP."
 )
 NOT_SHARDED = (
     "source='activations' is not for FSDP2 and tensor parallelism as yet: use DDP, or an `osd_` name with "
