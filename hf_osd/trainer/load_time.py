@@ -57,8 +57,8 @@ def save_state(model: nn.Module, optimizer: OSD, checkpoint: Path) -> None:
     if dist.is_initialized():
         dist.barrier()
     saved: Any = get_optimizer_state_dict(model, optimizer)
-    for entries in saved["state"].values():
-        entries.update({name: _lying(value) for name, value in entries.items()})
+    for key, entries in saved["state"].items():  # the optimizer's own, which must stay as they are
+        saved["state"][key] = {name: _lying(value) for name, value in entries.items()}
     dcp.save({"optimizer": saved}, checkpoint_id=checkpoint / STATE_FOLDER)
 
 

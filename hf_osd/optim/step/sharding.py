@@ -11,7 +11,7 @@ The side is chosen so that nothing else is exchanged. Of rows W_i on process i,
 P and its moments are the same on all processes; those of R are divided like the weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -107,6 +107,12 @@ def sharding_of(p: Tensor, name: str) -> Sharding | None:
         copies *= size if placement.is_replicate() else 1
     local_size = 0 if dim is None else local(p).shape[dim]
     return Sharding(dtensor.device_mesh, placements, dim, local_size, copies)
+
+
+def meshes_of(params: Iterable[Tensor]) -> set[Any]:
+    """The meshes of sharded parameters, and `None` for plain ones."""
+    dtensors: Iterable[Any] = params
+    return {p.device_mesh if is_sharded(p) else None for p in dtensors}
 
 
 def divided(moment: Moment, sharding: Sharding | None, ndim: int) -> int | None:
