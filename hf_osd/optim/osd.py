@@ -26,7 +26,7 @@ from .groups import (
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode
 from .saving import STAND_INS, SavedOptimizer
-from .statistics import summarize
+from .statistics import share_observations, summarize
 from .step.layer_weights import LayerWeights
 from .step.movement import Movements
 from .step.rounding import refuse_without_bfloat16
@@ -389,6 +389,8 @@ class OSD(SavedOptimizer):
                         slot.state = {}
                 for weight in leaders:
                     weight.release()
+            if weights.observing:
+                share_observations(weights)
         return loss
 
     def _refuse_scaler(self) -> None:

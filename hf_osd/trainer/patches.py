@@ -24,6 +24,7 @@ from ..optim import OPTIM_NAMES, OSD
 from ..optim.osd import osd_of
 from .callback import OSDCallback
 from .checkpoints import last_complete_checkpoint, load_converted
+from .gathered import gather_projections
 from .load_time import has_state, load_state, load_weights, refused_without_cause, save_state, sharded_when_loaded
 from .partial_load import fitted
 from .push import Destination, make_card
@@ -78,8 +79,11 @@ def _note_checkpoint(original: Callable, self: Trainer, model: Any, trial: Any, 
     self.state.written_checkpoint = folder  # type: ignore[attr-defined]
     destination = Destination(self.hub_model_id, self.args.hub_token, self.args.hub_revision)
     self.state.pushes_to = destination  # type: ignore[attr-defined]
-    if osd_of(self.optimizer) is not None and self.args.should_save:  # until it is written again, it is not complete
-        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    osd = osd_of(self.optimizer)
+    if osd is not None:
+        if self.args.should_save:  # until it is written again, it is not complete
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        gather_projections(self.state, osd, self.args.should_save)
     return original(self, model, trial, *args, **kwargs)
 
 
