@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..optim import OSD
 from ..optim.osd import osd_of
@@ -47,13 +48,19 @@ def refused_without_cause(given: Mapping[str, Any]) -> bool:
     )
 
 
+def forget(checkpoint: Path) -> None:
+    """Let a folder that will be written over be no complete checkpoint, and have no state of an earlier run."""
+    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint / STATE_FOLDER, ignore_errors=True)
+
+
 def save_state(model: nn.Module, optimizer: OSD, checkpoint: Path) -> None:
     """Write the optimizer's state into a checkpoint; all processes must call it."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     if not dist.is_initialized() or dist.get_rank() == 0:
-        shutil.rmtree(checkpoint / STATE_FOLDER, ignore_errors=True)  # of an earlier run
+        forget(checkpoint)
     if dist.is_initialized():
         dist.barrier()
     saved: Any = get_optimizer_state_dict(model, optimizer)

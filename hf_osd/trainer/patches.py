@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers import trainer as transformers_trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
@@ -25,7 +25,15 @@ from ..optim.osd import osd_of
 from .callback import OSDCallback
 from .checkpoints import last_complete_checkpoint, load_converted
 from .gathered import gather_projections
-from .load_time import has_state, load_state, load_weights, refused_without_cause, save_state, sharded_when_loaded
+from .load_time import (
+    forget,
+    has_state,
+    load_state,
+    load_weights,
+    refused_without_cause,
+    save_state,
+    sharded_when_loaded,
+)
 from .partial_load import fitted
 from .push import Destination, make_card
 from .settings import constructor_arguments, uses_osd
@@ -81,8 +89,8 @@ def _note_checkpoint(original: Callable, self: Trainer, model: Any, trial: Any, 
     self.state.pushes_to = destination  # type: ignore[attr-defined]
     osd = osd_of(self.optimizer)
     if osd is not None:
-        if self.args.should_save:  # until it is written again, it is not complete
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        if self.args.should_save:
+            forget(folder)
         gather_projections(self.state, osd, self.args.should_save)
     return original(self, model, trial, *args, **kwargs)
 

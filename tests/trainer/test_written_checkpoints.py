@@ -32,6 +32,8 @@ def test_a_push_leaves_the_checkpoint_of_another_run_alone(tmp_path: Path):
 def test_a_checkpoint_that_is_written_over_is_not_complete_before_its_end(tmp_path: Path, monkeypatch):
     make_trainer(tmp_path, "osd_adamw").train()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-3" / "optimizer_dcp").mkdir()  # of a run with a model that was sharded
+    (tmp_path / "checkpoint-3" / "optimizer_dcp" / ".metadata").touch()
     trainer = make_trainer(tmp_path, "osd_adamw")
 
     def killed(folder: str) -> None:
@@ -41,6 +43,7 @@ def test_a_checkpoint_that_is_written_over_is_not_complete_before_its_end(tmp_pa
     with pytest.raises(KeyboardInterrupt):  # the weights are those of this run, and the state of the one before
         trainer.train()
     assert not (tmp_path / "checkpoint-3" / "trainer_state.json").exists()
+    assert not (tmp_path / "checkpoint-3" / "optimizer_dcp").exists()
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "reduce_lr_on_plateau"])
