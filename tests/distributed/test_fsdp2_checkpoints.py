@@ -45,7 +45,7 @@ def make(rule: str, plain: bool = False):
         shard(model)
     if rule == "activations":
         return model, activations_training.make(model, **options)
-    return model, make_optimizer(model, **(options | {"side": "right"} if plain else options))
+    return model, make_optimizer(model, **options)
 
 
 def save_and_go_on(rank: int, world: int, folder: Path):
@@ -91,7 +91,7 @@ def load_sharded(rank: int, world: int, folder: Path):
 def load_full(rank: int, world: int, folder: Path):
     for rule in RULES:
         for plain in (False, True):
-            if plain and (world > 1 or rule == "adamw8bit"):
+            if plain and world > 1:
                 continue
             model, optimizer = make(rule, plain)
             state = torch.load(folder / f"{rule}.bin", weights_only=True)
@@ -125,7 +125,8 @@ def own_state_dict(rank: int, world: int, folder: Path):
     with pytest.raises(ValueError, match="is sharded, the parameter whole"):
         single.load_state_dict(state)
     _, sharded = make("adamw")
-    plain, single = make("adamw", plain=True)
+    plain = make_model()
+    single = make_optimizer(plain, side="right", weight_decay=0.0)
     train(plain, single, range(1))
     with pytest.raises(ValueError, match="set_optimizer_state_dict"):
         sharded.load_state_dict(single.state_dict())

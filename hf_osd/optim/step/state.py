@@ -11,7 +11,7 @@ from torch import Tensor
 from ...update_rules import MIN_8BIT_SIZE, MIN_BLOCK_SIZE, BlockWise8bit, TensorSpec
 from ..options.rules import Rules
 from .geometry import Geometry, ProjectedGeometry
-from .sharding import divided
+from .sharding import Sharding, divided
 
 
 def state_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
@@ -28,6 +28,14 @@ def state_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
         dim = 0 if geometry.scattered else None if entry.divided is None else entry.divided + 1
         stack[name] = TensorSpec((geometry.matrices, *entry.shape), entry.dtype, dim)
     return stack
+
+
+def divided_specs(geometry: Geometry, rules: Rules) -> list[dict[str, TensorSpec]]:
+    """What the state of a whole parameter may be instead: that of the same one divided among processes, gathered."""
+    if geometry.sharding is not None or geometry.stacked:
+        return []
+    ways = [Sharding(None, (), dim, 0, 1) for dim in range(len(geometry.shape))]
+    return [state_spec(replace(geometry, sharding=way), rules) for way in ways]
 
 
 def held_elsewhere(geometry: Geometry, rules: Rules) -> Set[str]:
