@@ -83,7 +83,14 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
             [f"{TRAINER}[trainer_activations]", f"{LAYERS}/test_model_stays.py::test_fp16_scaler_with_clipping"],
         ),
         ("yes", ["distributed/test_activations_ddp.py::test_two_processes"]),
-        ("refused", ["rso/test_rso_ddp.py::test_two_processes_train_as_one"]),
+        (
+            "yes",
+            [
+                "distributed/test_activations_fsdp2.py::test_two_processes",
+                "distributed/test_fsdp2_trainer.py::test_two_processes_train_what_one_trains",
+                "rso/test_rso_ddp.py::test_two_processes_train_as_one",
+            ],
+        ),
         ("yes", [f"{STOCK}::test_resume_is_exact"]),
         ("exact", [f"{STOCK}::test_resume_is_exact", f"{LAYERS}/test_model_stays.py::test_resume_is_exact"]),
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
@@ -115,7 +122,11 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ("rank a multiple of 64 ²", [f"{FSDP2}::test_two_processes[eight_bit]"]),
         (
             "exact; resharded",
-            [f"{SAVED}::test_two_processes[load_sharded]", f"{SAVED}::test_other_numbers_of_processes"],
+            [
+                f"{SAVED}::test_two_processes[load_sharded]",
+                f"{SAVED}::test_other_numbers_of_processes",
+                "distributed/test_load_time.py::test_four_processes_go_on",
+            ],
         ),
         ("yes", [f"{SHARDED}::test_two_processes[{name}]" for name in ("scaled_column", "scaled_svd", "sign")]),
         ("refused", [f"{SHARDED}::test_scenario[two_sided_is_refused]"]),

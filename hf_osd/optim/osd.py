@@ -27,7 +27,7 @@ from .groups import (
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode
 from .saving import STAND_INS, SavedOptimizer
-from .statistics import summarize
+from .statistics import share_observations, summarize
 from .step.capture import check_capture
 from .step.input_weight import InputWeight
 from .step.layer_weights import LayerWeights
@@ -76,8 +76,10 @@ class OSD(SavedOptimizer):
             P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule.
         projection_weight_decay (`float`, *optional*):
             P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.
-        scale (`float`, *optional*, defaults to 1.0):
-            Factor on the projected update (GaLore's 0.25; the paper's text has none).
+        scale (`float` or `str`, *optional*, defaults to 1.0):
+            Factor on the projected update (GaLore's 0.25; the paper's text has none), or `auto`: sqrt(s/r) of each
+            weight, s its projected dimension, by which updates have the root mean square of those at full size. On
+            both sides sqrt(m n)/r. The residual is scaled by it, too.
         weight_decay (`float`, *optional*, defaults to 0.0): Decoupled weight decay.
         init (`str` or `Sequence[Tensor]` or `Mapping[str, Tensor]`, *optional*, defaults to `"auto"`):
             P's start: `svd` or `randomized_svd` of the first gradient, `auto`: one of them by size, `orthonormal`, or
@@ -197,7 +199,7 @@ class OSD(SavedOptimizer):
         projection_rule: str | None = None,
         projection_lr: float | None = None,
         projection_weight_decay: float | None = None,
-        scale: float = 1.0,
+        scale: float | str = 1.0,
         weight_decay: float = 0.0,
         init: str | Sequence[Tensor] | Mapping[str, Tensor] = "auto",
         side: str = "auto",
@@ -246,7 +248,7 @@ class OSD(SavedOptimizer):
         self._weights: Weights | None = None
         self._groups: list[dict[str, Any]] | None = None  # that they were made of
         self._constructed = False
-        super().__init__(with_plain_names(params if selection is None else divided(params, selection)), defaults)
+        super().__init__(with_plain_names(params if selection is None else divided(params, selection, lr)), defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
@@ -259,6 +261,7 @@ class OSD(SavedOptimizer):
             self._quantize(layers)
             self._add_stand_ins(layers)
             self._layer_weights.share_given()
+            self.weights.let_go()
             self.attach()
             weakref.finalize(self, layers.remove).atexit = False  # nobody else would step what the layers make
         if self.mode.layerwise:
@@ -426,6 +429,8 @@ class OSD(SavedOptimizer):
                         slot.state = {}
                 for weight in leaders:
                     weight.release()
+            if weights.observing:
+                share_observations(weights)
         return loss
 
     def _refuse_scaler(self) -> None:
@@ -476,7 +481,8 @@ class OSD(SavedOptimizer):
         Returns:
             `dict[str, float]`: `pca_loss`, mean share of the gradients' energy outside their subspaces, and
             `orthogonality`, mean ||PᵀP - I|| / sqrt(r), where a step was observed; `skipped_steps`, the number of
-            parameter steps skipped for a gradient that was not finite, since the state began.
+            parameter steps skipped for a gradient that was not finite, since the state began (of experts on several
+            processes, up to the last step observed).
         """
         return summarize(self.weights)
 

@@ -1,6 +1,7 @@
 """Weights in 8 bits: the format, the step that rounds into it, and that the model stays the model."""
 
 import copy
+import gc
 import weakref
 from itertools import accumulate
 
@@ -293,6 +294,15 @@ def test_put_into_the_model_again_they_stay():
     optimizer.attach()
     train(net, optimizer, range(2))
     assert net.layers[0].weight is held and type(held) is Int8Weight and optimizer.state[held]
+
+
+def test_the_end_of_an_optimizer_leaves_those_of_the_next():
+    net, optimizer = int8_net()
+    hf_osd.unload(net)
+    optimizer = make(net, weight_dtype="int8")
+    gc.collect()
+    train(net, optimizer, range(2))
+    assert type(net.layers[0].weight) is Int8Weight and optimizer.state[net.layers[0].weight]
 
 
 def test_moved_and_converted():

@@ -57,6 +57,7 @@ def _owned_by_updates(owners: tuple[str, ...]) -> tuple[Need, ...]:
 # name in a group -> its option
 OPTIONS: dict[str, Option] = options_of(Options) | _declared_by_rules()
 DEFAULTS: dict[str, Any] = {name: own.default for name, own in OPTIONS.items()}
+LR_MULTIPLE = "lr_multiple"  # key of a group that has so many times the learning rate, by `lr_pattern`
 CYCLED = ("betas", "momentum")  # what torch's schedules change in a group, beside the learning rate
 PROJECTED = frozenset(name for name, own in OPTIONS.items() if RANK in own.needs)  # what only projected groups use
 
@@ -116,6 +117,10 @@ def _refuse_impossible_rule(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"subspace={name!r} of {where} mixes in the momentum, which weight_rule={weight!r} does not keep as an "
             "average: set `mixing` to 0."
+        )
+    if options["scale"] == "auto" and options["unbiased"]:
+        raise ValueError(
+            f"scale='auto' of {where} is for P with columns of length 1: `unbiased` makes them as much longer."
         )
     if options["projection_lr"] is not None and not OPTIONS["alpha"].has_default(options["alpha"]):
         raise ValueError(

@@ -21,10 +21,11 @@ from .algorithm import ONLY, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
 from .gradients import check_of
 from .low_rank import LowRank, Update
-from .movement import Movements
+from .movement import Movements, Moving
 from .observation import observation
 from .projection import Make, usable
 from .rounding import add_to_int8_
+from .sharding import local
 from .weight import Weight
 
 
@@ -32,6 +33,7 @@ class InputWeight(ProjectedWeight):
     """A weight of a prepared layer.
 
     Attributes:
+        parameter (`torch.Tensor`): W as the optimizer has it: `p` is this process's part of it.
         layer ([`LayerInfo`]): What its layers know.
         leader ([`InputWeight`]): The weight that holds P, maybe itself.
         given (`torch.Tensor`, *optional*): P_0, where the user gave one.
@@ -47,7 +49,8 @@ class InputWeight(ProjectedWeight):
         layer: LayerInfo,
         given: Tensor | None,
     ):
-        super().__init__(p, geometry, group)
+        super().__init__(local(p), geometry, group)
+        self.parameter = p
         self.layer, self.leader, self.given, self.stepped = layer, self, given, False
         self.sharing = [self]
 
@@ -73,7 +76,7 @@ class InputWeight(ProjectedWeight):
     def _add_(self, update: Update, check: GradientCheck) -> None:
         W: Any = self.p
         if isinstance(W, Int8Weight):
-            add_to_int8_(W, self.op, update, -self.group["lr"] * self.group["scale"], self._rounding(check))
+            add_to_int8_(W, self.op, update, self.rate, self._rounding(check))
         else:
             super()._add_(update, check)
 
@@ -141,13 +144,12 @@ class InputWeight(ProjectedWeight):
             # P_0 = orth(xᵀ x Ω)
             self.slot.state["projection"].copy_(torch.linalg.qr(A).Q)
             self.P.started = True
-            movements.finish()  # which counts
             for weight in self.sharing:
                 if weight.mark is not None:
                     Weight.resume(weight)  # steps that were skipped before
         elif A is not None:
             self.P.count = self.clock
-            movements.add(self.P, A, check)
+            movements.add(Moving(self.P, self.P.read(), A, check))
         if self.P.started:
             self._give(shared)
 
