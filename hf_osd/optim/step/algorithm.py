@@ -175,21 +175,17 @@ class ProjectedWeight(Weight):
         update = Update(D, self.P.read())
         if self.residual is not None:
             update = self.residual.extend(update, low, check)
-        self._add_(update, check)
+        scale = self.group["scale"]
+        rate = -self.group["lr"] * (self.geometry.full_scale if scale == "auto" else scale)
+        self._add_(update, rate, check)
         if low.A is None:
             return None
         self.P.count = self.count
         return Moving(self.P, update.P, low.A, check)
 
-    @property
-    def rate(self) -> Any:
-        """Factor on the update: -lr scale."""
-        scale = self.group["scale"]
-        return -self.group["lr"] * (self.geometry.full_scale if scale == "auto" else scale)
-
-    def _add_(self, update: Update, check: GradientCheck) -> None:
-        """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S)."""
-        W, rate, (D, P, add_rest) = self.p, self.rate, update
+    def _add_(self, update: Update, rate: Any, check: GradientCheck) -> None:
+        """W <- (1 - lr weight_decay) W + rate (up(D, P) + S)."""
+        W, (D, P, add_rest) = self.p, update
         alpha = rate
         if isinstance(rate, Tensor):  # products take numbers only, which would have to be read
             D, alpha = D.mul_(rate), 1.0

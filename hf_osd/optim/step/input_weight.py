@@ -73,12 +73,12 @@ class InputWeight(ProjectedWeight):
         super().update(low, check, movements)
         self.stepped = low is not None
 
-    def _add_(self, update: Update, check: GradientCheck) -> None:
+    def _add_(self, update: Update, rate: Any, check: GradientCheck) -> None:
         W: Any = self.p
         if isinstance(W, Int8Weight):
-            add_to_int8_(W, self.op, update, self.rate, self._rounding(check))
+            add_to_int8_(W, self.op, update, rate, self._rounding(check))
         else:
-            super()._add_(update, check)
+            super()._add_(update, rate, check)
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         super().follow(rules)

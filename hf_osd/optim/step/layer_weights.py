@@ -121,8 +121,8 @@ class LayerWeights(Weights):
         """Let int8 weights be those of states that have been loaded, where a model that has been is these, rounded."""
         for p in self._weights:
             own: Any = self.state.get(p, {})
-            saved = [own.pop(name, None) for name in INT8]
-            if isinstance(p, Int8Weight) and None not in saved and not p.become_(Int8Weight(saved[0], saved[1], p.dtype)):
+            K, s = (own.pop(name, None) for name in INT8)
+            if isinstance(p, Int8Weight) and K is not None and not p.become_(Int8Weight(K, s, p.dtype)):
                 logger.warning(
                     "%s is not the weight that was saved with the state, and stays as it is.",
                     self._weights[p].geometry.name,
