@@ -69,6 +69,7 @@ class OSDTrainingArguments(TrainingArguments):
     osd_momentum: float | None = flag("momentum")
     osd_layerwise_clipping: str | None = flag("layerwise_clipping")
     osd_partial_load: bool | None = flag("partial_load")
+    osd_divide_projection: bool | None = flag("divide_projection")
     osd_rank_pattern: str | None = flag("rank_pattern")
     osd_preset: str | None = flag("preset")
     # end of options

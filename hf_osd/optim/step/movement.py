@@ -5,6 +5,7 @@ transformer has, it is one batched product. A step of P's optimizer is taken as 
 about orthonormal, and shortened to that beyond. Letters and shapes as in `subspace.operators`.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, NoReturn
 
@@ -21,6 +22,9 @@ from .projection import LONGEST_STEP, LiveProjection, usable
 STACK_LIMIT = 1 << 20
 # Multiplications of a product r wide: up to there torch has another kernel for one product than for a batch of them.
 ALONE_UP_TO = 16**3
+
+
+Total = Callable[[Sequence[Tensor]], None]
 
 
 class Moving(NamedTuple):
@@ -71,11 +75,8 @@ def _move(projection: LiveProjection, A: Tensor, check: GradientCheck) -> None:
     old = P.clone() if carries or projection.rule.learns else None
 
     def descend(gP: Tensor) -> None:
-        if projection.moments is None:
-            _refuse_without_optimizer(projection)
-        projection.slot.state["projection_step"].add_(check.keep)
-        if projection.descend(P, gP, check) and old is not None:
-            shorten_([P], old.unsqueeze(0))
+        if descend_([Moving(projection, A, check)], [P], gP.unsqueeze(0)) and old is not None:
+            shorten_([([P], old.unsqueeze(0))])
 
     move = Movement(A, check.inv_norm2, partial(usable, check), projection.geometry.op, descend)
     projection.rule.advance_(P, move)
@@ -95,15 +96,8 @@ def _move_all(waiting: list[Moving]) -> None:
     inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in waiting])[:, None, None]
 
     def descend(gP: Tensor) -> None:
-        if first.moments is None:
-            _refuse_without_optimizer(first)
-        counters = [moving.projection.slot.state["projection_step"] for moving in waiting]
-        torch._foreach_add_(counters, [moving.check.keep for moving in waiting])
-        far = False
-        for moving, P, own in zip(waiting, Ps, gP.unbind(), strict=True):
-            far = moving.projection.descend(P, own, moving.check)
-        if far:  # of one group and shape
-            shorten_(Ps, before)
+        if descend_(waiting, Ps, gP):
+            shorten_([(Ps, before)])
 
     before = torch.stack(Ps)
     unusable = partial(usable, waiting[0].check)  # a stackable rule does not ask
@@ -112,15 +106,42 @@ def _move_all(waiting: list[Moving]) -> None:
         moving.projection.write(P)
 
 
-def shorten_(Ps: list[Tensor], before: Tensor) -> None:
-    """P <- before + min(1, LONGEST_STEP / ||step||) step, where P is before + step: of each of a stack (k, s, r)."""
-    step = torch.stack(Ps).sub_(before)
-    with reduced_precision(step):
-        M = step.mT @ step
-        # ||step||_2 <= ||M²||_F^(1/4), not much less: equal where the rank is one, as of the steps that are too long
-        norm = torch.linalg.matrix_norm(M @ M).sqrt_().sqrt_()
-    excess = (1 - LONGEST_STEP / norm).clamp_(min=0)  # exactly 0 of most steps, which stay what they are
-    torch._foreach_sub_(Ps, step.mul_(excess[:, None, None]).unbind())
+def descend_(waiting: Sequence[Moving], Ps: Sequence[Tensor], gP: Tensor) -> bool:
+    """One step of the optimizer of each P, of one shape and group, by the gradients (k, s, r).
+
+    Returns:
+        `bool`: Whether steps may be longer than `LONGEST_STEP`, as far as the host knows.
+    """
+    if waiting[0].projection.moments is None:
+        _refuse_without_optimizer(waiting[0].projection)
+    counters = [moving.projection.slot.state["projection_step"] for moving in waiting]
+    torch._foreach_add_(counters, [moving.check.keep for moving in waiting])
+    far = False
+    for moving, P, own in zip(waiting, Ps, gP.unbind(), strict=True):
+        far = moving.projection.descend(P, own, moving.check)
+    return far
+
+
+def shorten_(stacks: Sequence[tuple[list[Tensor], Tensor]], total: Total | None = None) -> None:
+    """P <- before + min(1, LONGEST_STEP / ||step||) step, where P is before + step.
+
+    Args:
+        stacks (`list`): P of one shape each, and what they were before, (k, s, r).
+        total (`Callable`, *optional*): Adds up tensors of all processes, in place, where these have some rows each.
+    """
+    steps = [torch.stack(Ps).sub_(before) for Ps, before in stacks]
+    grams = []
+    for step in steps:
+        with reduced_precision(step):
+            grams.append(step.mT @ step)
+    if total is not None:
+        total(grams)
+    for (Ps, _), step, M in zip(stacks, steps, grams, strict=True):
+        with reduced_precision(M):
+            # ||step||_2 <= ||M²||_F^(1/4), not much less: equal for rank one, as of the steps that are too long
+            norm = torch.linalg.matrix_norm(M @ M).sqrt_().sqrt_()
+        excess = (1 - LONGEST_STEP / norm).clamp_(min=0)  # exactly 0 of most steps, which stay what they are
+        torch._foreach_sub_(Ps, step.mul_(excess[:, None, None]).unbind())
 
 
 def _refuse_without_optimizer(projection: LiveProjection) -> NoReturn:

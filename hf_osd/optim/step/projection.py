@@ -52,10 +52,13 @@ class LiveProjection:
         started (`bool`): Whether P has been initialised.
         rule ([`SubspaceRule`]): How P moves.
         expanded (`torch.Tensor`, *optional*): P beside the state, where the rule keeps it there.
+        rows ([`Rows`], *optional*): How processes divide P, where they do: the state has this one's rows.
+        gathered (`torch.Tensor`, *optional*): The whole of such a P, while it is here.
     """
 
     def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any], slot: Slot):
         self.geometry, self.group, self.slot = geometry, group, slot
+        self.rows = geometry.rows
         self.started = False
         self.carried: dict[str, Moments] = {}  # of each weight by name: what lives in P's coordinates
         self.forget()
@@ -69,18 +72,28 @@ class LiveProjection:
         self.moments: Moments | None = None
         if rules.projection is not None:
             shape, dtype = geometry.projection_shape, geometry.compute_dtype
-            self.moments = Moments(rules.projection, rules.projection_storage, shape, dtype, self.slot, "projection_")
+            self.moments = Moments(
+                rules.projection, rules.projection_storage, shape, dtype, self.slot, "projection_", self.rows
+            )
 
     def forget(self) -> None:
         """Drop what was derived from the state."""
         self.expanded: Tensor | None = None
+        self.gathered: Tensor | None = None
 
     def read(self) -> Tensor:
         """P in the precision of the computation: the tensor in the state itself where that has it."""
         if self.rule.code is not None:
             return self._expand(self.rule)
-        P = self.slot.state["projection"]
+        P = self.slot.state["projection"] if self.rows is None else self.whole()
         return P if P.dtype == self.geometry.compute_dtype else P.to(self.geometry.compute_dtype)
+
+    def whole(self) -> Tensor:
+        """All of a divided P, in the precision that it is kept or was gathered in: from all processes, if need be."""
+        assert self.rows is not None
+        if self.gathered is not None:
+            return self.gathered
+        return self.rows.full(self.slot.state["projection"], self.geometry.projection_shape)
 
     def _expand(self, rule: SubspaceRule) -> Tensor:
         if self.expanded is not None:
@@ -123,9 +136,20 @@ class LiveProjection:
         new = made[0]
         if geometry.two_sided:
             new = torch.cat(made) if rule.code is None else torch.stack(made)
-        stored.copy_(new if geometry.sharding is None else geometry.sharding.agree(new))
+        new = new if geometry.sharding is None else geometry.sharding.agree(new)
+        stored.copy_(new if self.rows is None else self.rows.own(new))
         self.forget()
+        if self.rows is not None:
+            self.gathered = new.to(stored.dtype)
         return init
+
+    def found(self) -> bool:
+        """Whether the state has a divided P, given or loaded, that no step has used yet. Asks all processes."""
+        if self.rows is None:
+            return False
+        some = self.slot.state["projection"].any().to(torch.float32)
+        self.started = bool(self.rows.sum(some))
+        return self.started
 
     def descend(self, P: Tensor, gP: Tensor, check: GradientCheck) -> bool:
         """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP).
@@ -136,7 +160,7 @@ class LiveProjection:
         assert self.moments is not None
         rate = self.group["alpha"] * self.group["lr"]
         self.moments.update_(P, gP, Pace(check, rate, self.group[self._decay]))
-        return rate * math.sqrt(P.numel()) > LONGEST_STEP
+        return rate * math.sqrt(math.prod(self.geometry.projection_shape)) > LONGEST_STEP
 
     def renew(self, G: Tensor, how: Make, check: GradientCheck) -> None:
         """A new P from G, in which the weights' moments go on as the group says."""

@@ -39,8 +39,10 @@ class Weights:
         groups (`list[dict]`): Parameter groups that have been settled.
         state (`dict`): State by parameter, of the optimizer.
         given (`dict[str, torch.Tensor]`): P_0 by parameter name, where the user gave one; emptied as it is used.
+        divide (`bool`, *optional*, defaults to `True`): Whether processes divide P, where they can.
 
     Attributes:
+        divided (`bool`): Whether they do, of any weight.
         device_types (`set[str]`): Of the parameters, as they were when last met, where there is autocast.
         observing (`bool`): Whether the coming step is observed.
         observations (`dict`): By weight, what `observe` saw in the last step that was.
@@ -56,8 +58,9 @@ class Weights:
         groups: list[Group],
         state: MutableMapping[Tensor, dict],
         given: dict[str, Tensor],
+        divide: bool = True,
     ):
-        self.groups, self.state, self.given = groups, state, given
+        self.groups, self.state, self.given, self.divide = groups, state, given, divide
         self.observing = False
         self.observations: dict[AnyWeight, tuple[Tensor, Tensor]] = {}
         self._weights: dict[Tensor, AnyWeight] = {}
@@ -117,8 +120,11 @@ class Weights:
         if given is None:  # it was used, and the state that it went into is gone
             logger.warning("%s starts P anew: the P given as `init` was used.", weight.geometry.name)
         else:
-            weight.slot.state["projection"].copy_(given)
+            rows = weight.geometry.rows
+            weight.slot.state["projection"].copy_(given if rows is None else rows.own(given))
             weight.resume()
+            if rows is not None and isinstance(weight, ProjectedWeight):
+                weight.P.started = bool(given.any())
 
     def use_given(self) -> None:
         """Put each P that was given and not used yet into its state, which training then starts from."""
@@ -178,13 +184,14 @@ class Weights:
                     )
                 settle_sides(group, names_of(group, position), self.layer_of)
             for index, p in enumerate(group["params"]):
-                geometry, weight = geometry_of(group, index, p, position), known.get(p)
+                geometry, weight = geometry_of(group, index, p, position, self.divide), known.get(p)
                 as_before = weight is not None and weight.group is group and weight.dtype is p.dtype
                 if weight is None or not as_before or weight.geometry.holder != geometry.holder:
                     weight = self._make(p, geometry, group)
                     _convert(self.state.get(p, {}), weight)
                 self._weights[p], self._met[p] = weight, (weight.geometry, group)
                 position += 1
+        self.divided = any(weight.geometry.rows is not None for weight in self._weights.values())
         self._share()
         self.follow()
 
