@@ -45,8 +45,9 @@ class Gather:
         flat = torch.zeros(layout.length, dtype=dtype, device=parts[0].device)
         pieces = [piece[: X.numel()] for piece, X in zip(flat.split(layout.lengths), parts, strict=True)]
         torch._foreach_copy_(pieces, [X.view(-1) for X in parts])
+        self._work: Any
         self._flat, self._all = flat, flat.new_empty(layout.processes * layout.length)
-        self._work: Any = torch.distributed.all_gather_into_tensor(
+        self._work = _collective("all_gather_single", "all_gather_into_tensor")(
             self._all, flat, group=layout.group, async_op=True
         )
         self._places = {P: index for index, P in enumerate(projections)}
@@ -87,8 +88,9 @@ class Reduce:
         torch._foreach_copy_(pieces, parts)
         self._shapes = [(len(gP), max(rows.sizes), gP.shape[-1]) for rows, gP in stacks]
         self._sizes = [rows.local_size for rows, _ in stacks]
+        self._work: Any
         self._flat, self._own = flat, flat.new_empty(layout.length)
-        self._work: Any = torch.distributed.reduce_scatter_tensor(
+        self._work = _collective("reduce_scatter_single", "reduce_scatter_tensor")(
             self._own, flat.view(-1), group=layout.group, async_op=True
         )
 
@@ -105,7 +107,13 @@ def total(tensors: Sequence[Tensor], group: Any) -> None:
     """Add up tensors of all processes, each in place, in one exchange."""
     flat = torch.cat([X.reshape(-1) for X in tensors])
     torch.distributed.all_reduce(flat, group=group)
-    torch._foreach_copy_(list(tensors), [own.view(X.shape) for own, X in zip(flat.split([X.numel() for X in tensors]), tensors, strict=True)])
+    sums = flat.split([X.numel() for X in tensors])
+    torch._foreach_copy_(list(tensors), [own.view(X.shape) for own, X in zip(sums, tensors, strict=True)])
+
+
+def _collective(name: str, before: str) -> Any:
+    """A function of torch.distributed, by its name since torch 2.13 or the one that it had."""
+    return getattr(torch.distributed, name, None) or getattr(torch.distributed, before)
 
 
 def _rows(projection: LiveProjection) -> Rows:
