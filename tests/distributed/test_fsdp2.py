@@ -109,8 +109,8 @@ def collectives(rank: int, world: int, folder: Path):
     optimizer = make_optimizer(model)
     train(model, optimizer, range(1), rank, world)
     projected = len(optimizer.param_groups[0]["params"])
-    # norms; P gathered, its gradients reduced, lengths of its steps: once for all
-    for observe, expected in ((False, 4), (True, 4 + projected)):
+    # norms; P gathered, its gradients reduced, the lengths of its steps (two sums): once for all
+    for observe, expected in ((False, 5), (True, 5 + projected)):
         optimizer.collect_statistics = observe
         loss_of(model, 1, rank, world).backward()
         with CommDebugMode() as counts:

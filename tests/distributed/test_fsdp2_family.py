@@ -86,12 +86,12 @@ def p_is_the_same_everywhere(rank: int, world: int, folder: Path):
 
 
 def collectives(rank: int, world: int, folder: Path):
-    """One sum for all norms. P divided: three for all weights. Then for each A of a whole P, and a residual's norm."""
+    """One sum for all norms. P divided: four for all weights. Then for each A of a whole P, and a residual's norm."""
     expected = {
         "random": (0, 0),  # drawn by each process
         "power": (0, 1),
-        "scaled_column": (3, 1),  # ||S||²
-        "sign": (3, 0),
+        "scaled_column": (4, 1),  # ||S||²
+        "sign": (4, 0),
         "carried_adamw": (0, 1),
     }
     for name, (divided, count) in expected.items():

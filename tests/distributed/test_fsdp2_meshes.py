@@ -119,7 +119,7 @@ def tensor_parallel(rank: int, world: int, folder: Path):
                 optimizer.step()
             parallel.zero_grad()
             single.zero_grad()
-        assert rule != "adamw" or counts.get_total_counts() == 1 + 3
+        assert rule != "adamw" or counts.get_total_counts() == 1 + 4
         assert_same_weights(parallel, single, TOLERANCE)
         assert_same_state(optimizer, reference, 1e-7)
 
@@ -155,7 +155,7 @@ def hsdp(rank: int, world: int, folder: Path):
     loss_of(sharded, 5, rank, world).backward()
     with CommDebugMode() as counts:
         optimizer.step()
-    assert counts.get_total_counts() == 1 + 3
+    assert counts.get_total_counts() == 1 + 4
 
 
 def part_of_the_world(rank: int, world: int, folder: Path):

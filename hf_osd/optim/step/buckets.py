@@ -28,6 +28,11 @@ class _Layout:
         self.lengths = [max(rows.sizes) * r for rows, r in members]
         self.length, self.group = sum(self.lengths), members[0][0].group
         self.processes = len(members[0][0].sizes)
+        self.even = all(min(rows.sizes) == max(rows.sizes) for rows, _ in members)
+
+    def flat(self, parts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Room for so many parts; zero where there will be gaps, for what nobody reads is sent, too."""
+        return (torch.empty if self.even else torch.zeros)(parts, self.length, dtype=dtype, device=device)
 
 
 class Gather:
@@ -42,7 +47,7 @@ class Gather:
         members = [(_rows(P), P.geometry.rank) for P in projections]
         layout = self._layout = _Layout(members)
         parts = [P.slot.state["projection"] for P in projections]
-        flat = torch.zeros(layout.length, dtype=dtype, device=parts[0].device)
+        flat = layout.flat(1, dtype, parts[0].device).view(-1)
         pieces = [piece[: X.numel()] for piece, X in zip(flat.split(layout.lengths), parts, strict=True)]
         torch._foreach_copy_(pieces, [X.view(-1) for X in parts])
         self._work: Any
@@ -76,7 +81,7 @@ class Reduce:
     def __init__(self, stacks: Sequence[tuple[Rows, Tensor]]):
         layout = _Layout([(rows, gP.shape[-1]) for rows, gP in stacks for _ in gP])
         first = stacks[0][1]
-        flat = torch.zeros(layout.processes, layout.length, dtype=first.dtype, device=first.device)
+        flat = layout.flat(layout.processes, first.dtype, first.device)
         pieces, parts = [], []
         owns = iter(flat.split(layout.lengths, dim=1))
         for rows, stack in stacks:

@@ -23,7 +23,7 @@ from ...subspace import LinearOperator, Movement
 from ...update_rules import GradientCheck
 from .algorithm import ProjectedWeight
 from .buckets import BUCKET_LIMIT, Gather, Reduce, total
-from .movement import STACK_LIMIT, Movements, Moving, descend_, shorten_
+from .movement import STACK_LIMIT, Movements, Moving, shorten_
 from .projection import LiveProjection, usable
 from .rows import Rows
 
@@ -166,7 +166,10 @@ class DividedMovements(Movements):
         for own, gP in zip(stacks, reduce.take(), strict=True):
             Ps = [_own_rows(moving.projection) for moving in own.waiting]
             before = torch.stack(Ps)
-            if descend_(own.waiting, Ps, gP):
+            counters = [moving.projection.slot.state["projection_step"] for moving in own.waiting]
+            torch._foreach_add_(counters, [moving.check.keep for moving in own.waiting])
+            steps = zip(own.waiting, Ps, gP, strict=True)
+            if any([moving.projection.descend(P, part, moving.check) for moving, P, part in steps]):
                 far.append((Ps, before))
             stepped.append(Ps)
         if far:

@@ -5,7 +5,7 @@ transformer has, it is one batched product. A step of P's optimizer is taken as 
 about orthonormal, and shortened to that beyond. Letters and shapes as in `subspace.operators`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, NoReturn
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...subspace import Movement
-from ...subspace.precision import reduced_precision
 from ...update_rules import GradientCheck
+from .lengths import Total, lengths
 from .projection import LONGEST_STEP, LiveProjection, usable
 
 
@@ -22,9 +22,6 @@ from .projection import LONGEST_STEP, LiveProjection, usable
 STACK_LIMIT = 1 << 20
 # Multiplications of a product r wide: up to there torch has another kernel for one product than for a batch of them.
 ALONE_UP_TO = 16**3
-
-
-Total = Callable[[Sequence[Tensor]], None]
 
 
 class Moving(NamedTuple):
@@ -75,7 +72,10 @@ def _move(projection: LiveProjection, A: Tensor, check: GradientCheck) -> None:
     old = P.clone() if carries or projection.rule.learns else None
 
     def descend(gP: Tensor) -> None:
-        if descend_([Moving(projection, A, check)], [P], gP.unsqueeze(0)) and old is not None:
+        if projection.moments is None:
+            _refuse_without_optimizer(projection)
+        projection.slot.state["projection_step"].add_(check.keep)
+        if projection.descend(P, gP, check) and old is not None:
             shorten_([([P], old.unsqueeze(0))])
 
     move = Movement(A, check.inv_norm2, partial(usable, check), projection.geometry.op, descend)
@@ -96,7 +96,14 @@ def _move_all(waiting: list[Moving]) -> None:
     inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in waiting])[:, None, None]
 
     def descend(gP: Tensor) -> None:
-        if descend_(waiting, Ps, gP):
+        if first.moments is None:
+            _refuse_without_optimizer(first)
+        counters = [moving.projection.slot.state["projection_step"] for moving in waiting]
+        torch._foreach_add_(counters, [moving.check.keep for moving in waiting])
+        far = False
+        for moving, P, own in zip(waiting, Ps, gP.unbind(), strict=True):
+            far = moving.projection.descend(P, own, moving.check)
+        if far:  # of one group and shape
             shorten_([(Ps, before)])
 
     before = torch.stack(Ps)
@@ -104,22 +111,6 @@ def _move_all(waiting: list[Moving]) -> None:
     first.rule.advance_(before, Movement(A, inv_norm2, unusable, first.geometry.op, descend))
     for moving, P in zip(waiting, Ps, strict=True):
         moving.projection.write(P)
-
-
-def descend_(waiting: Sequence[Moving], Ps: Sequence[Tensor], gP: Tensor) -> bool:
-    """One step of the optimizer of each P, of one shape and group, by the gradients (k, s, r).
-
-    Returns:
-        `bool`: Whether steps may be longer than `LONGEST_STEP`, as far as the host knows.
-    """
-    if waiting[0].projection.moments is None:
-        _refuse_without_optimizer(waiting[0].projection)
-    counters = [moving.projection.slot.state["projection_step"] for moving in waiting]
-    torch._foreach_add_(counters, [moving.check.keep for moving in waiting])
-    far = False
-    for moving, P, own in zip(waiting, Ps, gP.unbind(), strict=True):
-        far = moving.projection.descend(P, own, moving.check)
-    return far
 
 
 def shorten_(stacks: Sequence[tuple[list[Tensor], Tensor]], total: Total | None = None) -> None:
@@ -130,17 +121,8 @@ def shorten_(stacks: Sequence[tuple[list[Tensor], Tensor]], total: Total | None 
         total (`Callable`, *optional*): Adds up tensors of all processes, in place, where these have some rows each.
     """
     steps = [torch.stack(Ps).sub_(before) for Ps, before in stacks]
-    grams = []
-    for step in steps:
-        with reduced_precision(step):
-            grams.append(step.mT @ step)
-    if total is not None:
-        total(grams)
-    for (Ps, _), step, M in zip(stacks, steps, grams, strict=True):
-        with reduced_precision(M):
-            # ||step||_2 <= ||M²||_F^(1/4), not much less: equal for rank one, as of the steps that are too long
-            norm = torch.linalg.matrix_norm(M @ M).sqrt_().sqrt_()
-        excess = (1 - LONGEST_STEP / norm).clamp_(min=0)  # exactly 0 of most steps, which stay what they are
+    for (Ps, _), step, length in zip(stacks, steps, lengths(steps, total), strict=True):
+        excess = (1 - LONGEST_STEP / length).clamp_(min=0)  # exactly 0 of most steps, which stay what they are
         torch._foreach_sub_(Ps, step.mul_(excess[:, None, None]).unbind())
 
 

@@ -68,6 +68,7 @@ class LiveProjection:
         geometry = self.geometry
         self.rule = rules.subspace
         self._decay = decay_of_projection(self.group)
+        self._spread = math.sqrt(math.prod(geometry.projection_shape))  # norm of a P whose entries are 1
         self.key = rules.subspace.code or "projection"
         self.moments: Moments | None = None
         if rules.projection is not None:
@@ -160,7 +161,7 @@ class LiveProjection:
         assert self.moments is not None
         rate = self.group["alpha"] * self.group["lr"]
         self.moments.update_(P, gP, Pace(check, rate, self.group[self._decay]))
-        return rate * math.sqrt(math.prod(self.geometry.projection_shape)) > LONGEST_STEP
+        return rate * self._spread > LONGEST_STEP
 
     def renew(self, G: Tensor, how: Make, check: GradientCheck) -> None:
         """A new P from G, in which the weights' moments go on as the group says."""
