@@ -77,7 +77,7 @@ def state_bytes_of(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     return found
 
 
-def measure(params: list[nn.Parameter], rank: int, rounds: int, **options: Any) -> list[dict[str, Any]]:
+def measure(params: list[nn.Parameter], rank: int, rounds: int, lr: float = 1e-3) -> list[dict[str, Any]]:
     """One row for each way; every process calls this."""
     from hf_osd import OSD
 
@@ -85,7 +85,7 @@ def measure(params: list[nn.Parameter], rank: int, rounds: int, **options: Any) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizers = {
-            way: OSD([{"params": params, "rank": rank}], lr=1e-3, divide_projection=divide, **options)
+            way: OSD([{"params": params, "rank": rank}], lr=lr, divide_projection=divide)
             for way, divide in ways.items()
         }
     rows = []
