@@ -54,6 +54,23 @@ def test_the_report(folder, capsys):
     ]
 
 
+def test_what_each_of_several_processes_holds(folder, capsys):
+    """tests/distributed/test_divided.py finds the same in processes."""
+    words = (folder, "--rank", "8", "--seq", "32", "--preset", "osd_adamw", "--processes", "4")
+    report = report_of(capsys, *words)
+    model = meta_model(load_config(folder), torch.bfloat16)
+    each = report["each_process"]
+    assert each["divided"]["gradients"] == sum(p.nbytes for p in model.parameters()) // 4  # all sizes divide by 4
+    inputs = sum(p.shape[1] for p in select(model).projected.values())  # weights are projected on the right
+    assert each["whole"]["projection"] == 4 * 8 * inputs == 4 * each["divided"]["projection"]
+    counters = 4 * report["matrices"]
+    assert each["divided"]["projection_moments"] - counters == 2 * each["divided"]["projection"]
+    assert each["divided"]["state"] == each["whole"]["state"]
+    assert re.search(r"each of 4 processes.*\n.*P's moments\n.*\nP divided .*\nP whole on each ", estimate(capsys, *words))
+    for more in (("--layerwise",), ("--optim_args", "source=activations")):
+        assert "--processes is for steps from gradients" in refused(capsys, *words, *more)
+
+
 def test_lora_has_a_rank_of_its_own(folder, capsys):
     words = (folder, "--rank", "8", "--seq", "32")
     same, other = report_of(capsys, *words), report_of(capsys, *words, "--lora_rank", "2")

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import processes
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 
 from hf_osd import OSD, ProjectionState
+from hf_osd.estimate import share
 from hf_osd.optim import predicted_state_bytes, state_bytes
 from hf_osd.optim.step import buckets, divided
 from hf_osd.optim.step.sharding import local
@@ -96,6 +98,11 @@ def bytes_of_state(rank: int, world: int, folder: Path):
     whole, own = found
     assert whole == {"projection": 2 * 160 * 8 * 4, "projection_moments": 4 * 160 * 8 * 4, "moments": 4 * 160 * 8 * 4}
     assert own == {name: size // world for name, size in whole.items()}
+    plain = make_model(torch.float32, width=64, inner=96)
+    matrices = [block.get_parameter(f"{name}.weight") for block in plain.blocks for name in ("tall", "wide")]
+    each = asdict(share(plain, OSD([{"params": matrices, "rank": 8}], lr=1e-3), world, divide=True))
+    counters = {"projection": 0, "projection_moments": 4 * 4, "state": 2 * 4 * 4}  # four weights
+    assert [each[name] - number for name, number in counters.items()] == list(own.values())
 
 
 def what_is_sent(rank: int, world: int, folder: Path):
