@@ -138,7 +138,9 @@ def processes_report(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`rank` is")
         optimizer = create_osd_optimizer(model, optim, rank=arguments.rank, **options)
-    each = {name: asdict(share(model, optimizer, processes, divide=name == "divided")) for name in ("divided", "whole")}
+    each = {
+        name: asdict(share(model, optimizer, processes, divide=name == "divided")) for name in ("divided", "whole")
+    }
     return {"processes": processes, "each_process": each}
 
 
@@ -223,7 +225,11 @@ def report_text(report: dict[str, Any]) -> str:
         if limit:
             text.append(f"largest rank of {rows[-1]['method']} at this batch: {rows[-1]['largest_rank'] or 'none'}")
     if "processes" in report:
-        text += ["", f"each of {report['processes']} processes of FSDP2, between steps", _shares(report["each_process"])]
+        text += [
+            "",
+            f"each of {report['processes']} processes of FSDP2, between steps",
+            _shares(report["each_process"]),
+        ]
     text += ["", f"P in checkpoints and on the Hub: {format_bytes(report['projection_file_bytes'], 2, 'MB')}"]
     text += [f"not estimated: {name}" for name in report["missing"]]
     if limit:

@@ -26,7 +26,7 @@ from .groups import (
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode
 from .saving import STAND_INS, SavedOptimizer
-from .statistics import summarize
+from .statistics import share_observations, summarize
 from .step.divided import DividedMovements, with_projections
 from .step.layer_weights import LayerWeights
 from .step.movement import Movements
@@ -293,7 +293,12 @@ class OSD(SavedOptimizer):
             observing = weights is not None and weights.observing
             if weights is not None and self._groups is groups:
                 weights.meet()  # for it knows which parameters have been taken out of groups
-            made_of = self.trained_groups, self.state, self._given_projections, self.mode.divide_projection is not False
+            made_of = (
+                self.trained_groups,
+                self.state,
+                self._given_projections,
+                self.mode.divide_projection is not False,
+            )
             weights = Weights(*made_of) if self._layers is None else LayerWeights(*made_of, self._layers)
             self._weights, self._groups = weights, groups
             weights.observing = observing
@@ -398,6 +403,8 @@ class OSD(SavedOptimizer):
                         slot.state = {}
                 for weight in leaders:
                     weight.release()
+            if weights.observing:
+                share_observations(weights)
         return loss
 
     def _refuse_scaler(self) -> None:

@@ -2,12 +2,16 @@
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from .step.experts import ExpertWeights
 from .step.full_weight import FullWeight
+from .step.sharding import Sharding, local
 from .step.weights import Weights
 
 
@@ -42,11 +46,48 @@ def summarize_each(weights: Weights) -> tuple[dict[str, float], dict[str, dict[s
     return means, each
 
 
+def share_observations(weights: Weights) -> None:
+    """Give every process what the others saw of their experts, and how many steps those skipped: one sum a mesh.
+
+    All processes take part, whether or not their experts have gradients.
+    """
+    stacks: dict[tuple[Any, int], list[tuple[ExpertWeights, Tensor]]] = defaultdict(list)
+    for group in weights.groups:
+        for p in group["params"]:
+            weight = weights.of(p)
+            geometry = weight.geometry
+            if isinstance(weight, ExpertWeights) and geometry.scattered and geometry.sharding is not None:
+                skipped = weight.slot.state.get("skipped_steps")
+                nothing = torch.full((len(weight.geometry.experts),), math.nan, device=weight.p.device)
+                here = (*weights.observations.get(weight, (nothing, nothing)), nothing if skipped is None else skipped)
+                seen = torch.zeros(len(here), weight.geometry.matrices, device=weight.p.device)
+                seen[:, list(weight.geometry.experts)] = torch.stack([value.float() for value in here])
+                stacks[geometry.sharding.mesh, geometry.sharding.copies].append((weight, seen))
+            weight.release()
+    for members in stacks.values():
+        sizes, sharding = [seen.shape[1] for _, seen in members], cast(Sharding, members[0][0].geometry.sharding)
+        everyone = sharding.sum(torch.cat([seen for _, seen in members], dim=1))
+        for (weight, _), (loss, error, skipped) in zip(members, everyone.split(sizes, dim=1), strict=True):
+            weights.observations[weight] = (loss, error, skipped.nansum())
+
+
+def _skipped(weights: Weights) -> list[Tensor]:
+    """Skipped steps of each parameter; of experts on other processes, those that were shared."""
+    found = []
+    for group in weights.groups:
+        for p in group["params"]:
+            _, _, *shared = weights.observations.get(weights.of(p), (None, None))
+            weights.of(p).release()
+            if "skipped_steps" in weights.state.get(p, {}):
+                found.append(shared[0] if shared else local(weights.state[p]["skipped_steps"]))
+    return found
+
+
 def _read(
-    weights: Weights, observations: Sequence[tuple[Tensor, Tensor]], others: Sequence[Tensor]
+    weights: Weights, observations: Sequence[tuple[Tensor, ...]], others: Sequence[Tensor]
 ) -> tuple[dict[str, float], list[float]]:
     """The summary, and all numbers of `others`."""
-    skipped = [state["skipped_steps"] for state in weights.state.values() if "skipped_steps" in state]
+    skipped = _skipped(weights)
     if not skipped:
         return {}, []
     device = skipped[0].device

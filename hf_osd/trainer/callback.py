@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from ..hub import ProjectionState
+from ..hub.collect import gathers
 from ..hub.config import CONFIG_NAME
 from ..hub.projection_state import refuse_names
 from ..layers import unload
@@ -21,6 +22,7 @@ from ..optim.statistics import summarize_each
 from ..optim.step.full_weight import FullWeight
 from ..optim.summary import announce_summary
 from .checkpoints import written_checkpoint
+from .gathered import gather_projections, gathered_projections
 from .push import refresh_card
 from .settings import check_arguments, refuse_ignored_by_mode
 from .statistics_file import StatisticsFile
@@ -122,8 +124,8 @@ class OSDCallback(TrainerCallback):
         """Put P beside the model into the checkpoint that has just been written."""
         osd = osd_of(optimizer)
         if osd is not None:
-            folder = written_checkpoint(state) or _checkpoint(args, state)  # this of a subclass that saves by itself
-            self._save_projections(folder, args, state, osd)
+            gather_projections(state, osd, args.should_save)  # of a subclass that saves by itself, only now
+            self._save_projections(written_checkpoint(state) or _checkpoint(args, state), args, state, osd)
 
     def on_push_begin(
         self,
@@ -166,15 +168,16 @@ class OSDCallback(TrainerCallback):
         if osd is None:
             return
         osd.remove()
+        gather_projections(state, osd, args.should_save)  # a push that comes now is the main process's alone
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._best = Path(state.best_model_checkpoint)
 
     def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, osd: OSD) -> None:
         if not args.should_save or not folder.is_dir() or self._saved.get(folder) == state.global_step:
             return
-        if has_started(osd):
+        if gathers(osd) or has_started(osd):
             with _may_fail():
-                ProjectionState.from_optimizer(osd).save_pretrained(folder)
+                gathered_projections(state, osd).save_pretrained(folder)
             self._saved[folder] = state.global_step
 
 

@@ -22,6 +22,7 @@ from ..optim import OPTIM_NAMES, OSD
 from ..optim.osd import osd_of
 from .callback import OSDCallback
 from .checkpoints import last_complete_checkpoint, load_converted
+from .gathered import gather_projections
 from .partial_load import fitted
 from .push import Destination, make_card
 from .settings import constructor_arguments, uses_osd
@@ -72,6 +73,9 @@ def _note_checkpoint(original: Callable, self: Trainer, model: Any, trial: Any, 
     self.state.written_checkpoint = folder  # type: ignore[attr-defined]
     destination = Destination(self.hub_model_id, self.args.hub_token, self.args.hub_revision)
     self.state.pushes_to = destination  # type: ignore[attr-defined]
+    osd = osd_of(self.optimizer)
+    if osd is not None:
+        gather_projections(self.state, osd, self.args.should_save)
     return original(self, model, trial, *args, **kwargs)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharded_models import (
     assert_same_state,
@@ -27,7 +26,6 @@ from hf_osd import OSD, ProjectionState
 from hf_osd.estimate import share
 from hf_osd.optim import predicted_state_bytes, state_bytes
 from hf_osd.optim.step import buckets, divided
-from hf_osd.optim.step.sharding import local
 from hf_osd.subspace import precision
 
 

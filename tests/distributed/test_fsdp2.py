@@ -190,8 +190,8 @@ def eight_bit(rank: int, world: int, folder: Path):
     alone = shard(make_model(torch.float32, **sizes), single_process_mesh(world))
     divided = shard(make_model(torch.float32, **sizes))
     optimizers = [make_optimizer(model, rank=64, weight_rule="adamw8bit") for model in (alone, divided)]
-    # the same bits but where P's gradient is summed over processes, which changes a few codes of the projected weights (and where
-    # A is rounded to bfloat16 before, which is left out here)
+    # the same bits but where P's gradient is summed over processes, which changes a few codes of the projected weights
+    # (and where A is rounded to bfloat16 before, which is left out here)
     precision._has_bfloat16_units = lambda: False
     same_as_whole_gradients(rank, world, 3e-4, divided, optimizers[1], optimizers[0], alone)
     state = optimizers[1].state[divided.blocks[0].tall.weight]

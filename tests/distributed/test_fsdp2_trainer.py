@@ -11,7 +11,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 
 from hf_osd import OSDTrainingArguments, ProjectionState
 
@@ -37,15 +37,16 @@ def pretend_to_be_on_gpus() -> None:
 
 def train(output_dir: Path, batch: int, resume: Path | None = None, **options) -> Trainer:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=66, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 68, "num_hidden_layers": 2, "vocab_size": 64}
+    # three experts: two on the first process, one on the second
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=3)
     tokens = torch.randint(0, 64, (32, 16), generator=torch.Generator().manual_seed(1))
     args = OSDTrainingArguments(
         output_dir=str(output_dir),
         optim="osd_adamw",
         osd_rank=8,
         osd_projection_sample=1,  # blocks would be of each process's own part
+        osd_side="right",
         learning_rate=1e-2,
         weight_decay=0.01,
         max_steps=STEPS,
@@ -58,7 +59,7 @@ def train(output_dir: Path, batch: int, resume: Path | None = None, **options) -
         **options,
     )
     dataset = [{"input_ids": row, "labels": row} for row in tokens]
-    trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=dataset)
+    trainer = Trainer(MixtralForCausalLM(config), args, train_dataset=dataset)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
@@ -94,7 +95,7 @@ def sharded_trainer(rank: int, world: int, folder: Path):
 def test_two_processes_train_what_one_trains(tmp_path):
     results = processes.run(2, [sharded_trainer], tmp_path)
     assert not results["sharded_trainer"], results["sharded_trainer"]
-    single = train(tmp_path / "single", 4, osd_side="right")
+    single = train(tmp_path / "single", 4)
     losses = [entry["loss"] for entry in single.state.log_history if "loss" in entry]
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, abs=1e-4)
     weights = torch.load(tmp_path / "weights.bin", weights_only=True)
@@ -107,5 +108,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
     assert set(saved) == set(expected) and {entry.side for entry in saved.values()} == {"right"}
     for name, entry in saved.items():
         P, Q = entry.projection, expected[name].projection
-        P = P * (P * Q).sum(dim=0).sign()  # of the first gradient's singular vectors, whose sign is the processor's
+        P = (
+            P * (P * Q).sum(dim=-2, keepdim=True).sign()
+        )  # of the first gradient's singular vectors, whose sign is the processor's
         torch.testing.assert_close(P, Q, rtol=0, atol=1e-2)

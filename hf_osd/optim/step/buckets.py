@@ -51,7 +51,8 @@ class Gather:
         pieces = [piece[: X.numel()] for piece, X in zip(flat.split(layout.lengths), parts, strict=True)]
         torch._foreach_copy_(pieces, [X.view(-1) for X in parts])
         self._work: Any
-        self._flat, self._all = flat, flat.new_empty(layout.processes * layout.length)
+        self._flat: Tensor | None = flat  # until it has been sent
+        self._all = flat.new_empty(layout.processes * layout.length)
         self._work = _collective("all_gather_single", "all_gather_into_tensor")(
             self._all, flat, group=layout.group, async_op=True
         )
@@ -67,7 +68,9 @@ class Gather:
             self._work = self._flat = None
         layout, index, rows, r = self._layout, self._places[projection], _rows(projection), projection.geometry.rank
         own = self._all.view(layout.processes, -1).split(layout.lengths, dim=1)[index]
-        return torch.cat([own[slot, : size * r] for slot, size in zip(rows.slots, rows.sizes, strict=True)]).view(-1, r)
+        return torch.cat([own[slot, : size * r] for slot, size in zip(rows.slots, rows.sizes, strict=True)]).view(
+            -1, r
+        )
 
 
 class Reduce:
@@ -94,13 +97,14 @@ class Reduce:
         self._shapes = [(len(gP), max(rows.sizes), gP.shape[-1]) for rows, gP in stacks]
         self._sizes = [rows.local_size for rows, _ in stacks]
         self._work: Any
-        self._flat, self._own = flat, flat.new_empty(layout.length)
+        self._flat: Tensor | None = flat  # until it has been sent
+        self._own = flat.new_empty(layout.length)
         self._work = _collective("reduce_scatter_single", "reduce_scatter_tensor")(
             self._own, flat.view(-1), group=layout.group, async_op=True
         )
 
     def take(self) -> list[Tensor]:
-        """This process's rows (k, s / processes, r) of each stack of sums."""
+        """Of each stack of sums the rows of this process, (k, s / processes, r)."""
         self._work.wait()
         self._work = self._flat = None
         stacks = self._own.split([k * size * r for k, size, r in self._shapes])

@@ -1,7 +1,7 @@
 """P and its moments divided among processes by rows: trained as FSDP2 trains a weight.
 
-P is gathered while its weight is stepped, the next ones on their way meanwhile. A is of each process's part of G alone.
-The gradient of Eq. 6 is linear in it,
+P is gathered while its weight is stepped, the next ones on their way meanwhile. A is of each process's part of G, and
+the gradient of Eq. 6 is linear in it:
 
     gP = 2 s (A (C - 2 I) + P PᵀA) + 4 lambda P (C - I)         A = sum_i A_i,   C = PᵀP
 
@@ -10,8 +10,7 @@ gets the rows that it has of P, and steps them. Letters and shapes as in `subspa
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -168,8 +167,10 @@ class DividedMovements(Movements):
             before = torch.stack(Ps)
             counters = [moving.projection.slot.state["projection_step"] for moving in own.waiting]
             torch._foreach_add_(counters, [moving.check.keep for moving in own.waiting])
-            steps = zip(own.waiting, Ps, gP, strict=True)
-            if any([moving.projection.descend(P, part, moving.check) for moving, P, part in steps]):
+            reaches_far = False
+            for moving, P, part in zip(own.waiting, Ps, gP, strict=True):
+                reaches_far = moving.projection.descend(P, part, moving.check)
+            if reaches_far:  # of one group and shape
                 far.append((Ps, before))
             stepped.append(Ps)
         if far:
@@ -181,18 +182,3 @@ class DividedMovements(Movements):
 
 def _own_rows(projection: LiveProjection) -> Tensor:
     return projection.slot.state["projection"].to(projection.geometry.compute_dtype)
-
-
-@contextmanager
-def gathered(weights: Iterable[Any], keep: bool) -> Iterator[None]:
-    """Inside, all of each divided P is on the CPU of the processes that `keep` it. To be entered by all processes."""
-    own = [weight.P for weight in weights if (P := _divided(weight)) is not None and P.started]
-    for projection in own:
-        P = projection.whole()
-        if keep:
-            projection.gathered = P.cpu()
-    try:
-        yield
-    finally:
-        for projection in own:
-            projection.gathered = None

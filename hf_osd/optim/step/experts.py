@@ -86,6 +86,8 @@ class ExpertWeight(ProjectedWeight):
 class ExpertWeights(Weight):
     """A stack (E, m, n). Its state has the entries of one matrix with a leading dimension E, and `idle_steps`.
 
+    Where experts are divided among processes, E is below the number of those that are here, which may be none.
+
     Attributes:
         experts (`list[ExpertWeight]`): E weights, whose parameters and states are views made for each use.
     """
@@ -94,7 +96,7 @@ class ExpertWeights(Weight):
 
     def __init__(self, p: Tensor, geometry: ProjectedGeometry, group: Mapping[str, Any]):
         super().__init__(p, geometry, group)
-        self.experts = [ExpertWeight(p, geometry.expert(e), group) for e in range(geometry.matrices)]
+        self.experts = [ExpertWeight(p, geometry.expert(e), group) for e in geometry.experts]
         self.slots += [expert.slot for expert in self.experts]
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
@@ -126,8 +128,12 @@ class ExpertWeights(Weight):
             return self.slot.state["projection"]
         self._open()
         geometry = self.geometry
-        zero = torch.zeros(geometry.projection_shape, dtype=geometry.compute_dtype, device=self.p.device)
-        return torch.stack([expert.P.read() if expert.started else zero for expert in self.experts])
+        shape = (len(self.experts), *geometry.projection_shape)
+        P = torch.zeros(shape, dtype=geometry.compute_dtype, device=self.p.device)
+        for own, expert in zip(P, self.experts, strict=True):
+            if expert.started:
+                own.copy_(expert.P.read())
+        return P
 
     def project(
         self,
@@ -161,10 +167,17 @@ class ExpertWeights(Weight):
             expert.update(low, own, movements)
 
     def observe(self, lows: Sequence[LowRank | None], check: GradientCheck) -> tuple[Tensor, Tensor] | None:
-        """What `ProjectedWeight.observe` sees of every expert that has started, (started,) each."""
+        """What `ProjectedWeight.observe` sees of every expert that has started, (started,) each.
+
+        Where experts are on different processes, of each that is here: not a number of one that has not started.
+        """
         self._open()
         parts = zip(self.experts, lows, checks_by_expert(check), strict=True)
-        seen = [seen for expert, low, own in parts if (seen := expert.observe(low, own)) is not None]
+        found = [expert.observe(low, own) for expert, low, own in parts]
+        if self.geometry.scattered:
+            nothing = torch.full((), float("nan"), device=self.p.device)
+            found = [(nothing, nothing) if seen is None else seen for seen in found]
+        seen = [seen for seen in found if seen is not None]
         return (torch.stack([loss for loss, _ in seen]), torch.stack([error for _, error in seen])) if seen else None
 
     def _open(self) -> None:

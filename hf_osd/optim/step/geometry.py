@@ -16,6 +16,7 @@ from ..options.mode import why_whole
 from .rows import Rows, rows_of
 from .sharding import Sharding, sharding_of
 from .sides import FULL_SIZE
+from .stacks import lies_whole, local_experts, sharding_of_expert
 
 
 SEEDS_APART = 1_000_003  # between the seeds of two groups' parameters of one position
@@ -58,6 +59,11 @@ class Geometry:
     @property
     def stacked(self) -> bool:
         """Whether it holds the matrices of several experts."""
+        return False
+
+    @property
+    def scattered(self) -> bool:
+        """Whether these are on different processes, each of them whole."""
         return False
 
 
@@ -122,9 +128,26 @@ class ProjectedGeometry(Geometry):
         """Shape of P."""
         return (self.op.projected_size(*self.size), self.rank)
 
+    @property
+    def scattered(self) -> bool:  # noqa: D102
+        return self.stacked and lies_whole(self.sharding)
+
+    @cached_property
+    def experts(self) -> tuple[int, ...]:
+        """The places in the stack of the experts that are on this process."""
+        if self.scattered:
+            assert self.sharding is not None
+            return local_experts(self.sharding, self.matrices)
+        return tuple(range(self.matrices))
+
+    @cached_property
+    def _sharding_of_expert(self) -> Sharding | None:
+        return sharding_of_expert(self.sharding)
+
     def expert(self, e: int) -> "ProjectedGeometry":
-        """Facts of one expert's matrix in a stack."""
-        return replace(self, name=f"{self.name}[{e}]", shape=self.size, seed=self.seed + e * EXPERTS_APART)
+        """Facts of one expert's matrix in a stack, wherever it is."""
+        name, seed = f"{self.name}[{e}]", self.seed + e * EXPERTS_APART
+        return replace(self, name=name, shape=self.size, seed=seed, sharding=self._sharding_of_expert)
 
 
 def names_of(group: Mapping[str, Any], position: int) -> list[str]:
@@ -133,9 +156,7 @@ def names_of(group: Mapping[str, Any], position: int) -> list[str]:
     return list(names) if names else [f"parameter {position + index}" for index in range(len(group["params"]))]
 
 
-def geometry_of(
-    group: Mapping[str, Any], index: int, p: Tensor, position: int, divide: bool = False
-) -> Geometry:
+def geometry_of(group: Mapping[str, Any], index: int, p: Tensor, position: int, divide: bool = False) -> Geometry:
     """The geometry of `p`, which is, or was when the group was saved, `group["params"][index]`.
 
     Args:

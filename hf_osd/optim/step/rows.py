@@ -1,4 +1,4 @@
-"""How the rows of one P are divided among the processes of a mesh: as a DTensor's, `Shard(0)` of each mesh dimension."""
+"""How the rows of P are divided among the processes of a mesh: as a DTensor's, `Shard(0)` of each mesh dimension."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +36,7 @@ class Rows(Sharding):
         return [ranks.index(rank) for rank in self.mesh.mesh.flatten().tolist()]
 
     def own(self, P: Tensor) -> Tensor:
-        """This process's rows of a whole P, a view."""
+        """The rows of this process, of a whole P: a view."""
         end = list(accumulate(self.sizes))[self.place]
         return P[end - self.local_size : end]
 

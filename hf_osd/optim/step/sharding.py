@@ -47,13 +47,13 @@ class Sharding:
 
     def wrap(self, X: Tensor, shape: Sequence[int], dim: int | None) -> Tensor:
         """A DTensor of `shape` around this process's part of it."""
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor import DTensor, Replicate
 
         placements = self.placements
         if dim is None:
             placements = (Replicate(),) * len(placements)
         elif dim != self.dim:
-            placements = tuple(Replicate() if other.is_replicate() else Shard(dim) for other in placements)
+            placements = tuple(moved(other, dim) for other in placements)
         stride = torch.empty(tuple(shape), device="meta").stride()
         return DTensor.from_local(X, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
@@ -83,6 +83,16 @@ class Sharding:
         if self.mesh.size() > 1:
             torch.distributed.broadcast(X, src=int(self.mesh.mesh.flatten()[0]), group=group_of(self.mesh))
         return X
+
+
+def moved(placement: Any, dim: int) -> Any:
+    """The same placement of what is divided in another dimension."""
+    from torch.distributed.tensor import Shard
+
+    if placement.is_replicate():
+        return placement
+    parts = getattr(placement, "split_factor", None)  # of `_StridedShard`, as fused layers have it
+    return Shard(dim) if parts is None else type(placement)(dim, split_factor=parts)
 
 
 def sharding_of(p: Tensor, name: str) -> Sharding | None:

@@ -62,7 +62,7 @@ class Weights:
     ):
         self.groups, self.state, self.given, self.divide = groups, state, given, divide
         self.observing = False
-        self.observations: dict[AnyWeight, tuple[Tensor, Tensor]] = {}
+        self.observations: dict[AnyWeight, tuple[Tensor, ...]] = {}
         self._weights: dict[Tensor, AnyWeight] = {}
         self._met = WeakTensorKeyDictionary()  # parameter -> its geometry and group, when last met
         self.meet()
@@ -120,6 +120,8 @@ class Weights:
         if given is None:  # it was used, and the state that it went into is gone
             logger.warning("%s starts P anew: the P given as `init` was used.", weight.geometry.name)
         else:
+            if isinstance(weight, ExpertWeights):
+                given = given[list(weight.geometry.experts)]
             rows = weight.geometry.rows
             weight.slot.state["projection"].copy_(given if rows is None else rows.own(given))
             weight.resume()
@@ -150,8 +152,8 @@ class Weights:
         if any(group["lr"] for group in self.groups) or any(p.grad is None for p in trainable):
             return False
         with own_precision(self.device_types):
-            checks = [check for *_, check in self.with_gradients()]
-        if any(bool((usable(check) | (check.broken > 0)).any()) for check in checks):
+            useful = [_is_useful(check, weight.geometry) for _, weight, _, check in self.with_gradients()]
+        if any(useful):
             return False
         for p in trainable:
             self.ready(p).release()
@@ -262,9 +264,17 @@ class Weights:
         if seen is not None:
             self.observations[weight] = seen
 
-    def observed(self) -> dict[AnyWeight, tuple[Tensor, Tensor]]:
+    def observed(self) -> dict[AnyWeight, tuple[Tensor, ...]]:
         """`observations` in the order of the groups, whatever order the steps had: their mean is one in every mode."""
         return {weight: self.observations[weight] for weight in self if weight in self.observations}
+
+
+def _is_useful(check: GradientCheck, geometry: Geometry) -> bool:
+    """Whether a gradient is anything but zero, for an expert of any process."""
+    some = (usable(check) | (check.broken > 0)).any()
+    if geometry.scattered and geometry.sharding is not None:
+        some = geometry.sharding.sum(some.float())
+    return bool(some)
 
 
 def _name_again(group: Group, met: Mapping[Tensor, tuple[Geometry, Group]]) -> None:
