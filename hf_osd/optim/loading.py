@@ -15,7 +15,7 @@ from ..subspace import SUBSPACES
 from ..update_rules import TensorSpec
 from .differences import counted, differences, table, traits
 from .options.rules import rules_of
-from .options.table import DEFAULTS, OPTIONS, in_effect, spell_out
+from .options.table import DEFAULTS, LR_MULTIPLE, OPTIONS, in_effect, spell_out
 from .selection.wrappers import plain_names
 from .step.geometry import Geometry, geometry_of, names_of
 from .step.sharding import is_sharded
@@ -183,7 +183,8 @@ def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[st
     for group in live_groups:
         names = names_of(group, position)
         owner = next((owners[name] for name in names if name in owners), saved_groups[0])
-        schedule: dict[str, Any] = {name: owner[name] for name in ("lr", "initial_lr") if name in owner}
+        factor = group.get(LR_MULTIPLE, 1) / owner.get(LR_MULTIPLE, 1)
+        schedule: dict[str, Any] = {name: factor * owner[name] for name in ("lr", "initial_lr") if name in owner}
         groups.append({**group, **schedule, "params": list(range(position, position + len(names)))})
         position += len(names)
     return groups

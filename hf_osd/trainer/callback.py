@@ -17,6 +17,7 @@ from ..hub.projection_state import refuse_names
 from ..layers import unload
 from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
 from ..optim.arrival.stream import release
+from ..optim.options.table import LR_MULTIPLE
 from ..optim.osd import osd_of
 from ..optim.statistics import summarize_each
 from ..optim.step.full_weight import FullWeight
@@ -112,6 +113,9 @@ class OSDCallback(TrainerCallback):
         values = {f"osd/{name}": value for name, value in means.items()}
         if osd.grad_norm is not None and "grad_norm" in logs:  # Trainer has seen no gradients, or some
             values["grad_norm"] = osd.grad_norm.item()
+        multiple = osd.param_groups[0].get(LR_MULTIPLE)
+        if multiple is not None and "learning_rate" in logs:  # Trainer's is the first group's
+            values["learning_rate"] = logs["learning_rate"] / multiple
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)

@@ -63,14 +63,14 @@ class RuleStep(NamedTuple):
         moments (`dict[str, torch.Tensor]`): By name; updated in place, unchanged where `check.skip`.
         step (`torch.Tensor`): float32, 0-dim: number of this step, counted from 1.
         check ([`GradientCheck`]): Of the gradient.
-        lr (`float`): For `update_` only. With the default a weight of zero becomes the direction.
+        lr (`float` or `torch.Tensor`): For `update_` only. With the default a weight of zero becomes the direction.
         weight_decay (`float`): Likewise.
     """
 
     moments: dict[str, Tensor]
     step: Tensor
     check: GradientCheck
-    lr: float = -1.0
+    lr: float | Tensor = -1.0
     weight_decay: float = 0.0
 
 

@@ -25,6 +25,7 @@ from .buckets import BUCKET_LIMIT, Gather, Reduce, total
 from .movement import STACK_LIMIT, Movements, Moving, shorten_
 from .projection import LiveProjection, usable
 from .rows import Rows
+from .streams import SideStreams
 
 
 def with_projections(work: Sequence[tuple[Any, Any, Tensor, Any]]) -> Iterator[tuple[Any, Any, Tensor, Any]]:
@@ -102,8 +103,13 @@ class _Stack(NamedTuple):
 class DividedMovements(Movements):
     """As [`Movements`]; gradients of divided P are sent as soon as they fill a bucket."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, aside: SideStreams | None = None) -> None:
+        super().__init__(aside)
+        if aside is not None:
+            raise ValueError(
+                "`projection_stream` is not for P that processes divide, whose exchange is beside the steps already: "
+                "leave it out, or set `divide_projection=False`."
+            )
         self._used: dict[tuple, list[_Used]] = {}
         self._ready: list[_Stack] = []
         self._flying: deque[tuple[list[_Stack], Reduce]] = deque()

@@ -46,6 +46,9 @@ class ExpertWeight(ProjectedWeight):
         self.idle, self.doubtful = int(self.slot.state["idle_steps"]), False
         self.count += self.idle
 
+    def _counted(self) -> Tensor:
+        return super()._counted() + self.slot.state["idle_steps"]
+
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
         """As of every matrix; of several gradients the first that may have had tokens decides over P."""
         low = super().project(G, check, turn)
@@ -102,6 +105,7 @@ class ExpertWeights(Weight):
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         self.rules, self._entries = rules, tuple(state_spec(self.geometry, rules))
         for expert in self.experts:
+            expert.capturable = self.capturable
             expert.follow(rules)
 
     def begin(self) -> None:  # noqa: D102
@@ -120,6 +124,10 @@ class ExpertWeights(Weight):
     def started(self) -> bool:
         """Whether any expert has a P."""
         return any(expert.started for expert in self.experts)
+
+    @property
+    def settled(self) -> bool:  # noqa: D102 - see Weight
+        return all(expert.settled for expert in self.experts)
 
     @property
     def projection(self) -> Tensor:

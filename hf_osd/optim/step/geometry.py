@@ -3,6 +3,7 @@
 They follow from its group and tensor, so they are never saved. Letters and shapes as in `subspace.operators`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -117,6 +118,11 @@ class ProjectedGeometry(Geometry):
     def factor_rows(self) -> tuple[int, ...]:
         """Rows of each factor of P."""
         return self.size if self.two_sided else (self.op.projected_size(*self.size),)
+
+    @cached_property
+    def full_scale(self) -> float:
+        """sqrt(s/r), for each factor of P: by it up(D) has the root mean square of D."""
+        return math.prod(rows / self.rank for rows in self.factor_rows) ** 0.5
 
     @property
     def update_shape(self) -> tuple[int, ...]:

@@ -16,15 +16,23 @@ class Pace(NamedTuple):
 
     Attributes:
         check (`GradientCheck`): Of the gradient; the step goes nowhere where `check.skip`.
-        lr (`float`): Learning rate.
+        lr (`float` or `torch.Tensor`): Learning rate; on the device it is not read.
         weight_decay (`float`): Decoupled weight decay.
         piece (`slice`, *optional*): The flat piece of the parameter that is stepped; all of it by default.
     """
 
     check: GradientCheck
-    lr: float
+    lr: float | Tensor
     weight_decay: float
     piece: slice | None = None
+
+
+def add_times_(X: Tensor, D: Tensor, rate: float | Tensor) -> None:
+    """X <- X + rate D, where D may be overwritten: on the device, where the rate is there."""
+    if isinstance(rate, Tensor):
+        X.add_(D.mul_(rate))
+    else:
+        X.add_(D, alpha=rate)
 
 
 class Moments:
@@ -94,7 +102,7 @@ class Moments:
         D = self.direction(G, check, piece)
         if weight_decay:
             W.mul_(1 - lr * weight_decay * check.keep)
-        W.add_(D, alpha=-lr)
+        add_times_(W, D, -lr)
 
     def carry(self, turn: Callable[..., Tensor], skip: Tensor) -> None:
         """Move the moments into another basis.

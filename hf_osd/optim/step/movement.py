@@ -16,6 +16,7 @@ from ...subspace import Movement
 from ...update_rules import GradientCheck
 from .lengths import Total, lengths
 from .projection import LONGEST_STEP, LiveProjection, usable
+from .streams import SideStreams
 
 
 # Entries of a stack of P, 4 MiB in float32: as much again of A and of copies of both is held while it fills.
@@ -35,11 +36,15 @@ class Moving(NamedTuple):
 class Movements:
     """All that a step's weights have left to be done together: `finish` does the last of it.
 
+    Args:
+        aside ([`SideStreams`], *optional*): Where P moves, if not in its turn.
+
     Attributes:
         counters (`list[tuple]`): Counters that nothing else in this step reads, and what is to be added to each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aside: SideStreams | None = None) -> None:
+        self._aside = aside
         self._waiting: dict[tuple, list[Moving]] = {}
         self.counters: list[tuple[Tensor, Tensor]] = []
 
@@ -48,19 +53,30 @@ class Movements:
         geometry, group = projection.geometry, projection.group
         alone = geometry.side == "two_sided" or group["carry_moments"] or not projection.rule.stackable
         if alone or A.numel() * geometry.rank <= ALONE_UP_TO:
-            _move(projection, A, check)
+            if self._aside is None:
+                _move(projection, A, check)
+            else:
+                self._move([Moving(projection, A, check)])
             return
         key = (id(group), A.shape, A.dtype, A.device)
         waiting = self._waiting.setdefault(key, [])
         waiting.append(Moving(projection, A, check))
         if (len(waiting) + 1) * A.numel() > STACK_LIMIT:
-            _move_all(self._waiting.pop(key))
+            self._move(self._waiting.pop(key))
+
+    def _move(self, waiting: list[Moving]) -> None:
+        if self._aside is None:
+            _move_all(waiting)
+        else:
+            self._aside.run(_move_all, waiting, waiting[0].A.device)
 
     def finish(self) -> None:
         """Move those that still wait, and count."""
         for waiting in self._waiting.values():
-            _move_all(waiting)
+            _move_all(waiting)  # beside what still moves aside, where the current stream has nothing else to do
         self._waiting.clear()
+        if self._aside is not None:
+            self._aside.join()
         if self.counters:
             torch._foreach_add_(*map(list, zip(*self.counters, strict=True)))  # one launch for many
             self.counters.clear()

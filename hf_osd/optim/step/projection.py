@@ -161,7 +161,7 @@ class LiveProjection:
         assert self.moments is not None
         rate = self.group["alpha"] * self.group["lr"]
         self.moments.update_(P, gP, Pace(check, rate, self.group[self._decay]))
-        return rate * self._spread > LONGEST_STEP
+        return isinstance(rate, Tensor) or rate * self._spread > LONGEST_STEP
 
     def renew(self, G: Tensor, how: Make, check: GradientCheck) -> None:
         """A new P from G, in which the weights' moments go on as the group says."""

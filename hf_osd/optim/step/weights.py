@@ -40,6 +40,7 @@ class Weights:
         state (`dict`): State by parameter, of the optimizer.
         given (`dict[str, torch.Tensor]`): P_0 by parameter name, where the user gave one; emptied as it is used.
         divide (`bool`, *optional*, defaults to `True`): Whether processes divide P, where they can.
+        capturable (`bool`, *optional*, defaults to `False`): Whether a CUDA graph may hold their steps.
 
     Attributes:
         divided (`bool`): Whether they do, of any weight.
@@ -59,8 +60,10 @@ class Weights:
         state: MutableMapping[Tensor, dict],
         given: dict[str, Tensor],
         divide: bool = True,
+        capturable: bool = False,
     ):
-        self.groups, self.state, self.given, self.divide = groups, state, given, divide
+        self.groups, self.state, self.given = groups, state, given
+        self.divide, self.capturable = divide, capturable
         self.observing = False
         self.observations: dict[AnyWeight, tuple[Tensor, ...]] = {}
         self._weights: dict[Tensor, AnyWeight] = {}
@@ -96,6 +99,12 @@ class Weights:
                 weight.mark = weakref.ref(mark)
                 weight.resume()
         return weight
+
+    def settled(self, p: Tensor) -> bool:
+        """Whether a step of `p` makes and reads nothing that the last one has not. Asks the host alone."""
+        weight, mark = self._weights.get(p), self.state.get(p, {}).get("step")
+        same = weight is not None and weight.dtype is p.dtype and weight.mark is not None and weight.mark() is mark
+        return same and weight.settled  # type: ignore[union-attr]
 
     def ready(self, p: Tensor) -> AnyWeight:
         """The weight of a parameter, with a state to step with."""
@@ -190,6 +199,7 @@ class Weights:
                 as_before = weight is not None and weight.group is group and weight.dtype is p.dtype
                 if weight is None or not as_before or weight.geometry.holder != geometry.holder:
                     weight = self._make(p, geometry, group)
+                    weight.capturable = self.capturable
                     _convert(self.state.get(p, {}), weight)
                 self._weights[p], self._met[p] = weight, (weight.geometry, group)
                 position += 1
@@ -201,6 +211,8 @@ class Weights:
         """Let weights use the P of others: none here."""
 
     def _make(self, p: Tensor, geometry: Geometry, group: Group) -> AnyWeight:
+        if geometry.sharding is not None and self.capturable:
+            raise ValueError(f"{geometry.name} is sharded (FSDP2), which `capturable` is not for: leave it out.")
         if not isinstance(geometry, ProjectedGeometry):
             return FullWeight(local(p), geometry, group)
         if p.dtype == torch.float16:
