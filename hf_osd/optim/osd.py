@@ -481,7 +481,8 @@ class OSD(SavedOptimizer):
         Returns:
             `dict[str, float]`: `pca_loss`, mean share of the gradients' energy outside their subspaces, and
             `orthogonality`, mean ||PᵀP - I|| / sqrt(r), where a step was observed; `skipped_steps`, the number of
-            parameter steps skipped for a gradient that was not finite, since the state began.
+            parameter steps skipped for a gradient that was not finite, since the state began (of experts on several
+            processes, up to the last step observed).
         """
         return summarize(self.weights)
 

@@ -55,20 +55,26 @@ def share_observations(weights: Weights) -> None:
     for group in weights.groups:
         for p in group["params"]:
             weight = weights.of(p)
-            geometry = weight.geometry
-            if isinstance(weight, ExpertWeights) and geometry.scattered and geometry.sharding is not None:
-                skipped = weight.slot.state.get("skipped_steps")
-                nothing = torch.full((len(weight.geometry.experts),), math.nan, device=weight.p.device)
-                here = (*weights.observations.get(weight, (nothing, nothing)), nothing if skipped is None else skipped)
-                seen = torch.zeros(len(here), weight.geometry.matrices, device=weight.p.device)
-                seen[:, list(weight.geometry.experts)] = torch.stack([value.float() for value in here])
-                stacks[geometry.sharding.mesh, geometry.sharding.copies].append((weight, seen))
+            sharding = weight.geometry.sharding
+            if isinstance(weight, ExpertWeights) and weight.geometry.scattered and sharding is not None:
+                stacks[sharding.mesh, sharding.copies].append((weight, _seen_here(weight, weights)))
             weight.release()
     for members in stacks.values():
         sizes, sharding = [seen.shape[1] for _, seen in members], cast(Sharding, members[0][0].geometry.sharding)
         everyone = sharding.sum(torch.cat([seen for _, seen in members], dim=1))
         for (weight, _), (loss, error, skipped) in zip(members, everyone.split(sizes, dim=1), strict=True):
             weights.observations[weight] = (loss, error, skipped.nansum())
+
+
+def _seen_here(weight: ExpertWeights, weights: Weights) -> Tensor:
+    """Loss, error and skipped steps of each expert of a stack, (3, E): zero where it is on another process."""
+    geometry, device = weight.geometry, weight.p.device
+    nothing = torch.full((len(geometry.experts),), math.nan, device=device)
+    loss, error = weights.observations.get(weight, (nothing, nothing))
+    skipped = weight.slot.state.get("skipped_steps", nothing)
+    seen = torch.zeros(3, geometry.matrices, device=device)
+    seen[:, list(geometry.experts)] = torch.stack([value.float() for value in (loss, error, skipped)])
+    return seen
 
 
 def _skipped(weights: Weights) -> list[Tensor]:

@@ -70,22 +70,23 @@ def assert_same(own: Any, optimizer: OSD, single: Tensor, reference: OSD, tolera
         torch.testing.assert_close(whole(optimizer.state[own][name]), value, rtol=1e-6, atol=1e-7)
 
 
-def compare(experts: int, mesh: DeviceMesh, placements: list, exact: bool = True, **options: Any) -> None:
-    """Train whole and divided experts with the same gradients."""
+def compare(
+    experts: int, mesh: DeviceMesh, placements: list, exchanges: int | None = None, exact: bool = True, **options: Any
+) -> None:
+    """Train whole and divided experts with the same gradients, and count a step's exchanges."""
     shape, dtype = options.pop("shape", SHAPE), options.pop("dtype", torch.float32)
     W = torch.randn(experts, *shape, generator=torch.Generator().manual_seed(99)).to(dtype)
     single, own = nn.Parameter(W.clone()), nn.Parameter(sharded(W, mesh, placements))
     reference, optimizer = make(single, **options), make(own, **options)
     assert optimizer.param_groups[0]["sides"] == reference.param_groups[0]["sides"]
-    alone = all(not other.is_replicate() and other.dim == 0 for other in placements)  # each expert, on one process
     for step in range(STEPS):
         optimizer.collect_statistics = reference.collect_statistics = step % 2 == 0
         single.grad = gradient(step, experts, shape, dtype)
         own.grad = sharded(single.grad, mesh, placements)
-        with CommDebugMode() if step > 6 and alone else nullcontext() as counts:
+        with CommDebugMode() if step == 7 and exchanges is not None else nullcontext() as counts:
             optimizer.step()
         reference.step()
-        assert counts is None or counts.get_total_counts() == (step % 2 == 0), counts.get_comm_counts()
+        assert counts is None or counts.get_total_counts() == exchanges, counts.get_comm_counts()
         if step % 2 == 0:
             assert seen(optimizer) == pytest.approx(seen(reference), rel=1e-4, abs=1e-6)
     assert predicted_state_bytes(optimizer) == state_bytes(optimizer)

@@ -16,7 +16,8 @@ from ..options.rules import Rules
 from .algorithm import LATER, ONLY, OVERDUE, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
 from .low_rank import LowRank
-from .movement import Movements
+from .movement import STACK_LIMIT, Movements
+from .sharding import Sharding
 from .state import state_spec
 from .weight import Weight
 
@@ -37,7 +38,11 @@ class ExpertWeight(ProjectedWeight):
         """Steps with tokens: no less than the expert's own."""
         return self.count - self.idle
 
-    def begin(self) -> None:  # noqa: D102 - see Weight
+    def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
+        super().follow(rules)
+        self.source.sharding = None  # the stack sums the A of many experts at once
+
+    def begin(self) -> None:  # noqa: D102
         super().begin()
         self.idle, self.doubtful = 0, False
 
@@ -161,6 +166,8 @@ class ExpertWeights(Weight):
         turns = [ONLY] * len(self.experts) if turns is None else turns
         parts = zip(self.experts, G.unbind(), checks_by_expert(check), turns, ready, strict=True)
         lows = [expert.project(own, check, turn) if fit else None for expert, own, check, turn, fit in parts]
+        if self.geometry.sharding_of_expert is not None:
+            sum_over_processes(lows, self.geometry.sharding_of_expert)
         if any(expert.overdue for expert in self.experts):
             self.slot.state[OVERDUE] = torch.tensor([float(expert.overdue) for expert in self.experts])
         else:
@@ -199,3 +206,14 @@ class ExpertWeights(Weight):
 def checks_by_expert(check: GradientCheck) -> list[GradientCheck]:
     """The check of each expert's gradient: 0-dim tensors."""
     return [GradientCheck(*row) for row in zip(*(field.unbind() for field in check), strict=True)]
+
+
+def sum_over_processes(lows: list[LowRank | None], sharding: Sharding) -> None:
+    """Let each A be the sum over the parts of its expert's gradient: a few exchanges for all of them."""
+    moving = [(i, low) for i, low in enumerate(lows) if low is not None and low.A is not None]
+    many = max(1, STACK_LIMIT // moving[0][1].A.numel()) if moving else 1  # type: ignore[union-attr]
+    for start in range(0, len(moving), many):
+        bucket = moving[start : start + many]
+        A = sharding.sum(torch.stack([low.A for _, low in bucket]))  # type: ignore[misc]
+        for (i, low), own in zip(bucket, A.unbind(), strict=True):
+            lows[i] = low._replace(A=own)

@@ -147,13 +147,14 @@ class ProjectedGeometry(Geometry):
         return tuple(range(self.matrices))
 
     @cached_property
-    def _sharding_of_expert(self) -> Sharding | None:
+    def sharding_of_expert(self) -> Sharding | None:
+        """How the matrix of each expert lies; `None` for one that is on this process alone."""
         return sharding_of_expert(self.sharding)
 
     def expert(self, e: int) -> "ProjectedGeometry":
         """Facts of one expert's matrix in a stack, wherever it is."""
         name, seed = f"{self.name}[{e}]", self.seed + e * EXPERTS_APART
-        return replace(self, name=name, shape=self.size, seed=seed, sharding=self._sharding_of_expert)
+        return replace(self, name=name, shape=self.size, seed=seed, sharding=self.sharding_of_expert)
 
 
 def names_of(group: Mapping[str, Any], position: int) -> list[str]:
