@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from hf_osd import OSD, ProjectionState
 from hf_osd.estimate import share
 from hf_osd.optim import predicted_state_bytes, state_bytes
-from hf_osd.optim.step import buckets, divided
+from hf_osd.optim.step import algorithm, buckets, divided, moments
 from hf_osd.subspace import precision
 
 
@@ -62,7 +62,10 @@ def trains_what_one_trains(rank: int, world: int, folder: Path):
 def bfloat16_and_8_bits(rank: int, world: int, folder: Path):
     """Against a P that is whole on every process: the same products; P's gradient is made of a rounded P."""
     precision._has_bfloat16_units = lambda: False
-    for dtype, options in ((torch.bfloat16, {}), (torch.float32, {"weight_rule": "adamw8bit", "rank": 64})):
+    eight_bit = {"weight_rule": "adamw8bit", "rank": 64}
+    for dtype, options in ((torch.bfloat16, {}), (torch.float32, eight_bit), (torch.float32, dict(eight_bit))):
+        # as on GPUs, where weights of one shape are stepped together, later than they are met
+        algorithm.launches = moments.launches = lambda X, options=options: options is not eight_bit
         sizes = {"width": 128, "inner": 130} if options else {}
         models = [shard(make_model(dtype, **sizes)) for _ in range(2)]
         optimizers = [

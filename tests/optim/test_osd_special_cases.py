@@ -23,8 +23,9 @@ def test_with_the_identity_as_projection_every_rule_is_its_base(rule: str, shape
         projected.grad = torch.randn(shape)
         full.grad = projected.grad.clone()
         a.step(), b.step()
-    # products with the identity are exact; only the order of the last additions differs
-    torch.testing.assert_close(projected, full, rtol=0, atol=1e-6)
+    # products with the identity are exact; the order of the last additions differs, and W - lr weight_decay W is not
+    # rounded like (1 - lr weight_decay) W, by 3e-8 of entries up to 4 at each step
+    torch.testing.assert_close(projected, full, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])

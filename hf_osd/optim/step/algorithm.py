@@ -31,8 +31,8 @@ from ..options.general import projection_sample_of
 from ..options.rules import Rules
 from .geometry import ProjectedGeometry
 from .low_rank import LowRank, Update
-from .moments import Moments
-from .movement import Movements
+from .moments import Moments, launches
+from .movement import Movements, Moving, Stepping
 from .observation import observation
 from .projection import LiveProjection, Make, usable
 from .residual import RESIDUALS, Residual, pieces
@@ -162,20 +162,20 @@ class ProjectedWeight(Weight):
         if low is None:
             return
         self.count += 1
-        self.slot.state["step"].add_(check.keep)
         if self.rules.restarts:
-            self.slot.state["moment_step"].add_(check.keep)
-        # D = weight_rule(R)
-        update = Update(self.moments.direction(low.R, check), self.P.read())
+            movements.counters.append((self.slot.state["step"], check.keep))
+        if self.moments.stackable and low.R.numel() and launches(low.R):
+            movements.step(Stepping(self, low, check))
+        else:
+            self.slot.state[self.moments.counter].add_(check.keep)
+            movements.add(self.move(self.moments.direction(low.R, check), low, check))
+
+    def move(self, D: Tensor, low: LowRank, check: GradientCheck) -> Moving | None:
+        """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S), with D = weight_rule(R); then P may move."""
+        update, W, scale = Update(D, self.P.read()), self.p, self.group["scale"]
         if self.residual is not None:
             update = self.residual.extend(update, low, check)
-        self._add_(update, check)
-        if low.A is not None:
-            movements.add(self.P, low.A, check)
-
-    def _add_(self, update: Update, check: GradientCheck) -> None:
-        """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S)."""
-        W, op, scale, (D, P, add_rest) = self.p, self.op, self.group["scale"], update
+        D, P, add_rest = update
         rate = -self.group["lr"] * (self.geometry.full_scale if scale == "auto" else scale)
         alpha = rate
         if isinstance(rate, Tensor):  # products take numbers only, which would have to be read
@@ -183,21 +183,26 @@ class ProjectedWeight(Weight):
         if self.group["stochastic_rounding"] and W.dtype == torch.bfloat16:
 
             def add_(X: Tensor, rows: slice) -> None:
-                op.add_up_(X, *op.factors(D, P, rows), alpha=alpha)
+                self.op.add_up_(X, *self.op.factors(D, P, rows), alpha=alpha)
                 if add_rest is not None:
                     add_rest(X, rows, rate)
 
             add_rounded_(W, add_, self._rounding(check))
-            return
-        if self.group["weight_decay"]:
-            W.mul_(1 - self.group["lr"] * self.group["weight_decay"] * check.keep)
-        if W.dtype != P.dtype:
-            D, P = D.to(W.dtype), P.to(W.dtype)
-        with full_precision(W):
-            op.add_up_(W, D, P, alpha=alpha)
-        if add_rest is not None:
-            for rows in pieces(W):
-                add_rest(W[rows], rows, rate)
+        else:
+            if self.group["weight_decay"]:
+                decay = self.group["lr"] * self.group["weight_decay"]
+                if isinstance(decay, Tensor):
+                    W.mul_(1 - decay * check.keep)
+                else:  # one launch
+                    W.addcmul_(W, check.keep, value=-decay)
+            if W.dtype != P.dtype:
+                D, P = D.to(W.dtype), P.to(W.dtype)
+            with full_precision(W):
+                self.op.add_up_(W, D, P, alpha=alpha)
+            if add_rest is not None:
+                for rows in pieces(W):
+                    add_rest(W[rows], rows, rate)
+        return None if low.A is None else Moving(self.P, update.P, low.A, check)
 
     def _counted(self) -> Tensor:
         """`count`, as the device knows it."""

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from ...subspace import LinearOperator, Movement
-from ...update_rules import GradientCheck
 from .algorithm import ProjectedWeight
 from .buckets import BUCKET_LIMIT, Gather, Reduce, total
-from .movement import STACK_LIMIT, Movements, Moving, shorten_
+from .movement import STACK_LIMIT, Movements, Moving, Step, Stepping, descend, shorten_
 from .projection import LiveProjection, usable
 from .rows import Rows
 from .streams import SideStreams
@@ -85,13 +84,6 @@ class _OfOnePart:
         return self.op.pca_gradient(P, A, inv_norm2, lambda_ / self.processes)
 
 
-class _Used(NamedTuple):
-    """A P that is to move, with the whole of it that was used."""
-
-    moving: Moving
-    P: Tensor
-
-
 class _Stack(NamedTuple):
     """P of one shape and group, and the gradients (k, s, r) of this process's part."""
 
@@ -110,23 +102,43 @@ class DividedMovements(Movements):
                 "`projection_stream` is not for P that processes divide, whose exchange is beside the steps already: "
                 "leave it out, or set `divide_projection=False`."
             )
-        self._used: dict[tuple, list[_Used]] = {}
+        self._wholes: dict[LiveProjection, Tensor] = {}  # of weights that are not moved yet
+        self._used: dict[tuple, list[Moving]] = {}
         self._ready: list[_Stack] = []
         self._flying: deque[tuple[list[_Stack], Reduce]] = deque()
 
-    def add(self, projection: LiveProjection, A: Tensor, check: GradientCheck) -> None:
-        """Move P when as many of its shape have come as may wait."""
-        if projection.rows is None:
-            super().add(projection, A, check)
+    def step(self, stepping: Stepping) -> None:
+        """Have a weight moved, now or when as many of its shape have come as may wait."""
+        projection = _divided(stepping.weight)
+        if projection is not None:
+            self._wholes[projection] = projection.whole()
+        super().step(stepping)
+
+    def _step_all(self, waiting: list[Stepping]) -> None:
+        projections = [P for stepping in waiting if (P := _divided(stepping.weight)) is not None]
+        for projection in projections:
+            projection.gathered = self._wholes.pop(projection)
+        super()._step_all(waiting)
+        for projection in projections:
+            projection.gathered = None
+
+    def add(self, moving: Moving | None) -> None:
+        """Move P, if it is to, when as many of its shape have come as may wait."""
+        rows = None if moving is None else moving.projection.rows
+        if moving is None or rows is None:
+            super().add(moving)
             return
-        key = (projection.rows.mesh, id(projection.group), A.shape, A.dtype, A.device)
+        A = moving.A
+        key = (rows.mesh, id(moving.projection.group), A.shape, A.dtype, A.device)
         used = self._used.setdefault(key, [])
-        used.append(_Used(Moving(projection, A, check), projection.whole()))
+        used.append(moving)
         if (len(used) + 1) * A.numel() > STACK_LIMIT:
             self._differentiate(self._used.pop(key))
 
     def finish(self) -> None:
-        """Move those that still wait, and count."""
+        """Move what still waits, and count."""
+        while self._steps:
+            self._step_all(self._steps.popitem()[1])
         for used in self._used.values():
             self._differentiate(used)
         self._used.clear()
@@ -135,20 +147,22 @@ class DividedMovements(Movements):
             self._land()
         super().finish()
 
-    def _differentiate(self, used: list[_Used]) -> None:
+    def _differentiate(self, used: list[Moving]) -> None:
         """gP_i of each of a stack."""
-        first, rows = used[0].moving.projection, used[0].moving.projection.rows
+        first, rows = used[0].projection, used[0].projection.rows
         sharding = first.geometry.sharding
         assert rows is not None and sharding is not None
-        A = torch.stack([own.moving.A for own in used])
-        P = torch.stack([own.P for own in used]).to(A.dtype)
-        inv_norm2 = torch.stack([own.moving.check.inv_norm2 for own in used])[:, None, None]
+        A, P = (torch.stack([getattr(moving, name) for moving in used]) for name in ("A", "P"))
+        inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in used])[:, None, None]
         part = _OfOnePart(first.geometry.op, len(rows.sizes) // sharding.copies)
         found: list[Tensor] = []
-        unusable = partial(usable, used[0].moving.check)  # a stackable rule does not ask
+        unusable = partial(usable, used[0].check)  # a stackable rule does not ask
         first.rule.advance_(P, Movement(A, inv_norm2, unusable, part, found.append))  # type: ignore[arg-type]
         (gP,) = found
-        stack = _Stack([own.moving for own in used], rows, gP.div_(sharding.copies) if sharding.copies > 1 else gP)
+        waiting = [
+            moving._replace(P=own_rows(moving.projection), A=moving.check.skip) for moving in used
+        ]  # frees both
+        stack = _Stack(waiting, rows, gP.div_(sharding.copies) if sharding.copies > 1 else gP)
         ready = self._ready
         if ready and (ready[0].rows.mesh, ready[0].gP.dtype, ready[0].gP.device) != (rows.mesh, gP.dtype, gP.device):
             self._send()
@@ -167,24 +181,18 @@ class DividedMovements(Movements):
     def _land(self) -> None:
         """One step of each P of a bucket, of this process's rows."""
         stacks, reduce = self._flying.popleft()
-        stepped, far = [], []
+        made: list[Step] = []
         for own, gP in zip(stacks, reduce.take(), strict=True):
-            Ps = [_own_rows(moving.projection) for moving in own.waiting]
-            before = torch.stack(Ps)
-            counters = [moving.projection.slot.state["projection_step"] for moving in own.waiting]
-            torch._foreach_add_(counters, [moving.check.keep for moving in own.waiting])
-            reaches_far = False
-            for moving, P, part in zip(own.waiting, Ps, gP, strict=True):
-                reaches_far = moving.projection.descend(P, part, moving.check)
-            if reaches_far:  # of one group and shape
-                far.append((Ps, before))
-            stepped.append(Ps)
-        if far:
-            shorten_(far, partial(total, group=stacks[0].rows.group))
-        for own, Ps in zip(stacks, stepped, strict=True):
-            for moving, P in zip(own.waiting, Ps, strict=True):
-                moving.projection.write(P)
+            descend(own.waiting, made, gP)
+        long = [step for _, step, far in made if far]
+        if long:
+            shorten_(long, partial(total, group=stacks[0].rows.group))
+        for waiting, step, _ in made:
+            torch._foreach_add_([moving.P for moving in waiting], step.unbind())
+            for moving in waiting:
+                moving.projection.write(moving.P)
 
 
-def _own_rows(projection: LiveProjection) -> Tensor:
+def own_rows(projection: LiveProjection) -> Tensor:
+    """The rows of this process in the precision of the computation: those in the state, where these have that."""
     return projection.slot.state["projection"].to(projection.geometry.compute_dtype)

@@ -115,6 +115,11 @@ class ProjectedGeometry(Geometry):
         return self.side == "two_sided"
 
     @property
+    def divisible(self) -> bool:
+        """Whether rows of P may be divided, here or where a checkpoint goes on: 8-bit blocks end with them then."""
+        return not self.stacked and self.sharding is not None and self.sharding.dim is not None
+
+    @property
     def factor_rows(self) -> tuple[int, ...]:
         """Rows of each factor of P."""
         return self.size if self.two_sided else (self.op.projected_size(*self.size),)
@@ -189,6 +194,6 @@ def geometry_of(group: Mapping[str, Any], index: int, p: Tensor, position: int, 
         sharding=sharding,
         holder=group["inputs"][index] if group.get("inputs") else None,
     )
-    if not divide or sharding is None or sharding.dim is None or geometry.stacked or why_whole(group) is not None:
+    if not divide or sharding is None or not geometry.divisible or why_whole(group) is not None:
         return geometry
     return replace(geometry, rows=rows_of(sharding, geometry.projection_shape[0]))

@@ -16,14 +16,11 @@ from ..options.rules import Rules
 from ..options.table import decay_of_projection
 from .geometry import ProjectedGeometry
 from .gradients import EPS
-from .moments import Moments, Pace
+from .moments import Moments
 from .slot import Slot
 
 
 FACTORS_APART = 7_368_787  # between the seeds of a weight's two factors: far from other weights'
-# Norm of the longest step of P. Entries of one size, as of Lion's steps and Adam's first, have the signs of a rank-one
-# matrix where one direction leads: without a limit their norm would grow with sqrt(s r), and P D with it.
-LONGEST_STEP = 0.5
 
 
 class Make(NamedTuple):
@@ -51,6 +48,8 @@ class LiveProjection:
     Attributes:
         started (`bool`): Whether P has been initialised.
         rule ([`SubspaceRule`]): How P moves.
+        decay (`str`): Name of the group's option that is P's weight decay.
+        spread (`float`): Norm of a P whose entries are 1.
         expanded (`torch.Tensor`, *optional*): P beside the state, where the rule keeps it there.
         rows ([`Rows`], *optional*): How processes divide P, where they do: the state has this one's rows.
         gathered (`torch.Tensor`, *optional*): The whole of such a P, while it is here.
@@ -67,14 +66,21 @@ class LiveProjection:
         """Go by these rules from now on."""
         geometry = self.geometry
         self.rule = rules.subspace
-        self._decay = decay_of_projection(self.group)
-        self._spread = math.sqrt(math.prod(geometry.projection_shape))  # norm of a P whose entries are 1
+        self.decay = decay_of_projection(self.group)
+        self.spread = math.prod(geometry.projection_shape) ** 0.5
         self.key = rules.subspace.code or "projection"
         self.moments: Moments | None = None
         if rules.projection is not None:
             shape, dtype = geometry.projection_shape, geometry.compute_dtype
             self.moments = Moments(
-                rules.projection, rules.projection_storage, shape, dtype, self.slot, "projection_", self.rows
+                rules.projection,
+                rules.projection_storage,
+                shape,
+                dtype,
+                self.slot,
+                "projection_",
+                self.rows,
+                by_rows=geometry.divisible,
             )
 
     def forget(self) -> None:
@@ -151,17 +157,6 @@ class LiveProjection:
         some = self.slot.state["projection"].any().to(torch.float32)
         self.started = bool(self.rows.sum(some))
         return self.started
-
-    def descend(self, P: Tensor, gP: Tensor, check: GradientCheck) -> bool:
-        """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP).
-
-        Returns:
-            `bool`: Whether the step may be longer than `LONGEST_STEP`, as far as the host knows.
-        """
-        assert self.moments is not None
-        rate = self.group["alpha"] * self.group["lr"]
-        self.moments.update_(P, gP, Pace(check, rate, self.group[self._decay]))
-        return isinstance(rate, Tensor) or rate * self._spread > LONGEST_STEP
 
     def renew(self, G: Tensor, how: Make, check: GradientCheck) -> None:
         """A new P from G, in which the weights' moments go on as the group says."""

@@ -64,10 +64,8 @@ def _projection_moments(
     geometry: ProjectedGeometry, rule: UpdateRule, storage: MomentStorage
 ) -> dict[str, TensorSpec]:
     spec: dict[str, TensorSpec] = {}
-    sharding = None if geometry.stacked else geometry.sharding
     for moment in rule.moments(geometry.projection_shape):
-        # as if rows were divided also where they are not: a checkpoint goes on either way
-        by_rows = sharding is not None and sharding.dim is not None and 0 in (moment.dims or (0,))
+        by_rows = geometry.divisible and 0 in (moment.dims or (0,))
         spec |= storage.spec(moment.kept("projection_", geometry.compute_dtype), 0 if by_rows else None)
     return spec if geometry.rows else {name: entry._replace(divided=None) for name, entry in spec.items()}
 
