@@ -62,6 +62,7 @@ def trains_what_one_trains(rank: int, world: int, folder: Path):
 def bfloat16_and_8_bits(rank: int, world: int, folder: Path):
     """Against a P that is whole on every process: the same products; P's gradient is made of a rounded P."""
     precision._has_bfloat16_units = lambda: False
+    launches = moments.launches
     eight_bit = {"weight_rule": "adamw8bit", "rank": 64}
     for dtype, options in ((torch.bfloat16, {}), (torch.float32, eight_bit), (torch.float32, dict(eight_bit))):
         # as on GPUs, where weights of one shape are stepped together, later than they are met
@@ -81,6 +82,7 @@ def bfloat16_and_8_bits(rank: int, world: int, folder: Path):
         assert isinstance(state["projection"], DTensor) and state["projection"].dtype == torch.float32
         if options:
             assert state["projection_exp_avg"].dtype == torch.uint8
+    algorithm.launches = moments.launches = launches
 
 
 def bytes_of_state(rank: int, world: int, folder: Path):

@@ -174,8 +174,8 @@ class Step(NamedTuple):
 def descend(waiting: Sequence[Moving], made: list[Step] | None, gP: Tensor) -> None:
     """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP), of one, or of each of a stack (k, s, r).
 
-    A step longer than `LONGEST_STEP` is shortened to that. With a list in `made` both is left to whoever finds the step
-    there.
+    A step longer than `LONGEST_STEP` is shortened to that. With a list in `made` the step is left there, for others to
+    shorten and add.
     """
     projections, Ps, _, checks = zip(*waiting, strict=True)
     first, group = projections[0], projections[0].group  # of all
