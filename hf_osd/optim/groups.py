@@ -18,7 +18,7 @@ from .options.mode import MODE_OPTIONS, Mode, refuse_in_mode
 from .options.presets import KEYS
 from .selection.wrappers import DDP, plain_name, plain_names
 from .step.geometry import ProjectedGeometry, geometry_of, names_of
-from .step.sharding import refuse_flat
+from .step.sharding import meshes_of, refuse_flat
 from .step.sides import is_matrix, is_projected, settle_sides
 
 
@@ -55,6 +55,9 @@ def named(group: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict
 def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]], lr: Any) -> list[dict[str, Any]]:
     """Groups of one's own, of which each keeps its options, divided into those of a selection.
 
+    What Trainer has split into groups by the meshes of their parameters is one group, as it is on one process: states
+    are then the same.
+
     Args:
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
         selection (`list[dict]`):
@@ -71,6 +74,10 @@ def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]], lr: A
     for group in own:
         entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         left.append({entry[1] if isinstance(entry, tuple) else entry: entry for entry in entries})
+    for index in range(len(own) - 1):
+        while index + 1 < len(own) and _split_by_mesh(own[index : index + 2], left[index : index + 2]):
+            left[index] |= left.pop(index + 1)
+            del own[index + 1]
     found = []
     for chosen in selection:
         for group, rest in zip(own, left, strict=True):
@@ -80,6 +87,12 @@ def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]], lr: A
                 made["lr"] = chosen[options.LR_MULTIPLE] * options.lr_of_step(group.get("lr", lr), "OSD")
             found += [made] if pairs else []
     return found + [{**group, "params": list(rest.values())} for group, rest in zip(own, left, strict=True) if rest]
+
+
+def _split_by_mesh(groups: Sequence[Mapping[str, Any]], members: Sequence[Iterable[Tensor]]) -> bool:
+    """Whether two groups have nothing apart but the meshes that their parameters lie on."""
+    (first, second), options = map(meshes_of, members), [{**group, "params": None} for group in groups]
+    return first.isdisjoint(second) and options[0] == options[1]
 
 
 def settle_group(

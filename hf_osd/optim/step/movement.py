@@ -78,7 +78,8 @@ class Movements:
     def step(self, stepping: Stepping) -> None:
         """Have a weight moved, now or when as many of its shape have come as may wait."""
         weight, low, _ = stepping
-        R, key = low.R, (id(weight.group), low.R.shape, low.R.dtype, low.R.device, weight.moments.sharding is None)
+        R, divided = low.R, getattr(weight.moments.sharding, "dim", None)  # by it blocks of 8-bit moments differ
+        key = (id(weight.group), R.shape, R.dtype, R.device, divided)
         waiting = self._steps.setdefault(key, [])
         waiting.append(stepping)
         if (len(waiting) + 1) * max(R.numel(), 0 if low.A is None else low.A.numel()) > STACK_LIMIT:

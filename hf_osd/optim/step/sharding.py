@@ -12,7 +12,7 @@ The moments of R are divided like the weight. P and its own are the same on all 
 `divided`: then A stays what it is on each process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -120,6 +120,12 @@ def sharding_of(p: Tensor, name: str) -> Sharding | None:
     return Sharding(dtensor.device_mesh, placements, dim, local_size, copies)
 
 
+def meshes_of(params: Iterable[Tensor]) -> set[Any]:
+    """The meshes of sharded parameters, and `None` for plain ones."""
+    dtensors: Iterable[Any] = params
+    return {p.device_mesh if is_sharded(p) else None for p in dtensors}
+
+
 def divided(moment: Moment, sharding: Sharding | None, ndim: int) -> int | None:
     """The dimension of a weight's moment that is divided. R (m, r) or (r, n) is divided like G (m, n)."""
     if sharding is None or sharding.dim is None:
@@ -148,9 +154,10 @@ def refuse_flat(p: Tensor, name: str) -> None:
 
 
 FLAT = (
-    "It hands the optimizer flat pieces of many parameters, which have no rows and columns to project. Use FSDP2 "
-    "(`torch.distributed.fsdp.fully_shard`; `fsdp_version: 2` in accelerate's config; `version: 2` in Trainer's "
-    "`fsdp_config`) or DDP."
+    "It hands the optimizer flat pieces of many parameters, which have no rows and columns to project. Use FSDP2: "
+    "`fsdp_version: 2` in accelerate's config, `version: 2` in Trainer's `fsdp_config`, or a model from "
+    "`from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))`; in a loop of your own `fully_shard`. "
+    "Or use DDP."
 )
 NOT_SHARDED = (
     "source='activations' is not for FSDP2 and tensor parallelism as yet: use DDP, or an `osd_` name with "

@@ -30,6 +30,14 @@ def state_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
     return stack
 
 
+def divided_specs(geometry: Geometry, rules: Rules) -> list[dict[str, TensorSpec]]:
+    """What the state of a whole parameter may be instead: that of the same one divided among processes, gathered."""
+    if geometry.sharding is not None or geometry.stacked:
+        return []
+    ways = [Sharding(None, (), dim, 0, 1) for dim in range(len(geometry.shape))]
+    return [state_spec(replace(geometry, sharding=way), rules) for way in ways]
+
+
 def held_elsewhere(geometry: Geometry, rules: Rules) -> Set[str]:
     """Names of the entries that are in another weight's state, whose P this one uses."""
     return state_spec(replace(geometry, holder=None), rules).keys() - state_spec(geometry, rules).keys()

@@ -317,5 +317,5 @@ def _convert(state: dict[str, Tensor], weight: AnyWeight) -> None:
     """Bring a state into the precision of a parameter that was converted."""
     spec = state_spec(weight.geometry, rules_of(weight.group)) if state else {}
     for name in spec.keys() & state.keys():
-        if state[name].is_floating_point():
+        if state[name].is_floating_point() and spec[name].dtype.is_floating_point:  # dense in place of 8 bits may be
             state[name] = state[name].to(spec[name].dtype)
