@@ -263,6 +263,7 @@ class OSD(SavedOptimizer):
         if layers is not None:
             self._add_stand_ins(layers)
             self._layer_weights.share_given()
+            self.weights.let_go()
             self.attach()
             weakref.finalize(self, layers.remove).atexit = False  # nobody else would step what the layers make
         if self.mode.layerwise:

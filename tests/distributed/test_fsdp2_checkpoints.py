@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import activations_training
 import processes
 import pytest
 import torch
@@ -30,6 +31,7 @@ RULES = {
     "random": {"subspace": "random", "update_interval": 4, "residual": "scaled"},
     # indices instead of P; moments are carried after the resume
     "cosine": {"subspace": "cosine", "update_interval": 4, "residual": "sign", "carry_moments": True},
+    "activations": {},
 }
 SAVED, END = 3, 5
 FULL = StateDictOptions(full_state_dict=True)
@@ -39,9 +41,10 @@ def make(rule: str, plain: bool = False):
     options = {"weight_decay": 0.0, **RULES[rule]}
     sizes = {"width": 128, "inner": 130} if rule == "adamw8bit" else {}
     model = make_model(torch.float32 if sizes else torch.float64, **sizes)
-    if plain:  # whose own sides would be others
-        return model, make_optimizer(model, **options)
-    shard(model)
+    if not plain:
+        shard(model)
+    if rule == "activations":
+        return model, activations_training.make(model, **options)
     return model, make_optimizer(model, **options)
 
 

@@ -1,9 +1,8 @@
 """Who shards, when and over which mesh: accelerate's order, HSDP, tensor parallelism, and what is refused."""
 
-import gc
-import weakref
 from pathlib import Path
 
+import activations_training
 import processes
 import pytest
 import torch
@@ -15,9 +14,9 @@ from sharded_models import (
     make_model,
     make_optimizer,
     shard,
+    shard_as_accelerate,
     train,
 )
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -31,24 +30,6 @@ pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-9  # float64, see test_fsdp2.py
 WHOLE = {"projection_sample": 1}  # blocks would be of each process's own part
-
-
-def shard_as_accelerate(model: nn.Module, optimizer: OSD) -> None:
-    """`Accelerator._prepare_fsdp2`: empty the optimizer's parameters, shard the model, put the new ones in."""
-    from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
-
-    old = {name: p.data_ptr() for name, p in model.named_parameters()}
-    gone = [weakref.ref(p) for p in model.parameters()]
-    for group in optimizer.param_groups:
-        for i, p in enumerate(group["params"]):
-            group["params"][i] = torch.empty(1, dtype=p.dtype)
-            group["params"][i].data_ptr = p.data_ptr()
-    shard(model)
-    del p
-    gc.collect()
-    assert not any(reference() is not None for reference in gone)  # no whole weight is kept
-    new = dict(model.named_parameters())
-    fsdp2_switch_optimizer_parameters(optimizer, {pointer: new[name] for name, pointer in old.items()})
 
 
 def accelerate_order(rank: int, world: int, folder: Path):
@@ -129,7 +110,7 @@ def refused(rank: int, world: int, folder: Path):
     make_optimizer(model, side="right")
     with pytest.raises(ValueError, match=r"(gate|tall|wide).*sharded in the dimension.*'left'"):
         make_optimizer(model, side="left")
-    with pytest.raises(ValueError, match="these are sharded"):
+    with pytest.raises(ValueError, match="these are sharded.*source='activations' instead"):
         make_optimizer(model, layerwise=True)
     with pytest.raises(ValueError, match="source='activations'"):
         make_optimizer(make_model(), layerwise=True)
@@ -189,7 +170,16 @@ def fsdp_over_tensor_parallel(rank: int, world: int, folder: Path):
 
 
 TWO = [accelerate_order, given_p, tensor_parallel, refused]
-FOUR = [hsdp, part_of_the_world, fsdp_over_tensor_parallel]
+
+
+def hsdp_from_activations(rank: int, world: int, folder: Path):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    activations_training.compare(rank, world, how={"mesh": mesh})
+    # uneven rows, and processes without any; divided by two between the passes
+    activations_training.compare(rank, world, how={"reshard_after_forward": 2})
+
+
+FOUR = [hsdp, hsdp_from_activations, part_of_the_world, fsdp_over_tensor_parallel]
 
 
 @pytest.fixture(scope="module")

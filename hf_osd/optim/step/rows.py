@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 from torch import Tensor
 
-from .sharding import Sharding, group_of
+from .sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,6 @@ class Rows(Sharding):
 
     sizes: tuple[int, ...]
     place: int
-
-    @property
-    def group(self) -> Any:
-        """The process group of the mesh."""
-        return group_of(self.mesh)
 
     @cached_property
     def slots(self) -> list[int]:

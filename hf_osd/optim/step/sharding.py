@@ -45,6 +45,11 @@ class Sharding:
         """Shape of this process's part of a tensor that is divided in `dim` like the parameter in its own."""
         return tuple(self.local_size if i == dim else size for i, size in enumerate(shape))
 
+    @property
+    def group(self) -> Any:
+        """All processes of the mesh."""
+        return group_of(self.mesh)
+
     def wrap(self, X: Tensor, shape: Sequence[int], dim: int | None) -> Tensor:
         """A DTensor of `shape` around this process's part of it."""
         from torch.distributed.tensor import DTensor, Replicate
@@ -158,10 +163,6 @@ FLAT = (
     "`fsdp_version: 2` in accelerate's config, `version: 2` in Trainer's `fsdp_config`, or a model from "
     "`from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))`; in a loop of your own `fully_shard`. "
     "Or use DDP."
-)
-NOT_SHARDED = (
-    "source='activations' is not for FSDP2 and tensor parallelism as yet: use DDP, or an `osd_` name with "
-    "source='gradients'."
 )
 
 
