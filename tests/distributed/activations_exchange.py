@@ -147,7 +147,8 @@ def bytes_on_the_wire(rank: int, world: int, folder: Path):
         model = shard(make_model(inner=34), mp_policy=MixedPrecisionPolicy())
         model.gate.requires_grad_(False)  # whose row would be padded
         model.embedding.requires_grad_(False)  # 37 rows likewise
-        optimizer = make(model, source=source, target_modules=["tall", "wide"])
+        whole = {"divide_projection": False} if source == "gradients" else {}  # else P is gathered, too
+        optimizer = make(model, source=source, target_modules=["tall", "wide"], **whole)
         train(model, optimizer, range(2), rank, world)
         with Exchanged() as seen:
             loss_of(model, 2, rank, world).backward()

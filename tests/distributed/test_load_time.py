@@ -157,7 +157,8 @@ def test_two_processes_train_what_one_trains(folder, run):
     side = {} if run == "activations" else {"osd_side": "right"}
     single = train(folder, run, 1, f"{run}_single", save_strategy="no", **side)
     losses, norms = json.loads((folder / f"{run}.json").read_text())
-    assert losses == pytest.approx(logged(single, "loss"), abs=1e-4)
+    # 8-bit moments of P, too, have blocks of rows when sharded
+    assert losses == pytest.approx(logged(single, "loss"), abs=1e-3 if run == "8bit" else 1e-4)
     assert norms == pytest.approx(logged(single, "grad_norm"), rel=1e-3)
     # float32, and Adam divides by gradients near zero: a tenth of a step. In 8 bits, whose blocks are of rows when
     # sharded, a fifth, but where a second moment has the code of 0

@@ -40,10 +40,11 @@ class LayerWeights(Weights):
         groups: list[Group],
         state: MutableMapping[Tensor, dict],
         given: dict[str, Tensor],
+        divide: bool,
         layers: PreparedLayers,
     ):
         self.layers = layers
-        super().__init__(groups, state, given)
+        super().__init__(groups, state, given, divide)
 
     def meet(self) -> None:  # noqa: D102 - see Weights
         self.layer_of = self.layers.by_weight()

@@ -8,7 +8,8 @@ The side is chosen so that nothing else is exchanged. Of rows W_i on process i,
     right:  R_i = G_i P     W_i <- W_i - lr D_i Pᵀ     A = sum_i G_iᵀ R_i                (rows divided, `Shard(0)`)
     left:   R_i = Pᵀ G_i    W_i <- W_i - lr P D_i      A = sum_i G_i R_iᵀ                (columns divided, `Shard(1)`)
 
-P and its moments are the same on all processes; those of R are divided like the weight.
+The moments of R are divided like the weight. P and its own are the same on all processes, or divided by rows, see
+`divided`: then A stays what it is on each process.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,7 +48,7 @@ class Sharding:
     @property
     def group(self) -> Any:
         """All processes of the mesh."""
-        return _group(self.mesh)
+        return group_of(self.mesh)
 
     def wrap(self, X: Tensor, shape: Sequence[int], dim: int | None) -> Tensor:
         """A DTensor of `shape` around this process's part of it."""
@@ -76,7 +77,7 @@ class Sharding:
     def sum(self, X: Tensor) -> Tensor:
         """The sum over all parts, the same bits on every process. Changes X."""
         if self.mesh.size() > 1 and self.dim is not None:
-            torch.distributed.all_reduce(X, group=_group(self.mesh))
+            torch.distributed.all_reduce(X, group=group_of(self.mesh))
             # Copies are summed too, and divided out: groups of their own could round differently, and P would drift.
             if self.copies > 1:
                 X.div_(self.copies)
@@ -85,7 +86,7 @@ class Sharding:
     def agree(self, X: Tensor) -> Tensor:
         """X of the mesh's first process, on every process. Changes X."""
         if self.mesh.size() > 1:
-            torch.distributed.broadcast(X, src=int(self.mesh.mesh.flatten()[0]), group=_group(self.mesh))
+            torch.distributed.broadcast(X, src=int(self.mesh.mesh.flatten()[0]), group=group_of(self.mesh))
         return X
 
 
@@ -178,7 +179,7 @@ def is_sharded(X: Tensor) -> bool:
     return isinstance(X, DTensor)
 
 
-def _group(mesh: Any) -> Any:
+def group_of(mesh: Any) -> Any:
     """One process group for all of a mesh."""
     if mesh.ndim == 1:
         return mesh.get_group()
