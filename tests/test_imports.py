@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "layers": {"layers", "subspace"},
     "update_rules": {"update_rules", "declare"},
     "optim": {"optim", "layers", "update_rules", "subspace", "declare", "text"},
-    "estimate": {"estimate", "optim", "update_rules", "subspace"},
+    "estimate": {"estimate", "optim", "layers", "update_rules", "subspace"},
     "trainer": {"trainer", "hub", "layers", "optim", "update_rules", "subspace", "declare", "names", "text"},
     "hub": {"hub", "optim", "update_rules", "subspace", "text", "version"},
     "interop": {"interop", "hub", "optim", "update_rules", "subspace", "text", "version"},
