@@ -90,7 +90,7 @@ class SubZero(torch.optim.Optimizer):
         if weight_decay:
             groups = decay_groups(self.model, weight_decay)
         groups = [{**group, "params": [(names[p], p) for p in group["params"]]} for group in groups if group["params"]]
-        saved = {"subzero": self.options.plain(), "start": ""}
+        saved = {**self.options.plain(), "start": ""}
         groups.append({"params": [("rho", self.direction)], "weight_decay": 0.0, **saved})
         self._rho = self.direction.new_zeros(0, self.options.queries)  # (steps or more, queries), of all steps
         self._rates: list[tuple[float, ...]] = []  # lr of each group, likewise
@@ -192,9 +192,8 @@ class SubZero(torch.optim.Optimizer):
         Raises:
             ValueError: If it was saved with other options.
         """
-        saved = dict(state_dict["param_groups"][-1].get("subzero") or {})
-        own = self.options.plain()
-        if saved.keys() != own.keys():
+        saved, own = state_dict["param_groups"][-1], self.options.plain()
+        if own.keys() - saved.keys():
             raise ValueError("This state is none of SubZero's: load the one that was saved with it.")
         other = [f"{name}={saved[name]}" for name in own if name != "seed" and saved[name] != own[name]]
         if other:
