@@ -18,12 +18,14 @@ from ..estimate import (
     load_config,
     lora,
     osd,
+    subzero,
 )
 from ..optim import ALL_LINEAR, resolve, select
 from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
 from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
 from ..optim.options.table import OPTIONS, validate
 from ..optim.selection.targets import parse_modules
+from ..subzero.options import OPTIONS as SUBZERO
 from ..text import format_bytes, format_count, table
 from ..trainer.settings import parse_optim_args
 from .suggestion import start_of, suggestion
@@ -39,6 +41,7 @@ LABELS = {
     "adamw_bnb_8bit": "AdamW 8-bit",
     "galore_adamw": "GaLore",
     "lora": "LoRA {rank}, AdamW",
+    "subzero": f"SubZero {SUBZERO['rank'].default}, forward only",
 }
 COLUMNS = {
     "weights": "weights",
@@ -82,7 +85,7 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
     kinds, missing = available(work, arguments.batch)
     methods = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules)]
     methods += [lora(work.model("lora"))] if ("lora", False) in kinds else []
-    methods.append(ours(arguments.rank))
+    methods += [subzero(model, SUBZERO["rank"].default), ours(arguments.rank)]
     rows: list[dict[str, Any]] = []
     for checkpointing in (False, True):
         for method in methods:
@@ -128,6 +131,7 @@ def available(work: Workload, batch: int) -> tuple[set[tuple[str, bool]], list[s
     found, missing = {("full", False)}, []
     for name, kind, checkpointing in (
         ("LoRA", "lora", False),
+        ("forward passes alone", "forward", False),
         ("gradient checkpointing", "full", True),
         ("LoRA with gradient checkpointing", "lora", True),
     ):

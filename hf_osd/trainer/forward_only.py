@@ -19,7 +19,7 @@ from ..optim.selection.targets import parse_modules
 from ..subzero import NAME, SubZero, SubZeroLog, subzero_of
 from ..subzero.options import KEYS, Options
 from ..subzero.summary import announce_summary
-from .settings import engine_of, forget_engine, optim_name, parse_optim_args
+from .settings import engine_of, forget_engine, optim_name, parse_optim_args, told_by_launcher
 
 
 IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's name
@@ -52,7 +52,7 @@ def check_subzero(args: TrainingArguments) -> None:
     if optim_name(args) != NAME:
         return
     Options(**_options(args))
-    engine = engine_of(args) or ("FSDP" if args.fsdp else None)
+    engine = engine_of(args) or ("FSDP" if args.fsdp or told_by_launcher("ACCELERATE_USE_FSDP") else None)
     if engine is not None:
         forget_engine(args)
         raise ValueError(f"optim={NAME!r} cannot be used with {engine}, which divides the weights: use DDP.")

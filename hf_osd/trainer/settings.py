@@ -121,7 +121,7 @@ def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> d
         _refuse_without_model(args, settings)
         return {"lr": args.learning_rate, **settings.mode, **options}
     if settings.mode["layerwise"]:  # accelerate's regions are the blocks
-        warn_compiled(model, args.torch_compile and not _environment("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"))
+        warn_compiled(model, args.torch_compile and not told_by_launcher("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"))
     kwargs = osd_kwargs(
         model,
         options,
@@ -150,7 +150,7 @@ def check_arguments(args: TrainingArguments) -> None:
     if uses_osd(args):
         refuse_flat_engines(args)
         source = read_settings(args).options["source"]
-        if source == "activations" and (args.fsdp or _environment("ACCELERATE_USE_FSDP")):
+        if source == "activations" and (args.fsdp or told_by_launcher("ACCELERATE_USE_FSDP")):
             forget_engine(args)
             raise ValueError(NOT_SHARDED)
         return
@@ -205,7 +205,7 @@ def engine_of(args: TrainingArguments) -> str | None:
     if (
         args.deepspeed
         or getattr(args, "deepspeed_plugin", None) is not None
-        or _environment("ACCELERATE_USE_DEEPSPEED")
+        or told_by_launcher("ACCELERATE_USE_DEEPSPEED")
     ):
         engine = "DeepSpeed"
     elif args.fsdp:
@@ -215,7 +215,7 @@ def engine_of(args: TrainingArguments) -> str | None:
             engine = "XLA's FSDP"
         elif int(plugin.get("fsdp_version", config.get("version", 1))) == 1:
             engine = "FSDP1"
-    elif _environment("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
+    elif told_by_launcher("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
         engine = "FSDP1"
     return engine
 
@@ -226,7 +226,7 @@ def forget_engine(args: TrainingArguments) -> None:
         os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
-def _environment(name: str) -> bool:
+def told_by_launcher(name: str) -> bool:
     """What `accelerate launch` tells its processes."""
     return os.environ.get(name, "false").lower() in ("true", "1")
 
