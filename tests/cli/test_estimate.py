@@ -88,6 +88,7 @@ def test_what_fits_is_the_largest_that_does(folder, capsys):
         ("100MB", {"rank": 8, "batch": 4, "gradient_checkpointing": False}),
         ("1.8MB", {"rank": 8, "batch": 4, "gradient_checkpointing": True}),
         ("1.2MB", {"rank": 8, "batch": 1, "gradient_checkpointing": True}),
+        ("0.6MB", {"rank": None, "batch": 1, "gradient_checkpointing": False}),
         ("0.1MB", None),
     ],
 )
@@ -102,6 +103,9 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
         assert 1 <= found["batch"] < 4
     assert {key: found[key] for key in expected} == expected
     assert f"--per_device_train_batch_size {found['batch']}" in found["command"]
+    if expected["rank"] is None:  # forward passes alone
+        assert "--optim subzero" in found["command"] and "osd_" not in found["command"]
+        return
     assert ("--gradient_checkpointing" in found["command"]) == found["gradient_checkpointing"]
     assert "--optim osd_adamw8bit --learning_rate 0.0002 --optim_args rank=8,scale=1 --optim_t" in found["command"]
 
