@@ -127,6 +127,9 @@ def test_resume_is_exact(tmp_path: Path, dtype: torch.dtype):
     [
         ({"fp16": True}, "fp16's GradScaler: use bf16=True"),
         ({"optim_args": "rank=8,layerwise=true"}, "instead of 'layerwise' in `optim_args`"),
+        ({"optim_args": "residual=scaled"}, "Unknown option `residual`"),
+        ({"optim_args": "side=two_sided"}, "Unknown option `side`"),
+        ({"optim_args": "subspace=power"}, "Unknown option `subspace`"),
         ({"optim_args": "rnak=8"}, "Did you mean `rank`"),
         ({"optim_args": "rank=8,perturbation=dense"}, "`rank` of SubZero has no effect with perturbation='dense'"),
         ({"optim_args": "queries=0"}, "`queries` of SubZero must be an integer >= 1"),
