@@ -80,12 +80,11 @@ def training_step(
     but = own.model if type(self).compute_loss is not Trainer.compute_loss else None
 
     def two_points(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        once: dict[str, Any] = {}
+        counts = {name: value for name, value in vars(self).items() if type(value) in (int, float)}
 
-        def loss() -> torch.Tensor:  # which may take labels out of the inputs, and count tokens
+        def loss() -> torch.Tensor:  # which may take labels out of the inputs; and what it counts, it counts once
+            vars(self).update(counts)
             found: Any = compute_loss(model, copy.copy(inputs), *args, **kwargs)
-            vars(self).update(once)
-            once.update((name, value) for name, value in vars(self).items() if type(value) in (int, float))
             return found
 
         return own.forward(loss, but)

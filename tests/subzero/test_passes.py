@@ -5,9 +5,10 @@ import torch
 from nets import Net, ids
 from torch import nn
 
-from hf_osd import OSD
+from hf_osd import OSD, create_osd_optimizer, unload
 from hf_osd.hub import ProjectionState
 from hf_osd.subzero import SubZero
+from reference.tiny_models import tiny_llama
 
 
 def steps(optimizer: SubZero, loss, count: int) -> list[float]:
@@ -108,6 +109,26 @@ def test_u_or_v_are_drawn_in_a_saved_p():
         SubZero(linear, rank=7, init=state)
     with pytest.raises(ValueError, match="no P for any matrix"):
         SubZero(nn.Sequential(linear), rank=4, init=state)
+
+
+def test_the_p_of_activations_is_v():
+    """Without a step of the weights: P of what goes into the layers, one for those that share it."""
+    model = tiny_llama()
+    tokens = torch.randint(64, (2, 8))
+    osd = create_osd_optimizer(model, lr=0.0, rank=6, source="activations")
+    for _ in range(2):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        osd.step()
+        osd.zero_grad()
+    state = ProjectionState.from_optimizer(osd)
+    unload(model)
+    optimizer = SubZero(model, rank=4, init=state)
+    optimizer.step(lambda: model(input_ids=tokens, labels=tokens).loss)
+    given = {name: weight for name, weight in optimizer.weights.weights.items() if getattr(weight, "given", {})}
+    assert len(given) == 14 and all(weight.given.keys() == {"right"} for weight in given.values())
+    for name, weight in given.items():
+        inside = torch.linalg.qr(state[name].projection).Q
+        torch.testing.assert_close(inside @ (inside.T @ weight.V), weight.V, atol=1e-5, rtol=0)
 
 
 def compiled() -> nn.Module:
