@@ -1,4 +1,4 @@
-"""A run is the list of its rho: kilobytes, of which the weights are made again bit for bit, also by the Hub."""
+"""A run is the list of its rho: kilobytes, of which the weights are made again bit for bit."""
 
 import copy
 import logging
@@ -10,7 +10,6 @@ from torch import nn
 
 from hf_osd.hub.checks import ProjectionFileError
 from hf_osd.subzero import SubZero, SubZeroLog, replay
-from hub_server import HubServer
 from reference.tiny_models import tiny_llama
 
 
@@ -70,23 +69,6 @@ def test_a_state_goes_on_bit_for_bit_and_other_options_are_refused():
         other.load_state_dict(saved)
     with pytest.raises(ValueError, match="none of SubZero's"):
         other.load_state_dict(torch.optim.SGD(net.parameters()).state_dict())
-
-
-def test_by_way_of_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    base = Net()
-    net = copy.deepcopy(base)
-    log = SubZeroLog.from_optimizer(run(net, init=None))
-    with HubServer(tmp_path / "hub") as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        log.push_to_hub("tester/tuned")
-        replay(base, "tester/tuned")
-    assert same(base, net)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x10" + bytes(40)], ids=["empty", "garbage"])
