@@ -65,15 +65,19 @@ class PerplexityCallback(TrainerCallback):
 class TrainingClock(TrainerCallback):
     """Measures the seconds spent in training steps and in loading their data, without evaluation and checkpoints.
 
+    Every evaluation that is logged gets `train_seconds` and `train_cpu_seconds`, of all threads, since the one before.
+
     Attributes:
         seconds (`float`): training time so far.
+        cpu_seconds (`float`): of it, what the process computed, on all its threads.
         first_step (`int`): the step this session began at, above 0 after resuming.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
         self.first_step = 0
-        self._started: float | None = None
+        self._started: tuple[float, float] | None = None
+        self._logged = (0.0, 0.0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,7 +90,7 @@ class TrainingClock(TrainerCallback):
     ) -> None:
         """Starts the clock where it stands still."""
         if self._started is None:
-            self._started = time.perf_counter()
+            self._started = time.perf_counter(), time.process_time()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,7 +100,8 @@ class TrainingClock(TrainerCallback):
         if running and (control.should_evaluate or control.should_save or control.should_training_stop):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - self._started
+            self.seconds += time.perf_counter() - self._started[0]
+            self.cpu_seconds += time.process_time() - self._started[1]
             self._started = None
 
     def on_epoch_end(
@@ -104,6 +109,20 @@ class TrainingClock(TrainerCallback):
     ) -> None:
         """As after a step: what happens once an epoch is asked for here."""
         self.on_step_end(args, state, control, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Adds the times to an evaluation's entry."""
+        if "eval_loss" in logs:
+            since = self.seconds - self._logged[0], self.cpu_seconds - self._logged[1]
+            state.log_history[-1] |= dict(zip(("train_seconds", "train_cpu_seconds"), since, strict=True))
+            self._logged = self.seconds, self.cpu_seconds
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -257,5 +276,7 @@ def build_results(
 
 
 def write_results(results: dict[str, Any], path: Path) -> None:
-    """Writes results as JSON."""
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    """Writes results as JSON, at once: what is cut off here leaves no part of it."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)

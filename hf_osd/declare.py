@@ -19,13 +19,18 @@ class Check:
         text (`str`): Completes "must be ...".
         accepts (`Callable`): Takes any value and says whether it is one of them.
         kind (`type`): What a text becomes: `int`, `float`, `str`, `bool`, or `list` of numbers.
-        names (`tuple[str, ...]`): The values of a choice.
+        names (`tuple[str, ...]`): The values of a choice, or texts that stand for themselves beside numbers.
     """
 
     text: str
     accepts: Callable[[Any], bool]
     kind: type
     names: tuple[str, ...] = ()
+
+    @property
+    def flag(self) -> type:
+        """The type of a command line's value: there is one for each."""
+        return str if self.names else self.kind
 
     def complaint(self, value: Any) -> str | None:
         """Text for a value that is not accepted, with the nearest name."""
@@ -44,6 +49,17 @@ def number(low: float, *, open_below: bool = False, below: float = float("inf"))
     text = f"a number {'>' if open_below else '>='} {low}" + (f" and < {below}" if below < float("inf") else "")
     return Check(
         text, lambda value: _is_number(value) and (low < value < below or (value == low and not open_below)), float
+    )
+
+
+def number_or(name: str, low: float, *, open_below: bool = False) -> Check:
+    """A number as of `number`, or a name."""
+    own = number(low, open_below=open_below)
+    return Check(
+        f"{own.text}, or {name!r}",
+        lambda value: own.accepts(value) or (isinstance(value, str) and value == name),
+        float,
+        (name,),
     )
 
 

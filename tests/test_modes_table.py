@@ -104,7 +104,11 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ("rank a multiple of 64 ²", [f"{FSDP2}::test_two_processes[eight_bit]"]),
         (
             "exact; resharded",
-            [f"{SAVED}::test_two_processes[load_sharded]", f"{SAVED}::test_other_numbers_of_processes"],
+            [
+                f"{SAVED}::test_two_processes[load_sharded]",
+                f"{SAVED}::test_other_numbers_of_processes",
+                "distributed/test_load_time.py::test_four_processes_go_on",
+            ],
         ),
         ("yes", [f"{SHARDED}::test_two_processes[{name}]" for name in ("scaled_column", "scaled_svd", "sign")]),
         ("refused", [f"{SHARDED}::test_scenario[two_sided_is_refused]"]),

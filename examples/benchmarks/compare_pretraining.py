@@ -18,12 +18,9 @@ Needs: the `examples` extra. The small command takes a minute, the others one an
 """
 
 import argparse
-import json
 import math
-import multiprocessing
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,36 +30,11 @@ from typing import Any
 
 from comparison_plot import draw
 from environment import added, describe, load_experiment, named, results_folder, save
+from pretraining_runs import PRELOADED, PROCESSES, Run, execute
 
-
-sys.path.append(str(Path(__file__).parents[1]))  # of pretrain_llama
-PROCESSES = multiprocessing.get_context("forkserver")  # imports PRELOADED once, then forks for each run
-PRELOADED = ["hf_osd", "datasets"]  # what is installed: before Python 3.13 the server lacks our sys.path
 
 Setting = tuple[float, ...]  # a value of each option of a grid, in the grid's order
 Grid = dict[str, list[float]]  # option -> its values in ascending order
-
-
-@dataclass(frozen=True)
-class Run:
-    """One call of the pretraining script."""
-
-    method: str
-    options: tuple[tuple[str, float], ...]
-    seed: int
-    arguments: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return "-".join([self.method, *(f"{name}{value:g}" for name, value in self.options), f"seed{self.seed}"])
-
-    @property
-    def command(self) -> list[str]:
-        """All arguments of the script but its output folder."""
-        options = {name: f"{value:g}" for name, value in self.options}
-        filled = [argument.format_map(options) for argument in self.arguments]
-        return [*filled, "--learning_rate", options["learning_rate"], "--seed", str(self.seed)]
 
 
 @dataclass(frozen=True)
@@ -131,45 +103,27 @@ def search(grid: Grid, starts: tuple[Setting, ...], loss: Callable[[Setting], fl
     return losses
 
 
-def execute(run: Run, work_dir: Path) -> dict[str, Any]:
-    """The run's results.json, from disk where the same run has finished before."""
-    folder = work_dir / run.name
-    results, command_file = folder / "results.json", folder / "command.json"
-    if not (results.is_file() and command_file.is_file() and json.loads(command_file.read_text()) == run.command):
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [*run.command, "--output_dir", str(folder), "--save_strategy", "no"]
-        process = PROCESSES.Process(target=_train, args=(command, folder / "log.txt"))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"{run.name} failed; see {folder / 'log.txt'}")
-        command_file.write_text(json.dumps(run.command))
-    found = json.loads(results.read_text())
-    print(f"{run.name}: perplexity {found['perplexity']:.2f}", flush=True)
-    return found
+def walk(method: Method, run: Callable[[Run], dict[str, Any]]) -> tuple[dict[Setting, float], Setting]:
+    """The losses of the settings that were tried with a method's first seed, and the best setting."""
 
+    def loss(setting: Setting) -> float:
+        found = run(method.run(setting, method.seeds[0]))["eval_loss"]
+        return found if math.isfinite(found) else math.inf
 
-def _train(command: list[str], log: Path) -> None:
-    """One call of the script, in a process of its own."""
-    import pretrain_llama
-
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    pretrain_llama.main(command)
+    losses = search(method.grid, method.starts, loss)
+    return losses, min(losses, key=lambda setting: losses[setting])
 
 
 def compare(method: Method, run: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
     """Finds a method's best setting with the first seed and runs it with the others: one row of the results."""
-    first, *others = method.seeds
+    losses, best = walk(method, run)
+    return row_of(method, losses, best, [run(method.run(best, seed)) for seed in method.seeds])
 
-    def loss(setting: Setting) -> float:
-        found = run(method.run(setting, first))["eval_loss"]
-        return found if math.isfinite(found) else math.inf
 
-    losses = search(method.grid, method.starts, loss)
-    best = min(losses, key=lambda setting: losses[setting])
-    results = [run(method.run(best, seed)) for seed in (first, *others)]
+def row_of(
+    method: Method, losses: dict[Setting, float], best: Setting, results: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What is kept of a method: the settings tried, and what the best one gave with each seed."""
     perplexities = [result["perplexity"] for result in results]
     finite = all(math.isfinite(perplexity) for perplexity in perplexities)
     return {
@@ -209,13 +163,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         best = ", ".join(f"{option.replace('_', ' ')} " * own + f"{value:g}" for option, value in row["best"].items())
         size = row["optimizer_state_bytes"]
         lines.append(
-            f"| {row['label']} | {row['best_perplexity']:.2f}{spread} | {best} | {_tried(row)} | "
+            f"| {row['label']} | {row['best_perplexity']:.2f}{spread} | {best} | {tried(row)} | "
             f"{size / 2**20:.1f} MiB | {size / row['adamw_state_bytes']:.0%} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _tried(row: dict[str, Any]) -> str:
+def tried(row: dict[str, Any]) -> str:
     """All perplexities of a grid; of a walk, how far it came."""
     if not row["walked"]:
         return ", ".join(f"{setting}: {value:.1f}" for setting, value in row["perplexity"].items())

@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
@@ -28,38 +29,51 @@ def draw(
     """
     figure = Figure(figsize=(12, max(4.2, 0.33 * len(rows) + 1.8)), dpi=130, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    dots, curves = figure.subplots(1, 2)
+    left, curves = figure.subplots(1, 2)
     colors = dict(zip(shown or [row["method"] for row in rows], COLORS, strict=False))
+    dots(left, rows, colors)
+    for row in rows:
+        color = colors.get(row["method"], REST)
+        if row["method"] in colors and against and against not in row["grid"]:
+            curves.axhline(row["seeds"][0], color=color, linestyle=":", linewidth=1.2)
+        elif row["method"] in colors:
+            curves.plot(*_curve(row, against), "o-", color=color, markersize=3, linewidth=1.2)
+    if against:
+        curves.set_xscale("log")
+    curves.set_xlabel(against or "step")
+    curves.set_ylabel("final validation perplexity, first seed" if against else "validation loss (nats per token)")
+    for axes in (left, curves):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def dots(axes: Axes, rows: list[dict[str, Any]], colors: dict[str, str]) -> None:
+    """The final perplexities of every method: a dot for each seed, a line at their mean; the labels are a legend.
+
+    Args:
+        axes (`Axes`): Drawn into.
+        rows (`list[dict]`): Of the results.
+        colors (`dict[str, str]`): By method; the others are grey.
+    """
     means = [row["best_perplexity"] for row in rows]
     end = FAR * statistics.median(means)
     for place, (row, mean) in enumerate(zip(rows, means, strict=True)):
         color = colors.get(row["method"], REST)
         text = {"textcoords": "offset points", "va": "center", "fontsize": 8}
         if mean > end:
-            dots.annotate(f"{mean:.1f} →", (end, place), (-4, 0), ha="right", color=color, **text)
+            axes.annotate(f"{mean:.1f} →", (end, place), (-4, 0), ha="right", color=color, **text)
         else:
-            dots.plot(row["seeds"], [place] * len(row["seeds"]), "o", color=color, markersize=5, alpha=0.6)
-            dots.plot(mean, place, "|", color=color, markersize=15, markeredgewidth=2)
-            dots.annotate(f"{mean:.1f}", (max(row["seeds"]), place), (9, 0), **text)
-        if row["method"] in colors and against and against not in row["grid"]:
-            curves.axhline(row["seeds"][0], color=color, linestyle=":", linewidth=1.2)
-        elif row["method"] in colors:
-            curves.plot(*_curve(row, against), "o-", color=color, markersize=3, linewidth=1.2)
-    dots.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9)
-    for label, row in zip(dots.get_yticklabels(), rows, strict=True):  # the legend of both panels
+            axes.plot(row["seeds"], [place] * len(row["seeds"]), "o", color=color, markersize=5, alpha=0.6)
+            axes.plot(mean, place, "|", color=color, markersize=15, markeredgewidth=2)
+            axes.annotate(f"{mean:.1f}", (max(row["seeds"]), place), (9, 0), **text)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9)
+    for label, row in zip(axes.get_yticklabels(), rows, strict=True):  # the legend of the other panels
         label.set_color(colors.get(row["method"], "black"))
-    dots.margins(x=0.12)
-    dots.set_xlim(right=end if max(means) > end else None)
-    dots.set_ylim(len(rows) - 0.4, -0.6)
-    dots.set_xlabel("final validation perplexity")
-    if against:
-        curves.set_xscale("log")
-    curves.set_xlabel(against or "step")
-    curves.set_ylabel("final validation perplexity, first seed" if against else "validation loss (nats per token)")
-    for axes in (dots, curves):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    axes.margins(x=0.12)
+    axes.set_xlim(right=end if max(means) > end else None)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("final validation perplexity")
 
 
 def _curve(row: dict[str, Any], against: str | None) -> tuple[list[float], list[float]]:

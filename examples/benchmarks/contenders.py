@@ -123,6 +123,39 @@ def osd(**options: object) -> Callable[[list[Parameter], int], Step]:
     return lambda params, rank: OSD([{"params": params, "rank": rank}], lr=LR, **options).step
 
 
+class CapturedStep:
+    """One of ours that a CUDA graph holds from the third step on.
+
+    Args:
+        params (`list[Parameter]`): The weights, whose gradients stay where they are.
+        rank (`int`): Rank of the subspaces.
+        options: Of [`OSD`].
+    """
+
+    def __init__(self, params: list[Parameter], rank: int, **options: object):
+        lr = torch.tensor(LR, device=params[0].device)
+        self.optimizer = OSD([{"params": params, "rank": rank}], lr=lr, capturable=True, **options)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.eager_steps = 0
+
+    def __call__(self) -> None:
+        """One step; the second one captures the others."""
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        self.optimizer.step()
+        self.eager_steps += 1
+        if self.eager_steps == 2:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.optimizer.step()
+
+
+def captured(**options: object) -> Callable[[list[Parameter], int], Step]:
+    """One of ours in a CUDA graph."""
+    return lambda params, rank: CapturedStep(params, rank, **options)
+
+
 def torch_adamw(params: list[Parameter], rank: int) -> Step:
     """torch's, at full size."""
     return torch.optim.AdamW(params, lr=LR, fused=True).step
@@ -198,5 +231,11 @@ OURS += [
 OURS += [
     Contender(f"osd_adamw, projection_interval {k}", osd(projection_interval=k), period=k)
     for k in PROJECTION_INTERVALS
+]
+OURS += [
+    Contender("osd_adamw, P on its own stream", osd(projection_stream=True), cuda_only=True),
+    Contender("osd_adamw, CUDA graph", captured(), cuda_only=True),
+    Contender("osd_adamw, CUDA graph, P on its own stream", captured(projection_stream=True), cuda_only=True),
+    Contender("osd_adamw8bit, CUDA graph", captured(weight_rule="adamw8bit"), "bitsandbytes", cuda_only=True),
 ]
 CONTENDERS = {contender.name: contender for contender in [Contender(BARE, bare_products), *OURS, *PEERS]}

@@ -21,9 +21,10 @@ from ..estimate import (
     subzero,
 )
 from ..optim import ALL_LINEAR, resolve, select
+from ..optim.options.full_size import by_size
 from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
 from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
-from ..optim.options.table import OPTIONS, validate
+from ..optim.options.table import OPTIONS
 from ..optim.selection.targets import parse_modules
 from ..subzero.options import OPTIONS as SUBZERO
 from ..text import format_bytes, format_count, table
@@ -155,7 +156,7 @@ def _optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]
             raise ValueError(f"{key!r} has no effect in --optim_args of an estimate: {NOT_HERE[key]}.")
     own_names = {KEYS[key].name: value for key, value in given.items() if key not in NAME_OPTIONS}
     settings = resolve(arguments.preset, own_names, given.get("preset"), "--optim_args")
-    validate(settings, "--optim_args", ARGUMENT_OF)
+    by_size(settings, given.get("full_size_optim"), "--optim_args", ARGUMENT_OF)  # which refuses
     keywords = {own.key: keyword for keyword, own in KEYWORDS.items()}
     options: dict[str, Any] = {keywords[key]: value for key, value in given.items()}
     words = arguments.target_modules or [ALL_LINEAR]

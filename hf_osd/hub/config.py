@@ -37,6 +37,7 @@ def config_name(option: str) -> str:
 OPTION_TYPES: dict[str, type] = {"optim": str, "step": int}
 OPTION_TYPES |= {config_name(name): own.check.kind for name, own in options.OPTIONS.items() if own.card is None}
 FURTHER_OPTIONS = {config_name(name): own.check.kind for name, own in options.OPTIONS.items() if own.card is not None}
+NAMES = {config_name(name): own.check.names for name, own in options.OPTIONS.items()}  # beside numbers
 DEFAULTS = {config_name(name): default for name, default in options.DEFAULTS.items()}
 
 
@@ -73,7 +74,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         raise ProjectionFileError(f"{where} has format_version {version!r}, expected 1 to {FORMAT_VERSION}.")
     for name, kind in (OPTION_TYPES | FURTHER_OPTIONS).items():
         value = config.get(name)
-        if value is not None and not _has_type(value, kind):
+        if value is not None and not _has_type(value, kind) and value not in NAMES.get(name, ()):
             text = "a list of numbers" if kind is list else f"of type {kind.__name__}"
             raise ProjectionFileError(f"{name!r} in {where} must be {text} or null, got {value!r}.")
     parameters = config.get("parameters")

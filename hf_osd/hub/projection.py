@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..optim.step.algorithm import ProjectedWeight
-from ..optim.step.experts import ExpertWeights
 from ..subspace import operator_of
 from .checks import numel
 
@@ -48,28 +46,6 @@ class Projection:
         Views; of a stack each with the leading dimension.
         """
         return self.projection.split(self.shape[-2:], dim=-2) if self.side == "two_sided" else (self.projection,)
-
-
-def copy_projection(
-    weight: ProjectedWeight | ExpertWeights, include_moments: bool, shared: dict[str, Tensor]
-) -> Projection:
-    """All that the optimizer holds for one weight, copied to the CPU: P itself, whatever it is made of there.
-
-    Args:
-        weight ([`ProjectedWeight`]): The weight.
-        include_moments (`bool`): Whether to copy all other entries of its state.
-        shared (`dict[str, torch.Tensor]`): Copies of P by the name of the weight that holds it; added to.
-    """
-    own = {"projection", weight.rules.subspace.code}
-    kept = {name: value for name, value in weight.slot.state.items() if include_moments and name not in own}
-    values = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
-    geometry = weight.geometry
-    holder = geometry.holder or geometry.name
-    if holder not in shared:
-        shared[holder] = weight.projection.detach().to("cpu", copy=True)
-    weight.release()
-    other = None if geometry.holds_projection else holder
-    return Projection(shared[holder], geometry.side, geometry.rank, geometry.shape, values, other)
 
 
 def projection_shape(side: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..optim.osd import osd_of
 from ..optim.selection.wrappers import plain_name
-from ..optim.step.full_weight import FullWeight
 from ..version import __version__
 from .checks import ProjectionFileError, moment_keys, name_fault
+from .collect import projections_of
 from .config import CONFIG_NAME, FORMAT_VERSION, check_config, options_config, versions
 from .files import is_data_file, read_config, read_tensors, write_set
 from .locate import Source
-from .projection import Projection, check_values, copy_projection
+from .projection import Projection, check_values
 
 
 class ProjectionState(Mapping[str, Projection]):
@@ -105,6 +105,8 @@ class ProjectionState(Mapping[str, Projection]):
     def from_optimizer(cls, optimizer: torch.optim.Optimizer, include_moments: bool = False) -> "ProjectionState":
         """A copy, on the CPU, of what an optimizer holds now.
 
+        Where experts are on different processes, all of them must call this, and each has the P of all experts.
+
         Args:
             optimizer ([`OSD`]): Its groups need names, as `create_osd_optimizer` and a Trainer give them, or
                 (name, parameter) pairs. accelerate's wrapper is looked through.
@@ -121,23 +123,13 @@ class ProjectionState(Mapping[str, Projection]):
         if not groups:
             raise ValueError("This optimizer projects nothing: none of its groups has a `rank`.")
         projections: dict[str, Projection] = {}
-        shared: dict[str, Tensor] = {}
         steps = 0
         refuse_names(groups)
-        for group in groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                weight = osd.weight_of(p)
-                if isinstance(weight, FullWeight) or not weight.started or not osd.state.get(p):
-                    continue
-                if include_moments and weight.geometry.sharding is not None:
-                    raise ValueError(
-                        f"`include_moments` needs the state of {name} in one place, but it is sharded over processes. "
-                        "Save it with torch.distributed.checkpoint; P itself is whole on every process."
-                    )
-                if name in projections:
-                    raise ValueError(f"Two parameters of this optimizer have the name {name}.")
-                projections[name] = copy_projection(weight, include_moments, shared)
-                steps = max(steps, int(osd.state[p]["step"].max()))
+        for name, projection, count in projections_of(osd, include_moments):
+            if name in projections:
+                raise ValueError(f"Two parameters of this optimizer have the name {name}.")
+            projections[name] = projection
+            steps = max(steps, count)
         if not projections:
             raise ValueError("No projected parameter has been stepped yet: there is no P before the first step.")
         return cls(projections, {**options_config(groups), "step": steps})

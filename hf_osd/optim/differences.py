@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .options.table import OPTIONS, in_effect
+from .options.table import LR_MULTIPLE, OPTIONS, in_effect
 from .step.geometry import Geometry, ProjectedGeometry, geometry_of, names_of
 
 
@@ -26,6 +26,7 @@ def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) ->
     found: dict[str, Traits | None] = {}
     for number, group in enumerate(groups):
         options = {name: str(in_effect(group, name) or OPTIONS[name].unset or "-") for name in MATCHED}
+        times = f", {group[LR_MULTIPLE]:g} times lr" if LR_MULTIPLE in group else ""
         for index, name in enumerate(names_of(group, len(found))):
             if name not in params:
                 found[name] = None
@@ -35,7 +36,7 @@ def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) ->
                 continue
             geometry = geometry_of(group, index, params[name], len(found))
             found[name] = {
-                "place": f"group {number} position {index}",  # the groups' options are restored by place
+                "place": f"group {number} position {index}{times}",  # the groups' options are restored by place
                 "projected": _projected(geometry),
                 **options,
             }

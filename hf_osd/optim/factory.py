@@ -12,36 +12,54 @@ from ..layers.prepared import refuse_wrapped
 from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from .groups import by_name
+from .options.full_size import by_size
 from .options.general import DEFAULT_RANK
 from .options.mode import MODE_DEFAULTS, mode_of
 from .options.presets import BY_NAME, KEYWORD_OF, KEYWORDS, resolve
-from .options.table import validate
+from .options.table import LR_MULTIPLE
 from .osd import OSD
 from .selection.adapters import module_names
-from .selection.rank_pattern import parse_rank_pattern, ranks_of
+from .selection.patterns import RANKS, RATES
 from .selection.targets import ALL_LINEAR, Selection, select
 from .selection.wrappers import plain_name, unwrapped
 from .step.sharding import NOT_SHARDED, is_sharded
 from .summary import announce_summary
 
 
-def selected_groups(selection: Selection, ranks: Mapping[str, int], init: Any) -> list[dict[str, Any]]:
-    """Groups of (name, parameter) pairs: of each rank and at full size.
+def selected_groups(
+    selection: Selection,
+    ranks: Mapping[str, int],
+    rates: Mapping[str, float],
+    init: Any,
+    full_size: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Groups of (name, parameter) pairs: of each learning rate those of each rank and at full size.
 
     Args:
         selection ([`Selection`]): What is projected.
         ranks (`Mapping[str, int]`): Rank of every projected parameter, by name.
+        rates (`Mapping[str, float]`): Multiple of the learning rate of every parameter, by name.
         init (`str` or tensors by name): P_0 of the projected groups.
+        full_size (`Mapping[str, Any]`): Options of the groups at full size.
     """
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [(name, p) for name, p in selection.projected.items() if ranks[name] == rank],
-            "rank": rank,
-            "init": init,
-        }
-        for rank in dict.fromkeys(ranks.values())
-    ]
-    return [*groups, {"params": list(selection.full_size.items())}]
+    groups: list[dict[str, Any]] = []
+    # those at the learning rate itself first: Trainer logs that of the first group
+    for rate in sorted(dict.fromkeys(rates.values()), key=lambda rate: rate != 1):
+        own = {} if rate == 1 else {LR_MULTIPLE: rate}
+        groups += [
+            {
+                "params": [
+                    (name, p) for name, p in selection.projected.items() if (ranks[name], rates[name]) == (rank, rate)
+                ],
+                "rank": rank,
+                "init": init,
+                **own,
+            }
+            for rank in dict.fromkeys(ranks.values())
+        ]
+        rest = [(name, p) for name, p in selection.full_size.items() if rates[name] == rate]
+        groups.append({"params": rest, **full_size, **own})
+    return groups
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -72,19 +90,23 @@ def osd_kwargs(
     exclude_modules: str | Iterable[str] | None = None,
     rank_pattern: str | Mapping[str, int] | None = None,
     rank_given: bool = True,
+    lr_pattern: str | Mapping[str, float] | None = None,
+    full_size: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What [`OSD`] is constructed with besides parameters, learning rate and mode: options and what they go for.
 
     Args:
         model (`nn.Module`): The model.
-        settings (`dict`): All options, as `presets.resolve` gives them.
+        settings (`dict`): All options, as `full_size.by_size` gives them.
         target_modules, exclude_modules: See [`~optim.selection.targets.select`].
         rank_pattern (`str` or `Mapping[str, int]`, *optional*): See [`create_osd_optimizer`].
         rank_given (`bool`, *optional*, defaults to `True`): Whether a P in `init` must have the rank of `settings`.
+        lr_pattern (`str` or `Mapping[str, float]`, *optional*): See [`create_osd_optimizer`].
+        full_size (`dict`, *optional*): What groups at full size have instead, as `full_size.by_size` gives it.
     """
     unload(model)
     whole, model = model, unwrapped(model)
-    pattern = parse_rank_pattern(rank_pattern)
+    pattern, multiples = RANKS.parse(rank_pattern), RATES.parse(lr_pattern)
     selection = select(model, target_modules, exclude_modules, settings["rank"])
     if selection.ignored:
         warnings.warn(
@@ -97,13 +119,17 @@ def osd_kwargs(
     if isinstance(settings["init"], Mapping) and not rank_given:
         learned = by_name(settings["init"], map(plain_name, usual))
         usual |= {name: rank for name in usual if (rank := learned_rank([learned.get(plain_name(name))]))}
-    ranks = ranks_of(usual, pattern, module_names(model).plain)
+    plain_modules = module_names(model).plain
+    ranks = RANKS.values(usual, pattern, plain_modules)
+    rates = RATES.values(dict.fromkeys([*selection.projected, *selection.full_size], 1.0), multiples, plain_modules)
+    if full_size and not selection.full_size:
+        raise ValueError("`full_size_optim` has no effect: all that is trained is projected. Leave it out.")
     if settings["source"] == "activations":
         refuse_wrapped(whole)
         if any(map(is_sharded, selection.projected.values())):
             raise ValueError(NOT_SHARDED)
         own["layers"] = PreparedLayers(model, ranks, plain_name)
-    return {"selection": selected_groups(selection, ranks, settings["init"]), **own}
+    return {"selection": selected_groups(selection, ranks, rates, settings["init"], full_size or {}), **own}
 
 
 def warn_compiled(model: nn.Module, later: bool = False) -> None:
@@ -136,7 +162,7 @@ def learned_rank(init: Any) -> int | None:
 def create_osd_optimizer(
     model: nn.Module,
     optim: str = "osd_adamw",
-    lr: float = 1e-3,
+    lr: float | Tensor = 1e-3,
     *,
     rank: int | None = None,
     target_modules: str | Iterable[str] = ALL_LINEAR,
@@ -152,7 +178,7 @@ def create_osd_optimizer(
         optim (`str`, *optional*, defaults to `"osd_adamw"`):
             `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor` or `osd_sgd`, or one of them
             with `_layerwise`.
-        lr (`float`, *optional*, defaults to 1e-3): Learning rate.
+        lr (`float` or `torch.Tensor`, *optional*, defaults to 1e-3): Learning rate, see [`OSD`].
         rank (`int`, *optional*): r. Defaults to that of each P in `init`, else to 128.
         target_modules, exclude_modules: What is projected, see [`~optim.selection.targets.select`].
         preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.
@@ -162,7 +188,10 @@ def create_osd_optimizer(
             Any other option of [`OSD`], by name (`projection_optim` for its `projection_rule`), and `rank_pattern`
             (`Mapping[str, int]` or `str`), other ranks for some modules: regular expressions for the end of a module's
             or parameter's name, of which the first that matches counts. `{"q_proj": 64, "layers.0.mlp.*": 32}`, or
-            `"q_proj:64;layers.0.mlp.*:32"`.
+            `"q_proj:64;layers.0.mlp.*:32"`. `lr_pattern` (`Mapping[str, float]` or `str`), in the same form, has
+            multiples of `lr` for parameters, projected or not; P's learning rate goes with its weights'. They become
+            groups with an `lr` of their own, which schedules scale as others; from activations, layers of one input
+            share a P within a group. `full_size_optim` (`str`) is the update rule of what is not projected.
 
     Raises:
         ValueError: For an unknown name or option, with the nearest one, or an empty selection.
@@ -183,16 +212,19 @@ def create_osd_optimizer(
         raise ValueError(f"Give {BY_NAME[name].argument} instead of `{name}` of {where}.")
     refuse_unknown(options, [*KEYWORDS, "lr", "target_modules", "exclude_modules"], where)
     given = {KEYWORDS[name].name: plain(value) for name, value in options.items()}
-    rank_pattern = given.pop("rank_pattern", None)
+    rank_pattern, lr_pattern = given.pop("rank_pattern", None), given.pop("lr_pattern", None)
+    full_size_optim = given.pop("full_size_optim", None)
     mode = mode_of(optim, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
     learned = learned_rank(init) or DEFAULT_RANK
     settings = resolve(optim, {"rank": learned if rank is None else plain(rank), "init": init, **given}, preset, where)
     if isinstance(settings["subspace"], SubspaceRule):
         settings["subspace"] = name_rule(settings["subspace"])
-    validate(settings, where, KEYWORD_OF)
+    settings, full_size = by_size(settings, full_size_optim, where, KEYWORD_OF)
     if mode["layerwise"]:
         warn_compiled(model)
-    kwargs = osd_kwargs(model, settings, target_modules, exclude_modules, rank_pattern, rank is not None)
+    kwargs = osd_kwargs(
+        model, settings, target_modules, exclude_modules, rank_pattern, rank is not None, lr_pattern, full_size
+    )
     optimizer = OSD(decay_groups(model, settings["weight_decay"]), lr=lr, **mode, **kwargs)
     if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured
         announce_summary(optimizer, model)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..declare import plain
 from ..layers import PreparedLayers
-from ..subspace import SubspaceRule, name_rule
+from ..subspace import SubspaceRule, name_rule, rule_class
 from ..text import shortened
 from ..update_rules import RULES, require_bitsandbytes
 from .options import table as options
@@ -18,7 +18,7 @@ from .options.mode import MODE_OPTIONS, Mode, refuse_in_mode
 from .options.presets import KEYS
 from .selection.wrappers import DDP, plain_name, plain_names
 from .step.geometry import ProjectedGeometry, geometry_of, names_of
-from .step.sharding import refuse_flat
+from .step.sharding import meshes_of, refuse_flat
 from .step.sides import is_matrix, is_projected, settle_sides
 
 
@@ -52,13 +52,18 @@ def named(group: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict
     return {**group, "params": params}
 
 
-def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]], lr: Any) -> list[dict[str, Any]]:
     """Groups of one's own, of which each keeps its options, divided into those of a selection.
+
+    What Trainer has split into groups by the meshes of their parameters is one group, as it is on one process: states
+    are then the same.
 
     Args:
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
         selection (`list[dict]`):
-            Groups of (name, parameter) pairs that differ in what is projected, as `factory.py` makes them.
+            Groups of (name, parameter) pairs that differ in what is projected, as `factory.py` makes them. Those with
+            an `LR_MULTIPLE` have as many times the learning rate.
+        lr (`float`): Learning rate of groups that have none of their own.
 
     Returns:
         In the order of the selection, and last what it does not know.
@@ -69,12 +74,25 @@ def divided(params: Iterable[Any], selection: Sequence[Mapping[str, Any]]) -> li
     for group in own:
         entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         left.append({entry[1] if isinstance(entry, tuple) else entry: entry for entry in entries})
+    for index in range(len(own) - 1):
+        while index + 1 < len(own) and _split_by_mesh(own[index : index + 2], left[index : index + 2]):
+            left[index] |= left.pop(index + 1)
+            del own[index + 1]
     found = []
     for chosen in selection:
         for group, rest in zip(own, left, strict=True):
             pairs = [(name, p) for name, p in chosen["params"] if rest.pop(p, None) is not None]
-            found += [{**chosen, **group, "params": pairs}] if pairs else []
+            made = {**chosen, **group, "params": pairs}
+            if options.LR_MULTIPLE in chosen:
+                made["lr"] = chosen[options.LR_MULTIPLE] * options.lr_of_step(group.get("lr", lr), "OSD")
+            found += [made] if pairs else []
     return found + [{**group, "params": list(rest.values())} for group, rest in zip(own, left, strict=True) if rest]
+
+
+def _split_by_mesh(groups: Sequence[Mapping[str, Any]], members: Sequence[Iterable[Tensor]]) -> bool:
+    """Whether two groups have nothing apart but the meshes that their parameters lie on."""
+    (first, second), options = map(meshes_of, members), [{**group, "params": None} for group in groups]
+    return first.isdisjoint(second) and options[0] == options[1]
 
 
 def settle_group(
@@ -98,9 +116,12 @@ def settle_group(
     Returns:
         P_0 by name where the user gave one, and the names of parameters whose rank is not low.
     """
-    group["lr"] = plain(options.lr_of_step(group["lr"], where))
+    lr = options.lr_of_step(group["lr"], where)
+    number = plain(lr)
+    group["lr"] = lr if mode.capturable and isinstance(lr, Tensor) else number
     group.update({name: plain(value) for name, value in group.items() if name in options.DEFAULTS})
-    options.check_lr(group["lr"], where)
+    options.check_lr(number, where)
+    options.refuse_baked_lr(group, where)
     if isinstance(group["subspace"], SubspaceRule):
         group["subspace"] = name_rule(group["subspace"])
     options.validate(group, where)
@@ -127,7 +148,7 @@ def settle_group(
             f"source='activations' of {where} needs a model with prepared layers: use create_osd_optimizer."
         )
     settle_sides(group, names, {} if layers is None else layers.by_weight())
-    group["alpha"] = options.projection_alpha(group, group["lr"])
+    group["alpha"] = options.projection_alpha(group, number)
     clipped = [
         name
         for name, p in zip(names, group["params"], strict=True)
@@ -167,6 +188,17 @@ def refuse_same_names(groups: Sequence[Mapping[str, Any]]) -> None:
             seen.add(name)
 
 
+def refuse_without_movement(groups: Sequence[Mapping[str, Any]], mode: Mode) -> None:
+    """Raise `ValueError` where no P moves that a stream of its own is asked for."""
+    projected = [group for group in groups if group["rank"] is not None and group["source"] == "gradients"]
+    rules = [rule_class(group["subspace"]) for group in projected]
+    if mode.projection_stream and all(rule.moves_at is SubspaceRule.moves_at for rule in rules):
+        raise ValueError(
+            "`projection_stream` has no effect: no P moves beside the weights' steps, as with online_pca and power on "
+            "gradients. Leave it out."
+        )
+
+
 def warn_clipped(clipped: Sequence[str]) -> None:
     """Say once, for all matrices, that their rank is not low."""
     if clipped:
@@ -180,7 +212,7 @@ def warn_clipped(clipped: Sequence[str]) -> None:
 def warn_far(groups: Sequence[Mapping[str, Any]]) -> None:
     """Say once where P's learning rate is so large that most steps of P would be too long."""
     for group in groups:
-        rule, rate = options.projection_rule(group), group["lr"] * group["alpha"]
+        rule, rate = options.projection_rule(group), plain(group["lr"]) * group["alpha"]
         if rule is None or not group["params"]:
             continue
         # a column's step: the other rules have entries of about one size, SGD those of a gradient of norm 1

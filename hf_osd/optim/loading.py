@@ -15,11 +15,11 @@ from ..subspace import SUBSPACES
 from ..update_rules import TensorSpec
 from .differences import counted, differences, table, traits
 from .options.rules import rules_of
-from .options.table import DEFAULTS, OPTIONS, in_effect, spell_out
+from .options.table import DEFAULTS, LR_MULTIPLE, OPTIONS, in_effect, spell_out
 from .selection.wrappers import plain_names
 from .step.geometry import Geometry, geometry_of, names_of
 from .step.sharding import is_sharded
-from .step.state import held_elsewhere, state_spec
+from .step.state import divided_specs, held_elsewhere, state_spec
 
 
 State = dict[Tensor, dict[str, Tensor]]
@@ -68,6 +68,7 @@ def match_state(
     keys: dict[str, Any] = {}
     for group in saved_groups:
         keys.update(zip(names_of(group, len(keys)), group["params"], strict=True))
+    live_groups = _with_sides(live_groups, _stored(saved_groups, "sides"))
     saved, current = traits(saved_groups, params), traits(live_groups, params)
     rows = differences(saved, current)
     as_saved = not rows
@@ -116,11 +117,36 @@ def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _holders(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    found: dict[str, str | None] = {}
+    return {name: holder for name, holder in _stored(groups, "inputs").items() if holder is not None}
+
+
+def _stored(groups: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """By parameter name, what groups have in such a list, `None` where they have no list."""
+    found: dict[str, Any] = {}
     for group in groups:
         names = names_of(group, len(found))
-        found |= zip(names, group.get("inputs") or [None] * len(names), strict=False)
-    return {name: holder for name, holder in found.items() if holder is not None}
+        found |= zip(names, group.get(key) or [None] * len(names), strict=False)
+    return found
+
+
+def _with_sides(live_groups: list[dict[str, Any]], saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups with the saved sides of matrices that are whole and for which any side will do (`auto`).
+
+    The same matrix may have been sharded, and have had no choice.
+    """
+    one_sided, found, position = {"left", "right"}, [], 0
+    for group in live_groups:
+        names = names_of(group, position)
+        position += len(names)
+        if group.get("sides") and group["side"] == "auto" and group["source"] == "gradients":
+            members = zip(names, group["params"], group["sides"], strict=True)
+            sides = [
+                saved[name] if {own, saved.get(name)} <= one_sided and not is_sharded(p) else own
+                for name, p, own in members
+            ]
+            group = {**group, "sides": sides}
+        found.append(group)
+    return found
 
 
 def _orphans(
@@ -178,7 +204,8 @@ def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[st
     for group in live_groups:
         names = names_of(group, position)
         owner = next((owners[name] for name in names if name in owners), saved_groups[0])
-        schedule: dict[str, Any] = {name: owner[name] for name in ("lr", "initial_lr") if name in owner}
+        factor = group.get(LR_MULTIPLE, 1) / owner.get(LR_MULTIPLE, 1)
+        schedule: dict[str, Any] = {name: factor * owner[name] for name in ("lr", "initial_lr") if name in owner}
         groups.append({**group, **schedule, "params": list(range(position, position + len(names)))})
         position += len(names)
     return groups
@@ -204,7 +231,8 @@ def fitting_states(
 ) -> tuple[dict[str, dict[str, Tensor]], list[tuple[str, str, str]]]:
     """The saved states, in the dtypes of today: second moments may have been saved in bfloat16.
 
-    Entries that others keep beside ours come along. A P that another weight's state holds is left out.
+    Entries that others keep beside ours come along. A P that another weight's state holds is left out. Moments of
+    whole parameters may be as those are kept that are divided: dense, or in 8-bit blocks of rows.
 
     Args:
         groups (`list[dict]`): The saved groups.
@@ -231,8 +259,9 @@ def fitting_states(
                     del entries[key]
                 state = _as_wide({key: entries.pop(key) for key in spec if key in entries}, spec)
                 got, expected = _entries(state), _entries(spec)
-                if got == expected:
+                if any(got == _entries(form) for form in (spec, *divided_specs(geometry, rules))):
                     _refuse_other_sharding(state, geometry, spec)
+                    expected = got  # steps go by the tensors
                 if got == expected or not state:
                     found[name] = state | entries
                 else:
@@ -254,7 +283,7 @@ def _as_wide(state: Mapping[str, Tensor], spec: Mapping[str, TensorSpec]) -> dic
 
 
 def _refuse_other_sharding(state: Mapping[str, Tensor], geometry: Geometry, spec: Mapping[str, TensorSpec]) -> None:
-    if any((entry.divided is not None) != is_sharded(state[key]) for key, entry in spec.items()):
+    if any((spec[key].divided is not None) != is_sharded(entry) for key, entry in state.items()):
         kinds = ("whole", "sharded") if geometry.sharding else ("sharded", "whole")
         raise ValueError(
             f"The saved state of {geometry.name} is {kinds[0]}, the parameter {kinds[1]}: load it with "

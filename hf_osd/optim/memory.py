@@ -27,7 +27,7 @@ def predicted_entry_bytes(optimizer: OSD) -> Counter[str]:
                 sizes[name] += torch.Size(local_shape(entry, geometry)).numel() * entry.dtype.itemsize
             if rules.subspace.keeps_expanded and isinstance(geometry, ProjectedGeometry) and geometry.holds_projection:
                 P = torch.Size(geometry.projection_shape).numel() * geometry.compute_dtype.itemsize
-                sizes["projection"] += geometry.matrices * P
+                sizes["projection"] += len(geometry.experts) * P
     return sizes
 
 

@@ -18,6 +18,7 @@ from .groups import (
     named,
     refuse_ignored,
     refuse_same_names,
+    refuse_without_movement,
     settle_group,
     warn_clipped,
     warn_far,
@@ -26,11 +27,14 @@ from .groups import (
 from .options import table as options
 from .options.mode import MODE_DEFAULTS, Mode
 from .saving import STAND_INS, SavedOptimizer
-from .statistics import summarize
+from .statistics import share_observations, summarize
+from .step.capture import check_capture
+from .step.input_weight import InputWeight
 from .step.layer_weights import LayerWeights
 from .step.movement import Movements
 from .step.rounding import refuse_without_bfloat16
 from .step.sides import is_matrix
+from .step.streams import SideStreams
 from .step.weights import AnyWeight, Weights
 
 
@@ -47,7 +51,7 @@ class OSD(SavedOptimizer):
 
     Args:
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
-        lr (`float`, *optional*, defaults to 1e-3): Learning rate of the weights.
+        lr (`float` or `torch.Tensor`, *optional*, defaults to 1e-3): Learning rate; a tensor with `capturable`.
         rank (`int`, *optional*):
             Rank r of the subspaces. It is for matrices (m, n), and stacks (E, m, n) of experts' matrices, of which
             each is projected by itself and left alone in steps in which its gradient is zero. Parameters of other
@@ -72,8 +76,10 @@ class OSD(SavedOptimizer):
             P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule.
         projection_weight_decay (`float`, *optional*):
             P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.
-        scale (`float`, *optional*, defaults to 1.0):
-            Factor on the projected update (GaLore's 0.25; the paper's text has none).
+        scale (`float` or `str`, *optional*, defaults to 1.0):
+            Factor on the projected update (GaLore's 0.25; the paper's text has none), or `auto`: sqrt(s/r) of each
+            weight, s its projected dimension, by which updates have the root mean square of those at full size. On
+            both sides sqrt(m n)/r. The residual is scaled by it, too.
         weight_decay (`float`, *optional*, defaults to 0.0): Decoupled weight decay.
         init (`str` or `Sequence[Tensor]` or `Mapping[str, Tensor]`, *optional*, defaults to `"auto"`):
             P's start: `svd` or `randomized_svd` of the first gradient, `auto`: one of them by size, `orthonormal`, or
@@ -141,6 +147,15 @@ class OSD(SavedOptimizer):
             With `layerwise`: several backward passes come before a `step`, which then steps. What is projected adds up
             R, and P learns from each micro-batch; P_0 and SVDs are made from the first. What is not adds up its
             gradient. Norms are estimated ([`~optim.arrival.window.norm_stand_in`]).
+        capturable (`bool`, *optional*, defaults to `False`):
+            A step can be captured in a CUDA graph: the device decides all that the host does otherwise. As torch's
+            AdamW: make a few steps, then capture. A learning rate that is to change must be a float32 tensor on the
+            parameters' device, which schedules fill. Uncaptured steps are slower for it: part of the gradient is
+            copied (`projection_sample`). For `online_pca` and `static`.
+        projection_stream (`bool`, *optional*, defaults to `False`):
+            Move P on a CUDA stream of its own, beside the steps of the weights that follow (the paper's "executed in
+            parallel with weight updates"). The step ends when both have ended. It may help where the GPU has more to
+            do than the host, as in CUDA graphs; not measured yet.
         partial_load (`bool`, *optional*, defaults to `False`):
             Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
@@ -169,7 +184,7 @@ class OSD(SavedOptimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         *,
         # options: written by `make options`
         rank: int | None = None,
@@ -180,7 +195,7 @@ class OSD(SavedOptimizer):
         projection_rule: str | None = None,
         projection_lr: float | None = None,
         projection_weight_decay: float | None = None,
-        scale: float = 1.0,
+        scale: float | str = 1.0,
         weight_decay: float = 0.0,
         init: str | Sequence[Tensor] | Mapping[str, Tensor] = "auto",
         side: str = "auto",
@@ -206,6 +221,8 @@ class OSD(SavedOptimizer):
         layerwise_clipping: str | None = None,
         max_grad_norm: float | None = None,
         gradient_accumulation: bool = False,
+        capturable: bool = False,
+        projection_stream: bool = False,
         partial_load: bool = False,
         # end of options
         layers: PreparedLayers | None = None,
@@ -226,10 +243,11 @@ class OSD(SavedOptimizer):
         self._weights: Weights | None = None
         self._groups: list[dict[str, Any]] | None = None  # that they were made of
         self._constructed = False
-        super().__init__(with_plain_names(params if selection is None else divided(params, selection)), defaults)
+        super().__init__(with_plain_names(params if selection is None else divided(params, selection, lr)), defaults)
         if all(group["rank"] is None for group in self.param_groups):
             options.refuse_without_rank(defaults)
         refuse_without_bfloat16(self.param_groups)  # in any group: only now are they all known
+        refuse_without_movement(self.param_groups, self.mode)
         self._constructed = True
         warn_clipped(self._clipped)
         warn_far(self.param_groups)
@@ -274,8 +292,8 @@ class OSD(SavedOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # What `GradScaler.step` asks: it then tells `step` its scale, which is how the stream can refuse it.
-        return self._stream is not None
+        # What `GradScaler.step` asks: it then tells `step` its scale, which is how that can refuse it.
+        return self._stream is not None or self.mode.capturable
 
     @property
     def weights(self) -> Weights:
@@ -286,7 +304,11 @@ class OSD(SavedOptimizer):
             if weights is not None and self._groups is groups:
                 weights.meet()  # for it knows which parameters have been taken out of groups
             made_of = self.trained_groups, self.state, self._given_projections
-            weights = Weights(*made_of) if self._layers is None else LayerWeights(*made_of, self._layers)
+            weights = (
+                Weights(*made_of, capturable=self.mode.capturable)
+                if self._layers is None
+                else LayerWeights(*made_of, self._layers)
+            )
             self._weights, self._groups = weights, groups
             weights.observing = observing
         return weights
@@ -351,7 +373,7 @@ class OSD(SavedOptimizer):
         Args:
             closure (`Callable`, *optional*): Evaluates the model and returns the loss. Called once, in every mode.
         """
-        if self._stream is not None:
+        if self._stream is not None or self.mode.capturable:
             self._refuse_scaler()
         loss = None
         if closure is not None:
@@ -359,14 +381,18 @@ class OSD(SavedOptimizer):
                 loss = closure()
         if self._layers is not None and not self._layers.installed:
             raise ValueError("The model's layers are plain again: call `attach()`, or make a new optimizer.")
-        if not self.state and self.weights.only_make_states():
+        weights = self.weights
+        if "cuda" in weights.device_types and torch.cuda.is_current_stream_capturing():
+            check_capture(weights)
+        if not self.state and weights.only_make_states():
             return loss
         if self._stream is not None:
             self._stream.finish()
             return loss
         if self._layers is not None:
             self._layers.agree()
-        weights, movements, leaders = self.weights, Movements(), []
+        movements = Movements(SideStreams(weights.device_types) if self.mode.projection_stream else None)
+        leaders: list[InputWeight] = []
         if weights.observing:
             weights.observations.clear()
         with own_precision(weights.device_types):
@@ -389,10 +415,17 @@ class OSD(SavedOptimizer):
                         slot.state = {}
                 for weight in leaders:
                     weight.release()
+            if weights.observing:
+                share_observations(weights)
         return loss
 
     def _refuse_scaler(self) -> None:
         if hasattr(self, "grad_scale"):  # set by GradScaler.step
+            if self._stream is None:
+                raise ValueError(
+                    "With `capturable` no `GradScaler` decides over steps: call its `unscale_`, then the step itself, "
+                    "which leaves out what is not finite, and its `update`."
+                )
             raise ValueError(
                 "A `GradScaler` (fp16) cannot unscale: the step has been made with scaled gradients. "
                 "Train in bf16, or without `layerwise`."
@@ -434,7 +467,8 @@ class OSD(SavedOptimizer):
         Returns:
             `dict[str, float]`: `pca_loss`, mean share of the gradients' energy outside their subspaces, and
             `orthogonality`, mean ||PᵀP - I|| / sqrt(r), where a step was observed; `skipped_steps`, the number of
-            parameter steps skipped for a gradient that was not finite, since the state began.
+            parameter steps skipped for a gradient that was not finite, since the state began (of experts on several
+            processes, up to the last step observed).
         """
         return summarize(self.weights)
 

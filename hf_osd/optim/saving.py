@@ -15,6 +15,7 @@ from .arrival.clipping import take_norm
 from .arrival.stream import GradientStream
 from .loading import as_of_today, match_state, saved_inputs
 from .options.mode import Mode
+from .options.table import loaded_lr
 from .step.layer_weights import LayerWeights
 from .step.weights import Weights
 
@@ -109,6 +110,7 @@ class SavedOptimizer(torch.optim.Optimizer):
         groups, clip_norm2 = take_norm(copy.deepcopy(groups))
         for own, group in zip(live, groups, strict=True):
             group.update({name: own[name] for name in ("params", "param_names") if name in own})
+            group["lr"] = loaded_lr(group["lr"], own["lr"])
         groups += [group for group in self.param_groups if STAND_INS in group]
         if self._layers is not None:  # nothing is refused any more
             loaded = {layer.name for p, layer in self._layers.by_weight().items() if p in state}

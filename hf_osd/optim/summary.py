@@ -8,6 +8,7 @@ from torch import nn
 
 from ..text import announce, format_bytes, format_count, shortened
 from .memory import adamw_state_bytes, predicted_state_bytes
+from .options.table import LR_MULTIPLE
 from .osd import OSD
 from .selection.quantised import is_quantised
 from .step.geometry import ProjectedGeometry
@@ -39,7 +40,8 @@ def summary(optimizer: OSD, model: object = None) -> str:
 
     Example:
         `OSD: 28 matrices projected to rank 8 (1.2M parameters: q_proj, o_proj), 0.3M parameters at full size
-        (embed_tokens, 5 vectors); optimizer state 0.4 MB, AdamW's 12.0 MB`. With `source="activations"`:
+        (embed_tokens, 5 vectors); optimizer state 0.4 MB, AdamW's 12.0 MB; first updates 0.14 of AdamW's (root mean
+        square)`. With `source="activations"`:
         `...; 26 learn from activations, 2 from gradients (no plain linear layer: experts.down_proj); optimizer state
         at most 0.4 MB, ...`, which ends when layers have met their inputs.
     """
@@ -65,10 +67,10 @@ def summary(optimizer: OSD, model: object = None) -> str:
         f"OSD: {matrices} matrices projected to {rank} ({format_count(numel[True], 'M')} parameters"
         f"{f': {projected_kinds}' if projected_kinds else ''}), "
         f"{format_count(numel[False], 'M')} parameters at full size{f' ({whole})' if whole else ''}"
-        f"{_frozen(model) if isinstance(model, nn.Module) else ''}{_sources(optimizer, matrices)}; optimizer state "
-        f"{'' if _sharing_is_known(optimizer) else 'at most '}"
+        f"{_frozen(model) if isinstance(model, nn.Module) else ''}{_sources(optimizer, matrices)}"
+        f"{_other_groups(optimizer)}; optimizer state {'' if _sharing_is_known(optimizer) else 'at most '}"
         f"{format_bytes(predicted_state_bytes(optimizer), smallest='MB')}, "
-        f"AdamW's {format_bytes(adamw_state_bytes(optimizer), smallest='MB')}"
+        f"AdamW's {format_bytes(adamw_state_bytes(optimizer), smallest='MB')}{_first_updates(optimizer)}"
     )
 
 
@@ -83,6 +85,43 @@ def _sources(optimizer: OSD, matrices: int) -> str:
         reasons.setdefault(reason, {})[_kind(name)] = None
     why = "; ".join(f"{reason}: {shortened(kinds, KINDS_SHOWN)}" for reason, kinds in reasons.items())
     return text + (f", {matrices - count} from gradients ({why})" if reasons else "")
+
+
+def _first_updates(optimizer: OSD) -> str:
+    """Their root mean square over AdamW's, whose entries are lr.
+
+    Those of a D are, too, and up(D) has sqrt(r/s) of that.
+    """
+    squares, numel, residual = 0.0, 0, False
+    for group in optimizer.trained_groups:
+        if group["rank"] is None or group["weight_rule"] == "sgd":
+            continue
+        residual |= group["residual"] != "none"
+        for p in group["params"]:
+            geometry = optimizer.weight_of(p).geometry
+            if isinstance(geometry, ProjectedGeometry):
+                full = geometry.full_scale  # the length of P's columns where they are `unbiased`
+                scale = full if "auto" == group["scale"] else group["scale"] * (full if group["unbiased"] else 1)
+                squares += p.numel() * (scale / full) ** 2
+                numel += p.numel()
+    if not numel:
+        return ""
+    size = f"{(squares / numel) ** 0.5:.2g} of AdamW's (root mean square)"
+    return f"; first updates {'before the residual ' * residual}{size}"
+
+
+def _other_groups(optimizer: OSD) -> str:
+    """What `full_size_optim` and `lr_pattern` have made of groups."""
+    rule = optimizer.defaults["weight_rule"]
+    others = {group["weight_rule"] for group in optimizer.trained_groups if group["rank"] is None} - {rule}
+    rates: dict[float, list[str]] = {}
+    for group in optimizer.trained_groups:
+        if LR_MULTIPLE in group:
+            names = group.get("param_names") or [f"{len(group['params'])} parameters"]
+            rates.setdefault(group[LR_MULTIPLE], []).extend(names)
+    texts = [f"at full size by {', '.join(sorted(others))}"] if others else []
+    texts += [f"{rate:g} times the learning rate for {shortened(own, 2)}" for rate, own in rates.items()]
+    return "".join(f"; {text}" for text in texts)
 
 
 def _sharing_is_known(optimizer: OSD) -> bool:

@@ -19,6 +19,7 @@ class OnlinePCA(Moved):
 
     learns: ClassVar[bool] = True
     stackable: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
 
     lambda_: float = option(
         0.1, "Weight of the orthogonality term of the PCA loss, Eq. 6 (the paper's default).", check=number(0)

@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .precision import reduced_precision
+from .precision import narrowed, reduced_precision
 
 
 def pca_loss(
@@ -46,6 +46,7 @@ def pca_gradient(
     lambda_: float,
 ) -> Tensor:
     """Gradient of Eq. 6 at P, like P, without autograd and without anything of size (m, n), (m, m) or (n, n)."""
+    dtype, (P, A) = P.dtype, narrowed(P, A)
     I = _identity(P.shape[-1], P.dtype, P.device)  # noqa: E741 - its name in the paper
     many = P.ndim == 3
     with reduced_precision(A):
@@ -57,7 +58,7 @@ def pca_gradient(
         on_A = (E - I).mul_(two_s)
         on_P = K.mul_(two_s).add_(E, alpha=4 * lambda_)
         grad = P @ on_P
-        return grad.baddbmm_(A, on_A) if many else grad.addmm_(A, on_A)
+        return (grad.baddbmm_(A, on_A) if many else grad.addmm_(A, on_A)).to(dtype)
 
 
 @lru_cache(maxsize=64)

@@ -30,6 +30,18 @@ def reduced_precision(X: Tensor) -> AbstractContextManager[Any]:
     return _IN_BFLOAT16 if _has_bfloat16_units() else _AS_IT_IS
 
 
+def narrowed(*factors: Tensor) -> tuple[Tensor, ...]:
+    """The factors of a product that `reduced_precision` allows, in bfloat16 where it is faster of these copies.
+
+    Twice as fast it is on processors that compute with bfloat16 and whose kernels for float32 do not round to it.
+    """
+    X = factors[0]
+    large = X.shape[-1] > _NARROW and X.numel() > _SMALL
+    if not large or X.dtype != torch.float32 or not X.is_cpu or torch.compiler.is_compiling() or not _keeps_float32():
+        return factors
+    return tuple([X.to(torch.bfloat16) for X in factors])
+
+
 def full_precision(X: Tensor) -> AbstractContextManager[Any]:
     """Inside, products with float32 tensors on the CPU may run on another kernel, in the precision of float32.
 

@@ -70,6 +70,10 @@ class SubspaceRule:
             Whether `advance_` also takes several P of one shape at once, as a stack (k, s, r), with A likewise and
             `inv_norm2` (k, 1, 1). It may ask `op.pca_gradient` then, call `descend` with a stack, and nothing else.
             A class that overrides `advance_` says so anew.
+        capturable (`bool`):
+            Whether a CUDA graph can hold what the rule does in a step (`capturable` of [`OSD`]): it moves P at all
+            steps or at none, never makes it anew, asks the host nothing, and decomposes no matrix, for cuSOLVER is not
+            for graphs. A class that overrides `advance_`, `moves_at` or `refresh_due` says so anew.
         code (`str`, *optional*):
             Name of the state entry that is kept instead of P, where `make` returns that and `expand` makes P of it.
         keeps_expanded (`bool`): Whether P is then kept beside the state while the code stays the same.
@@ -102,6 +106,7 @@ class SubspaceRule:
     uses_init: ClassVar[bool] = True
     two_sided: ClassVar[bool] = True
     stackable: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
     code: ClassVar[str | None] = None
     keeps_expanded: ClassVar[bool] = False
 
@@ -109,6 +114,8 @@ class SubspaceRule:
         super().__init_subclass__(**kwargs)
         if "advance_" in vars(cls) and "stackable" not in vars(cls):
             cls.stackable = False  # what is inherited was said of another `advance_`
+        if vars(cls).keys() & {"advance_", "moves_at", "refresh_due"} and "capturable" not in vars(cls):
+            cls.capturable = False
 
     @property
     def mixes(self) -> float:

@@ -1,6 +1,7 @@
 """A projection that never moves: the control that the other rules are measured against."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .protocol import SubspaceRule
 
@@ -8,3 +9,5 @@ from .protocol import SubspaceRule
 @dataclass(frozen=True)
 class Static(SubspaceRule):
     """P stays what it was at the first step. Its state is P, s x r; a step costs nothing."""
+
+    capturable: ClassVar[bool] = True

@@ -49,7 +49,7 @@ class OSDTrainingArguments(TrainingArguments):
     osd_projection_optim: str | None = flag("projection_optim")
     osd_projection_lr: float | None = flag("projection_lr")
     osd_projection_weight_decay: float | None = flag("projection_weight_decay")
-    osd_scale: float | None = flag("scale")
+    osd_scale: str | None = flag("scale")
     osd_init: str | None = flag("init")
     osd_side: str | None = flag("side")
     osd_carry_moments: bool | None = flag("carry_moments")
@@ -69,8 +69,12 @@ class OSDTrainingArguments(TrainingArguments):
     osd_mixing: float | None = flag("mixing")
     osd_momentum: float | None = flag("momentum")
     osd_layerwise_clipping: str | None = flag("layerwise_clipping")
+    osd_capturable: bool | None = flag("capturable")
+    osd_projection_stream: bool | None = flag("projection_stream")
     osd_partial_load: bool | None = flag("partial_load")
     osd_rank_pattern: str | None = flag("rank_pattern")
+    osd_lr_pattern: str | None = flag("lr_pattern")
+    osd_full_size_optim: str | None = flag("full_size_optim")
     osd_preset: str | None = flag("preset")
     # end of options
 

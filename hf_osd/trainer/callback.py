@@ -11,11 +11,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from ..hub import ProjectionState
+from ..hub.collect import gathers
 from ..hub.config import CONFIG_NAME
 from ..hub.projection_state import refuse_names
 from ..layers import unload
 from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
 from ..optim.arrival.stream import release
+from ..optim.options.table import LR_MULTIPLE
 from ..optim.osd import osd_of
 from ..optim.statistics import summarize_each
 from ..optim.step.full_weight import FullWeight
@@ -24,6 +26,7 @@ from ..subzero import SubZeroLog, subzero_of
 from ..subzero.log_file import FILE as SUBZERO_LOG
 from .checkpoints import written_checkpoint
 from .forward_only import begin_training, check_subzero, save_log
+from .gathered import gather_projections, gathered_projections
 from .push import refresh_card
 from .settings import check_arguments, refuse_ignored_by_mode
 from .statistics_file import StatisticsFile
@@ -115,6 +118,9 @@ class OSDCallback(TrainerCallback):
         values = {f"osd/{name}": value for name, value in means.items()}
         if osd.grad_norm is not None and "grad_norm" in logs:  # Trainer has seen no gradients, or some
             values["grad_norm"] = osd.grad_norm.item()
+        multiple = osd.param_groups[0].get(LR_MULTIPLE)
+        if multiple is not None and "learning_rate" in logs:  # Trainer's is the first group's
+            values["learning_rate"] = logs["learning_rate"] / multiple
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
@@ -130,6 +136,7 @@ class OSDCallback(TrainerCallback):
         with _may_fail():
             save_log(subzero_of(optimizer), folder, args)
         if osd is not None:
+            gather_projections(state, osd, args.should_save)  # of a subclass that saves by itself, only now
             self._save_projections(folder, args, state, osd)
 
     def on_push_begin(
@@ -174,6 +181,7 @@ class OSDCallback(TrainerCallback):
         osd = osd_of(optimizer)
         if osd is not None:
             osd.remove()
+            gather_projections(state, osd, args.should_save)  # a push that comes now is the main process's alone
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._best = Path(state.best_model_checkpoint)
 
@@ -191,9 +199,9 @@ class OSDCallback(TrainerCallback):
     def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, osd: OSD) -> None:
         if not args.should_save or not folder.is_dir() or self._saved.get(folder) == state.global_step:
             return
-        if has_started(osd):
+        if gathers(osd) or has_started(osd):
             with _may_fail():
-                ProjectionState.from_optimizer(osd).save_pretrained(folder)
+                gathered_projections(state, osd).save_pretrained(folder)
             self._saved[folder] = state.global_step
 
 

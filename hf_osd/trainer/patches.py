@@ -6,6 +6,7 @@ what the original does.
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers import trainer as transformers_trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
@@ -25,9 +27,22 @@ from ..subzero import SubZero, subzero_of
 from . import forward_only
 from .callback import OSDCallback
 from .checkpoints import last_complete_checkpoint, load_converted
+from .gathered import gather_projections
+from .load_time import (
+    forget,
+    has_state,
+    load_state,
+    load_weights,
+    refused_without_cause,
+    save_state,
+    sharded_when_loaded,
+)
 from .partial_load import fitted
 from .push import Destination, make_card
 from .settings import constructor_arguments, uses_osd
+
+
+logger = logging.getLogger("hf_osd")
 
 
 class Patch(NamedTuple):
@@ -75,6 +90,11 @@ def _note_checkpoint(original: Callable, self: Trainer, model: Any, trial: Any, 
     self.state.written_checkpoint = folder  # type: ignore[attr-defined]
     destination = Destination(self.hub_model_id, self.args.hub_token, self.args.hub_revision)
     self.state.pushes_to = destination  # type: ignore[attr-defined]
+    osd = osd_of(self.optimizer)
+    if osd is not None:
+        if self.args.should_save:
+            forget(folder)
+        gather_projections(self.state, osd, self.args.should_save)
     return original(self, model, trial, *args, **kwargs)
 
 
@@ -89,10 +109,40 @@ def _note_destination(original: Callable, self: Trainer, *args: Any, **kwargs: A
         vars(state).pop("pushes_to", None)
 
 
-def _cover_model_card(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> None:
+def _construct(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> None:
     owner = next(kind for kind in type(self).__mro__ if "create_model_card" in vars(kind))
     Patch(owner, "create_model_card", "keeps what a user wrote, and adds our section", make_card).apply()
-    original(self, *args, **kwargs)
+    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    if not refused_without_cause(given):
+        return original(self, *args, **kwargs)
+    given["args"].save_only_model = True  # the constructor reads it for that refusal alone
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        given["args"].save_only_model = False
+
+
+def _save_divided(original: Callable, self: Any, output_dir: str, *args: Any, **kwargs: Any) -> Any:
+    osd = osd_of(self.optimizer)
+    if osd is None or not sharded_when_loaded(self.model):
+        return original(self, output_dir, *args, **kwargs)
+    save_state(self.model, osd, Path(output_dir))
+    if self.args.should_save:
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+
+def _load_states(original: Callable, self: Trainer, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+    if osd_of(self.optimizer) is not None and checkpoint is not None:
+        if has_state(checkpoint):
+            return _fit_schedule(_load_divided, self, checkpoint)
+        if not Path(checkpoint, SCHEDULER_NAME).is_file():
+            logger.warning("%s has no state of the optimizer: P, moments and the schedule start anew.", checkpoint)
+    return _fit_schedule(original, self, checkpoint, *args, **kwargs)
+
+
+def _load_divided(self: Any, checkpoint: str) -> None:
+    load_state(self.model, getattr(self.optimizer, "optimizer", self.optimizer), checkpoint)
+    self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 
 def _fit_schedule(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
@@ -115,6 +165,8 @@ def _load_whole(original: Callable, self: Trainer, *args: Any, **kwargs: Any) ->
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
     folder = str(given.get("resume_from_checkpoint", self.state.best_model_checkpoint))
     model = self.model if given.get("model") is None else given["model"]
+    if sharded_when_loaded(model) and isinstance(model, PreTrainedModel):
+        return load_weights(model, folder)
     results: list[Any] = []
     own: Any = self
     own._issue_warnings_after_load = results.append  # on the object, for this one call
@@ -154,7 +206,8 @@ PATCHES = (
     Patch(
         Trainer,
         "_save_checkpoint",
-        "P goes into the folder that is saved, which in a hyperparameter search is not in `output_dir`",
+        "P goes into the folder that is saved, which in a hyperparameter search is not in `output_dir`; "
+        "one that is written over is no complete checkpoint until it is complete again",
         _note_checkpoint,
     ),
     Patch(
@@ -166,14 +219,20 @@ PATCHES = (
     Patch(
         Trainer,
         "__init__",
-        "a Trainer's class may make its own model card, as trl's do; it is covered when the first of it is made",
-        _cover_model_card,
+        "a class's own model card, as trl's, is covered when the first of it is made; what we can save is not refused",
+        _construct,
     ),
     Patch(
         Trainer,
         "_load_optimizer_and_scheduler",
-        "with `partial_load` a saved schedule is fitted to the parameter groups of now",
-        _fit_schedule,
+        "states are divided among processes; with `partial_load` a saved schedule is fitted to the groups of now",
+        _load_states,
+    ),
+    Patch(
+        Trainer,
+        "_save_optimizer_and_scheduler",
+        "of a model that was sharded when it was loaded each process would write its own part over the others'",
+        _save_divided,
     ),
     Patch(
         Trainer,

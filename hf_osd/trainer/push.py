@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,10 +178,14 @@ def _card_may_fail() -> Iterator[None]:
 
 def _facts(osd: OSD, args: TrainingArguments, state: TrainerState, model: Any, **given: Any) -> CardFacts:
     values = parse_optim_args(args.optim_args) if uses_osd(args) else {}
-    preset, init = (values.get(key) or getattr(args, f"osd_{key}", None) for key in ("preset", "init"))
+    for key in ("preset", "init", "lr_pattern", "full_size_optim"):
+        given[key] = values.get(key) or getattr(args, f"osd_{key}", None)
+    init, rates = given["init"], given["lr_pattern"]
     if init is not None and init not in INITS and os.path.isdir(init):
-        init = "a folder"  # its name tells nobody anything
-    return CardFacts.from_run(osd, args, state, model, preset=preset, init=init, **given)
+        given["init"] = "a folder"  # its name tells nobody anything
+    if isinstance(rates, Mapping):
+        given["lr_pattern"] = ";".join(f"{modules}:{rate:g}" for modules, rate in rates.items())
+    return CardFacts.from_run(osd, args, state, model, **given)
 
 
 def _digest(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -13,17 +13,16 @@ from ..declare import RETIRED, check_values, refuse_unknown
 from ..hub import ProjectionState
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
 from ..optim.factory import learned_rank, warn_compiled
+from ..optim.options.full_size import by_size
 from ..optim.options.mode import MODE_DEFAULTS, MODE_OPTIONS, Mode, mode_of
 from ..optim.options.presets import ARGUMENT_OF, KEYS
-from ..optim.options.table import OPTIONS, used_rules, validate
-from ..optim.selection.rank_pattern import parse_rank_pattern
+from ..optim.options.table import OPTIONS, used_rules
+from ..optim.selection.patterns import RANKS, RATES
 from ..optim.selection.targets import parse_modules
 from ..optim.step.sharding import FLAT, NOT_SHARDED
 from ..subspace.initialization import INITS
 from ..update_rules import rule_options
 
-
-KINDS: dict[str, type] = {key: own.check.kind for key, own in KEYS.items()}  # of `optim_args`
 
 # What users may look for in `optim_args` and an argument of Trainer's sets: that is the one place.
 TRAINER_FIELDS: dict[str, str] = {
@@ -47,6 +46,8 @@ class OSDSettings(NamedTuple):
     target_modules: str | list[str]
     exclude_modules: str | list[str] | None
     rank_pattern: dict[str, int]
+    lr_pattern: dict[str, float]
+    full_size: dict[str, Any]  # what groups at full size have instead of the options
     mode: dict[str, Any]
 
 
@@ -61,8 +62,8 @@ def uses_osd(args: TrainingArguments) -> bool:
     return optim_name(args) in OPTIM_NAMES
 
 
-def parse_optim_args(text: str | None, kinds: Mapping[str, type] = KINDS) -> dict[str, Any]:
-    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else than these `kinds`."""
+def parse_optim_args(text: str | None) -> dict[str, Any]:
+    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else."""
     if text is not None and not isinstance(text, str):
         raise ValueError(f"`optim_args` must be a text, key=value,key=value, got {type(text).__name__}.")
     values: dict[str, Any] = {}
@@ -77,10 +78,10 @@ def parse_optim_args(text: str | None, kinds: Mapping[str, type] = KINDS) -> dic
             raise ValueError(
                 f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in `optim_args`."
             )
-        refuse_unknown([key], kinds, "`optim_args`")
+        refuse_unknown([key], KEYS, "`optim_args`")
         if key in values:
             raise ValueError(f"{key!r} is given twice in `optim_args`: {text!r}.")
-        values[key] = typed(value, kinds[key], f"{key!r} in `optim_args`")
+        values[key] = typed(value, key, f"{key!r} in `optim_args`")
     return values
 
 
@@ -95,13 +96,18 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
     for key in given.keys() & fields.keys():
         raise ValueError(f"{key!r} is given twice: in `optim_args` and as `osd_{key}`.")
     own = {KEYS[key].name: value for key, value in (given | fields).items()}
-    preset, rank_pattern = own.pop("preset", None), parse_rank_pattern(own.pop("rank_pattern", None))
+    preset, full_size_optim = own.pop("preset", None), own.pop("full_size_optim", None)
+    rank_pattern, lr_pattern = (pattern.parse(own.pop(pattern.option, None)) for pattern in (RANKS, RATES))
     mode = _mode(args, {name: own.pop(name) for name in MODE_DEFAULTS if name in own})
     where = "the training arguments"
     options = resolve(optim_name(args), {"seed": args.seed, **own, "weight_decay": args.weight_decay}, preset, where)
-    validate(options | ({"init": "auto"} if _is_repository(options["init"]) else {}), where, ARGUMENT_OF)
-    options |= _adam_fields(args, options, where)
-    return OSDSettings(options, "rank" in own, *target_modules_of(args), rank_pattern, mode)
+    init = {"init": options["init"]}
+    options |= {"init": "auto"} if _is_repository(options["init"]) else {}
+    by_size(options, full_size_optim, where, ARGUMENT_OF)  # which refuses
+    options |= _adam_fields(args, {*used_rules(options), full_size_optim} - {None}, where)
+    options, full_size = by_size(options, full_size_optim, where, ARGUMENT_OF)
+    targets = target_modules_of(args)
+    return OSDSettings(options | init, "rank" in own, *targets, rank_pattern, lr_pattern, full_size, mode)
 
 
 def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> dict[str, Any]:
@@ -129,12 +135,15 @@ def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> d
         settings.exclude_modules,
         rank_pattern=settings.rank_pattern,
         rank_given=settings.rank_given,
+        lr_pattern=settings.lr_pattern,
+        full_size=settings.full_size,
     )
     return {"lr": args.learning_rate, **settings.mode, **kwargs}
 
 
 def _refuse_without_model(args: TrainingArguments, settings: OSDSettings) -> None:
-    if args.optim_target_modules or settings.exclude_modules or settings.rank_pattern:
+    by_names = settings.exclude_modules, settings.rank_pattern, settings.lr_pattern, settings.full_size
+    if args.optim_target_modules or any(by_names):
         raise ValueError(
             f"{optim_name(args)} needs the model for its choice of layers: get_optimizer_cls_and_kwargs(args, model)."
         )
@@ -231,17 +240,20 @@ def told_by_launcher(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-def typed(value: Any, wanted: type, where: str) -> Any:
+def typed(value: Any, key: str, where: str) -> Any:
     """What a text stands for, as YAML gives `1e-3`; anything else as it is."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or key not in KEYS or value in KEYS[key].check.names:
         return value
+    check = KEYS[key].check
+    wanted = check.kind
     kind = {int: "an integer", float: "a number", bool: "true or false"}.get(wanted, "")
     try:
         if wanted is bool:
             return {"true": True, "false": False}[value.lower()]
         return wanted(value)
     except (ValueError, KeyError):
-        raise ValueError(f"{where} must be {kind}, got {value!r}.") from None
+        names = "".join(f", or {name}" for name in check.names)
+        raise ValueError(f"{where} must be {kind}{names}, got {value!r}.") from None
 
 
 def _is_repository(init: str) -> bool:
@@ -253,7 +265,7 @@ def _fields(args: TrainingArguments) -> dict[str, Any]:
     # arguments that an earlier version has saved may have more
     found = {key: getattr(args, f"osd_{key}", None) for key in (*KEYS, *RETIRED)}
     given = {key: value for key, value in found.items() if value is not None}
-    return {key: typed(value, KINDS.get(key, str), f"`osd_{key}`") for key, value in given.items()}
+    return {key: typed(value, key, f"`osd_{key}`") for key, value in given.items()}
 
 
 def _mode(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:
@@ -280,9 +292,8 @@ def target_modules_of(args: TrainingArguments) -> tuple[str | list[str], str | l
     )
 
 
-def _adam_fields(args: TrainingArguments, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _adam_fields(args: TrainingArguments, rules: Iterable[str], where: str) -> dict[str, Any]:
     """Trainer's betas and eps for the rules that use them; a value that was changed and has no user is refused."""
-    rules = used_rules(options)
     used: frozenset[str] = frozenset().union(*map(rule_options, rules))
     values: dict[str, Any] = {}
     for option, names in (("betas", ("adam_beta1", "adam_beta2")), ("eps", ("adam_epsilon",))):
@@ -292,6 +303,6 @@ def _adam_fields(args: TrainingArguments, options: Mapping[str, Any], where: str
             continue
         for name in names:
             if getattr(args, name) != TrainingArguments.__dataclass_fields__[name].default:
-                raise ValueError(f"`{name}` has no effect with the update rule {' and '.join(rules)}.")
+                raise ValueError(f"`{name}` has no effect with the update rule {' and '.join(sorted(rules))}.")
     check_values({name: OPTIONS[name] for name in values}, values, where, ARGUMENT_OF)
     return values

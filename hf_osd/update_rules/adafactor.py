@@ -23,6 +23,7 @@ class Adafactor:
     """
 
     elementwise: ClassVar[bool] = False
+    stackable: ClassVar[bool] = False
 
     eps1: float = 1e-30
     clip_threshold: float = 1.0

@@ -22,6 +22,7 @@ class AdamW:
     """Adam with bias correction. The defaults are torch's."""
 
     elementwise: ClassVar[bool] = True
+    stackable: ClassVar[bool] = True
 
     betas: tuple[float, float] = option((0.9, 0.999), BETAS, check=betas(), argument="adam_beta1 and adam_beta2")
     eps: float = option(
@@ -58,13 +59,17 @@ class AdamW:
         # m <- beta1 m + (1 - beta1) G
         # v <- beta2 v + (1 - beta2) G²
         # D  = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+        m, v, check = now.moments["exp_avg"], now.moments["exp_avg_sq"], now.check
+        tensors = (W, G.contiguous(), m, v, now.step)  # the kernel walks memory, and the moments are contiguous
+        stack = now.step.ndim > 0
+        Ws, Gs, ms, vs, steps = map(torch.unbind, tensors) if stack else zip(tensors, strict=True)
         torch._fused_adamw_(
-            [W],
-            [G.contiguous()],  # the kernel walks memory, and the moments are contiguous
-            [now.moments["exp_avg"]],
-            [now.moments["exp_avg_sq"]],
-            [],
-            [now.step],
+            Ws,
+            Gs,
+            ms,
+            vs,
+            (),
+            steps,
             lr=now.lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
@@ -72,5 +77,7 @@ class AdamW:
             eps=self.eps,
             amsgrad=False,
             maximize=False,
-            found_inf=now.check.found_inf,
+            found_inf=None if stack else check.found_inf,  # it takes one for all
         )
+        if stack:
+            W.masked_fill_(check.skip, 0.0)

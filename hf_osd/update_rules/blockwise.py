@@ -1,7 +1,9 @@
 """Moments in 8 bits: a code for each element and an absmax for each block, in bitsandbytes' format.
 
 Its kernels encode and decode. But its encoder for the CPU (0.50) is slow and never chooses some of the smallest codes,
-so that 0 becomes another number. There a table is looked up, eight times faster and nearest.
+so that 0 becomes another number. There a table is looked up, eight times faster and nearest. So it is on CUDA's other
+streams than the default one, where that encoder runs whatever stream its input is made on, and no graph can hold it
+(bitsandbytes' pull request 2052).
 """
 
 from functools import cache
@@ -24,14 +26,17 @@ def decode(codes: Tensor, absmax: Tensor, signed: bool, block: int) -> Tensor:
 
 def encode(value: Tensor, signed: bool, block: int) -> tuple[Tensor, Tensor]:
     """Codes, uint8 in the shape of `value` (float32, contiguous), and absmax of each block of so many elements."""
-    if value.device.type != "cpu":
-        return _kernels().quantize_blockwise(A=value, code=code_book(signed, value.device), blocksize=block)
+    device = value.device
+    if device.type == "cuda":
+        _code_by_place(signed, device)  # made now: it cannot be while a graph is captured
+    if device.type != "cpu" and not _on_another_stream(device):
+        return _kernels().quantize_blockwise(A=value, code=code_book(signed, device), blocksize=block)
     flat = value.view(-1)
     blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block) if len(flat) % block else flat.view(-1, block)
     absmax = torch.maximum(blocks.amin(dim=1).neg_(), blocks.amax(dim=1))
     share = blocks / absmax.unsqueeze(1)  # 0 / 0 is not a number, whose code is that of 0
     place = share.view(torch.int32).bitwise_right_shift_(SHIFT).add_(1 << (31 - SHIFT))
-    codes = _code_by_place(signed).index_select(0, place.view(-1))
+    codes = _code_by_place(signed, device).index_select(0, place.view(-1))
     return codes[: len(flat)].view_as(value), absmax
 
 
@@ -53,8 +58,12 @@ def code_book(signed: bool, device: torch.device) -> Tensor:
         return create_dynamic_map(signed=signed).to(device)
 
 
+def _on_another_stream(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.current_stream(device).cuda_stream != 0
+
+
 @cache
-def _code_by_place(signed: bool) -> Tensor:
+def _code_by_place(signed: bool, device: torch.device) -> Tensor:
     """The nearest code of every number by its first bits, negative ones first."""
     code = code_book(signed, torch.device("cpu"))
     middles = (code[1:] + code[:-1]) / 2
@@ -65,7 +74,7 @@ def _code_by_place(signed: bool) -> Tensor:
             torch.float32
         )  # in the middle of those with these bits
         parts.append(torch.bucketize(numbers.nan_to_num(0.0), middles).to(torch.uint8))
-    return torch.cat(parts)
+    return torch.cat(parts).to(device)
 
 
 def require_bitsandbytes() -> None:

@@ -17,6 +17,7 @@ class Lion:
     """The sign of an interpolated momentum. The betas, of that interpolation and of its decay, are the paper's."""
 
     elementwise: ClassVar[bool] = True
+    stackable: ClassVar[bool] = True
 
     betas: tuple[float, float] = option((0.9, 0.99), BETAS, check=betas(), argument="adam_beta1 and adam_beta2")
 

@@ -63,14 +63,14 @@ class RuleStep(NamedTuple):
         moments (`dict[str, torch.Tensor]`): By name; updated in place, unchanged where `check.skip`.
         step (`torch.Tensor`): float32, 0-dim: number of this step, counted from 1.
         check ([`GradientCheck`]): Of the gradient.
-        lr (`float`): For `update_` only. With the default a weight of zero becomes the direction.
+        lr (`float` or `torch.Tensor`): For `update_` only. With the default a weight of zero becomes the direction.
         weight_decay (`float`): Likewise.
     """
 
     moments: dict[str, Tensor]
     step: Tensor
     check: GradientCheck
-    lr: float = -1.0
+    lr: float | Tensor = -1.0
     weight_decay: float = 0.0
 
 
@@ -85,9 +85,14 @@ class UpdateRule(Protocol):
             Whether entry i of the direction depends on entry i of gradient and moments only, so that a large
             parameter can be worked through in slices with small temporaries, and a sharded one in its parts. Other
             rules are given DTensors where a parameter is sharded, and write nothing in place that is a mean of them.
+        stackable (`bool`):
+            Whether it also takes several parameters of one shape at once: stacks (k, ...), with `now.step` (k,), and
+            of `now.check` nothing but `skip` and `keep`, (k, 1, ...). W is zero then, and nobody looks at moments
+            where it skips.
     """
 
     elementwise: ClassVar[bool]
+    stackable: ClassVar[bool]
 
     def __hash__(self) -> int:
         """Rules are values: what is derived from one is cached."""

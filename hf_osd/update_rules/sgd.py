@@ -15,6 +15,7 @@ class SGD:
     """Heavy-ball momentum."""
 
     elementwise: ClassVar[bool] = True
+    stackable: ClassVar[bool] = True
 
     momentum: float = option(
         0.9, "Decay of SGD's momentum, in both roles; 0 keeps no state.", check=number(0, below=1)

@@ -5,6 +5,7 @@ parameter is decoded piece by piece.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -46,6 +47,15 @@ class MomentStorage(Protocol):
     def store(self, stored: Any, value: Tensor, skip: Tensor) -> None:
         """Keep what `load` gave, after the rule has updated it; nothing changes where `skip`."""
 
+    def stackable(self, kept: KeptMoment, divided: int | None) -> bool:
+        """Whether there are `load_stack` and `store_stack` for this moment: it is not kept as it is computed with."""
+
+    def load_stack(self, states: Sequence[dict[str, Tensor]], kept: KeptMoment) -> tuple[Tensor, Any]:
+        """As `load`, the moments of several parameters, (k, ...)."""
+
+    def store_stack(self, stored: Any, value: Tensor, skip: Tensor) -> None:
+        """As `store`, with `skip` (k, 1, ...); where that is so, `value` may be anything."""
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -76,6 +86,16 @@ class Dense:
         """Round `value` into the stored tensor."""
         stored.copy_(value)  # a skipped step left `value` as it was decoded: rounding gives it back exactly
 
+    def stackable(self, kept: KeptMoment, divided: int | None) -> bool:
+        """No: there is nothing to decode, or one launch."""
+        return False
+
+    def load_stack(self, states: Sequence[dict[str, Tensor]], kept: KeptMoment) -> tuple[Tensor, Any]:  # noqa: D102
+        raise NotImplementedError
+
+    def store_stack(self, stored: Any, value: Tensor, skip: Tensor) -> None:  # noqa: D102
+        raise NotImplementedError
+
 
 class Blocks(NamedTuple):
     """A piece of a moment in 8 bits.
@@ -91,6 +111,20 @@ class Blocks(NamedTuple):
     absmax: Tensor
     block: int
     signed: bool
+
+
+class BlockStack(NamedTuple):
+    """Moments of several parameters in 8 bits.
+
+    Attributes:
+        codes (`tuple[torch.Tensor, ...]`): Of each.
+        absmax (`tuple[torch.Tensor, ...]`): Of each, flat.
+        old (`Blocks`): Copies of both, stacks.
+    """
+
+    codes: tuple[Tensor, ...]
+    absmax: tuple[Tensor, ...]
+    old: Blocks
 
 
 @dataclass(frozen=True)
@@ -137,6 +171,27 @@ class BlockWise8bit:
         new_codes, new_absmax = encode(value, signed, block)
         replace_(codes, new_codes.view_as(codes), skip)
         torch.where(skip, absmax, new_absmax, out=absmax)
+
+    def stackable(self, kept: KeptMoment, divided: int | None) -> bool:
+        """Where it is in 8 bits, and blocks do not reach from one parameter into the next."""
+        whole = divided is not None or torch.Size(kept.shape).numel() % BLOCK_SIZE == 0
+        return whole and self.spec(kept, divided)[kept.key].dtype == torch.uint8
+
+    def load_stack(self, states: Sequence[dict[str, Tensor]], kept: KeptMoment) -> tuple[Tensor, BlockStack]:
+        """Decoded all at once."""
+        codes, absmax, blocks, _ = zip(*(_blocks(state, kept, None) for state in states), strict=True)
+        old = Blocks(torch.stack(codes), torch.stack(absmax), blocks[0], kept.signed)
+        value = decode(old.codes, old.absmax.view(-1), old.signed, old.block)
+        return value.to(kept.dtype), BlockStack(codes, absmax, old)
+
+    def store_stack(self, stored: BlockStack, value: Tensor, skip: Tensor) -> None:
+        """Encoded all at once."""
+        codes, absmax, old = stored
+        new_codes, new_absmax = encode(value.to(torch.float32), old.signed, old.block)
+        replace_(old.codes, new_codes.view_as(old.codes), skip)
+        torch.where(skip.view(-1, 1), old.absmax, new_absmax.view_as(old.absmax), out=old.absmax)
+        torch._foreach_copy_(codes, old.codes.unbind())
+        torch._foreach_copy_(absmax, old.absmax.unbind())
 
 
 _DENSE = Dense()

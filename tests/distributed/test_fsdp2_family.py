@@ -115,7 +115,7 @@ def blocks_are_of_each_part(rank: int, world: int, folder: Path):
     loss_of(single, 1).backward()
     seen: dict[str, list] = {}
     add = Movements.add
-    Movements.add = lambda self, P, A, check: seen.setdefault(P.geometry.name, []).append(A.clone())
+    Movements.add = lambda self, moving: seen.setdefault(moving.projection.geometry.name, []).append(moving.A.clone())
     try:
         for _ in range(k):
             train(model, optimizer, range(1, 2), rank, world)

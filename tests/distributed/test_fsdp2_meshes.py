@@ -19,7 +19,7 @@ from sharded_models import (
 )
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -132,9 +132,6 @@ def refused(rank: int, world: int, folder: Path):
         make_optimizer(model, layerwise=True)
     with pytest.raises(ValueError, match="source='activations'"):
         make_optimizer(make_model(), layerwise=True)
-    experts = nn.Parameter(distribute_tensor(torch.zeros(4, 6, 8), init_device_mesh("cpu", (world,)), [Shard(0)]))
-    with pytest.raises(ValueError, match="sharded stack of experts"):
-        OSD([{"params": [experts], "rank": 2}])
 
 
 def hsdp(rank: int, world: int, folder: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 
 from hf_osd import OSDTrainingArguments, ProjectionState
 
@@ -37,9 +37,9 @@ def pretend_to_be_on_gpus() -> None:
 
 def train(output_dir: Path, batch: int, resume: Path | None = None, **options) -> Trainer:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=66, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 64}
+    # three experts: two on the first process, one on the second; projected on the right as all that is sharded
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=3)
     tokens = torch.randint(0, 64, (32, 16), generator=torch.Generator().manual_seed(1))
     args = OSDTrainingArguments(
         output_dir=str(output_dir),
@@ -58,7 +58,7 @@ def train(output_dir: Path, batch: int, resume: Path | None = None, **options) -
         **options,
     )
     dataset = [{"input_ids": row, "labels": row} for row in tokens]
-    trainer = Trainer(LlamaForCausalLM(config), args, train_dataset=dataset)
+    trainer = Trainer(MixtralForCausalLM(config), args, train_dataset=dataset)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
@@ -107,5 +107,6 @@ def test_two_processes_train_what_one_trains(tmp_path):
     assert set(saved) == set(expected) and {entry.side for entry in saved.values()} == {"right"}
     for name, entry in saved.items():
         P, Q = entry.projection, expected[name].projection
-        P = P * (P * Q).sum(dim=0).sign()  # of the first gradient's singular vectors, whose sign is the processor's
+        # of the first gradient's singular vectors, whose sign is the processor's
+        P = P * (P * Q).sum(dim=-2, keepdim=True).sign()
         torch.testing.assert_close(P, Q, rtol=0, atol=1e-2)

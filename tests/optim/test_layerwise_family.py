@@ -90,16 +90,16 @@ def test_only_a_residual_holds_the_gradient_during_the_update(given: dict, held:
     model, seen, during = Net(), [], []
     optimizer = optimizer_of(model, layerwise=True, **given)
     stream = type(optimizer.stream)
-    on_gradient, update = stream.on_gradient, ProjectedWeight._add_
+    on_gradient, update = stream.on_gradient, ProjectedWeight.move
     monkeypatch.setattr(
         stream, "on_gradient", lambda self, p: (seen.append(weakref.ref(p.grad)), on_gradient(self, p))
     )
 
     def updating(*args):
         during.append(seen[-1]() is not None)
-        update(*args)
+        return update(*args)
 
-    monkeypatch.setattr(ProjectedWeight, "_add_", updating)
+    monkeypatch.setattr(ProjectedWeight, "move", updating)
     model(inputs(0)).backward()
     # what autograd holds of the gradient that it hands over counts as well: of this graph, nothing
     assert during == [held] * 2

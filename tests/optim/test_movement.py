@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_osd import OSD
-from hf_osd.optim.step import movement
+from hf_osd.optim.step import algorithm, moments, movement
 from hf_osd.optim.step.algorithm import ProjectedWeight
 from hf_osd.subspace import OPERATORS, Movement, pca_gradient
 from hf_osd.subspace.online_pca import OnlinePCA
 from hf_osd.update_rules import RULES
+from hf_osd.update_rules.storage import BlockWise8bit
 
 
 RANK = 12
@@ -52,6 +53,48 @@ def test_together_is_one_by_one(rule: str, broken: int | None, monkeypatch):
         assert X.isfinite().all()
         torch.testing.assert_close(X, Y, rtol=1e-9, atol=1e-10)
     assert together[1].statistics()["skipped_steps"] == (broken is not None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init": "svd"},
+        {"residual": "scaled"},
+        {"subspace": "random", "restart_moments": True},
+        {"capturable": True, "lr": torch.tensor(1e-2)},
+    ],
+)
+@pytest.mark.parametrize("rule", [rule for rule, entry in RULES.items() if entry.eight_bit])
+def test_moments_that_are_decoded_together_are_those_of_each(rule: str, options: dict, monkeypatch):
+    """As on a GPU, where launches count: bit for bit, also where a first and a later gradient are broken."""
+
+    def trained(together: bool) -> tuple[list[Tensor], list[int]]:
+        stacks: list[int] = []
+        for module in (moments, algorithm):
+            monkeypatch.setattr(module, "launches", lambda X: together)
+        load = BlockWise8bit.load_stack
+        monkeypatch.setattr(
+            BlockWise8bit,
+            "load_stack",
+            lambda own, states, kept: stacks.append(len(states)) or load(own, states, kept),
+        )
+        generator = torch.Generator().manual_seed(7)
+        shapes = [(256, 320), (256, 320), (256, 320), (2, 256, 320), (24, 30)]
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        groups = [{"params": params, "rank": 16}]
+        optimizer = OSD(groups, **{"lr": 1e-2, "weight_decay": 0.1, "weight_rule": rule} | options)
+        for step in range(5):
+            for i, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=generator)
+                if (step, i) in ((0, 1), (2, 0), (3, 3)):
+                    p.grad[..., 3, 5] = torch.nan
+            optimizer.step()
+        return tensors(params, optimizer), stacks
+
+    (found, stacks), (alone, none) = trained(True), trained(False)
+    assert max(stacks) == 5 and not none
+    for X, Y in zip(found, alone, strict=True):
+        assert X.isfinite().all() and torch.equal(X, Y)
 
 
 def test_groups_keep_their_options(monkeypatch):

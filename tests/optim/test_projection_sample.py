@@ -17,7 +17,7 @@ def movements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """What P is told of each gradient, instead of moving."""
     seen: list[Tensor] = []
     with monkeypatch.context() as patch:
-        patch.setattr(Movements, "add", lambda self, projection, A, check: seen.append(A.clone()))
+        patch.setattr(Movements, "add", lambda self, moving: moving and seen.append(moving.A.clone()))
         yield seen
 
 

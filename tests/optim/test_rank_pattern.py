@@ -9,7 +9,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import hf_osd
 from hf_osd import OSD, OSDTrainingArguments, create_osd_optimizer
-from hf_osd.optim.selection.rank_pattern import parse_rank_pattern, ranks_of
+from hf_osd.optim.selection.patterns import RANKS as RANK_PATTERN
 from hf_osd.optim.step.geometry import ProjectedGeometry
 from reference.tiny_models import tiny_llama
 
@@ -103,21 +103,21 @@ def test_names_pass_through_pefts_wrappers():
 )
 def test_another_form_is_refused(pattern):
     with pytest.raises(ValueError, match="`rank_pattern` must name modules and their ranks"):
-        parse_rank_pattern(pattern)
+        RANK_PATTERN.parse(pattern)
 
 
 def test_patterns_that_are_wrong_or_match_nothing_are_refused():
-    assert parse_rank_pattern(None) == {} and parse_rank_pattern(TEXT) == RANKS
-    assert parse_rank_pattern({"q_proj": np.int64(4)}) == {"q_proj": 4}
+    assert RANK_PATTERN.parse(None) == {} and RANK_PATTERN.parse(TEXT) == RANKS
+    assert RANK_PATTERN.parse({"q_proj": np.int64(4)}) == {"q_proj": 4}
     with pytest.raises(ValueError, match=r"'\(\?i\)Q_PROJ' in `rank_pattern` is no regular expression: global flags"):
-        parse_rank_pattern("(?i)Q_PROJ:4")
+        RANK_PATTERN.parse("(?i)Q_PROJ:4")
     with pytest.raises(ValueError, match=r"'q_proj\(' in `rank_pattern` is no regular expression"):
-        parse_rank_pattern("q_proj(:4")
+        RANK_PATTERN.parse("q_proj(:4")
     for pattern, unused in (({"query": 4}, "'query'"), ({"q_proj": 4, "layers.0.self_attn.q_proj": 2}, "'layers.0")):
         with pytest.raises(ValueError, match=f"{unused}.* in `rank_pattern` matches no projected module"):
-            create_osd_optimizer(tiny_llama(), rank=3, rank_pattern=pattern) if "query" in pattern else ranks_of(
-                {"layers.0.self_attn.q_proj.weight": 3}, pattern
-            )
+            create_osd_optimizer(
+                tiny_llama(), rank=3, rank_pattern=pattern
+            ) if "query" in pattern else RANK_PATTERN.values({"layers.0.self_attn.q_proj.weight": 3}, pattern)
 
 
 def test_a_rank_pattern_resumes_with_the_same_ranks_only():

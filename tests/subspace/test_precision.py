@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from hf_osd import OSD
 from hf_osd.subspace import precision
 
 
@@ -59,3 +61,26 @@ def test_the_setting_of_products_is_left_as_it_was(outer: str, own: str, monkeyp
             assert matmul.fp32_precision == (later if own == "none" else own)
     finally:
         torch.backends.fp32_precision = matmul.fp32_precision = "none"
+
+
+def learned(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Share of the gradient's energy outside P, and P's error of orthogonality, after steps on noisy gradients."""
+    monkeypatch.setattr(precision, "_keeps_float32", lambda: narrow)
+    generator = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(288, 288, generator=generator)).Q * torch.arange(1, 289).pow(-0.5)
+    W = nn.Parameter(torch.zeros(288, 320))
+    optimizer = OSD([{"params": [W], "rank": 128}], lr=2e-3, init="orthonormal")
+    for _ in range(30):
+        W.grad = U @ torch.randn(288, 320, generator=generator)
+        optimizer.step()
+    P = optimizer.state[W]["projection"].double()
+    Q = torch.linalg.qr(P).Q
+    outside = 1 - (Q.mT @ U.double()).square().sum() / U.double().square().sum()
+    return float(outside), float((P.mT @ P - torch.eye(128)).norm() / 128**0.5)
+
+
+def test_p_learns_as_well_from_products_in_bfloat16(monkeypatch):
+    (outside, error), (narrow_outside, narrow_error) = learned(False, monkeypatch), learned(True, monkeypatch)
+    assert outside != narrow_outside  # or nothing was rounded
+    assert abs(narrow_outside - outside) < 0.01 * outside
+    assert narrow_error < error + 0.005

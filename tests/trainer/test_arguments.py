@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainer, OSDTrainingArguments
 from hf_osd.optim.options.presets import KEYS, OPTIM_NAMES, RSO_NAMES
-from hf_osd.trainer.settings import KINDS, TRAINER_FIELDS, parse_optim_args, read_settings
+from hf_osd.trainer.settings import TRAINER_FIELDS, parse_optim_args, read_settings
 from reference.tiny_models import tiny_llama
 
 
@@ -59,6 +59,9 @@ MISTAKES = [
     ("rank=8.5", "'rank' in `optim_args` must be an integer, got '8.5'"),
     ("rank=many", "'rank' in `optim_args` must be an integer, got 'many'"),
     ("alpha=large", "'alpha' in `optim_args` must be a number, got 'large'"),
+    ("scale=large", "'scale' in `optim_args` must be a number, or auto, got 'large'"),
+    ("scale=0", "`scale` of the training arguments must be a number > 0, or 'auto', got 0"),
+    ("scale=auto,subspace=random,unbiased=true", "scale='auto' of the training arguments is for P with columns of"),
     ("rank=0", "`rank` of the training arguments must be an integer >= 1, got 0"),
     ("alpha=-1", "`alpha` of the training arguments must be a number >= 0"),
     ("alpha=nan", "`alpha` of the training arguments must be a number >= 0"),
@@ -120,8 +123,10 @@ def test_the_keys_are_these():
     keys = "rank rank_pattern alpha lambda scale projection_optim subspace init side projection_lr partial_load preset"
     keys += " projection_weight_decay projection_dtype moment_dtype update_interval projection_interval distribution"
     keys += " mixing carry_moments residual residual_scale momentum stochastic_rounding seed layerwise_clipping"
-    keys += " source projection_sample unbiased restart_moments"
-    assert set(keys.split()) == KEYS.keys() == KINDS.keys()
+    keys += (
+        " source projection_sample unbiased restart_moments lr_pattern full_size_optim capturable projection_stream"
+    )
+    assert set(keys.split()) == KEYS.keys()
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
     assert own == {f"osd_{key}" for key in KEYS} | {"osd_exclude_modules"}
     assert all(OSDTrainingArguments.__dataclass_fields__[name].default is None for name in own)
@@ -131,17 +136,20 @@ def test_what_a_key_sets_and_its_type():
     renamed = {key: own.name for key, own in KEYS.items() if own.name != key}
     assert renamed == {"lambda": "lambda_", "projection_optim": "projection_rule"}
     whole = {"rank", "update_interval", "projection_interval", "projection_sample", "seed"}
-    texts = {"subspace", "init", "preset", "source"}
-    assert {key for key, kind in KINDS.items() if kind is int} == whole
-    assert {key for key, kind in KINDS.items() if kind is bool} == {
+    texts = {"subspace", "init", "preset", "source", "scale"}  # which may be a number, and is one then
+    kinds = {key: own.check.flag for key, own in KEYS.items()}
+    assert {key for key, kind in kinds.items() if kind is int} == whole
+    assert {key for key, kind in kinds.items() if kind is bool} == {
         "carry_moments",
         "restart_moments",
         "unbiased",
         "stochastic_rounding",
         "partial_load",
+        "capturable",
+        "projection_stream",
     }
-    assert {KINDS[key] for key in texts} == {str} and KINDS["alpha"] is KINDS["mixing"] is float
-    for key, kind in KINDS.items():
+    assert {kinds[key] for key in texts} == {str} and kinds["alpha"] is kinds["mixing"] is float
+    for key, kind in kinds.items():
         assert OSDTrainingArguments.__annotations__[f"osd_{key}"] == kind | None, key
 
 

@@ -1,4 +1,4 @@
-"""Engines that flatten parameters are refused before anything is loaded, naming FSDP2 as the way."""
+"""Engines that flatten parameters are refused before anything is loaded, naming FSDP2 and how to have it."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_accelerate_launch(tmp_path, monkeypatch, environment, engine):
     args = arguments(tmp_path, TrainingArguments)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"{engine}.*FSDP2"):
+    with pytest.raises(ValueError, match=rf"{engine}.*FSDP2.*fsdp_version: 2.*DistributedConfig\(fsdp_size=N\)"):
         check_arguments(args)
     if engine == "FSDP1":  # before the model is touched; DeepSpeed itself would have to be installed to come so far
         with pytest.raises(ValueError, match=f"{engine}.*FSDP2"):

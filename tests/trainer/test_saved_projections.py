@@ -40,10 +40,13 @@ def test_a_second_training_replaces_the_p_of_the_first(tmp_path: Path):
     assert any(not torch.equal(first[name].projection, second[name].projection) for name in now)
 
 
-def test_a_model_only_checkpoint_holds_p_too(tmp_path: Path):
+def test_a_model_only_checkpoint_holds_p_too(tmp_path: Path, caplog):
     make_trainer(tmp_path, "osd_lion", save_only_model=True).train()
     assert not (tmp_path / f"checkpoint-{STEPS}" / "optimizer.pt").exists()
     assert ProjectionState.from_pretrained(tmp_path / f"checkpoint-{STEPS}").config["step"] == STEPS
+    assert "start anew" not in caplog.text
+    make_trainer(tmp_path, "osd_lion").train(resume_from_checkpoint=True)
+    assert f"checkpoint-{STEPS} has no state of the optimizer: P, moments and the schedule start anew" in caplog.text
 
 
 def test_another_optimizer_saves_none(tmp_path: Path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from test_resume import make_trainer
 
-from hf_osd import ProjectionState
+from hf_osd import ProjectionState, last_complete_checkpoint
 
 
 def ranks(folder: Path) -> set[int]:
@@ -27,6 +27,23 @@ def test_a_push_leaves_the_checkpoint_of_another_run_alone(tmp_path: Path):
     trainer.train()
     trainer.callback_handler.call_event("on_push_begin", trainer.args, trainer.state, trainer.control)
     assert ranks(tmp_path / "checkpoint-3") == {8} and ranks(tmp_path) == {4}
+
+
+def test_a_checkpoint_that_is_written_over_is_not_complete_before_its_end(tmp_path: Path, monkeypatch):
+    make_trainer(tmp_path, "osd_adamw").train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-3" / "optimizer_dcp").mkdir()  # of a run with a model that was sharded
+    (tmp_path / "checkpoint-3" / "optimizer_dcp" / ".metadata").touch()
+    trainer = make_trainer(tmp_path, "osd_adamw")
+
+    def killed(folder: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):  # the weights are those of this run, and the state of the one before
+        trainer.train()
+    assert not (tmp_path / "checkpoint-3" / "trainer_state.json").exists()
+    assert not (tmp_path / "checkpoint-3" / "optimizer_dcp").exists()
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "reduce_lr_on_plateau"])

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...optim import ALL_LINEAR, OPTIM_NAMES, adamw_state_bytes, predicted_state_bytes
 from ...optim.options.rules import rules_of
-from ...optim.options.table import DEFAULTS
+from ...optim.options.table import DEFAULTS, LR_MULTIPLE
 from ...optim.osd import osd_of
 from ...optim.selection.targets import parse_modules
 from ...optim.step.geometry import ProjectedGeometry
@@ -52,6 +52,8 @@ class CardFacts:
     exclude: str | list[str] | None  # what not to project, likewise
     preset: str | None  # its name
     init: str | None  # where P started from, if that was asked for
+    lr_pattern: str | None  # as in the training arguments
+    full_size_optim: str | None  # likewise
     train_loss: float | None  # the last one that was logged
     eval_loss: float | None  # the last one
     perplexity: float | None  # exp(eval_loss), where that is the mean loss of a causal language model
@@ -75,6 +77,8 @@ class CardFacts:
         repo_id: str | None = None,
         preset: str | None = None,
         init: str | None = None,
+        lr_pattern: str | None = None,
+        full_size_optim: str | None = None,
     ) -> "CardFacts":
         """Read the facts from what a Trainer holds.
 
@@ -87,7 +91,7 @@ class CardFacts:
             dataset (`str` or `list[str]`, *optional*):
                 Names of the data. Those of the form `user/name` get into the metadata as data sets on the Hub.
             repo_id (`str`, *optional*): Defaults to `args.hub_model_id`, or a placeholder with the folder's name.
-            preset, init (`str`, *optional*): As the training arguments ask for them.
+            preset, init, lr_pattern, full_size_optim (`str`, *optional*): As the training arguments ask for them.
         """
         osd = osd_of(optimizer)
         if osd is None:
@@ -102,7 +106,7 @@ class CardFacts:
         asked = str(getattr(args.optim, "value", args.optim)) in OPTIM_NAMES  # else the optimizer was passed in
         name = (repo_id or args.hub_model_id or Path(str(args.output_dir)).absolute().name).split("/")[-1]
         repo_id = next((given for given in (repo_id, args.hub_model_id) if given and "/" in given), f"user/{name}")
-        eval_loss = _last(state, "eval_loss")
+        eval_loss, first = _last(state, "eval_loss"), osd.param_groups[0]
         return cls(
             model_name=name,
             repo_id=repo_id,
@@ -118,13 +122,15 @@ class CardFacts:
             ),
             state_bytes=predicted_state_bytes(osd),
             adamw_bytes=adamw_state_bytes(osd),
-            learning_rate=osd.param_groups[0].get("initial_lr", osd.param_groups[0]["lr"]),
+            learning_rate=float(first.get("initial_lr", first["lr"])) / first.get(LR_MULTIPLE, 1),
             lr_scheduler=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             steps=state.global_step,
             targets=_targets(args) if asked else None,
             exclude=getattr(args, "osd_exclude_modules", None) if asked else None,
             preset=preset,
             init=init,
+            lr_pattern=lr_pattern,
+            full_size_optim=full_size_optim,
             train_loss=_last(state, "loss"),
             eval_loss=eval_loss,
             perplexity=_perplexity(eval_loss) if _is_causal_lm(model) and _loss_is_nll(args) else None,

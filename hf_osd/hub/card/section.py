@@ -87,7 +87,9 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("projected", f"{facts.matrices} matrices, {format_count(facts.projected_parameters)} parameters"),
         ("P", f"{facts.projections}, shared by layers with one input" if facts.projections < facts.matrices else ""),
         ("at full size", f"{format_count(facts.full_size_parameters)} parameters"),
+        ("rule at full size", f"`{facts.full_size_optim}`" if facts.full_size_optim else ""),
         ("learning rate", scheduled),
+        ("multiples of it", _cell(facts.lr_pattern) if facts.lr_pattern else ""),
         ("weight decay", _joined(decays)),
         ("data", ", ".join(_cell(name) for name in facts.datasets)),
         ("steps", f"{facts.steps:,}"),
@@ -139,6 +141,7 @@ def _arguments(facts: CardFacts) -> list[str]:
     if given.get("projection_rule") not in (None, given.get("weight_rule")):
         found["projection_optim"] = given["projection_rule"]
     found["update_interval"] = given.get("update_interval")
+    found |= {"lr_pattern": facts.lr_pattern, "full_size_optim": facts.full_size_optim}
     arguments = [
         f"{name}_={_literal(value)}" if iskeyword(name) else f"{name}={_literal(value)}"
         for name, value in found.items()

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...declare import Need, boolean, integer, number, one_of, option
+from ...declare import Need, boolean, integer, number, number_or, one_of, option
 from ...subspace import SIDES, SUBSPACES, SubspaceRule, is_rule, rule_class
 from ...subspace.initialization import INITS
 from ...subspace.protocol import Renewed
@@ -31,7 +31,8 @@ def in_subspace(text: str = "") -> Callable[[Mapping[str, Any]], str]:
     return lambda group: f"with subspace={group['subspace']!r}{text}"
 
 
-def _names(rules: Iterable[str]) -> str:
+def names_in_code(rules: Iterable[str]) -> str:
+    """`a`, `b`, `c`."""
     return ", ".join(f"`{name}`" for name in rules)
 
 
@@ -58,7 +59,7 @@ class Options:
     )
     weight_rule: str = option(
         "adamw",
-        f"Update rule of the weights: {_names(RULES)}.",
+        f"Update rule of the weights: {names_in_code(RULES)}.",
         check=one_of(RULES),
         state=True,
         argument="optim='osd_*'",
@@ -76,7 +77,7 @@ class Options:
     )
     subspace: str | SubspaceRule = option(
         "online_pca",
-        f"How P moves: {_names(SUBSPACES)}.\n\nOr a [`SubspaceRule`] of your own.",
+        f"How P moves: {names_in_code(SUBSPACES)}.\n\nOr a [`SubspaceRule`] of your own.",
         check=one_of(
             SUBSPACES,
             lambda value: isinstance(value, SubspaceRule) or is_rule(value),
@@ -90,7 +91,7 @@ class Options:
     )
     projection_rule: str | None = option(
         None,
-        f"Update rule of P: {_names(RULES)} (every pair of the paper's Table 6).",
+        f"Update rule of P: {names_in_code(RULES)} (every pair of the paper's Table 6).",
         check=one_of(RULES),
         key="projection_optim",
         needs=(RANK, LEARNED),
@@ -111,10 +112,12 @@ class Options:
         needs=(RANK, LEARNED),
         unset="the weights' own",
     )
-    scale: float = option(
+    scale: float | str = option(
         1.0,
-        "Factor on the projected update (GaLore's 0.25; the paper's text has none).",
-        check=number(0, open_below=True),
+        "Factor on the projected update (GaLore's 0.25; the paper's text has none), or `auto`: sqrt(s/r) of each "
+        "weight, s its projected dimension, by which updates have the root mean square of those at full size.\n\n"
+        "On both sides sqrt(m n)/r. The residual is scaled by it, too.",
+        check=number_or("auto", 0, open_below=True),
         needs=(RANK,),
     )
     weight_decay: float = option(0.0, "Decoupled weight decay.", check=number(0), argument="weight_decay")

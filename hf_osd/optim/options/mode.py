@@ -79,6 +79,24 @@ class Mode:
         needs=(_LAYERWISE,),
         argument="gradient_accumulation_steps",
     )
+    capturable: bool = option(
+        False,
+        "A step can be captured in a CUDA graph: the device decides all that the host does otherwise.\n\n"
+        "As torch's AdamW: make a few steps, then capture. A learning rate that is to change must be a float32 tensor "
+        "on the parameters' device, which schedules fill. Uncaptured steps are slower for it: part of the gradient is "
+        "copied (`projection_sample`). For `online_pca` and `static`.",
+        check=boolean(),
+        needs=(Need(lambda mode: not mode["layerwise"], "with `layerwise`, whose hooks make the steps"),),
+    )
+    projection_stream: bool = option(
+        False,
+        "Move P on a CUDA stream of its own, beside the steps of the weights that follow (the paper's \"executed in "
+        'parallel with weight updates").\n\n'
+        "The step ends when both have ended. It may help where the GPU has more to do than the host, as in CUDA "
+        "graphs; not measured yet.",
+        check=boolean(),
+        needs=(Need(lambda mode: not mode["layerwise"], "with `layerwise`, where each step ends with P's movement"),),
+    )
     partial_load: bool = option(
         False,
         "Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.",
@@ -102,6 +120,8 @@ MODE_DEFAULTS: dict[str, Any] = {name: own.default for name, own in MODE_OPTIONS
 
 def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
     """Raise `ValueError` for options of a parameter group that would not be exact in this mode."""
+    if mode.capturable and (reason := _uncapturable(group)):
+        raise ValueError(f"`capturable` is not for {where}: {reason}. Leave one of them out.")
     if group["rank"] is None or not mode.layerwise:
         return
     sums = mode.gradient_accumulation
@@ -121,6 +141,22 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
         name = name if sums else "layerwise` with `max_grad_norm"
     if reason:
         raise ValueError(f"`{name}` is not for {where}: {reason}. Leave one of them out.")
+
+
+def _uncapturable(group: Mapping[str, Any]) -> str | None:
+    """Why a CUDA graph cannot hold the steps of a parameter group."""
+    if group["stochastic_rounding"]:
+        return "stochastic_rounding seeds its noise on the host, at each step"
+    if group["rank"] is None:
+        return None
+    if group["source"] == "activations":
+        return "source='activations' keeps account of passes on the host"
+    rule = build_subspace(group["subspace"], group)
+    if not rule.capturable or rule.mixes:
+        return f"subspace={group['subspace']!r} asks the host, or decomposes matrices"
+    if rule.stride > 1:
+        return f"the host counts the steps of projection_interval={rule.stride}"
+    return "carry_moments decomposes matrices" if group["carry_moments"] else None
 
 
 def mode_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...declare import Check, Option, check_values, one_of, option, options_of, refuse_unknown
 from ...subspace import is_rule, rule_class
-from .general import DEFAULT_RANK
+from .general import DEFAULT_RANK, names_in_code
 from .mode import LAYERWISE_SUFFIX, MODE_OPTIONS
 from .table import DEFAULTS, OPTIONS, RULES
 
@@ -49,6 +49,20 @@ class NameOptions:
         "Other ranks for some modules, as peft's, by regular expressions for the end of their names, or of their "
         "parameters', of which the first that matches counts: `q_proj:64;layers.0.mlp.*:32`.",
         check=Check("modules and their ranks", lambda value: isinstance(value, (str, Mapping)), str),
+    )
+    lr_pattern: str | Mapping[str, float] | None = option(
+        None,
+        "Multiples of the learning rate for some modules, projected or not, in the same form: "
+        "`embed_tokens|lm_head:4;layers.0.*:0.5`.",
+        check=Check(
+            "modules and multiples of the learning rate", lambda value: isinstance(value, (str, Mapping)), str
+        ),
+    )
+    full_size_optim: str | None = option(
+        None,
+        f"Update rule of what is not projected: {names_in_code(RULES)}.",
+        check=one_of(RULES),
+        unset="the weights' own",
     )
     preset: str | None = option(
         None,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...declare import Need, Option, check_values, number, options_of, plain, refuse_without_effect, same
@@ -56,6 +57,7 @@ def _owned_by_updates(owners: tuple[str, ...]) -> tuple[Need, ...]:
 # name in a group -> its option
 OPTIONS: dict[str, Option] = options_of(Options) | _declared_by_rules()
 DEFAULTS: dict[str, Any] = {name: own.default for name, own in OPTIONS.items()}
+LR_MULTIPLE = "lr_multiple"  # key of a group that has so many times the learning rate, by `lr_pattern`
 CYCLED = ("betas", "momentum")  # what torch's schedules change in a group, beside the learning rate
 PROJECTED = frozenset(name for name, own in OPTIONS.items() if RANK in own.needs)  # what only projected groups use
 
@@ -115,6 +117,10 @@ def _refuse_impossible_rule(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"subspace={name!r} of {where} mixes in the momentum, which weight_rule={weight!r} does not keep as an "
             "average: set `mixing` to 0."
+        )
+    if options["scale"] == "auto" and options["unbiased"]:
+        raise ValueError(
+            f"scale='auto' of {where} is for P with columns of length 1: `unbiased` makes them as much longer."
         )
     if options["projection_lr"] is not None and not OPTIONS["alpha"].has_default(options["alpha"]):
         raise ValueError(
@@ -199,12 +205,30 @@ def has_cycled(group: Mapping[str, Any], name: str) -> bool:
 
 def lr_of_step(value: Any, where: str) -> Any:
     """A learning rate that somebody has put into a group, as steps take it; of a tensor a view without dimensions."""
-    if math.prod(getattr(value, "shape", (0,))) == 1:  # an array's or a tensor's only number
+    if getattr(value, "ndim", 0) and math.prod(value.shape) == 1:  # an array's or a tensor's only number
         value = value.reshape(())
     value = value if isinstance(value, Tensor) else plain(value)
     if not isinstance(value, Real) and getattr(value, "ndim", None) != 0:
         check_lr(value, where)
     return value
+
+
+def loaded_lr(value: Any, own: Any) -> Any:
+    """A saved learning rate in the form that the group has: on the device, where a graph is to read it there."""
+    number = plain(value)
+    return torch.full_like(own, number) if isinstance(own, Tensor) else number
+
+
+def refuse_baked_lr(group: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` for a tensor that a CUDA graph of the group's steps would not read."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        elsewhere = any(p.is_cuda and p.device != lr.device for p in group["params"])
+        if elsewhere or lr.dtype != torch.float32:
+            raise ValueError(
+                f"`lr` of {where} is {lr.dtype} on {lr.device}: with `capturable` it must be float32 on the "
+                "parameters' device."
+            )
 
 
 def check_lr(value: Any, where: str) -> None:

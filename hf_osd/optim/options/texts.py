@@ -68,7 +68,7 @@ def docstring() -> Iterator[str]:
 def training_fields() -> Iterator[str]:
     """Fields of `OSDTrainingArguments`."""
     for key, own in KEYS.items():
-        yield f'    osd_{key}: {own.check.kind.__name__} | None = flag("{key}")'
+        yield f'    osd_{key}: {own.check.flag.__name__} | None = flag("{key}")'
 
 
 def flag(key: str) -> Any:

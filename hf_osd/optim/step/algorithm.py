@@ -18,6 +18,7 @@ else in the place of the last line, or nothing.
 
 from collections.abc import Mapping
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ from ..options.general import projection_sample_of
 from ..options.rules import Rules
 from .geometry import ProjectedGeometry
 from .low_rank import LowRank, Update
-from .moments import Moments
-from .movement import Movements
+from .moments import Moments, launches
+from .movement import Movements, Moving, Stepping
 from .observation import observation
 from .projection import LiveProjection, Make, usable
 from .residual import RESIDUALS, Residual, pieces
@@ -59,7 +60,7 @@ class GradientSource:
         self.rho, self.stride = P.rule.mixes, P.rule.stride
         self.op, self.dtype, self.sharding = P.geometry.op, P.geometry.compute_dtype, P.geometry.sharding
 
-    def low_rank(self, G: Tensor, count: int | None) -> LowRank:
+    def low_rank(self, G: Tensor, count: int | Tensor | None) -> LowRank:
         """R = down(G, P), and A after so many steps, or `None` where P does not move."""
         P, A = self.P.read(), None
         if P.dtype != G.dtype:
@@ -67,10 +68,14 @@ class GradientSource:
         with full_precision(G):
             R = self.op.down(G, P)
         if count is not None:
-            b, k = self._block(G, count)
             with reduced_precision(G):
                 # A = k correlate(G_b, R_b): in the mean over k movements correlate(G, R)
-                A = k * self._mixed(G[b], R, b) if self.rho else self.op.correlate(G[b], R[b], P, k)
+                if isinstance(count, Tensor):
+                    G_b, R_b, k = self._gathered(G, R, count)
+                    A = self.op.correlate(G_b, R_b, P, k)
+                else:
+                    b, k = self._block(G, count)
+                    A = k * self._mixed(G[b], R, b) if self.rho else self.op.correlate(G[b], R[b], P, k)
             A = A.to(self.dtype)
             if self.sharding is not None:
                 A = self.sharding.sum(A)
@@ -87,11 +92,33 @@ class GradientSource:
         rows = slice(length * turn // k, length * (turn + 1) // k)
         return (rows if dim == 0 else (slice(None), rows)), k
 
+    def _gathered(self, G: Tensor, R: Tensor, count: Tensor) -> tuple[Tensor, Tensor, int]:
+        """That part of G and of R, as copies, and their number, where the device alone knows whose turn it is."""
+        dim = self.op.long_dim
+        if self.every == 1 or dim is None:
+            return G, R, 1
+        k = max(1, min(self.every, G.shape[dim]))
+        rows, inside = blocks(G.shape[dim], k, G.device)
+        turn = count.remainder(k).long()
+        b = rows.index_select(0, turn).view(-1)
+        R_b = R.index_select(dim, b)
+        if inside is not None:
+            R_b.mul_(inside.index_select(0, turn).view((-1, 1) if dim == 0 else (1, -1)))
+        return G.index_select(dim, b), R_b, k
+
     def _mixed(self, G_b: Tensor, R: Tensor, b: Any) -> Tensor:
         """A = correlate(rho M + (1 - rho) G, Z), with M = up(m) and Z = rho m + (1 - rho) R: momentum mixed in."""
         rho, op, m, P = self.rho, self.op, self.moments.load()[0]["exp_avg"].to(R.dtype), self.P.read().to(R.dtype)
         Z = torch.lerp(R, m, rho)
         return op.correlate(G_b, Z[b], P).mul_(1 - rho).add_(op.correlate_up(m[b], Z[b], P), alpha=rho)
+
+
+@lru_cache(maxsize=64)
+def blocks(length: int, k: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Indices of the k blocks of a dimension, (k, L), and which are of the block, where some have one too many."""
+    starts = torch.arange(k + 1, device=device) * length // k
+    rows = starts[:-1, None] + torch.arange(-(-length // k), device=device)
+    return rows, None if length % k == 0 else rows < starts[1:, None]
 
 
 class ProjectedWeight(Weight):
@@ -127,45 +154,60 @@ class ProjectedWeight(Weight):
             if self.renews(check) and self.steps > 0:  # a P that was given is used at first
                 self._renew(G, check)
         moves = not fresh and self.moves(check, turn)
-        return self.source.low_rank(G, self.count if moves else None)
+        count = (self._counted() if self.capturable else self.count) if moves else None
+        return self.source.low_rank(G, count)
 
     def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
         """The half that moves W, and P, whose movement may wait for that of others."""
         if low is None:
             return
         self.count += 1
-        self.slot.state["step"].add_(check.keep)
         if self.rules.restarts:
-            self.slot.state["moment_step"].add_(check.keep)
-        # D = weight_rule(R)
-        update = Update(self.moments.direction(low.R, check), self.P.read())
+            movements.counters.append((self.slot.state["step"], check.keep))
+        if self.moments.stackable and low.R.numel() and launches(low.R):
+            movements.step(Stepping(self, low, check))
+        else:
+            self.slot.state[self.moments.counter].add_(check.keep)
+            movements.add(self.move(self.moments.direction(low.R, check), low, check))
+
+    def move(self, D: Tensor, low: LowRank, check: GradientCheck) -> Moving | None:
+        """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S), with D = weight_rule(R); then P may move."""
+        update, W, scale = Update(D, self.P.read()), self.p, self.group["scale"]
         if self.residual is not None:
             update = self.residual.extend(update, low, check)
-        self._add_(update, check)
-        if low.A is not None:
-            movements.add(self.P, low.A, check)
-
-    def _add_(self, update: Update, check: GradientCheck) -> None:
-        """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S)."""
-        W, op, alpha, (D, P, add_rest) = self.p, self.op, -self.group["lr"] * self.group["scale"], update
+        D, P, add_rest = update
+        rate = -self.group["lr"] * (self.geometry.full_scale if scale == "auto" else scale)
+        alpha = rate
+        if isinstance(rate, Tensor):  # products take numbers only, which would have to be read
+            D, alpha = D.mul_(rate), 1.0
         if self.group["stochastic_rounding"] and W.dtype == torch.bfloat16:
 
             def add_(X: Tensor, rows: slice) -> None:
-                op.add_up_(X, *op.factors(D, P, rows), alpha=alpha)
+                self.op.add_up_(X, *self.op.factors(D, P, rows), alpha=alpha)
                 if add_rest is not None:
-                    add_rest(X, rows, alpha)
+                    add_rest(X, rows, rate)
 
             add_rounded_(W, add_, self._rounding(check))
-            return
-        if self.group["weight_decay"]:
-            W.mul_(1 - self.group["lr"] * self.group["weight_decay"] * check.keep)
-        if W.dtype != P.dtype:
-            D, P = D.to(W.dtype), P.to(W.dtype)
-        with full_precision(W):
-            op.add_up_(W, D, P, alpha=alpha)
-        if add_rest is not None:
-            for rows in pieces(W):
-                add_rest(W[rows], rows, alpha)
+        else:
+            if self.group["weight_decay"]:
+                decay = self.group["lr"] * self.group["weight_decay"]
+                if isinstance(decay, Tensor):
+                    W.mul_(1 - decay * check.keep)
+                else:  # one launch
+                    W.addcmul_(W, check.keep, value=-decay)
+            if W.dtype != P.dtype:
+                D, P = D.to(W.dtype), P.to(W.dtype)
+            with full_precision(W):
+                self.op.add_up_(W, D, P, alpha=alpha)
+            if add_rest is not None:
+                for rows in pieces(W):
+                    add_rest(W[rows], rows, rate)
+        return None if low.A is None else Moving(self.P, update.P, low.A, check)
+
+    def _counted(self) -> Tensor:
+        """`count`, as the device knows it."""
+        state = self.slot.state
+        return state["step"] + state["skipped_steps"]
 
     def renews(self, check: GradientCheck) -> bool:
         """Whether P is to be made anew from the coming gradient."""
@@ -245,6 +287,10 @@ class ProjectedWeight(Weight):
     def started(self) -> bool:
         """Whether there is a P."""
         return self.P.started
+
+    @property
+    def settled(self) -> bool:  # noqa: D102 - see Weight
+        return self.started and super().settled
 
     @property
     def projection(self) -> Tensor:

@@ -16,7 +16,8 @@ from ..options.rules import Rules
 from .algorithm import LATER, ONLY, OVERDUE, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
 from .low_rank import LowRank
-from .movement import Movements
+from .movement import STACK_LIMIT, Movements
+from .sharding import Sharding
 from .state import state_spec
 from .weight import Weight
 
@@ -37,7 +38,11 @@ class ExpertWeight(ProjectedWeight):
         """Steps with tokens: no less than the expert's own."""
         return self.count - self.idle
 
-    def begin(self) -> None:  # noqa: D102 - see Weight
+    def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
+        super().follow(rules)
+        self.source.sharding = None  # the stack sums the A of many experts at once
+
+    def begin(self) -> None:  # noqa: D102
         super().begin()
         self.idle, self.doubtful = 0, False
 
@@ -45,6 +50,9 @@ class ExpertWeight(ProjectedWeight):
         super().resume()
         self.idle, self.doubtful = int(self.slot.state["idle_steps"]), False
         self.count += self.idle
+
+    def _counted(self) -> Tensor:
+        return super()._counted() + self.slot.state["idle_steps"]
 
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
         """As of every matrix; of several gradients the first that may have had tokens decides over P."""
@@ -86,6 +94,8 @@ class ExpertWeight(ProjectedWeight):
 class ExpertWeights(Weight):
     """A stack (E, m, n). Its state has the entries of one matrix with a leading dimension E, and `idle_steps`.
 
+    Where experts are divided among processes, E is below the number of those that are here, which may be none.
+
     Attributes:
         experts (`list[ExpertWeight]`): E weights, whose parameters and states are views made for each use.
     """
@@ -94,12 +104,13 @@ class ExpertWeights(Weight):
 
     def __init__(self, p: Tensor, geometry: ProjectedGeometry, group: Mapping[str, Any]):
         super().__init__(p, geometry, group)
-        self.experts = [ExpertWeight(p, geometry.expert(e), group) for e in range(geometry.matrices)]
+        self.experts = [ExpertWeight(p, geometry.expert(e), group) for e in geometry.experts]
         self.slots += [expert.slot for expert in self.experts]
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         self.rules, self._entries = rules, tuple(state_spec(self.geometry, rules))
         for expert in self.experts:
+            expert.capturable = self.capturable
             expert.follow(rules)
 
     def begin(self) -> None:  # noqa: D102
@@ -120,14 +131,22 @@ class ExpertWeights(Weight):
         return any(expert.started for expert in self.experts)
 
     @property
+    def settled(self) -> bool:  # noqa: D102 - see Weight
+        return all(expert.settled for expert in self.experts)
+
+    @property
     def projection(self) -> Tensor:
         """P of all experts, zero of those that have none yet, as `ProjectedWeight.projection`."""
         if self.rules.subspace.code is None:
             return self.slot.state["projection"]
         self._open()
         geometry = self.geometry
-        zero = torch.zeros(geometry.projection_shape, dtype=geometry.compute_dtype, device=self.p.device)
-        return torch.stack([expert.P.read() if expert.started else zero for expert in self.experts])
+        shape = (len(self.experts), *geometry.projection_shape)
+        P = torch.zeros(shape, dtype=geometry.compute_dtype, device=self.p.device)
+        for own, expert in zip(P, self.experts, strict=True):
+            if expert.started:
+                own.copy_(expert.P.read())
+        return P
 
     def project(
         self,
@@ -147,6 +166,8 @@ class ExpertWeights(Weight):
         turns = [ONLY] * len(self.experts) if turns is None else turns
         parts = zip(self.experts, G.unbind(), checks_by_expert(check), turns, ready, strict=True)
         lows = [expert.project(own, check, turn) if fit else None for expert, own, check, turn, fit in parts]
+        if self.geometry.sharding_of_expert is not None:
+            sum_over_processes(lows, self.geometry.sharding_of_expert)
         if any(expert.overdue for expert in self.experts):
             self.slot.state[OVERDUE] = torch.tensor([float(expert.overdue) for expert in self.experts])
         else:
@@ -161,10 +182,17 @@ class ExpertWeights(Weight):
             expert.update(low, own, movements)
 
     def observe(self, lows: Sequence[LowRank | None], check: GradientCheck) -> tuple[Tensor, Tensor] | None:
-        """What `ProjectedWeight.observe` sees of every expert that has started, (started,) each."""
+        """What `ProjectedWeight.observe` sees of every expert that has started, (started,) each.
+
+        Where experts are on different processes, of each that is here: not a number of one that has not started.
+        """
         self._open()
         parts = zip(self.experts, lows, checks_by_expert(check), strict=True)
-        seen = [seen for expert, low, own in parts if (seen := expert.observe(low, own)) is not None]
+        found = [expert.observe(low, own) for expert, low, own in parts]
+        if self.geometry.scattered:
+            nothing = torch.full((), float("nan"), device=self.p.device)
+            found = [(nothing, nothing) if seen is None else seen for seen in found]
+        seen = [seen for seen in found if seen is not None]
         return (torch.stack([loss for loss, _ in seen]), torch.stack([error for _, error in seen])) if seen else None
 
     def _open(self) -> None:
@@ -178,3 +206,14 @@ class ExpertWeights(Weight):
 def checks_by_expert(check: GradientCheck) -> list[GradientCheck]:
     """The check of each expert's gradient: 0-dim tensors."""
     return [GradientCheck(*row) for row in zip(*(field.unbind() for field in check), strict=True)]
+
+
+def sum_over_processes(lows: list[LowRank | None], sharding: Sharding) -> None:
+    """Let each A be the sum over the parts of its expert's gradient: a few exchanges for all of them."""
+    moving = [(i, low) for i, low in enumerate(lows) if low is not None and low.A is not None]
+    many = max(1, STACK_LIMIT // moving[0][1].A.numel()) if moving else 1  # type: ignore[union-attr]
+    for start in range(0, len(moving), many):
+        bucket = moving[start : start + many]
+        A = sharding.sum(torch.stack([low.A for _, low in bucket]))  # type: ignore[misc]
+        for (i, low), own in zip(bucket, A.unbind(), strict=True):
+            lows[i] = low._replace(A=own)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...update_rules import GradientCheck
 from .algorithm import ONLY, Turn
-from .moments import Pace
+from .moments import Pace, add_times_
 from .movement import Movements
 from .rounding import PIECE, add_rounded_
 from .weight import Weight
@@ -38,8 +38,8 @@ class FullWeight(Weight):
                 add_rounded_(W, partial(_add_rows, D, -lr), rounding)
 
 
-def _add_rows(D: Tensor, alpha: float, X: Tensor, rows: slice) -> None:
-    X.add_(D[rows], alpha=alpha)
+def _add_rows(D: Tensor, rate: float | Tensor, X: Tensor, rows: slice) -> None:
+    add_times_(X, D[rows], rate)
 
 
 def flat_pieces(p: Tensor, G: Tensor, elementwise: bool) -> Iterator[slice | None]:

@@ -3,6 +3,7 @@
 They follow from its group and tensor, so they are never saved. Letters and shapes as in `subspace.operators`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor
 from ...subspace import LinearOperator, effective_rank, operator_of
 from .sharding import Sharding, sharding_of
 from .sides import FULL_SIZE
+from .stacks import lies_whole, local_experts, sharding_of_expert
 
 
 SEEDS_APART = 1_000_003  # between the seeds of two groups' parameters of one position
@@ -54,6 +56,11 @@ class Geometry:
     @property
     def stacked(self) -> bool:
         """Whether it holds the matrices of several experts."""
+        return False
+
+    @property
+    def scattered(self) -> bool:
+        """Whether these are on different processes, each of them whole."""
         return False
 
 
@@ -108,6 +115,11 @@ class ProjectedGeometry(Geometry):
         """Rows of each factor of P."""
         return self.size if self.two_sided else (self.op.projected_size(*self.size),)
 
+    @cached_property
+    def full_scale(self) -> float:
+        """sqrt(s/r), for each factor of P: by it up(D) has the root mean square of D."""
+        return math.prod(rows / self.rank for rows in self.factor_rows) ** 0.5
+
     @property
     def update_shape(self) -> tuple[int, ...]:
         """Shape of R."""
@@ -118,9 +130,27 @@ class ProjectedGeometry(Geometry):
         """Shape of P."""
         return (self.op.projected_size(*self.size), self.rank)
 
+    @property
+    def scattered(self) -> bool:  # noqa: D102
+        return self.stacked and lies_whole(self.sharding)
+
+    @cached_property
+    def experts(self) -> tuple[int, ...]:
+        """The places in the stack of the experts that are on this process."""
+        if self.scattered:
+            assert self.sharding is not None
+            return local_experts(self.sharding, self.matrices)
+        return tuple(range(self.matrices))
+
+    @cached_property
+    def sharding_of_expert(self) -> Sharding | None:
+        """How the matrix of each expert lies; `None` for one that is on this process alone."""
+        return sharding_of_expert(self.sharding)
+
     def expert(self, e: int) -> "ProjectedGeometry":
-        """Facts of one expert's matrix in a stack."""
-        return replace(self, name=f"{self.name}[{e}]", shape=self.size, seed=self.seed + e * EXPERTS_APART)
+        """Facts of one expert's matrix in a stack, wherever it is."""
+        name, seed = f"{self.name}[{e}]", self.seed + e * EXPERTS_APART
+        return replace(self, name=name, shape=self.size, seed=seed, sharding=self.sharding_of_expert)
 
 
 def names_of(group: Mapping[str, Any], position: int) -> list[str]:

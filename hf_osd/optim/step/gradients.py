@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...update_rules import GradientCheck
 from .sharding import Sharding
+from .stacks import lies_whole
 
 
 PIECE = 2**22  # entries worked on at a time: bounds float32 temporaries to 16 MiB
@@ -27,14 +28,19 @@ def check_gradients(
         stacked (`list[bool]`, *optional*):
             Which of them are a stack (E, m, n), of whose E matrices a zero one is skipped. The tensors of their checks
             have the shape (E,).
-        shardings (`list[Sharding]`, *optional*): How each is sharded. One all-reduce then makes all processes agree.
+        shardings (`list[Sharding]`, *optional*):
+            How each is sharded. One all-reduce over each mesh then makes all processes agree; experts that are whole
+            need none.
     """
     checks: dict[int, GradientCheck] = {}
     shardings = shardings or [None] * len(grads)
     alike: dict[tuple, list[int]] = defaultdict(list)
     for i, (G, sharding) in enumerate(zip(grads, shardings, strict=True)):
+        is_stack = bool(stacked and stacked[i])
         over = None if sharding is None or sharding.dim is None else (sharding.mesh, sharding.copies)
-        alike[G.device, torch.promote_types(G.dtype, torch.float32), bool(stacked and stacked[i]), over].append(i)
+        if is_stack and lies_whole(sharding):
+            over = None
+        alike[G.device, torch.promote_types(G.dtype, torch.float32), is_stack, over].append(i)
     for (device, dtype, are_stacks, over), members in alike.items():
         matrices: list[Tensor] = []
         for i in members:

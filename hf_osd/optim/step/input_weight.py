@@ -20,7 +20,7 @@ from .algorithm import ONLY, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
 from .gradients import check_of
 from .low_rank import LowRank
-from .movement import Movements
+from .movement import Movements, Moving
 from .observation import observation
 from .projection import Make, usable
 from .weight import Weight
@@ -132,12 +132,11 @@ class InputWeight(ProjectedWeight):
             # P_0 = orth(xᵀ x Ω)
             self.slot.state["projection"].copy_(torch.linalg.qr(A).Q)
             self.P.started = True
-            movements.finish()  # which counts
             for weight in self.sharing:
                 if weight.mark is not None:
                     Weight.resume(weight)  # steps that were skipped before
         elif A is not None:
-            movements.add(self.P, A, check)
+            movements.add(Moving(self.P, self.P.read(), A, check))
         if self.P.started:
             self._give(shared)
 

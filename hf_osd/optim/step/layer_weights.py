@@ -159,6 +159,7 @@ class LayerWeights(Weights):
         Returns:
             `list[InputWeight]`: Those that have been given their state.
         """
+        movements.finish()  # all weights have used P, and which were skipped is counted
         leaders = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is w and w.input]
         opened: list[InputWeight] = []
         seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]

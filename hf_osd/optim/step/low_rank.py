@@ -23,9 +23,9 @@ class Update(NamedTuple):
     Attributes:
         D (`torch.Tensor`): Low-rank direction.
         P (`torch.Tensor`): The projection.
-        add_rest (`Callable`, *optional*): Adds `alpha` times the rows of S to its first argument, `(X, rows, alpha)`.
+        add_rest (`Callable`, *optional*): Adds `rate` times the rows of S to its first argument, `(X, rows, rate)`.
     """
 
     D: Tensor
     P: Tensor
-    add_rest: Callable[[Tensor, slice, float], object] | None = None
+    add_rest: Callable[[Tensor, slice, float | Tensor], object] | None = None

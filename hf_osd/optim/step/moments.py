@@ -1,6 +1,7 @@
 """A rule and its moments in the state of one parameter: loaded, used and stored again at each step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -16,15 +17,23 @@ class Pace(NamedTuple):
 
     Attributes:
         check (`GradientCheck`): Of the gradient; the step goes nowhere where `check.skip`.
-        lr (`float`): Learning rate.
+        lr (`float` or `torch.Tensor`): Learning rate; on the device it is not read.
         weight_decay (`float`): Decoupled weight decay.
         piece (`slice`, *optional*): The flat piece of the parameter that is stepped; all of it by default.
     """
 
     check: GradientCheck
-    lr: float
+    lr: float | Tensor
     weight_decay: float
     piece: slice | None = None
+
+
+def add_times_(X: Tensor, D: Tensor, rate: float | Tensor) -> None:
+    """X <- X + rate D, where D may be overwritten: on the device, where the rate is there."""
+    if isinstance(rate, Tensor):
+        X.add_(D.mul_(rate))
+    else:
+        X.add_(D, alpha=rate)
 
 
 class Moments:
@@ -39,6 +48,12 @@ class Moments:
         prefix (`str`, *optional*): Of its entries in the state: empty for the weight, or `"projection_"`.
         sharding ([`Sharding`], *optional*): How its gradients are divided among processes.
         step (`str`, *optional*): Name of the entry that counts its steps, behind the prefix.
+
+    Attributes:
+        counter (`str`): That name with the prefix.
+        kept (`list[tuple[str, KeptMoment]]`): Its moments by name.
+        fused (`bool`): Whether the rule has `update_`.
+        stackable (`bool`): Whether the moments of several are decoded and encoded together.
     """
 
     def __init__(
@@ -54,10 +69,14 @@ class Moments:
     ):
         self.rule, self.storage, self.shape, self.sharding = rule, storage, shape, sharding
         self.slot = slot
-        self._step = prefix + step
+        self.counter = prefix + step
         self._moments = rule.moments(shape)
-        self._kept = [(moment.name, moment.kept(prefix, dtype)) for moment in self._moments]
-        self._fused = hasattr(rule, "update_")
+        self.kept = [(moment.name, moment.kept(prefix, dtype)) for moment in self._moments]
+        self.fused = hasattr(rule, "update_")
+        dims = (divided(moment, sharding, len(shape)) for moment in self._moments)
+        self.stackable = rule.stackable and all(
+            storage.stackable(kept, dim) for (_, kept), dim in zip(self.kept, dims, strict=True)
+        )
 
     def direction(self, G: Tensor, check: GradientCheck, piece: slice | None = None) -> Tensor:
         """D = rule(G), for the gradient `G` or for the flat piece of it that is `G`."""
@@ -65,10 +84,14 @@ class Moments:
         if sharding is not None and rule.elementwise and not G.numel():
             return G  # a process with no part of the parameter
         values, stored = self.load(piece)
-        if sharding is None or rule.elementwise:
-            D = rule.direction(G, RuleStep(values, self.slot.state[self._step], check))
+        now = RuleStep(values, self.slot.state[self.counter], check)
+        if self.fused:
+            D = torch.zeros_like(G, memory_format=torch.contiguous_format)
+            rule.update_(D, G, now)  # type: ignore[attr-defined]
+        elif sharding is None or rule.elementwise:
+            D = rule.direction(G, now)
         else:  # means over the whole parameter
-            whole = RuleStep(self._whole(values, sharding), self.slot.state[self._step], check)
+            whole = now._replace(moments=self._whole(values, sharding))
             D = sharding.unwrap(rule.direction(sharding.wrap(G, self.shape, sharding.dim), whole))
         if stored:
             self._store(values, stored, check.skip)
@@ -83,10 +106,10 @@ class Moments:
     def update_(self, W: Tensor, G: Tensor, pace: Pace) -> None:
         """W <- (1 - lr weight_decay) W - lr rule(G), or nothing where `pace.check.skip`."""
         check, lr, weight_decay, piece = pace
-        if self._fused and W.dtype == G.dtype and W.is_contiguous() and W.numel():
+        if self.fused and W.dtype == G.dtype and W.is_contiguous() and W.numel():
             values, stored = self.load(piece)
             self.rule.update_(  # type: ignore[attr-defined]
-                W, G, RuleStep(values, self.slot.state[self._step], check, lr, weight_decay)
+                W, G, RuleStep(values, self.slot.state[self.counter], check, lr, weight_decay)
             )
             if stored:
                 self._store(values, stored, check.skip)
@@ -94,7 +117,7 @@ class Moments:
         D = self.direction(G, check, piece)
         if weight_decay:
             W.mul_(1 - lr * weight_decay * check.keep)
-        W.add_(D, alpha=-lr)
+        add_times_(W, D, -lr)
 
     def carry(self, turn: Callable[..., Tensor], skip: Tensor) -> None:
         """Move the moments into another basis.
@@ -106,7 +129,7 @@ class Moments:
         """
         values, stored = self.load()
         new = {name: value.clone() for name, value in values.items()}
-        self.rule.carry(new, turn, self.slot.state[self._step])  # type: ignore[attr-defined]
+        self.rule.carry(new, turn, self.slot.state[self.counter])  # type: ignore[attr-defined]
         for name, value in values.items():  # the stored tensor itself, where nothing is decoded
             value.copy_(torch.where(skip, value, new[name]))
         self._store(values, stored, skip)
@@ -114,13 +137,13 @@ class Moments:
     def restart(self) -> None:
         """Be as before the first step."""
         state = self.slot.state
-        keys = [key for _, kept in self._kept for key in self.storage.spec(kept)]
-        torch._foreach_zero_([state[key] for key in (self._step, *keys) if key in state])
+        keys = [key for _, kept in self.kept for key in self.storage.spec(kept)]
+        torch._foreach_zero_([state[key] for key in (self.counter, *keys) if key in state])
 
     def load(self, piece: slice | None = None) -> tuple[dict[str, Tensor], list]:
         """The moments by name, in the precision of the computation, and what storing them takes."""
         values, stored = {}, []
-        for name, kept in self._kept:
+        for name, kept in self.kept:
             value = self.slot.state[kept.key]
             if piece is None and value.dtype == kept.dtype:  # the rule works on the stored tensor itself
                 values[name] = value
@@ -133,3 +156,50 @@ class Moments:
     def _store(self, values: dict[str, Tensor], stored: list, skip: Tensor) -> None:
         for name, own in stored:
             self.storage.store(own, values[name], skip)
+
+
+def launches(X: Tensor) -> bool:
+    """Whether what is done to X costs launches of kernels. On a CPU a stack only leaves the caches."""
+    return not X.is_cpu
+
+
+def joint_steps(members: Sequence[Moments], G: Tensor, paces: Sequence[Pace]) -> Tensor:
+    """-lr rule(G) of each of several parameters, 0 where it is skipped; their steps are counted.
+
+    Args:
+        members (`list[Moments]`): k of one rule, storage and shape.
+        G (`torch.Tensor`): Their gradients, a stack (k, ...).
+        paces (`list[Pace]`): Of each: with one learning rate, without weight decay, and not in pieces.
+    """
+    first, counters, checks = members[0], [], []
+    for moments, pace in zip(members, paces, strict=True):
+        counters.append(moments.slot.state[moments.counter])
+        checks.append(pace.check)
+    torch._foreach_add_(counters, list(map(attrgetter("keep"), checks)))
+    if first.stackable and len(members) > 1 and launches(G):
+        apart = (-1, *[1] * (G.ndim - 1))
+        skip, keep = (torch.stack([getattr(c, name) for c in checks]).view(apart) for name in ("skip", "keep"))
+        unknown = skip.new_empty(0)
+        check = GradientCheck(inv_norm2=unknown, skip=skip, found_inf=unknown, keep=keep, broken=unknown)
+        return _stacked_steps(members, G, RuleStep({}, torch.stack(counters), check, paces[0].lr))
+    steps = torch.zeros_like(G, memory_format=torch.contiguous_format)
+    for moments, step, own, pace in zip(members, steps, G, paces, strict=True):
+        moments.update_(step, own, pace)
+    return steps
+
+
+def _stacked_steps(members: Sequence[Moments], G: Tensor, now: RuleStep) -> Tensor:
+    """As `joint_steps`, of moments that are decoded for it: all of them at once."""
+    first, states = members[0], [moments.slot.state for moments in members]
+    stored = []
+    for name, kept in first.kept:
+        now.moments[name], own = first.storage.load_stack(states, kept)
+        stored.append((name, own))
+    if first.fused:
+        steps = torch.zeros_like(G, memory_format=torch.contiguous_format)
+        first.rule.update_(steps, G, now)  # type: ignore[attr-defined]
+    else:
+        steps = first.rule.direction(G, now).mul_(-now.lr)
+    for name, own in stored:
+        first.storage.store_stack(own, now.moments[name], now.check.skip)
+    return steps

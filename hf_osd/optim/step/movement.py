@@ -1,126 +1,198 @@
-"""How P moves after a step has used it: by itself, or together with others of its shape.
+"""What is done for all weights of one shape together: P is moved, and 8-bit moments are stepped where launches count.
 
 What a rule computes for one P is r wide, too little to fill a processor; for the many weights of one shape that a
 transformer has, it is one batched product. A step of P's optimizer is taken as it is, up to a length that leaves P
 about orthonormal, and shortened to that beyond. Letters and shapes as in `subspace.operators`.
 """
 
+import math
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple, NoReturn
+from operator import attrgetter
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from ...subspace import Movement
-from ...subspace.precision import reduced_precision
+from ...subspace.precision import narrowed, reduced_precision
 from ...update_rules import GradientCheck
-from .projection import LONGEST_STEP, LiveProjection, usable
+from .low_rank import LowRank
+from .moments import Moments, Pace, joint_steps
+from .projection import LiveProjection, usable
+from .streams import SideStreams
 
 
-# Entries of a stack of P, 4 MiB in float32: as much again of A and of copies of both is held while it fills.
+# Entries of a stack of P or R, 4 MiB in float32: as much again of A and of copies of both is held while it fills, and
+# of moments that are decoded for it.
 STACK_LIMIT = 1 << 20
 # Multiplications of a product r wide: up to there torch has another kernel for one product than for a batch of them.
 ALONE_UP_TO = 16**3
+# Norm of the longest step of P. Entries of one size, as of Lion's steps and Adam's first, have the signs of a rank-one
+# matrix where one direction leads: without a limit their norm would grow with sqrt(s r), and P D with it.
+LONGEST_STEP = 0.5
 
 
 class Moving(NamedTuple):
     """A P that is to move."""
 
     projection: LiveProjection
+    P: Tensor  # as `projection.read` gave it
     A: Tensor  # (s, r), as `Movement` has it
+    check: GradientCheck
+
+
+class Movable(Protocol):
+    """A projected weight, as far as it is asked here."""
+
+    group: Mapping[str, Any]
+    moments: Moments
+
+    def move(self, D: Tensor, low: LowRank, check: GradientCheck) -> Moving | None:
+        """W moves by D; then P may have to."""
+
+
+class Stepping(NamedTuple):
+    """A weight that is to move."""
+
+    weight: Movable
+    low: LowRank
     check: GradientCheck
 
 
 class Movements:
     """All that a step's weights have left to be done together: `finish` does the last of it.
 
+    Args:
+        aside ([`SideStreams`], *optional*): Where P moves, if not in its turn.
+
     Attributes:
         counters (`list[tuple]`): Counters that nothing else in this step reads, and what is to be added to each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aside: SideStreams | None = None) -> None:
+        self._aside = aside
+        self._steps: dict[tuple, list[Stepping]] = {}
         self._waiting: dict[tuple, list[Moving]] = {}
         self.counters: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, projection: LiveProjection, A: Tensor, check: GradientCheck) -> None:
-        """Move P now, or when as many of its shape have come as may wait."""
+    def step(self, stepping: Stepping) -> None:
+        """Have a weight moved, now or when as many of its shape have come as may wait."""
+        weight, low, _ = stepping
+        R, divided = low.R, getattr(weight.moments.sharding, "dim", None)  # by it blocks of 8-bit moments differ
+        key = (id(weight.group), R.shape, R.dtype, R.device, divided)
+        waiting = self._steps.setdefault(key, [])
+        waiting.append(stepping)
+        if (len(waiting) + 1) * max(R.numel(), 0 if low.A is None else low.A.numel()) > STACK_LIMIT:
+            self._step_all(self._steps.pop(key))
+
+    def _step_all(self, waiting: list[Stepping]) -> None:
+        """One step of each weight of one group, whose R are of one shape."""
+        members = [stepping.weight.moments for stepping in waiting]
+        paces = [Pace(stepping.check, lr=-1.0, weight_decay=0.0) for stepping in waiting]
+        # D = weight_rule(R)
+        directions = joint_steps(members, torch.stack([stepping.low.R for stepping in waiting]), paces)
+        for (weight, low, check), D in zip(waiting, directions, strict=True):
+            self.add(weight.move(D, low, check))
+
+    def add(self, moving: Moving | None) -> None:
+        """Move P, if it is to, now or when as many of its shape have come as may wait."""
+        if moving is None:
+            return
+        projection, A = moving.projection, moving.A
         geometry, group = projection.geometry, projection.group
         alone = geometry.side == "two_sided" or group["carry_moments"] or not projection.rule.stackable
         if alone or A.numel() * geometry.rank <= ALONE_UP_TO:
-            _move(projection, A, check)
+            if self._aside is None:
+                _move(moving)
+            else:
+                self._move([moving])
             return
         key = (id(group), A.shape, A.dtype, A.device)
         waiting = self._waiting.setdefault(key, [])
-        waiting.append(Moving(projection, A, check))
+        waiting.append(moving)
         if (len(waiting) + 1) * A.numel() > STACK_LIMIT:
-            _move_all(self._waiting.pop(key))
+            self._move(self._waiting.pop(key))
+
+    def _move(self, waiting: list[Moving]) -> None:
+        if self._aside is None:
+            _move_all(waiting)
+        else:
+            self._aside.run(_move_all, waiting, waiting[0].A.device)
 
     def finish(self) -> None:
-        """Move those that still wait, and count."""
+        """Move what still waits, and count."""
+        while self._steps:
+            self._step_all(self._steps.popitem()[1])
         for waiting in self._waiting.values():
-            _move_all(waiting)
+            _move_all(waiting)  # beside what still moves aside, where the current stream has nothing else to do
         self._waiting.clear()
+        if self._aside is not None:
+            self._aside.join()
         if self.counters:
             torch._foreach_add_(*map(list, zip(*self.counters, strict=True)))  # one launch for many
             self.counters.clear()
 
 
-def _move(projection: LiveProjection, A: Tensor, check: GradientCheck) -> None:
+def _move(moving: Moving) -> None:
     """One movement of one P."""
-    P, carries = projection.read(), projection.group["carry_moments"]
-    old = P.clone() if carries or projection.rule.learns else None
-
-    def descend(gP: Tensor) -> None:
-        if projection.moments is None:
-            _refuse_without_optimizer(projection)
-        projection.slot.state["projection_step"].add_(check.keep)
-        if projection.descend(P, gP, check) and old is not None:
-            shorten_([P], old.unsqueeze(0))
-
-    move = Movement(A, check.inv_norm2, partial(usable, check), projection.geometry.op, descend)
+    projection, P, A, check = moving
+    old = P.clone() if projection.group["carry_moments"] else None
+    move = Movement(A, check.inv_norm2, partial(usable, check), projection.geometry.op, partial(_descend, [moving]))
     projection.rule.advance_(P, move)
     projection.write(P)
-    if carries and old is not None:
+    if old is not None:
         projection.carry(P, old, check.skip)
 
 
 def _move_all(waiting: list[Moving]) -> None:
     """One movement of each P of one shape and group, told to the rule as one stack."""
     if len(waiting) == 1:
-        _move(*waiting[0])
+        _move(waiting[0])
         return
-    first, Ps = waiting[0].projection, [moving.projection.read() for moving in waiting]
-    A = torch.stack([moving.A for moving in waiting])
+    first, A = waiting[0], torch.stack([moving.A for moving in waiting])
     waiting[:] = [moving._replace(A=own) for moving, own in zip(waiting, A, strict=True)]  # frees the others
     inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in waiting])[:, None, None]
-
-    def descend(gP: Tensor) -> None:
-        if first.moments is None:
-            _refuse_without_optimizer(first)
-        counters = [moving.projection.slot.state["projection_step"] for moving in waiting]
-        torch._foreach_add_(counters, [moving.check.keep for moving in waiting])
-        far = False
-        for moving, P, own in zip(waiting, Ps, gP.unbind(), strict=True):
-            far = moving.projection.descend(P, own, moving.check)
-        if far:  # of one group and shape
-            shorten_(Ps, before)
-
-    before = torch.stack(Ps)
-    unusable = partial(usable, waiting[0].check)  # a stackable rule does not ask
-    first.rule.advance_(before, Movement(A, inv_norm2, unusable, first.geometry.op, descend))
-    for moving, P in zip(waiting, Ps, strict=True):
-        moving.projection.write(P)
+    unusable = partial(usable, first.check)  # a stackable rule does not ask
+    rule, op = first.projection.rule, first.projection.geometry.op
+    rule.advance_(
+        torch.stack([moving.P for moving in waiting]),
+        Movement(A, inv_norm2, unusable, op, partial(_descend, waiting)),
+    )
+    for moving in waiting:
+        moving.projection.write(moving.P)
 
 
-def shorten_(Ps: list[Tensor], before: Tensor) -> None:
-    """P <- before + min(1, LONGEST_STEP / ||step||) step, where P is before + step: of each of a stack (k, s, r)."""
-    step = torch.stack(Ps).sub_(before)
-    with reduced_precision(step):
-        M = step.mT @ step
+def _descend(waiting: list[Moving], gP: Tensor) -> None:
+    """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP), of one, or of each of a stack (k, s, r).
+
+    A step longer than `LONGEST_STEP` is shortened to that.
+    """
+    projections, Ps, _, checks = zip(*waiting, strict=True)
+    first, group = projections[0], projections[0].group  # of all
+    if first.moments is None:
+        _refuse_without_optimizer(first)
+    rate, weight_decay = group["alpha"] * group["lr"], group[first.decay]
+    moments, paces = map(attrgetter("moments"), projections), map(partial(Pace, lr=rate, weight_decay=0.0), checks)
+    step = joint_steps(list(moments), gP.reshape(len(Ps), *Ps[0].shape), list(paces))
+    if weight_decay:
+        keep = torch.stack([check.keep for check in checks])[:, None, None]
+        step.addcmul_(torch.stack(Ps), keep * (-rate * weight_decay))
+    if (
+        isinstance(rate, Tensor) or rate * math.sqrt(Ps[0].numel()) > LONGEST_STEP
+    ):  # else no step is longer, by most rules
+        shorten_(step)
+    torch._foreach_add_(Ps, step.unbind())
+
+
+def shorten_(step: Tensor) -> None:
+    """Step <- min(1, LONGEST_STEP / ||step||) step, of each of a stack (k, s, r)."""
+    (S,) = narrowed(step)
+    with reduced_precision(S):
+        M = S.mT @ S
         # ||step||_2 <= ||M²||_F^(1/4), not much less: equal where the rank is one, as of the steps that are too long
-        norm = torch.linalg.matrix_norm(M @ M).sqrt_().sqrt_()
-    excess = (1 - LONGEST_STEP / norm).clamp_(min=0)  # exactly 0 of most steps, which stay what they are
-    torch._foreach_sub_(Ps, step.mul_(excess[:, None, None]).unbind())
+        norm = torch.linalg.matrix_norm((M @ M).to(step.dtype)).sqrt_().sqrt_()
+    step.mul_((LONGEST_STEP / norm).clamp_(max=1)[:, None, None])  # by exactly 1 most steps
 
 
 def _refuse_without_optimizer(projection: LiveProjection) -> NoReturn:

@@ -3,7 +3,6 @@
 Letters and shapes as in `subspace.operators`.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,14 +15,11 @@ from ..options.rules import Rules
 from ..options.table import decay_of_projection
 from .geometry import ProjectedGeometry
 from .gradients import EPS
-from .moments import Moments, Pace
+from .moments import Moments
 from .slot import Slot
 
 
 FACTORS_APART = 7_368_787  # between the seeds of a weight's two factors: far from other weights'
-# Norm of the longest step of P. Entries of one size, as of Lion's steps and Adam's first, have the signs of a rank-one
-# matrix where one direction leads: without a limit their norm would grow with sqrt(s r), and P D with it.
-LONGEST_STEP = 0.5
 
 
 class Make(NamedTuple):
@@ -51,6 +47,7 @@ class LiveProjection:
     Attributes:
         started (`bool`): Whether P has been initialised.
         rule ([`SubspaceRule`]): How P moves.
+        decay (`str`): Name of the group's option that is P's weight decay.
         expanded (`torch.Tensor`, *optional*): P beside the state, where the rule keeps it there.
     """
 
@@ -64,7 +61,7 @@ class LiveProjection:
         """Go by these rules from now on."""
         geometry = self.geometry
         self.rule = rules.subspace
-        self._decay = decay_of_projection(self.group)
+        self.decay = decay_of_projection(self.group)
         self.key = rules.subspace.code or "projection"
         self.moments: Moments | None = None
         if rules.projection is not None:
@@ -126,17 +123,6 @@ class LiveProjection:
         stored.copy_(new if geometry.sharding is None else geometry.sharding.agree(new))
         self.forget()
         return init
-
-    def descend(self, P: Tensor, gP: Tensor, check: GradientCheck) -> bool:
-        """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP).
-
-        Returns:
-            `bool`: Whether the step may be longer than `LONGEST_STEP`, as far as the host knows.
-        """
-        assert self.moments is not None
-        rate = self.group["alpha"] * self.group["lr"]
-        self.moments.update_(P, gP, Pace(check, rate, self.group[self._decay]))
-        return rate * math.sqrt(P.numel()) > LONGEST_STEP
 
     def renew(self, G: Tensor, how: Make, check: GradientCheck) -> None:
         """A new P from G, in which the weights' moments go on as the group says."""

@@ -26,6 +26,7 @@ from ...update_rules import GradientCheck
 from .geometry import ProjectedGeometry
 from .gradients import EPS
 from .low_rank import LowRank, Update
+from .moments import add_times_
 from .rounding import PIECE
 from .slot import Slot
 
@@ -90,9 +91,9 @@ class Scaled(Residual):
             norm2 = self._sum(norm2)
         phi = (phi * self._limit(norm2, check)).masked_fill(check.skip, 0.0)
 
-        def add_rest(X: Tensor, rows: slice, alpha: float) -> None:
+        def add_rest(X: Tensor, rows: slice, rate: float | Tensor) -> None:
             part = G[rows] * self._rows_of(phi, rows)
-            X.add_(part.masked_fill_(check.skip, 0.0), alpha=alpha)  # 0 times NaN is no 0
+            add_times_(X, part.masked_fill_(check.skip, 0.0), rate)  # 0 times NaN is no 0
 
         return Update(D - torch.where(check.skip, 0.0, phi * R), P, add_rest)
 
@@ -124,10 +125,10 @@ class Sign(Residual):
         assert G is not None
         some = (self._outside(low, P) > 0) & ~check.skip
 
-        def add_rest(X: Tensor, rows: slice, alpha: float) -> None:
+        def add_rest(X: Tensor, rows: slice, rate: float | Tensor) -> None:
             S = G[rows].to(R.dtype, copy=True)
             op.add_up_(S, *op.factors(R, P, rows), alpha=-1.0)
-            X.add_(S.sign_().masked_fill_(~self._rows_of(some, rows), 0.0), alpha=alpha * scale)
+            add_times_(X, S.sign_().masked_fill_(~self._rows_of(some, rows), 0.0), rate * scale)
 
         return Update(D, P, add_rest)
 

@@ -11,7 +11,7 @@ The side is chosen so that nothing else is exchanged. Of rows W_i on process i,
 P and its moments are the same on all processes; those of R are divided like the weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -46,13 +46,13 @@ class Sharding:
 
     def wrap(self, X: Tensor, shape: Sequence[int], dim: int | None) -> Tensor:
         """A DTensor of `shape` around this process's part of it."""
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor import DTensor, Replicate
 
         placements = self.placements
         if dim is None:
             placements = (Replicate(),) * len(placements)
         elif dim != self.dim:
-            placements = tuple(Replicate() if other.is_replicate() else Shard(dim) for other in placements)
+            placements = tuple(moved(other, dim) for other in placements)
         stride = torch.empty(tuple(shape), device="meta").stride()
         return DTensor.from_local(X, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
@@ -84,6 +84,16 @@ class Sharding:
         return X
 
 
+def moved(placement: Any, dim: int) -> Any:
+    """The same placement of what is divided in another dimension."""
+    from torch.distributed.tensor import Shard
+
+    if placement.is_replicate():
+        return placement
+    parts = getattr(placement, "split_factor", None)  # of `_StridedShard`, as fused layers have it
+    return Shard(dim) if parts is None else type(placement)(dim, split_factor=parts)
+
+
 def sharding_of(p: Tensor, name: str) -> Sharding | None:
     """How a parameter is divided; `None` for a plain tensor.
 
@@ -107,6 +117,12 @@ def sharding_of(p: Tensor, name: str) -> Sharding | None:
         copies *= size if placement.is_replicate() else 1
     local_size = 0 if dim is None else local(p).shape[dim]
     return Sharding(dtensor.device_mesh, placements, dim, local_size, copies)
+
+
+def meshes_of(params: Iterable[Tensor]) -> set[Any]:
+    """The meshes of sharded parameters, and `None` for plain ones."""
+    dtensors: Iterable[Any] = params
+    return {p.device_mesh if is_sharded(p) else None for p in dtensors}
 
 
 def divided(moment: Moment, sharding: Sharding | None, ndim: int) -> int | None:
@@ -137,9 +153,10 @@ def refuse_flat(p: Tensor, name: str) -> None:
 
 
 FLAT = (
-    "It hands the optimizer flat pieces of many parameters, which have no rows and columns to project. Use FSDP2 "
-    "(`torch.distributed.fsdp.fully_shard`; `fsdp_version: 2` in accelerate's config; `version: 2` in Trainer's "
-    "`fsdp_config`) or DDP."
+    "It hands the optimizer flat pieces of many parameters, which have no rows and columns to project. Use FSDP2: "
+    "`fsdp_version: 2` in accelerate's config, `version: 2` in Trainer's `fsdp_config`, or a model from "
+    "`from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))`; in a loop of your own `fully_shard`. "
+    "Or use DDP."
 )
 NOT_SHARDED = (
     "source='activations' is not for FSDP2 and tensor parallelism as yet: use DDP, or an `osd_` name with "

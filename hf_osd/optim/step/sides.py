@@ -8,6 +8,7 @@ from torch import Tensor
 from ...layers.layer import LayerInfo
 from ...subspace import choose_side
 from .sharding import FLAT, sharding_of
+from .stacks import lies_whole, sharding_of_expert
 
 
 FULL_SIZE = "full size"  # in place of the side
@@ -64,13 +65,10 @@ def _side(name: str, p: Tensor, asked: str, before: str | None) -> str:
     if not is_matrix(p):
         raise ValueError(f"{name} was a matrix and has the shape {tuple(p.shape)} now. {FLAT}")
     sharding = sharding_of(p, name)
+    if p.ndim == 3:
+        sharding = None if lies_whole(sharding) else sharding_of_expert(sharding)
     if sharding is None:
         return before or choose_side(p.shape[-2], p.shape[-1], asked)
-    if p.ndim == 3:
-        raise ValueError(
-            f"{name} is a sharded stack of experts' matrices, not supported as yet: leave it out (`exclude_modules`), "
-            "or use DDP."
-        )
     side = choose_side(p.shape[-2], p.shape[-1], asked, sharding.dim)
     if side == "two_sided":
         raise ValueError(f"{name} is sharded, which side='two_sided' does not support: leave `side` out, or use DDP.")

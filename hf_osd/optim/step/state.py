@@ -11,7 +11,7 @@ from torch import Tensor
 from ...update_rules import MIN_8BIT_SIZE, MIN_BLOCK_SIZE, BlockWise8bit, TensorSpec
 from ..options.rules import Rules
 from .geometry import Geometry, ProjectedGeometry
-from .sharding import divided
+from .sharding import Sharding, divided
 
 
 def state_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
@@ -19,12 +19,23 @@ def state_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
 
     Of a stack the entries of one matrix with a leading dimension E, and `idle_steps`.
     """
-    spec = _matrix_spec(geometry, rules)
     if not geometry.stacked:
-        return spec
+        return _matrix_spec(geometry, rules)
     assert isinstance(geometry, ProjectedGeometry)
-    spec["idle_steps"] = TensorSpec((), torch.float32)
-    return {name: TensorSpec((geometry.matrices, *entry.shape), entry.dtype) for name, entry in spec.items()}
+    spec = _matrix_spec(geometry.expert(0), rules) | {"idle_steps": TensorSpec((), torch.float32)}
+    stack: dict[str, TensorSpec] = {}
+    for name, entry in spec.items():
+        dim = 0 if geometry.scattered else None if entry.divided is None else entry.divided + 1
+        stack[name] = TensorSpec((geometry.matrices, *entry.shape), entry.dtype, dim)
+    return stack
+
+
+def divided_specs(geometry: Geometry, rules: Rules) -> list[dict[str, TensorSpec]]:
+    """What the state of a whole parameter may be instead: that of the same one divided among processes, gathered."""
+    if geometry.sharding is not None or geometry.stacked:
+        return []
+    ways = [Sharding(None, (), dim, 0, 1) for dim in range(len(geometry.shape))]
+    return [state_spec(replace(geometry, sharding=way), rules) for way in ways]
 
 
 def held_elsewhere(geometry: Geometry, rules: Rules) -> Set[str]:
@@ -73,6 +84,7 @@ def _warn_dense(geometry: Geometry, rules: Rules, spec: Mapping[str, TensorSpec]
     """Say once where sharding costs a projected weight its 8-bit moments."""
     if not isinstance(geometry, ProjectedGeometry) or not isinstance(rules.weight_storage, BlockWise8bit):
         return
+    geometry = geometry.expert(0) if geometry.stacked else geometry
     moments = [m for m in rules.weight.moments(geometry.update_shape) if divided(m, geometry.sharding, 2) is not None]
     if any(spec[m.name].dtype != torch.uint8 and math.prod(m.shape) >= MIN_8BIT_SIZE for m in moments):
         warnings.warn(

@@ -26,7 +26,10 @@ class Weight:
         slot ([`Slot`]): Holds its state.
         slots (`list[Slot]`): All that hold any of it.
         count (`int`): Steps so far, skipped ones included; what the host knows without asking the device.
+        capturable (`bool`): Whether a CUDA graph may hold its steps, of which the host then counts none.
     """
+
+    capturable = False
 
     def __init__(self, p: Tensor, geometry: Geometry, group: Mapping[str, Any]):
         self.p, self.geometry, self.group, self.dtype = p, geometry, group, p.dtype
@@ -48,6 +51,11 @@ class Weight:
             sharding=geometry.sharding,
             step="moment_step" if rules.restarts and isinstance(geometry, ProjectedGeometry) else "step",
         )
+
+    @property
+    def settled(self) -> bool:
+        """Whether all is there that first steps make: P moves at the second."""
+        return self.count > 1
 
     def release(self) -> None:
         """Let go of the state at the end of a step."""

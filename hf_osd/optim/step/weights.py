@@ -39,6 +39,7 @@ class Weights:
         groups (`list[dict]`): Parameter groups that have been settled.
         state (`dict`): State by parameter, of the optimizer.
         given (`dict[str, torch.Tensor]`): P_0 by parameter name, where the user gave one; emptied as it is used.
+        capturable (`bool`, *optional*, defaults to `False`): Whether a CUDA graph may hold their steps.
 
     Attributes:
         device_types (`set[str]`): Of the parameters, as they were when last met, where there is autocast.
@@ -56,10 +57,11 @@ class Weights:
         groups: list[Group],
         state: MutableMapping[Tensor, dict],
         given: dict[str, Tensor],
+        capturable: bool = False,
     ):
-        self.groups, self.state, self.given = groups, state, given
+        self.groups, self.state, self.given, self.capturable = groups, state, given, capturable
         self.observing = False
-        self.observations: dict[AnyWeight, tuple[Tensor, Tensor]] = {}
+        self.observations: dict[AnyWeight, tuple[Tensor, ...]] = {}
         self._weights: dict[Tensor, AnyWeight] = {}
         self._met = WeakTensorKeyDictionary()  # parameter -> its geometry and group, when last met
         self.meet()
@@ -94,6 +96,12 @@ class Weights:
                 weight.resume()
         return weight
 
+    def settled(self, p: Tensor) -> bool:
+        """Whether a step of `p` makes and reads nothing that the last one has not. Asks the host alone."""
+        weight, mark = self._weights.get(p), self.state.get(p, {}).get("step")
+        same = weight is not None and weight.dtype is p.dtype and weight.mark is not None and weight.mark() is mark
+        return same and weight.settled  # type: ignore[union-attr]
+
     def ready(self, p: Tensor) -> AnyWeight:
         """The weight of a parameter, with a state to step with."""
         weight = self.of(p)
@@ -117,6 +125,8 @@ class Weights:
         if given is None:  # it was used, and the state that it went into is gone
             logger.warning("%s starts P anew: the P given as `init` was used.", weight.geometry.name)
         else:
+            if isinstance(weight, ExpertWeights):
+                given = given[list(weight.geometry.experts)]
             weight.slot.state["projection"].copy_(given)
             weight.resume()
 
@@ -144,8 +154,8 @@ class Weights:
         if any(group["lr"] for group in self.groups) or any(p.grad is None for p in trainable):
             return False
         with own_precision(self.device_types):
-            checks = [check for *_, check in self.with_gradients()]
-        if any(bool((usable(check) | (check.broken > 0)).any()) for check in checks):
+            useful = [_is_useful(check, weight.geometry) for _, weight, _, check in self.with_gradients()]
+        if any(useful):
             return False
         for p in trainable:
             self.ready(p).release()
@@ -182,6 +192,7 @@ class Weights:
                 as_before = weight is not None and weight.group is group and weight.dtype is p.dtype
                 if weight is None or not as_before or weight.geometry.holder != geometry.holder:
                     weight = self._make(p, geometry, group)
+                    weight.capturable = self.capturable
                     _convert(self.state.get(p, {}), weight)
                 self._weights[p], self._met[p] = weight, (weight.geometry, group)
                 position += 1
@@ -192,6 +203,8 @@ class Weights:
         """Let weights use the P of others: none here."""
 
     def _make(self, p: Tensor, geometry: Geometry, group: Group) -> AnyWeight:
+        if geometry.sharding is not None and self.capturable:
+            raise ValueError(f"{geometry.name} is sharded (FSDP2), which `capturable` is not for: leave it out.")
         if not isinstance(geometry, ProjectedGeometry):
             return FullWeight(local(p), geometry, group)
         if p.dtype == torch.float16:
@@ -255,9 +268,17 @@ class Weights:
         if seen is not None:
             self.observations[weight] = seen
 
-    def observed(self) -> dict[AnyWeight, tuple[Tensor, Tensor]]:
+    def observed(self) -> dict[AnyWeight, tuple[Tensor, ...]]:
         """`observations` in the order of the groups, whatever order the steps had: their mean is one in every mode."""
         return {weight: self.observations[weight] for weight in self if weight in self.observations}
+
+
+def _is_useful(check: GradientCheck, geometry: Geometry) -> bool:
+    """Whether a gradient is anything but zero, for an expert of any process."""
+    some = (usable(check) | (check.broken > 0)).any()
+    if geometry.scattered and geometry.sharding is not None:
+        some = geometry.sharding.sum(some.float())
+    return bool(some)
 
 
 def _name_again(group: Group, met: Mapping[Tensor, tuple[Geometry, Group]]) -> None:
@@ -288,5 +309,5 @@ def _convert(state: dict[str, Tensor], weight: AnyWeight) -> None:
     """Bring a state into the precision of a parameter that was converted."""
     spec = state_spec(weight.geometry, rules_of(weight.group)) if state else {}
     for name in spec.keys() & state.keys():
-        if state[name].is_floating_point():
+        if state[name].is_floating_point() and spec[name].dtype.is_floating_point:  # dense in place of 8 bits may be
             state[name] = state[name].to(spec[name].dtype)

@@ -1,0 +1,41 @@
+"""The picture of a long comparison: what each method reached, and how, by tokens and by time."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from comparison_plot import COLORS, dots
+
+
+def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Final perplexities, and the validation losses of the first seed against tokens and minutes of one core.
+
+    Args:
+        rows (`list[dict]`): Of the results, in the order of the experiment.
+        title (`str`): Of the picture.
+        path (`Path`): Written to.
+    """
+    figure = Figure(figsize=(16, max(4.8, 0.33 * len(rows) + 1.8)), dpi=130, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    final, by_tokens, by_time = figure.subplots(1, 3)
+    colors = dict(zip((row["method"] for row in rows), COLORS, strict=False))
+    dots(final, rows, colors)
+    for row in rows:
+        steps, losses = zip(*row["curves"][0], strict=True)
+        millions = row["tokens_seen"] / row["steps"] / 1e6
+        style = {"color": colors.get(row["method"], "0.55"), "linewidth": 1.2}
+        by_tokens.plot([step * millions for step in steps], losses, **style)
+        by_time.plot([step * row["seconds_per_step"] / 60 for step in steps], losses, **style)
+    ends = [loss for row in rows for _, loss in row["curves"][0][len(row["curves"][0]) // 5 :] if math.isfinite(loss)]
+    if ends:  # the first evaluations would hide the rest
+        for axes in (by_tokens, by_time):
+            axes.set_ylim(min(ends) - 0.05, max(ends) + 0.05)
+    by_tokens.set_xlabel("million tokens")
+    by_time.set_xlabel("minutes of one core, without evaluation")
+    by_tokens.set_ylabel("validation loss (nats per token)")
+    for axes in (final, by_tokens, by_time):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)

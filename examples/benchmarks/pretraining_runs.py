@@ -1,0 +1,117 @@
+"""Runs of examples/pretrain_llama.py, each in a process of its own and a folder that keeps what it gave."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_osd import last_complete_checkpoint
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # of pretrain_llama
+PROCESSES = multiprocessing.get_context("forkserver")  # imports PRELOADED once, then forks for each run
+PRELOADED = ["hf_osd", "datasets"]  # what is installed: before Python 3.13 the server lacks our sys.path
+# What these libraries keep in their state is a class of theirs, which torch.load refuses unless it is told.
+KEPT_CLASSES = (
+    ("galore_torch.galore_projector", "GaLoreProjector"),
+    ("apollo_torch.svd_projector", "GaLoreProjector"),
+    ("apollo_torch.random_projector", "GradientProjector"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of the pretraining script."""
+
+    method: str
+    options: tuple[tuple[str, float], ...]
+    seed: int
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return "-".join([self.method, *(f"{name}{value:g}" for name, value in self.options), f"seed{self.seed}"])
+
+    @property
+    def command(self) -> list[str]:
+        """All arguments of the script but its output folder."""
+        options = {name: f"{value:g}" for name, value in self.options}
+        filled = [argument.format_map(options) for argument in self.arguments]
+        return [*filled, "--learning_rate", options["learning_rate"], "--seed", str(self.seed)]
+
+
+def execute(
+    run: Run, work_dir: Path, save_steps: int | None = None, made: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The run's results.json, from disk where the same run has finished before.
+
+    Args:
+        run (`Run`): What to run.
+        work_dir (`Path`): Its folder is in there.
+        save_steps (`int`, *optional*):
+            Steps between checkpoints, from the last of which an interrupted run goes on; defaults to none.
+        made (`dict`, *optional*): Kept in the folder, in a list of the times that the run was started.
+    """
+    folder = work_dir / run.name
+    if not _is_of(run, folder):
+        shutil.rmtree(folder, ignore_errors=True)  # of another command
+        folder.mkdir(parents=True)
+        (folder / "command.json").write_text(json.dumps(run.command))
+    if finished(run, work_dir) is None:
+        checkpoint = last_complete_checkpoint(folder)
+        resumed = ["--resume_from_checkpoint", checkpoint] if checkpoint else []
+        saving = (
+            ["--save_steps", str(save_steps), "--save_total_limit", "1"] if save_steps else ["--save_strategy", "no"]
+        )
+        with open(folder / "made.jsonl", "a") as file:
+            file.write(json.dumps({"from": Path(checkpoint).name if checkpoint else None, **(made or {})}) + "\n")
+        command = [*run.command, "--output_dir", str(folder), *saving, *resumed]
+        process = PROCESSES.Process(target=_train, args=(command, folder / "log.txt"))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{run.name} failed; see {folder / 'log.txt'}")
+        for left in folder.glob("checkpoint-*"):
+            shutil.rmtree(left)
+    found = finished(run, work_dir)
+    print(f"{run.name}: perplexity {found['perplexity']:.2f}", flush=True)
+    return found
+
+
+def finished(run: Run, work_dir: Path) -> dict[str, Any] | None:
+    """The results.json of a run that has finished, or `None`."""
+    results = work_dir / run.name / "results.json"
+    return json.loads(results.read_text()) if _is_of(run, results.parent) and results.is_file() else None
+
+
+def started(work_dir: Path, method: str) -> list[dict[str, Any]]:
+    """What was noted of every start of a run of a method."""
+    notes = work_dir.glob(f"{method}-*/made.jsonl")
+    return [json.loads(line) for note in notes for line in note.read_text().splitlines()]
+
+
+def _is_of(run: Run, folder: Path) -> bool:
+    command = folder / "command.json"
+    return command.is_file() and json.loads(command.read_text()) == run.command
+
+
+def _train(command: list[str], log: Path) -> None:
+    """One call of the script, in a process of its own."""
+    import pretrain_llama
+
+    for module, name in KEPT_CLASSES:
+        if find_spec(module.partition(".")[0]):
+            torch.serialization.add_safe_globals([getattr(importlib.import_module(module), name)])
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    pretrain_llama.main(command)

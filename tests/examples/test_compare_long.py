@@ -1,0 +1,160 @@
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BENCHMARKS = EXAMPLES / "benchmarks"
+sys.path[:0] = [str(EXAMPLES), str(BENCHMARKS)]
+
+import compare_long  # noqa: E402
+import compare_pretraining  # noqa: E402
+import pretrain_llama  # noqa: E402
+import pretraining_runs  # noqa: E402
+from hf_osd import OSDCallback  # noqa: E402
+from pretraining_runs import Run  # noqa: E402
+
+
+EXPERIMENT: dict[str, Any] = {
+    "common": ["--model", "m"],
+    "search": {"seeds": [1, 2], "arguments": ["--max_steps", "10"]},
+    "long": {"seeds": [1, 2], "save_steps": 5, "arguments": ["--max_steps", "100"]},
+    "methods": {
+        "a": {"label": "A", "learning_rates": [1, 2, 3], "starts": [{"learning_rate": 1}], "arguments": []},
+        "b": {"label": "B", "learning_rates": [1], "arguments": []},
+    },
+}
+
+
+def result(loss: float, steps: int) -> dict[str, Any]:
+    entries = [{"step": step, "eval_loss": loss, "train_cpu_seconds": 0.5 * step} for step in (steps // 2, steps)]
+    entries[1]["train_cpu_seconds"] = 0.1 * steps
+    return {
+        "eval_loss": loss,
+        "perplexity": math.exp(loss),
+        "optimizer_state_bytes": 50,
+        "adamw_state_bytes": 100,
+        "parameters": 10,
+        "steps": steps,
+        "tokens_seen": 4 * steps,
+        "log_history": [{"step": 1, "loss": 5.0}, *entries],
+    }
+
+
+class Runner:
+    """Stands in for training: the loss is least at learning rate 2."""
+
+    def __init__(self, steps: int, names: list[str], broken: str = "") -> None:
+        self.steps, self.names, self.broken = steps, names, broken
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        if run.method == self.broken:
+            raise SystemExit("out of memory")
+        self.names.append(f"{self.steps}: {run.name}")
+        return result(2 + (run.options[0][1] - 2) ** 2 + run.seed / 10, self.steps)
+
+
+def test_the_most_telling_runs_come_first(tmp_path: Path):
+    names: list[str] = []
+    contenders = compare_long.read_contenders(EXPERIMENT, None, ["--x"])
+    done = [c.search.name for c in compare_long.contend(contenders, Runner(10, names), Runner(100, names))]
+    assert done == ["a", "b"] * 4
+    a = "a-learning_rate"
+    walk = [f"10: {a}{rate}-seed1" for rate in (1, 2, 3)]
+    assert names == [
+        *(*walk, f"100: {a}2-seed1", "10: b-learning_rate1-seed1", "100: b-learning_rate1-seed1"),
+        *(f"100: {a}2-seed2", "100: b-learning_rate1-seed2"),
+        *(f"10: {a}2-seed1", "10: b-learning_rate1-seed1", f"10: {a}2-seed2", "10: b-learning_rate1-seed2"),
+    ]
+    rows = [contender.row for contender in contenders]
+    assert rows[0]["seeds"] == rows[0]["short_seeds"] == pytest.approx([math.exp(2.1), math.exp(2.2)])
+    assert rows[0]["seconds_per_step"] == pytest.approx(0.35)  # the median of 0.5 s and 0.2 s
+    assert "--max_steps 100 --x" in " ".join(rows[0]["arguments"])
+    found = {"title": "title", "rows": rows}
+    compare_long.render(found, tmp_path / "long")
+    table = (tmp_path / "long.md").read_text()
+    assert "| A | 8.60 ± 0.61 | 8.60 ± 0.61 | learning rate 2 | 3 of 3 |" in table
+    assert "400 tokens, 40.0 for each of 10 parameters." in table
+    assert (tmp_path / "long.png").stat().st_size > 10_000
+
+
+def test_a_method_that_fails_stops_no_other(capsys):
+    contenders = compare_long.read_contenders(EXPERIMENT, None, [])
+    runners = Runner(10, [], broken="a"), Runner(100, [], broken="a")
+    assert [c.search.name for c in compare_long.contend(contenders, *runners)] == ["b"] * 4
+    assert "A: out of memory" in capsys.readouterr().out and not contenders[0].results
+
+
+def test_the_committed_experiment_is_complete(tmp_path: Path):
+    parser = HfArgumentParser((pretrain_llama.PretrainingArguments, pretrain_llama.OSDTrainingArguments))
+    experiment = json.loads((BENCHMARKS / "experiments" / "family_long.json").read_text())
+    assert experiment["script"] == "compare_long"
+    every = experiment["long"]["save_steps"]
+    for contender in compare_long.read_contenders(experiment, None, []):
+        for stage in (contender.search, contender.long):
+            setting = stage.starts[0]
+            assert all(value in values for value, values in zip(setting, stage.grid.values(), strict=True))
+            command = [*stage.run(setting, seed=1).command, "--output_dir", str(tmp_path), "--use_cpu", "true"]
+            _, args = parser.parse_args_into_dataclasses(command)
+        assert args.max_steps % args.eval_steps == 0 == every % args.eval_steps  # times are counted between these
+        # a chunk between two evaluations has as many SVDs as any other
+        assert all(args.eval_steps % interval == 0 for interval in contender.long.grid.get("interval", []))
+
+
+def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    """In the place of a callback's method."""
+    raise SystemExit(1)
+
+
+class Here:
+    """In the place of a process: the same call, in this one."""
+
+    exitcode = 0
+
+    def __init__(self, target: Any, args: tuple[Any, ...]) -> None:
+        self.target, self.args = target, args
+
+    def start(self) -> None:
+        try:
+            self.target(*self.args)
+        except SystemExit as stopped:
+            self.exitcode = int(stopped.code)  # type: ignore[call-overload]
+
+    def join(self) -> None:
+        pass
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_and_is_kept(tmp_path: Path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    lines = [
+        json.dumps({"text": f"a sentence of {n} words and {n * n} letters, said twice. " * 4}) for n in range(200)
+    ]
+    (tmp_path / "text" / "train.jsonl").write_text("\n".join(lines))
+    words = (
+        "--model llama_500k --train_tokenizer 300 --sequence_length 16 --per_device_train_batch_size 2 --max_steps 6"
+    )
+    words += " --max_eval_tokens 256 --eval_steps 2 --logging_steps 2 --use_cpu true --disable_tqdm true"
+    arguments = (*words.split(), "--dataset", str(tmp_path / "text"), "--optim", "osd_adamw", "--osd_rank", "4")
+    run = Run("osd", (("learning_rate", 0.01),), 1, arguments)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(pretraining_runs.PROCESSES, "Process", lambda target, args: Here(target, args), raising=False)
+    monkeypatch.setattr(pretraining_runs, "_train", lambda command, log: pretrain_llama.main(command))
+    whole = pretraining_runs.execute(run, tmp_path / "whole", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(OSDCallback, "on_save", killed)  # once a checkpoint has been written
+        with pytest.raises(SystemExit, match="failed"):
+            pretraining_runs.execute(run, tmp_path / "cut", 2, {"commit": "first"})
+    assert pretraining_runs.finished(run, tmp_path / "cut") is None
+    resumed = pretraining_runs.execute(run, tmp_path / "cut", 2, {"commit": "second"})
+    assert compare_long.curve(whole) == compare_long.curve(resumed) and len(compare_long.curve(whole)) == 3
+    assert all(second > 0 for second in compare_long.step_seconds(resumed))
+    starts = pretraining_runs.started(tmp_path / "cut", "osd")
+    assert starts == [{"from": None, "commit": "first"}, {"from": "checkpoint-2", "commit": "second"}]
+    monkeypatch.setattr(pretraining_runs, "_train", None)
+    assert pretraining_runs.execute(run, tmp_path / "cut", 2) == resumed  # kept
+    assert compare_pretraining.execute is pretraining_runs.execute
