@@ -43,8 +43,7 @@ def subzero_arguments(args: TrainingArguments, model: nn.Module | None) -> dict[
 
 
 def _options(args: TrainingArguments) -> dict[str, Any]:
-    kinds = {key: own.check.kind for key, own in KEYS.items()}
-    return {"seed": args.seed, **parse_optim_args(args.optim_args, kinds)}
+    return {"seed": args.seed, **parse_optim_args(args.optim_args, KEYS)}
 
 
 def check_subzero(args: TrainingArguments) -> None:

@@ -2,14 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import TrainingArguments
 
-from ..declare import RETIRED, check_values, refuse_unknown
+from ..declare import RETIRED, Check, Option, check_values, refuse_unknown
 from ..hub import ProjectionState
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
 from ..optim.factory import learned_rank, warn_compiled
@@ -62,8 +62,8 @@ def uses_osd(args: TrainingArguments) -> bool:
     return optim_name(args) in OPTIM_NAMES
 
 
-def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else."""
+def parse_optim_args(text: str | None, keys: Mapping[str, Option] = KEYS) -> dict[str, Any]:
+    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else than these options."""
     if text is not None and not isinstance(text, str):
         raise ValueError(f"`optim_args` must be a text, key=value,key=value, got {type(text).__name__}.")
     values: dict[str, Any] = {}
@@ -78,10 +78,10 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
             raise ValueError(
                 f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in `optim_args`."
             )
-        refuse_unknown([key], KEYS, "`optim_args`")
+        refuse_unknown([key], keys, "`optim_args`")
         if key in values:
             raise ValueError(f"{key!r} is given twice in `optim_args`: {text!r}.")
-        values[key] = typed(value, key, f"{key!r} in `optim_args`")
+        values[key] = typed(value, keys[key].check, f"{key!r} in `optim_args`")
     return values
 
 
@@ -240,11 +240,10 @@ def told_by_launcher(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-def typed(value: Any, key: str, where: str) -> Any:
-    """What a text stands for, as YAML gives `1e-3`; anything else as it is."""
-    if not isinstance(value, str) or key not in KEYS or value in KEYS[key].check.names:
+def typed(value: Any, check: Check | None, where: str) -> Any:
+    """What a text stands for, as YAML gives `1e-3`; anything else as it is, and of retired options."""
+    if not isinstance(value, str) or check is None or value in check.names:
         return value
-    check = KEYS[key].check
     wanted = check.kind
     kind = {int: "an integer", float: "a number", bool: "true or false"}.get(wanted, "")
     try:
@@ -265,7 +264,8 @@ def _fields(args: TrainingArguments) -> dict[str, Any]:
     # arguments that an earlier version has saved may have more
     found = {key: getattr(args, f"osd_{key}", None) for key in (*KEYS, *RETIRED)}
     given = {key: value for key, value in found.items() if value is not None}
-    return {key: typed(value, key, f"`osd_{key}`") for key, value in given.items()}
+    checks = {key: own.check for key, own in KEYS.items()}
+    return {key: typed(value, checks.get(key), f"`osd_{key}`") for key, value in given.items()}
 
 
 def _mode(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:
