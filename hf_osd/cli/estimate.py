@@ -12,8 +12,8 @@ DESCRIPTION = """Estimate the memory of training a model, from its config alone:
   hf-osd estimate out/config.json --optim_args source=activations
 
 A step is run on the meta device, where tensors have shapes and no memory, and what is alive is counted: with fused
-attention, weights in --dtype, one batch for each step. GaLore has the rank of ours, LoRA too without --lora_rank; P is
-with its moments.
+attention, weights in --dtype, one batch for each step. GaLore has the rank of ours, LoRA too without --lora_rank,
+SubZero its default; P is with its moments, and for SubZero U and V.
 The columns are each part's most, "step" the temporaries of a parameter's step; the peak is what is there at once.
 --reserve is kept free for the driver's context, libraries and fragmentation.
 """

@@ -39,7 +39,7 @@ logger = logging.getLogger("hf_osd")
 
 
 class OSDCallback(TrainerCallback):
-    """Added to every Trainer by `import hf_osd`; silent unless the optimizer is [`OSD`].
+    """Added to every Trainer by `import hf_osd`; silent unless the optimizer is [`OSD`] or [`SubZero`].
 
     Logs, at each logging step, `osd/pca_loss` (mean share of the gradients' energy outside their subspaces, or with
     `source="activations"` of the energy of the layers' inputs), `osd/orthogonality` (mean ||PᵀP - I|| / sqrt(r)) and

@@ -1,7 +1,7 @@
 """Every change that `import hf_osd` makes to transformers: names, callbacks, and one table of what is replaced.
 
-A function that replaces another is called with that one as its first argument. Without [`OSD`] as the optimizer all do
-what the original does.
+A function that replaces another is called with that one as its first argument. Without [`OSD`] or [`SubZero`] as the
+optimizer all do what the original does.
 """
 
 import functools
