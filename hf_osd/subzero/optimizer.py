@@ -33,7 +33,8 @@ class SubZero(torch.optim.Optimizer):
     with the mean of rho over micro-batches and processes, and of rho Zt over queries. E[rho²] is about the squared
     norm of the gradient, as which Trainer logs and clips it. The passes only read the weights; bfloat16 ones are
     rounded at random by the update. In the passes dropout is off, and other random numbers are the same in all of
-    them. A rho that is not finite counts as 0.
+    them. A rho that is not finite counts as 0. In bfloat16, norms and biases are perturbed where eps Zt exceeds their
+    rounding; what is in subspaces always is, for there the perturbation is added to products.
 
     A Trainer needs `optim="subzero"` alone. In a loop of your own a step is `optimizer.step(lambda: loss)`, without
     DDP; several micro-batches are several `optimizer.forward(lambda: loss / k).backward()` before `optimizer.step()`.
