@@ -83,7 +83,14 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
             [f"{TRAINER}[trainer_activations]", f"{LAYERS}/test_model_stays.py::test_fp16_scaler_with_clipping"],
         ),
         ("yes", ["distributed/test_activations_ddp.py::test_two_processes"]),
-        ("refused", ["rso/test_rso_ddp.py::test_two_processes_train_as_one"]),
+        (
+            "yes",
+            [
+                "distributed/test_activations_fsdp2.py::test_two_processes",
+                "distributed/test_fsdp2_trainer.py::test_two_processes_train_what_one_trains",
+                "rso/test_rso_ddp.py::test_two_processes_train_as_one",
+            ],
+        ),
         ("yes", [f"{STOCK}::test_resume_is_exact"]),
         ("exact", [f"{STOCK}::test_resume_is_exact", f"{LAYERS}/test_model_stays.py::test_resume_is_exact"]),
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),

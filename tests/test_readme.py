@@ -90,8 +90,11 @@ def test_the_figures_of_layerwise_mode_and_of_the_exchange_are_the_committed_one
         for mode in ("ordinary", "layerwise")
     )
     assert f"at most {layerwise:.1f} MiB of LLaMA 60M's {ordinary:.1f} MiB" in README
-    ratio = {row["rank"]: row["ratio"] for row in json.loads((RESULTS / "ddp_exchange.json").read_text())["rows"]}
+    rows = json.loads((RESULTS / "ddp_exchange.json").read_text())["rows"]
+    ratio, sharded = ({row["rank"]: row[key] for row in rows} for key in ("ratio", "fsdp2_ratio"))
     assert f"{ratio[128]:.0%} of all bytes at rank 128 and {ratio[512]:.0%} at rank 512" in README
+    said = f"{sharded[128]:.0%} of the bytes that LLaMA 1B's gradients take at rank 128 and {sharded[512]:.0%} at rank"
+    assert said in " ".join(README.split())
 
 
 def test_the_figures_of_llama_7b_are_what_the_shapes_give():
@@ -113,8 +116,8 @@ def test_the_figures_of_llama_7b_are_what_the_shapes_give():
         assert text.format(f"{(fixed + predicted_state_bytes(optimizer)) / 1e9:.1f}") in README
     # P (n, r) on the right side and AdamW's two moments of it, float32
     sizes = sum(p.shape[1] for name, p in model.named_parameters() if name.endswith("_proj.weight"))
-    small, large = (3 * 4 * rank * sizes / 1e9 for rank in (128, 1024))
-    assert f"{small:.2f} GB of LLaMA 7B at rank 128, {large:.1f} GB at rank 1024" in README
+    whole = [3 * 4 * rank * sizes / 1e9 for rank in (128, 512, 1024)]
+    assert "they are\n{:.2f}, {:.2f} and {:.2f} GB".format(*whole) in README
 
 
 def test_the_options_table_is_complete_and_right():

@@ -1,9 +1,11 @@
-"""Bytes that a data-parallel process exchanges in one step, whole gradients against `source="activations"`.
+"""Bytes that a process exchanges in one step under DDP and FSDP2: whole gradients against `source="activations"`.
 
 Counted from the shapes of the model: for each weight whose layer is prepared R (m r numbers), for each input, which
-several layers may share, A and ||x||² (n r + 1), and the whole gradients of all others: embeddings, head and norms. A
-test of two processes counts what they really exchange and finds the same. Writes results/<device>/ddp_exchange.json
-and .md.
+several layers may share, A and ||x||² (n r + 1), and the whole gradients of all others: embeddings, head and norms.
+DDP all-reduces all of it. FSDP2 reduce-scatters gradients, and R like them, while A and ||x||² are all-reduced, which
+is a reduce-scatter and an all-gather: they count twice. What it gathers of weights is the same with both, and left
+out. Tests of two processes count what they really exchange and find the same. Writes
+results/<device>/ddp_exchange.json and .md.
 
 Needs: nothing beyond the package; no weights are made.
 
@@ -36,12 +38,17 @@ def exchanged_bytes(optimizer: hf_osd.OSD, model: nn.Module) -> tuple[int, int, 
         model (`nn.Module`): The model.
     """
     layers = {module.osd: None for module in model.modules() if isinstance(module, InSubspace)}  # tied ones once
-    inputs = {layer.input: layer.weight.dtype for layer in layers}  # A is exchanged in the precision of R
-    prepared = sum(layer.stand_in.nbytes for layer in layers)
-    prepared += sum((shared.P.numel() + 1) * dtype.itemsize for shared, dtype in inputs.items())
+    prepared = sum(layer.stand_in.nbytes for layer in layers) + input_bytes(model)
     whole = sum(layer.weight.nbytes for layer in layers)
     rest = sum(p.nbytes for group in optimizer.trained_groups for p in group["params"]) - whole
     return prepared + rest, prepared, whole + rest, whole
+
+
+def input_bytes(model: nn.Module) -> int:
+    """A and ||x||² of all inputs, in the precision of the weights: the part of it that FSDP2 does not divide."""
+    layers = [module.osd for module in model.modules() if isinstance(module, InSubspace)]
+    inputs = {layer.input: layer.weight.dtype for layer in layers}
+    return sum((shared.P.numel() + 1) * dtype.itemsize for shared, dtype in inputs.items())
 
 
 def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
@@ -62,6 +69,7 @@ def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
                 "exchanged_bytes": exchanged,
                 "ratio": round(exchanged / whole, 4),
                 "matrices_ratio": round(prepared / matrices, 4),
+                "fsdp2_ratio": round((exchanged + input_bytes(model)) / whole, 4),
             }
         )
     return found
@@ -69,13 +77,14 @@ def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| | whole gradients | `source=activations` | ratio | of the projected matrices |", "| --- " * 5 + "|"]
+    lines = ["| | whole gradients | `source=activations` | ratio | of the projected matrices | FSDP2 |"]
+    lines += ["| --- " * 6 + "|"]
     for row in found:
         whole, exchanged = (row[key] / 1e6 for key in ("whole_bytes", "exchanged_bytes"))
         name = row["model"].replace("llama_", "LLaMA ").upper().replace("LLAMA", "LLaMA")
         lines.append(
             f"| {name}, rank {row['rank']} | {whole:,.0f} MB | {exchanged:,.0f} MB | {row['ratio']:.3f} | "
-            f"{row['matrices_ratio']:.3f} |"
+            f"{row['matrices_ratio']:.3f} | {row['fsdp2_ratio']:.3f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -10,12 +10,14 @@ DESCRIPTION = """Estimate the memory of training a model, from its config alone:
   hf-osd estimate examples/llama_configs/llama_7b.json --rank 1024 --optim_args projection_dtype=bfloat16
   hf-osd estimate out/config.json --gpu 80GiB --json
   hf-osd estimate out/config.json --optim_args source=activations
+  hf-osd estimate examples/llama_configs/llama_7b.json --rank 1024 --processes 8
 
 A step is run on the meta device, where tensors have shapes and no memory, and what is alive is counted: with fused
 attention, weights in --dtype, one batch for each step. GaLore has the rank of ours, LoRA too without --lora_rank,
 SubZero its default; P is with its moments, and for SubZero U and V.
 The columns are each part's most, "step" the temporaries of a parameter's step; the peak is what is there at once.
---reserve is kept free for the driver's context, libraries and fragmentation.
+--reserve is kept free for the driver's context, libraries and fragmentation. --processes tells what each of so many
+holds of what FSDP2 divides between steps: two buckets of P, 32 MiB or two P, come on top while it steps.
 """
 RESERVE = "1GB"
 # As in `hf_osd.optim` and `hf_osd.estimate`, which take seconds to import.
@@ -47,6 +49,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--seq", type=int, default=1024, metavar="S", help="tokens of a sequence (default: 1024)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences on the device (default: 1)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: bf16)")
+    parser.add_argument("--processes", type=int, metavar="N", help="tell, too, what each of N holds under FSDP2")
     parser.add_argument("--gpu", metavar="SIZE", help="memory of the device, such as 24GB or 80GiB")
     parser.add_argument("--reserve", metavar="SIZE", help=f"of it, not for tensors (default: {RESERVE})")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")

@@ -1,10 +1,13 @@
 """What `hf-osd estimate` computes, and how it tells it."""
 
 import argparse
+import warnings
 from dataclasses import asdict
 from functools import cache
 from math import prod
 from typing import Any
+
+from torch import nn
 
 from ..estimate import (
     DTYPES,
@@ -18,9 +21,10 @@ from ..estimate import (
     load_config,
     lora,
     osd,
+    share,
     subzero,
 )
-from ..optim import ALL_LINEAR, resolve, select
+from ..optim import ALL_LINEAR, create_osd_optimizer, resolve, select
 from ..optim.options.full_size import by_size
 from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
 from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
@@ -36,6 +40,7 @@ from .suggestion import start_of, suggestion
 NOT_HERE = {
     **{own.key: "it takes no memory" for own in (*MODE_OPTIONS.values(), OPTIONS["init"], OPTIONS["seed"])},
     "rank": "use --rank",
+    "divide_projection": "--processes tells both",
 }
 LABELS = {
     "adamw_torch_fused": "AdamW",
@@ -109,6 +114,7 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
         "parameters": sum(p.numel() for p in model.parameters()),
         "matrices": sum(prod(shape[:-2]) for shape in shapes),
         "clipped": sum(prod(shape[:-2]) for shape in shapes if arguments.rank > min(shape[-2:])),
+        **processes_report(arguments, model, optim, options, layerwise),
         "projection_file_bytes": ours(arguments.rank).saved,
         "missing": missing,
         "rows": rows,
@@ -120,6 +126,26 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
             "suggestion": suggestion(report, modules, start_of(model)),
         }
     return report
+
+
+def processes_report(
+    arguments: argparse.Namespace, model: nn.Module, optim: str, options: dict[str, Any], layerwise: bool
+) -> dict[str, Any]:
+    """What each process holds, of several, with P divided among them and whole on each."""
+    processes = arguments.processes
+    if processes is None:
+        return {}
+    if processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {processes}.")
+    if layerwise or options.get("source") == "activations":
+        raise ValueError("--processes is for steps from gradients that are not layerwise: leave one of them out.")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`rank` is")
+        optimizer = create_osd_optimizer(model, optim, rank=arguments.rank, **options)
+    each = {
+        name: asdict(share(model, optimizer, processes, divide=name == "divided")) for name in ("divided", "whole")
+    }
+    return {"processes": processes, "each_process": each}
 
 
 def available(work: Workload, batch: int) -> tuple[set[tuple[str, bool]], list[str]]:
@@ -165,6 +191,14 @@ def _optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]
     return arguments.preset.removesuffix(LAYERWISE_SUFFIX), layerwise, options
 
 
+def _shares(each: dict[str, dict[str, int]]) -> str:
+    titles = {"weights": "weights", "gradients": "gradients", "state": "state"}
+    titles |= {"projection": "P", "projection_moments": "P's moments"}
+    ways = {"divided": "P divided", "whole": "P whole on each"}
+    lines = [[ways[way], *(format_bytes(own[key], 2, "MB") for key in titles)] for way, own in each.items()]
+    return table(["", *titles.values()], lines, left=("",))
+
+
 def report_text(report: dict[str, Any]) -> str:
     """Two tables, without and with checkpointing, what fits, and the command."""
     kind = str(DTYPES[report["dtype"]]).removeprefix("torch.")
@@ -195,6 +229,12 @@ def report_text(report: dict[str, Any]) -> str:
         ]
         if limit:
             text.append(f"largest rank of {rows[-1]['method']} at this batch: {rows[-1]['largest_rank'] or 'none'}")
+    if "processes" in report:
+        text += [
+            "",
+            f"each of {report['processes']} processes of FSDP2, between steps",
+            _shares(report["each_process"]),
+        ]
     text += ["", f"P in checkpoints and on the Hub: {format_bytes(report['projection_file_bytes'], 2, 'MB')}"]
     text += [f"not estimated: {name}" for name in report["missing"]]
     if limit:

@@ -3,12 +3,14 @@
 from .methods import Method, adamw, adamw8bit, galore, lora, osd, subzero
 from .models import DTYPES, explained, load_config
 from .peak import Parts, Workload, largest
+from .processes import Share, share
 
 
 __all__ = [
     "DTYPES",
     "Method",
     "Parts",
+    "Share",
     "Workload",
     "adamw",
     "adamw8bit",
@@ -18,5 +20,6 @@ __all__ = [
     "load_config",
     "lora",
     "osd",
+    "share",
     "subzero",
 ]

@@ -41,7 +41,7 @@ def projections_of(osd: OSD, include_moments: bool = False) -> Iterator[tuple[st
 
 def gathers(osd: OSD) -> bool:
     """Whether `ProjectionState.from_optimizer` exchanges, so that all processes must call it."""
-    return any(weight.geometry.scattered for weight in osd.weights)
+    return any(weight.geometry.scattered or weight.geometry.rows is not None for weight in osd.weights)
 
 
 def _copy(weight: ProjectedWeight | ExpertWeights, include_moments: bool, shared: dict[str, Tensor]) -> Projection:

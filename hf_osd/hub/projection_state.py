@@ -105,7 +105,8 @@ class ProjectionState(Mapping[str, Projection]):
     def from_optimizer(cls, optimizer: torch.optim.Optimizer, include_moments: bool = False) -> "ProjectionState":
         """A copy, on the CPU, of what an optimizer holds now.
 
-        Where experts are on different processes, all of them must call this, and each has the P of all experts.
+        Where P is divided among processes, or experts are on different ones, all of them must call this, and each has
+        all of P.
 
         Args:
             optimizer ([`OSD`]): Its groups need names, as `create_osd_optimizer` and a Trainer give them, or

@@ -1,8 +1,10 @@
-"""What data-parallel processes tell each other of their layers' inputs. R they average as any gradient, by DDP.
+"""What data-parallel processes tell each other of their layers' inputs. R they average as any gradient.
 
 Letters and shapes as in `shared_input`.
 """
 
+import os
+import sys
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +20,15 @@ from .shared_input import SharedInput
 def in_a_process_of_many() -> bool:
     """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def ddp_may_come() -> bool:
+    """Whether DDP may be going to wrap the model, not FSDP2, as far as accelerate knows."""
+    accelerate: Any = sys.modules.get("accelerate.state")
+    known = {} if accelerate is None else accelerate.AcceleratorState._shared_state
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    fsdp = str(getattr(known["distributed_type"], "value", "")) == "FSDP" if "distributed_type" in known else asked
+    return in_a_process_of_many() and not fsdp
 
 
 def group_of_ddp() -> tuple[Any, Any]:

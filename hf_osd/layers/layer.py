@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .exchange import group_of_ddp
+from .fsdp import RowExchange
 from .shared_input import SharedInput, new_handle, project_compiled
 from .start import FirstProjection
 
@@ -22,12 +23,14 @@ class Meeting:
     Attributes:
         changed (`bool`): Whether any has met its input since the optimizer has looked.
         sharing (`bool`): Whether they may share: processes have agreed on it once the first step is made.
-        group (`ProcessGroup`, *optional*): Those of DDP, where there are several.
+        group (`ProcessGroup`, *optional*): Those that average what P learns from, where there are several.
+        rows ([`RowExchange`], *optional*): Theirs, where FSDP2 divides the weights.
     """
 
     def __init__(self) -> None:
         self.changed, self.sharing = False, True
         self.group: Any = None
+        self.rows: RowExchange | None = None
         self._ddp: Any = lambda: None
         self._seen: list[tuple[Any, int, Any, SharedInput]] = []
 
@@ -35,6 +38,20 @@ class Meeting:
         """Know the DDP, if this is in a forward pass of one."""
         if self.group is None:
             self.group, self._ddp = group_of_ddp()
+
+    def divide(self, layer: "LayerInfo") -> None:
+        """Know the processes that a weight is divided among."""
+        mesh = layer.sharding.mesh
+        if mesh.size() > 1:
+            self.group = layer.sharding.group
+        if layer.fsdp is not None:
+            self.rows = self.rows or RowExchange(layer.sharding)
+            if (self.rows.mesh, self.rows.placements) != (mesh, layer.sharding.placements):
+                raise ValueError(
+                    f"{layer.name} lies on another mesh than other layers. With source='activations' all must lie on "
+                    "one: leave it out (`exclude_modules`)."
+                )
+            self.rows.layers.append(layer)
 
     def refuse_join(self) -> None:
         """Raise `ValueError` in torch's `Join`, which shadows the exchanges of DDP and none of ours."""
@@ -74,6 +91,9 @@ class LayerInfo:
         first ([`FirstProjection`]): How P starts; the optimizer sets it.
         every (`int`): P learns of every k-th token; likewise.
         hidden (`bool`): Whether W requires its gradient, although it does not say so.
+        sharding (`Sharding`, *optional*): How W, and with it the stand-in, is divided by rows.
+        fsdp (`FSDPParamGroup`, *optional*): FSDP2's group of parameters that W is in, if FSDP2 divides it.
+        leaf (`torch.Tensor`, *optional*): What this process's R arrives at, under FSDP2.
         kind (hashable): Layers of one kind may share P: those of one parameter group and rank; likewise.
     """
 
@@ -86,7 +106,11 @@ class LayerInfo:
         self.transposed = plain_class(modules[0]) is not nn.Linear
         self.input: SharedInput | None = None
         self.hidden = self.met = False
-        self._handle, self._known_stand_in = new_handle(self), self.stand_in
+        self.sharding: Any = None
+        self.fsdp: Any = None
+        self.leaf: Tensor | None = None
+        self._divided: Any = None
+        self._handle, self._known_leaf = new_handle(self), self.stand_in
 
     def hide(self) -> None:
         """Keep W out of DDP, which would wait for its gradient: it takes what requires one when it wraps the model."""
@@ -106,17 +130,55 @@ class LayerInfo:
 
     @property
     def weight(self) -> nn.Parameter:
-        """W."""
-        return self.modules[0].weight  # type: ignore[return-value]
+        """W; where it is divided, as it lies between steps, also while FSDP2 has it gathered, or divided by fewer."""
+        W: Any = self.modules[0].weight
+        if self._divided is None:
+            return W
+        if isinstance(W, type(self._divided)) and W.device_mesh == self.sharding.mesh:
+            self._divided = W
+        return self._divided
 
     @property
     def stand_in(self) -> nn.Parameter:
         """B: looked up each time, for what shards a model exchanges its parameters."""
         return self.stand_ins._parameters[self.key]  # type: ignore[return-value]
 
-    def meet(self, x: Tensor) -> None:
+    def divide(self, sharding: Any, fsdp: Any) -> None:
+        """Know that W is divided: by FSDP2 where there is a group of its, else by tensor parallelism."""
+        self._divided, self.sharding, self.fsdp = self.modules[0].weight, sharding, fsdp
+        self._known_leaf = self.stand_in
+        self._meeting.divide(self)
+
+    @property
+    def made(self) -> bool:
+        """Whether there is R that this process has not sent."""
+        return self.leaf is not None and self.leaf.grad is not None
+
+    def _leaf(self, W: Tensor) -> Any:
+        """What R arrives at: the stand-in, and under FSDP2 a leaf that it is sent from."""
+        rows = self._meeting.rows
+        if self.fsdp is None or rows is None:
+            return self.stand_in
+        if self.leaf is None or self.leaf.dtype != W.dtype:
+            if W.device != self.weight.device:
+                raise ValueError(
+                    f"{self.name} is offloaded, which source='activations' does not support: leave `CPUOffloadPolicy` "
+                    "out, or use source='gradients'."
+                )
+            zero = torch.zeros(1, 1, dtype=W.dtype, device=W.device)
+            self.leaf = zero.expand(self.stand_in.shape).requires_grad_()
+            self.leaf.register_post_accumulate_grad_hook(lambda _: rows.arrive(self))
+        return self.leaf
+
+    def forget(self) -> None:
+        """Forget R."""
+        self.stand_in.grad = None
+        if self.leaf is not None:
+            self.leaf.grad = None
+
+    def meet(self, x: Tensor, W: Tensor) -> None:
         """Settle whose input x is, at the first forward pass."""
-        self._known_stand_in = self.stand_in
+        self._known_leaf = self._leaf(W)
         self._meeting.find_ddp()
         if not self.hidden or self._meeting.group is not None:  # else DDP is yet to take what requires a gradient
             self.show()
@@ -126,17 +188,17 @@ class LayerInfo:
         if self.input.P is None:
             self.input.P = self.first.draw(x.shape[-1], x.device)
 
-    def in_subspace(self, x: Tensor) -> tuple[Tensor, nn.Parameter]:
-        """The product x P of the input x, and B."""
+    def in_subspace(self, x: Tensor, W: Tensor) -> tuple[Tensor, Any]:
+        """The product x P of the input x, and what R is to arrive at; W is as the forward pass has it."""
         if torch.compiler.is_compiling():  # a look-up by key would be a graph for each key
             handle = self.input.handle if self.met else self._handle  # type: ignore[union-attr]
-            return project_compiled(x, handle, self.first.rank), self._known_stand_in
+            return project_compiled(x, handle, self.first.rank), self._known_leaf
         if not self.met:
-            self.meet(x)
-        return self.input.project(x), self.stand_in  # type: ignore[union-attr]
+            self.meet(x, W)
+        return self.input.project(x), self._leaf(W)  # type: ignore[union-attr]
 
     def product(self, x: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:
         """Of a compiled function that was given the handle of a layer, since it had not met its input."""
         if not self.met:
-            self.meet(x)
+            self.meet(x, self.modules[0].weight)  # type: ignore[arg-type]
         return self.input.product(x, dtype, compiled)  # type: ignore[union-attr]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .divided import parallel_product
 from .layer import LayerInfo
 from .product import SubspaceProduct
 
@@ -24,7 +25,9 @@ class InSubspace:
         # what is no parameter has been made of one, by pruning or a parametrization, or is a caller's own
         if not trained or not torch.is_grad_enabled() or not isinstance(W, nn.Parameter):
             return self.plain.forward(self, x)
-        xP, B = osd.in_subspace(x)
+        if osd.sharding is not None and osd.fsdp is None:
+            return parallel_product(osd, x, W, self.bias)  # type: ignore[attr-defined]
+        xP, B = osd.in_subspace(x, W)
         if not B.requires_grad:  # as where all parameters were frozen, and W is no longer
             B.requires_grad_(True)
         return SubspaceProduct.apply(x, W, self.bias, B, xP, self.transposed)  # type: ignore[attr-defined]

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..subspace import effective_rank
-from .exchange import all_holders, average_inputs, in_a_process_of_many
+from .candidates import owners_of, zeros_like_R
+from .divided import reason_of, zeros_by_rows
+from .exchange import all_holders, average_inputs, ddp_may_come
 from .first_pass import end_first_pass, wait_for_first_pass
-from .layer import LayerInfo, Meeting, plain_class
+from .fsdp import groups_of_fsdp, keep_from_fsdp
+from .layer import LayerInfo, Meeting
 from .linear import InSubspace, prepared_classes
 from .shared_input import SharedInput
 
@@ -28,14 +28,15 @@ class PreparedLayers(nn.Module):
     """The prepared layers of a model, as a child of it, for it holds parameters: for each weight a stand-in of zeros.
 
     The gradient of a stand-in is R, so everything that works on gradients works on R: accumulation, clipping, loss
-    scaling, DDP. Weights keep `requires_grad` and get no gradient from their layers; what else a model does with them
-    is seen by the gradient that they get from there. Nothing of this is in the model's `state_dict`, and none of it in
-    a copy of the model, whose layers are plain.
+    scaling, DDP. Where weights are divided among processes, it is divided like them. Weights keep `requires_grad` and
+    get no gradient from their layers; what else a model does with them is seen by the gradient that they get from
+    there. Nothing of this is in the model's `state_dict`, none of it in a copy of the model, which has plain layers.
 
     Args:
         model (`nn.Module`): The model.
         ranks (`Mapping[str, int]`): Rank by name of weight; those that cannot be prepared are left.
         plain_name (`Callable`): Makes such a name the one that the optimizer calls the weight by.
+        sharding_of (`Callable`): Says how a parameter of a name is divided; `None` for a whole one.
 
     Attributes:
         layers (`dict[str, LayerInfo]`): By name of the weight.
@@ -45,16 +46,23 @@ class PreparedLayers(nn.Module):
         findable (`bool`): Whether a loop is being made: DDP, and who lists what to clip, must find the stand-ins.
     """
 
-    def __init__(self, model: nn.Module, ranks: Mapping[str, int], plain_name: Callable[[str], str]):
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Mapping[str, int],
+        plain_name: Callable[[str], str],
+        sharding_of: Callable[[Tensor, str], Any],
+    ):
         super().__init__()
-        self._model = (model,)  # no child
+        self._model, self._sharding_of = (model,), sharding_of  # no child
         self.layers: dict[str, LayerInfo] = {}
         self.left: dict[str, str] = {}
         self.meeting = Meeting()
-        self.installed = self.findable = False
+        self.installed = self.findable = self._following = False
         self._watch: Any = None
-        owners = _owners(model)
-        self._exchanged = in_a_process_of_many()
+        owners = owners_of(model)
+        whole = (sharding_of(model.get_parameter(name), name) is None for name in ranks)
+        self._exchanged = ddp_may_come() and all(whole)
         self._shown: list[LayerInfo] = []
         for name, rank in ranks.items():
             p, name = model.get_parameter(name), plain_name(name)
@@ -63,8 +71,10 @@ class PreparedLayers(nn.Module):
                 self.left[name] = reason
                 continue
             key = name.replace(".", "/")
-            self.register_parameter(key, nn.Parameter(_zeros(p, rank, modules[0], self._exchanged)))
+            self.register_parameter(key, nn.Parameter(zeros_like_R(p, rank, modules[0], self._exchanged)))
             self.layers[name] = LayerInfo(name, modules, self, key, self.meeting)
+        keep_from_fsdp(self)
+        self.follow_weights()
 
     def forward(self, x: Any) -> Any:
         """Nothing: an `nn.Sequential` calls all its children."""
@@ -108,6 +118,7 @@ class PreparedLayers(nn.Module):
 
         What pairs the model's parameters with another's, to average or copy them, finds the model's own.
         """
+        self.follow_weights()
         if memo is None or self.findable or self.has_gradients:
             yield from super().named_modules(memo, prefix, remove_duplicate)
 
@@ -123,12 +134,43 @@ class PreparedLayers(nn.Module):
             layer.hide()
         self._shown.clear()
 
-    def leave(self, name: str, reason: str) -> None:
-        """Make one layer plain for good."""
+    def leave(self, name: str, reason: str, expected: bool = False) -> None:
+        """Make one layer plain for good; its stand-in stays where somebody expects to find it again."""
         layer = self.layers.pop(name)
         _make_plain(layer)
-        delattr(self, layer.key)
+        if not expected:
+            delattr(self, layer.key)
         self.left[name] = reason
+
+    def follow_weights(self) -> None:
+        """Let stand-ins lie as their weights do: accelerate has FSDP2 divide them when there is an optimizer already.
+
+        It then exchanges the optimizer's parameters, and looks for the model's: that is how it comes by here.
+        """
+        found = {layer: self._sharding_now(layer) for layer in self.layers.values() if layer.sharding is None}
+        found = {layer: sharding for layer, sharding in found.items() if sharding is not None}
+        if self._following or not found:
+            return
+        self._following = True  # a look for FSDP2 comes by here, too
+        managed = groups_of_fsdp(self._model[0])
+        self._following = False
+        for layer, sharding in found.items():
+            layer.show()
+            reason = reason_of(sharding, layer.transposed)
+            if reason is not None:
+                self.leave(layer.name, reason, expected=self.installed)
+                if self.installed:
+                    logger.warning("%s learns from its gradients, not from activations: %s.", layer.name, reason)
+                continue
+            B, W = layer.stand_in, layer.weight
+            self._parameters[layer.key] = zeros_by_rows(sharding, B.shape, W.dtype, W.device)
+            layer.divide(sharding, next((managed[m] for m in layer.modules if m in managed), None))
+
+    def _sharding_now(self, layer: LayerInfo) -> Any:
+        W = layer.modules[0]._parameters.get("weight")
+        if W is None or (W.is_meta and self.installed):  # computed from others; on its way to a device
+            return None
+        return self._sharding_of(W, layer.name)
 
     def by_weight(self) -> dict[Tensor, LayerInfo]:
         """The layers by weight, as these are now: moving and sharding a model exchanges them."""
@@ -160,7 +202,7 @@ class PreparedLayers(nn.Module):
         shared.forget()
         for layer in self.layers.values():
             if layer.input is shared:
-                layer.stand_in.grad = None
+                layer.forget()
 
     def inputs(self) -> Iterator[Any]:
         """Every input that has been met, once."""
@@ -170,6 +212,8 @@ class PreparedLayers(nn.Module):
         """Before a step: let all processes share inputs alike, and average what they have seen of them."""
         end_first_pass(self)
         group, meeting = self.meeting.group, self.meeting
+        if meeting.rows is not None:  # what a backward pass that was broken off has left
+            meeting.rows.finish()
         if group is None:
             for layer in self.layers.values():  # nobody else takes what requires a gradient from now on
                 layer.show()
@@ -190,14 +234,15 @@ class PreparedLayers(nn.Module):
     @property
     def has_gradients(self) -> bool:
         """Whether a backward pass has made any R."""
-        return any(B.grad is not None for B in self._parameters.values() if B is not None)
+        made = any(layer.made for layer in self.layers.values())
+        return made or any(B.grad is not None for B in self._parameters.values() if B is not None)
 
     def forget(self) -> None:
         """Forget what was seen since the last step, R included."""
         for shared in self.inputs():
             shared.forget()
-        for B in self.parameters():
-            B.grad = None
+        for layer in self.layers.values():
+            layer.forget()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing."""
@@ -252,39 +297,3 @@ def _make_plain(layer: LayerInfo) -> None:
         if isinstance(module, InSubspace) and vars(module).get("osd") is layer:
             module.__class__ = module.plain  # type: ignore[assignment]
             del vars(module)["osd"]
-
-
-def _owners(model: nn.Module) -> dict[Tensor, tuple[list[nn.Module], str | None]]:
-    """Of each parameter the modules that have it, and why they cannot be prepared, if so."""
-    found: dict[Tensor, tuple[list[nn.Module], str | None]] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                modules, reason = found.get(p, ([], None))
-                found[p] = [*modules, module], reason or _reason(module, name)
-    return found
-
-
-def _reason(module: nn.Module, name: str) -> str | None:
-    """Why what a module does with a parameter is not known to be y = x Wᵀ + b."""
-    if plain_class(module) not in prepared_classes() or name != "weight":
-        return "no plain linear layer"
-    if "forward" in vars(module):
-        return "its forward is replaced"
-    p = module._parameters[name]
-    if getattr(p, "_backward_hooks", None) or getattr(p, "_post_accumulate_grad_hooks", None):
-        return "a hook waits for its gradient"
-    return None
-
-
-def _zeros(p: Tensor, rank: int, module: nn.Module, whole: bool) -> Tensor:
-    """Zeros shaped like R that take no memory, unless processes are to exchange them."""
-    rank = effective_rank(rank, *p.shape)
-    shape = (p.shape[0], rank) if plain_class(module) is nn.Linear else (rank, p.shape[1])
-    return torch.zeros(shape if whole else (1, 1), dtype=p.dtype, device=p.device).expand(shape)
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise `ValueError` for a model that DDP has: it would not exchange what is prepared afterwards."""
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError("source='activations' prepares the model before DDP wraps it: make the optimizer first.")

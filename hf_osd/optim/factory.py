@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..declare import plain, refuse_unknown
 from ..layers import PreparedLayers, unload
-from ..layers.prepared import refuse_wrapped
+from ..layers.candidates import refuse_wrapped
 from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from .groups import by_name
@@ -22,7 +22,7 @@ from .selection.adapters import module_names
 from .selection.patterns import RANKS, RATES
 from .selection.targets import ALL_LINEAR, Selection, select
 from .selection.wrappers import plain_name, unwrapped
-from .step.sharding import NOT_SHARDED, is_sharded
+from .step.sharding import sharding_of
 from .summary import announce_summary
 
 
@@ -126,9 +126,7 @@ def osd_kwargs(
         raise ValueError("`full_size_optim` has no effect: all that is trained is projected. Leave it out.")
     if settings["source"] == "activations":
         refuse_wrapped(whole)
-        if any(map(is_sharded, selection.projected.values())):
-            raise ValueError(NOT_SHARDED)
-        own["layers"] = PreparedLayers(model, ranks, plain_name)
+        own["layers"] = PreparedLayers(model, ranks, plain_name, sharding_of)
     return {"selection": selected_groups(selection, ranks, rates, settings["init"], full_size or {}), **own}
 
 
@@ -228,4 +226,5 @@ def create_osd_optimizer(
     optimizer = OSD(decay_groups(model, settings["weight_decay"]), lr=lr, **mode, **kwargs)
     if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured
         announce_summary(optimizer, model)
+        optimizer.weights.let_go()
     return optimizer

@@ -36,7 +36,11 @@ P_KEYS = {"projection", *(rule.code for rule in SUBSPACES.values())}  # entries 
 
 
 def match_state(
-    live_groups: list[dict[str, Any]], state_dict: Mapping[str, Any], partial: bool, shared: Mapping[str, str]
+    live_groups: list[dict[str, Any]],
+    state_dict: Mapping[str, Any],
+    partial: bool,
+    shared: Mapping[str, str],
+    divide: bool = True,
 ) -> tuple[State, list[dict[str, Any]]]:
     """What to set in an optimizer so that it continues from `state_dict`. Changes nothing.
 
@@ -46,6 +50,7 @@ def match_state(
         partial (`bool`): Whether to leave out parameters that differ instead of refusing.
         shared (`dict[str, str]`): Of `saved_inputs` those that this run can share, too. A weight whose P is in a state
             that is not there, or not for it, starts anew.
+        divide (`bool`, *optional*, defaults to `True`): Whether processes divide P here, where they can.
 
     Returns:
         The state by parameter, on the parameters' devices in the saved dtypes, and the groups to restore.
@@ -82,7 +87,7 @@ def match_state(
         )
     different = {name for name, _, _ in rows}
     by_name = {name: state_dict["state"].get(key, {}) for name, key in keys.items() if name not in different}
-    by_name, unfit = fitting_states(saved_groups, by_name, params)
+    by_name, unfit = fitting_states(saved_groups, by_name, params, divide)
     for name, got, expected in unfit if not partial else ():
         raise ValueError(
             f"The saved state of {name} does not fit: it has {got}, expected {expected}. Is it of another shape? "
@@ -227,7 +232,10 @@ def _plain(value: Any) -> Any:
 
 
 def fitting_states(
-    groups: Sequence[Mapping[str, Any]], states: Mapping[str, Mapping[str, Tensor]], params: Mapping[str, Tensor]
+    groups: Sequence[Mapping[str, Any]],
+    states: Mapping[str, Mapping[str, Tensor]],
+    params: Mapping[str, Tensor],
+    divide: bool,
 ) -> tuple[dict[str, dict[str, Tensor]], list[tuple[str, str, str]]]:
     """The saved states, in the dtypes of today: second moments may have been saved in bfloat16.
 
@@ -238,6 +246,7 @@ def fitting_states(
         groups (`list[dict]`): The saved groups.
         states (`dict`): Saved state by parameter name; an empty one is that of a parameter that was never stepped.
         params (`dict[str, torch.Tensor]`): The parameters by name.
+        divide (`bool`): Whether processes divide P here, where they can.
 
     Returns:
         Those in which every entry has the shape and dtype that the saved options ask for, and (parameter, what its
@@ -252,7 +261,7 @@ def fitting_states(
     for group in groups:
         for index, name in enumerate(names_of(group, position)):
             if states.get(name):
-                geometry = geometry_of(group, index, params[name], position + index)
+                geometry = geometry_of(group, index, params[name], position + index, divide)
                 rules = rules_of(group)
                 spec, entries = state_spec(geometry, rules), dict(states[name])
                 for key in entries.keys() & held_elsewhere(geometry, rules):
@@ -260,6 +269,7 @@ def fitting_states(
                 state = _as_wide({key: entries.pop(key) for key in spec if key in entries}, spec)
                 got, expected = _entries(state), _entries(spec)
                 if any(got == _entries(form) for form in (spec, *divided_specs(geometry, rules))):
+                    state = _divided_as_here(state, geometry, spec)
                     _refuse_other_sharding(state, geometry, spec)
                     expected = got  # steps go by the tensors
                 if got == expected or not state:
@@ -280,6 +290,23 @@ def _as_wide(state: Mapping[str, Tensor], spec: Mapping[str, TensorSpec]) -> dic
         name: value.float() if name in wide and value.dtype == torch.bfloat16 else value
         for name, value in state.items()
     }
+
+
+def _divided_as_here(
+    state: dict[str, Tensor], geometry: Geometry, spec: Mapping[str, TensorSpec]
+) -> dict[str, Tensor]:
+    """P and its moments, of a sharded weight, divided or whole as this run has them. Asks all processes."""
+    if geometry.sharding is None:
+        return state
+    found: dict[str, Any] = dict(state)
+    for name, value in state.items():
+        if not name.startswith("projection") or (spec[name].divided is not None) == is_sharded(value):
+            continue
+        if geometry.rows is None:
+            found[name] = found[name].full_tensor()
+        else:
+            found[name] = geometry.rows.wrap(geometry.rows.own(value).clone(), value.shape, spec[name].divided)
+    return found
 
 
 def _refuse_other_sharding(state: Mapping[str, Tensor], geometry: Geometry, spec: Mapping[str, TensorSpec]) -> None:

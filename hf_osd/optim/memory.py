@@ -24,7 +24,7 @@ def predicted_entry_bytes(optimizer: OSD) -> Counter[str]:
         for p in group["params"]:
             geometry = optimizer.weight_of(p).geometry
             for name, entry in state_spec(geometry, rules).items():
-                sizes[name] += torch.Size(local_shape(entry, geometry)).numel() * entry.dtype.itemsize
+                sizes[name] += torch.Size(local_shape(name, entry, geometry)).numel() * entry.dtype.itemsize
             if rules.subspace.keeps_expanded and isinstance(geometry, ProjectedGeometry) and geometry.holds_projection:
                 P = torch.Size(geometry.projection_shape).numel() * geometry.compute_dtype.itemsize
                 sizes["projection"] += len(geometry.experts) * P

@@ -29,6 +29,7 @@ from .options.mode import MODE_DEFAULTS, Mode
 from .saving import STAND_INS, SavedOptimizer
 from .statistics import share_observations, summarize
 from .step.capture import check_capture
+from .step.divided import DividedMovements, with_projections
 from .step.input_weight import InputWeight
 from .step.layer_weights import LayerWeights
 from .step.movement import Movements
@@ -158,6 +159,12 @@ class OSD(SavedOptimizer):
             do than the host, as in CUDA graphs; not measured yet.
         partial_load (`bool`, *optional*, defaults to `False`):
             Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.
+        divide_projection (`bool`, *optional*):
+            Whether the processes among which FSDP2 or tensor parallelism divides a weight divide its P and the moments
+            of that, too, by rows. Defaults to where that is possible. Then P is gathered where it is used and its
+            gradient reduce-scattered, as FSDP2 does with weights, in buckets of many. Rules that need all of P to move
+            it, or make it anew, keep it whole on every process: by default P is divided with `online_pca` on
+            gradients, without `carry_moments`. A checkpoint goes on either way.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
         selection (`Sequence[dict]`, *optional*):
             Groups that differ in what is projected, which `params` are divided into. Trainer's own arguments have it.
@@ -224,6 +231,7 @@ class OSD(SavedOptimizer):
         capturable: bool = False,
         projection_stream: bool = False,
         partial_load: bool = False,
+        divide_projection: bool | None = None,
         # end of options
         layers: PreparedLayers | None = None,
         maximize: bool = False,
@@ -255,6 +263,7 @@ class OSD(SavedOptimizer):
         if layers is not None:
             self._add_stand_ins(layers)
             self._layer_weights.share_given()
+            self.weights.let_go()
             self.attach()
             weakref.finalize(self, layers.remove).atexit = False  # nobody else would step what the layers make
         if self.mode.layerwise:
@@ -303,7 +312,12 @@ class OSD(SavedOptimizer):
             observing = weights is not None and weights.observing
             if weights is not None and self._groups is groups:
                 weights.meet()  # for it knows which parameters have been taken out of groups
-            made_of = self.trained_groups, self.state, self._given_projections
+            made_of = (
+                self.trained_groups,
+                self.state,
+                self._given_projections,
+                self.mode.divide_projection is not False,
+            )
             weights = (
                 Weights(*made_of, capturable=self.mode.capturable)
                 if self._layers is None
@@ -391,14 +405,15 @@ class OSD(SavedOptimizer):
             return loss
         if self._layers is not None:
             self._layers.agree()
-        movements = Movements(SideStreams(weights.device_types) if self.mode.projection_stream else None)
+        streams = SideStreams(weights.device_types) if self.mode.projection_stream else None
+        movements = DividedMovements(streams) if weights.divided else Movements(streams)
         leaders: list[InputWeight] = []
         if weights.observing:
             weights.observations.clear()
         with own_precision(weights.device_types):
             work = weights.with_gradients()
             try:
-                for p, weight, G, check in work:
+                for p, weight, G, check in with_projections(work) if weights.divided else work:
                     if weight.mark is None:
                         weights.create_state(weight, p)
                     arrived: Any = weight.project(G, check)

@@ -106,7 +106,9 @@ class SavedOptimizer(torch.optim.Optimizer):
         live = self.trained_groups
         self.weights.meet()  # which settles the sides of parameters that were sharded since
         shared = {} if self._layers is None else self._layers.shareable(saved_inputs(state_dict))
-        state, groups = match_state(live, state_dict, self.partial_load, shared)
+        state, groups = match_state(
+            live, state_dict, self.partial_load, shared, self.mode.divide_projection is not False
+        )
         groups, clip_norm2 = take_norm(copy.deepcopy(groups))
         for own, group in zip(live, groups, strict=True):
             group.update({name: own[name] for name in ("params", "param_names") if name in own})

@@ -69,6 +69,8 @@ class SubspaceRule:
         stackable (`bool`):
             Whether `advance_` also takes several P of one shape at once, as a stack (k, s, r), with A likewise and
             `inv_norm2` (k, 1, 1). It may ask `op.pca_gradient` then, call `descend` with a stack, and nothing else.
+            Where processes divide P, each is told the A of its part of the gradient, and what they give `descend` is
+            added up: it must be linear in A.
             A class that overrides `advance_` says so anew.
         capturable (`bool`):
             Whether a CUDA graph can hold what the rule does in a step (`capturable` of [`OSD`]): it moves P at all

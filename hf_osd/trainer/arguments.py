@@ -72,6 +72,7 @@ class OSDTrainingArguments(TrainingArguments):
     osd_capturable: bool | None = flag("capturable")
     osd_projection_stream: bool | None = flag("projection_stream")
     osd_partial_load: bool | None = flag("partial_load")
+    osd_divide_projection: bool | None = flag("divide_projection")
     osd_rank_pattern: str | None = flag("rank_pattern")
     osd_lr_pattern: str | None = flag("lr_pattern")
     osd_full_size_optim: str | None = flag("full_size_optim")

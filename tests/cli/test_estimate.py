@@ -11,6 +11,7 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig, ViTConfig
 
 from hf_osd import create_osd_optimizer
 from hf_osd.cli.estimate import usable_memory
+from hf_osd.estimate import share
 from hf_osd.estimate.models import load_config, meta_model
 from hf_osd.hub import projection_bytes
 from hf_osd.optim import predicted_state_bytes, select
@@ -48,6 +49,36 @@ def test_the_report(folder, capsys):
     assert [line.split()[-2] for line in lines] == [
         "yes" if row_of(report, "osd_adamw8bit_layerwise", on)["fits"] else "no" for on in (False, True)
     ]
+
+
+def test_what_each_of_several_processes_holds(folder, capsys):
+    """tests/distributed/test_divided.py finds the same in processes."""
+    words = (folder, "--rank", "8", "--seq", "32", "--preset", "osd_adamw", "--processes", "4")
+    report = report_of(capsys, *words)
+    model = meta_model(load_config(folder), torch.bfloat16)
+    each = report["each_process"]
+    assert each["divided"]["gradients"] == sum(p.nbytes for p in model.parameters()) // 4  # all sizes divide by 4
+    inputs = sum(p.shape[1] for p in select(model).projected.values())  # weights are projected on the right
+    assert each["whole"]["projection"] == 4 * 8 * inputs == 4 * each["divided"]["projection"]
+    counters = 4 * report["matrices"]
+    assert each["divided"]["projection_moments"] - counters == 2 * each["divided"]["projection"]
+    assert each["divided"]["state"] == each["whole"]["state"]
+    assert re.search(
+        r"each of 4 processes.*\n.*P's moments\n.*\nP divided .*\nP whole on each ", estimate(capsys, *words)
+    )
+    for more in (("--layerwise",), ("--optim_args", "source=activations")):
+        assert "--processes is for steps from gradients" in refused(capsys, *words, *more)
+
+
+def test_readme_tells_what_each_of_eight_cards_holds():
+    model, told = meta_model(load_config(str(CONFIGS / "llama_7b.json")), torch.bfloat16), []
+    for divide in (True, False):
+        for rank in (128, 512, 1024):
+            each = share(model, create_osd_optimizer(model, rank=rank), 8, divide=divide)
+            told.append(f"{(each.projection + each.projection_moments) / 1e9:.2f}")
+    readme = " ".join((CONFIGS.parents[1] / "README.md").read_text().split())
+    assert "holds {} GB of P and its moments at rank 128, {} GB at 512 and {} GB at 1024".format(*told[:3]) in readme
+    assert "whole on each they are {}, {} and {} GB".format(*told[3:]) in readme
 
 
 def test_lora_has_a_rank_of_its_own(folder, capsys):

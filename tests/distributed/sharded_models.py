@@ -1,6 +1,8 @@
 """A small model with every kind of shard, and the same training on one process and on several."""
 
+import gc
 import warnings
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +60,24 @@ def shard(model: Model, mesh=None, **options) -> Model:
     fully_shard(model, mesh=mesh, **options)
     assert isinstance(model, FSDPModule) and isinstance(model.blocks[0].tall.weight, DTensor)
     return model
+
+
+def shard_as_accelerate(model: nn.Module, optimizer: OSD) -> None:
+    """`Accelerator._prepare_fsdp2`: empty the optimizer's parameters, shard the model, put the new ones in."""
+    from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
+
+    old = {name: p.data_ptr() for name, p in model.named_parameters()}
+    gone = [weakref.ref(p) for name, p in model.named_parameters() if "osd_stand_ins" not in name]
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            group["params"][i] = torch.empty(1, dtype=p.dtype)
+            group["params"][i].data_ptr = p.data_ptr()
+    shard(model)
+    del p
+    gc.collect()
+    assert not any(reference() is not None for reference in gone)  # no whole weight is kept
+    new = dict(model.named_parameters())
+    fsdp2_switch_optimizer_parameters(optimizer, {pointer: new[name] for name, pointer in old.items()})
 
 
 def single_process_mesh(world_size: int):

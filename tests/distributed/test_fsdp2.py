@@ -109,7 +109,8 @@ def collectives(rank: int, world: int, folder: Path):
     optimizer = make_optimizer(model)
     train(model, optimizer, range(1), rank, world)
     projected = len(optimizer.param_groups[0]["params"])
-    for observe, expected in ((False, 1 + projected), (True, 1 + 2 * projected)):
+    # norms; P gathered, its gradients reduced, the lengths of its steps (two sums): once for all
+    for observe, expected in ((False, 5), (True, 5 + projected)):
         optimizer.collect_statistics = observe
         loss_of(model, 1, rank, world).backward()
         with CommDebugMode() as counts:
@@ -189,10 +190,10 @@ def eight_bit(rank: int, world: int, folder: Path):
     alone = shard(make_model(torch.float32, **sizes), single_process_mesh(world))
     divided = shard(make_model(torch.float32, **sizes))
     optimizers = [make_optimizer(model, rank=64, weight_rule="adamw8bit") for model in (alone, divided)]
-    # the same bits but where A is summed over processes, which changes a few codes of the projected weights (and where
-    # A is rounded to bfloat16 before, which is left out here)
+    # the same bits but where P's gradient is summed over processes, which changes a few codes of the projected weights
+    # (and where A is rounded to bfloat16 before, which is left out here)
     precision._has_bfloat16_units = lambda: False
-    same_as_whole_gradients(rank, world, 1e-4, divided, optimizers[1], optimizers[0], alone)
+    same_as_whole_gradients(rank, world, 3e-4, divided, optimizers[1], optimizers[0], alone)
     state = optimizers[1].state[divided.blocks[0].tall.weight]
     assert local(state["exp_avg"]).dtype == torch.uint8 and state["exp_avg_absmax"].shape == (130, 1)
     assert state_bytes(optimizers[1]) == predicted_state_bytes(optimizers[1]) < state_bytes(optimizers[0])

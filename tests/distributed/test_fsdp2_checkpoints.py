@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import activations_training
 import processes
 import pytest
 import torch
@@ -30,6 +31,7 @@ RULES = {
     "random": {"subspace": "random", "update_interval": 4, "residual": "scaled"},
     # indices instead of P; moments are carried after the resume
     "cosine": {"subspace": "cosine", "update_interval": 4, "residual": "sign", "carry_moments": True},
+    "activations": {},
 }
 SAVED, END = 3, 5
 FULL = StateDictOptions(full_state_dict=True)
@@ -39,9 +41,10 @@ def make(rule: str, plain: bool = False):
     options = {"weight_decay": 0.0, **RULES[rule]}
     sizes = {"width": 128, "inner": 130} if rule == "adamw8bit" else {}
     model = make_model(torch.float32 if sizes else torch.float64, **sizes)
-    if plain:  # whose own sides would be others
-        return model, make_optimizer(model, **options)
-    shard(model)
+    if not plain:
+        shard(model)
+    if rule == "activations":
+        return model, activations_training.make(model, **options)
     return model, make_optimizer(model, **options)
 
 
@@ -132,8 +135,9 @@ def own_state_dict(rank: int, world: int, folder: Path):
 def export(rank: int, world: int, folder: Path):
     model, optimizer = make("adamw")
     train(model, optimizer, range(2), rank, world)
-    if rank == 0:  # as a Trainer's callback does: nothing is exchanged
-        ProjectionState.from_optimizer(optimizer).save_pretrained(folder / "p")
+    state = ProjectionState.from_optimizer(optimizer)  # on every process, each of which has some rows of P
+    if rank == 0:
+        state.save_pretrained(folder / "p")
     with pytest.raises(ValueError, match="include_moments"):
         ProjectionState.from_optimizer(optimizer, include_moments=True)
 
@@ -156,9 +160,9 @@ def test_two_processes(saved, scenario):
     assert not saved[scenario.__name__], saved[scenario.__name__]
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [1, 3, 4])
 def test_other_numbers_of_processes(saved, folder, world: int):
-    for name, text in processes.run(world, [load_sharded, load_full], folder).items():
+    for name, text in processes.run(world, [load_sharded] + [load_full] * (world < 4), folder).items():
         assert not text, f"{name}: {text}"
 
 

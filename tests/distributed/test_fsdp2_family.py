@@ -86,15 +86,15 @@ def p_is_the_same_everywhere(rank: int, world: int, folder: Path):
 
 
 def collectives(rank: int, world: int, folder: Path):
-    """One sum for all norms; then of each projected weight A where P moves, and what a residual measures."""
+    """One sum for all norms. P divided: four for all weights. Then for each A of a whole P, and a residual's norm."""
     expected = {
-        "random": 0,  # drawn by each process
-        "power": 1,
-        "scaled_column": 2,  # A, ||S||²
-        "sign": 1,
-        "carried_adamw": 1,
+        "random": (0, 0),  # drawn by each process
+        "power": (0, 1),
+        "scaled_column": (4, 1),  # ||S||²
+        "sign": (4, 0),
+        "carried_adamw": (0, 1),
     }
-    for name, count in expected.items():
+    for name, (divided, count) in expected.items():
         model = shard(make_model())
         optimizer = make_optimizer(model, **(ROWS[name] | ({"update_interval": 9} if name == "random" else {})))
         train(model, optimizer, range(1), rank, world)
@@ -102,14 +102,15 @@ def collectives(rank: int, world: int, folder: Path):
         with CommDebugMode() as counts:
             optimizer.step()
         projected = len(optimizer.param_groups[0]["params"])
-        assert counts.get_total_counts() == 1 + count * projected, (name, counts.get_comm_counts())
+        assert counts.get_total_counts() == 1 + divided + count * projected, (name, counts.get_comm_counts())
 
 
 def blocks_are_of_each_part(rank: int, world: int, folder: Path):
     """In the mean over blocks, of any number of rows, A is that of the whole gradient, and P the same everywhere."""
     k = 3
     model, single = shard(make_model()), make_model()
-    optimizer = make_optimizer(model, projection_sample=k, lr=1e-12, init="orthonormal")
+    # P whole, else A is of each part
+    optimizer = make_optimizer(model, projection_sample=k, lr=1e-12, init="orthonormal", divide_projection=False)
     train(model, optimizer, range(1), rank, world)
     named = dict(model.named_parameters())
     loss_of(single, 1).backward()

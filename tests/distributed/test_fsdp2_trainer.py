@@ -19,6 +19,7 @@ from hf_osd import OSDTrainingArguments, ProjectionState
 pytestmark = pytest.mark.distributed
 
 STEPS = 4
+SOURCES = {"gradients": {}, "activations": {"osd_source": "activations"}}
 
 
 def pretend_to_be_on_gpus() -> None:
@@ -64,9 +65,6 @@ def train(output_dir: Path, batch: int, resume: Path | None = None, **options) -
 
 
 def sharded_trainer(rank: int, world: int, folder: Path):
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # accelerate asks, and finds the group made
     pretend_to_be_on_gpus()
     fsdp = {
@@ -74,16 +72,27 @@ def sharded_trainer(rank: int, world: int, folder: Path):
         "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False, "reshard_after_forward": True},
     }
     fsdp["fsdp_config"]["state_dict_type"] = "SHARDED_STATE_DICT"
-    trainer = train(folder / "sharded", 2, **fsdp)
+    for source, options in SOURCES.items():
+        train_and_resume(rank, folder / source, fsdp | options)
+
+
+def train_and_resume(rank: int, folder: Path, options: dict):
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    # two micro-batches where R is exchanged, in what accelerate makes of a step
+    parts = {"gradient_accumulation_steps": 2} if "osd_source" in options else {}
+    batch = 2 // parts.get("gradient_accumulation_steps", 1)
+    trainer = train(folder / "sharded", batch, **options, **parts)
     assert isinstance(trainer.model, FSDPModule)
     assert (folder / "sharded" / "checkpoint-2" / "optimizer_0").is_dir()  # sharded, by torch.distributed.checkpoint
     groups = trainer.optimizer.optimizer.param_groups
     assert all(isinstance(p, DTensor) for group in groups for p in group["params"])
     assert set(groups[0]["sides"]) == {"right"}
     weights = {name: p.detach().full_tensor() for name, p in trainer.model.named_parameters()}
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer)
 
-    again = train(folder / "sharded", 2, resume=folder / "sharded" / "checkpoint-2", **fsdp)
+    again = train(folder / "sharded", batch, resume=folder / "sharded" / "checkpoint-2", **options, **parts)
     for name, p in again.model.named_parameters():
         assert torch.equal(p.detach().full_tensor(), weights[name]), name
     if rank == 0:
@@ -91,11 +100,24 @@ def sharded_trainer(rank: int, world: int, folder: Path):
         (folder / "losses.json").write_text(json.dumps(losses))
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
-    results = processes.run(2, [sharded_trainer], tmp_path)
+def logged(trainer: Trainer) -> list[float]:
+    """Loss and norm of each step; they are clipped to a norm of 1, too."""
+    return [entry[key] for entry in trainer.state.log_history if "loss" in entry for key in ("loss", "grad_norm")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainer")
+    results = processes.run(2, [sharded_trainer], folder)
     assert not results["sharded_trainer"], results["sharded_trainer"]
-    single = train(tmp_path / "single", 4, osd_side="right")
-    losses = [entry["loss"] for entry in single.state.log_history if "loss" in entry]
+    return folder
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_two_processes_train_what_one_trains(folder, source):
+    tmp_path, options = folder / source, SOURCES[source] or {"osd_side": "right"}
+    single = train(tmp_path / "single", 4, **options)
+    losses = logged(single)
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, abs=1e-4)
     weights = torch.load(tmp_path / "weights.bin", weights_only=True)
     for name, p in single.model.named_parameters():

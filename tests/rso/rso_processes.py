@@ -1,8 +1,8 @@
 """One training of two intervals, on one process or on each of several under DDP."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -33,14 +33,21 @@ def train(rank: int = 0, world_size: int = 1) -> tuple[dict[str, torch.Tensor], 
             return work.get_future().then(lambda future: future.value()[0])
 
         model.register_comm_hook(None, exchange)
+    run_steps(model, optimizer, rank, world_size, exchanged.clear)
+    return net.state_dict(), list(optimizer.state_dict()["state"].values()), sum(exchanged)
+
+
+def run_steps(
+    model: nn.Module, optimizer: hf_osd.OSD, rank: int, world_size: int, before: Callable = lambda: None
+) -> None:
+    """All steps on this process's part of each batch."""
     generator = torch.Generator().manual_seed(3)
     for _ in range(STEPS):
         x = torch.randn(8, 24, dtype=torch.float64, generator=generator)[rank::world_size]
-        exchanged.clear()
+        before()
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return net.state_dict(), list(optimizer.state_dict()["state"].values()), sum(exchanged)
 
 
 def two_processes(rank: int, world_size: int, folder: Path) -> None:
@@ -49,8 +56,12 @@ def two_processes(rank: int, world_size: int, folder: Path) -> None:
 
 
 def sharded(rank: int, world_size: int, folder: Path) -> None:
-    """Scenario: weights that are sharded are refused in a sentence."""
-    net = nn.Sequential(nn.Linear(24, 40))
+    """Scenario: FSDP2 divides the weights, and all draw the same P."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 16)).double()
     fully_shard(net, mesh=init_device_mesh("cpu", (world_size,)))
-    with pytest.raises(ValueError, match="source='activations' is not for FSDP2"):
-        hf_osd.create_osd_optimizer(net, "rso_adamw", rank=6, target_modules=["0"])
+    optimizer = hf_osd.create_osd_optimizer(net, "rso_adamw", lr=0.02, rank=6, update_interval=INTERVAL, seed=1)
+    torch.manual_seed(rank)
+    run_steps(net, optimizer, rank, world_size)
+    weights = {name: p.detach().full_tensor() for name, p in net.named_parameters()}
+    torch.save(weights, folder / f"sharded{rank}.pt")

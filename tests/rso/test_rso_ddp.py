@@ -1,4 +1,4 @@
-"""Two processes train as one, exchange r m numbers for a weight, and draw the same P; no weight may be sharded."""
+"""Two processes train as one, exchange r m numbers for a weight, and draw the same P, also where FSDP2 divides W."""
 
 import sys
 from pathlib import Path
@@ -22,6 +22,8 @@ def test_two_processes_train_as_one(tmp_path: Path):
         assert torch.equal(a[name], b[name]), name
         # float64: rounding of 1e-16 in the gradients, which Adam's first steps divide by themselves
         torch.testing.assert_close(a[name], value, rtol=1e-9, atol=1e-9)
+        divided = torch.load(tmp_path / "sharded0.pt")[name]
+        torch.testing.assert_close(divided, value, rtol=1e-9, atol=1e-9)
     for own, others in zip(state, other, strict=True):
         assert own.keys() == others.keys() and all(torch.equal(value, others[key]) for key, value in own.items())
     assert exchanged == 8 * (6 * (40 + 16) + 40 + 16)  # R of two layers, and the biases

@@ -80,7 +80,6 @@ MISTAKES = [
     ({"optim_args": "interval=3"}, "Unknown option `interval`.*Did you mean `update_interval`"),
     ({"optim_args": "eta=3"}, "Unknown option `eta`"),
     ({"fsdp": "full_shard", "fsdp_config": {"version": 1}}, "cannot be used with FSDP1"),
-    ({"fsdp": "full_shard", "fsdp_config": {"version": 2}}, "source='activations' is not for FSDP2"),
     ({"optim": "rso_lion"}, "not a valid OptimizerNames"),
 ]
 

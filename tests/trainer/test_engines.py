@@ -48,15 +48,12 @@ def test_trainer_arguments(tmp_path, config):
         arguments(tmp_path, fsdp=True, fsdp_config=config)
 
 
-@pytest.mark.parametrize(
-    ("optim", "fsdp", "message"),
-    [("osd_adamw", 1, "^osd_adamw cannot be used with FSDP1"), ("rso_adamw", 2, "'activations' is not for FSDP2")],
-)
-def test_a_refused_run_leaves_nothing_in_the_environment(tmp_path, monkeypatch, optim, fsdp, message):
-    args = arguments(tmp_path, TrainingArguments, fsdp=True, fsdp_config={"version": fsdp})
+@pytest.mark.parametrize("optim", ["osd_adamw", "rso_adamw"])
+def test_a_refused_run_leaves_nothing_in_the_environment(tmp_path, monkeypatch, optim):
+    args = arguments(tmp_path, TrainingArguments, fsdp=True, fsdp_config={"version": 1})
     args.optim = optim
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate does where there are GPUs, before we are asked
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{optim} cannot be used with FSDP1"):
         check_arguments(args)
     args.fsdp = False
     check_arguments(args)

@@ -125,7 +125,10 @@ class GradientStream:
 
     def _check_processes(self) -> None:
         if any(is_sharded(p) for group in self.weights.groups for p in group["params"]):
-            raise ValueError("`layerwise` needs whole parameters, and these are sharded (FSDP2). Leave it out.")
+            raise ValueError(
+                "`layerwise` needs whole parameters, and these are sharded (FSDP2). Use source='activations' instead, "
+                "which has no gradients of full size there either."
+            )
         if in_a_process_of_many():
             raise ValueError(
                 "`layerwise` would step before gradients are averaged over the processes. Leave it out, or use "

@@ -20,7 +20,7 @@ from ...declare import (
     refuse_unknown,
     refuse_without_effect,
 )
-from ...subspace import build_subspace
+from ...subspace import build_subspace, rule_class
 
 
 CLIPPINGS = ("parameter", "previous_norm")
@@ -102,6 +102,17 @@ class Mode:
         "Start parameters anew that a loaded checkpoint does not fit, instead of refusing it.",
         check=boolean(),
     )
+    divide_projection: bool | None = option(
+        None,
+        "Whether the processes among which FSDP2 or tensor parallelism divides a weight divide its P and the moments "
+        "of that, too, by rows.\n\nThen P is gathered where it is used and its gradient reduce-scattered, as FSDP2 "
+        "does with weights, in buckets of many. Rules that need all of P to move it, or make it anew, keep it whole "
+        "on every process: by default P is divided with `online_pca` on gradients, without `carry_moments`. A "
+        "checkpoint goes on either way.",
+        check=boolean(),
+        needs=(Need(lambda mode: not mode["layerwise"], "with `layerwise`, which is for one process"),),
+        unset="where that is possible",
+    )
 
     def __post_init__(self):
         """Check the values, alone and together."""
@@ -122,7 +133,11 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
     """Raise `ValueError` for options of a parameter group that would not be exact in this mode."""
     if mode.capturable and (reason := _uncapturable(group)):
         raise ValueError(f"`capturable` is not for {where}: {reason}. Leave one of them out.")
-    if group["rank"] is None or not mode.layerwise:
+    if group["rank"] is None:
+        return
+    if mode.divide_projection and (reason := why_whole(group)):
+        raise ValueError(f"`divide_projection` is not for {where}: {reason}. Leave one of them out.")
+    if not mode.layerwise:
         return
     sums = mode.gradient_accumulation
     name = "layerwise` with `gradient_accumulation"
@@ -141,6 +156,21 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
         name = name if sums else "layerwise` with `max_grad_norm"
     if reason:
         raise ValueError(f"`{name}` is not for {where}: {reason}. Leave one of them out.")
+
+
+def why_whole(group: Mapping[str, Any]) -> str | None:
+    """What needs all of P on every process, in a group with a `rank`; `None` where its rows can be divided.
+
+    A rule that asks for nothing but the gradient of Eq. 6, which is linear in A, gets its rows of the sum.
+    """
+    rule = rule_class(group["subspace"])
+    if group["source"] != "gradients":
+        return f"source={group['source']!r} uses P in the forward pass"
+    if group["side"] == "two_sided":
+        return "side='two_sided' is for one process"
+    if not (rule.learns and rule.stackable):
+        return f"subspace={group['subspace']!r} makes P of all its rows at once"
+    return "`carry_moments` turns moments by all rows of P" if group["carry_moments"] else None
 
 
 def _uncapturable(group: Mapping[str, Any]) -> str | None:

@@ -62,7 +62,7 @@ class GradientSource:
 
     def low_rank(self, G: Tensor, count: int | Tensor | None) -> LowRank:
         """R = down(G, P), and A after so many steps, or `None` where P does not move."""
-        P, A = self.P.read(), None
+        P, A = self.P.read() if self.P.gathered is None else self.P.gathered, None
         if P.dtype != G.dtype:
             P = P.to(G.dtype)
         with full_precision(G):
@@ -77,7 +77,7 @@ class GradientSource:
                     b, k = self._block(G, count)
                     A = k * self._mixed(G[b], R, b) if self.rho else self.op.correlate(G[b], R[b], P, k)
             A = A.to(self.dtype)
-            if self.sharding is not None:
+            if self.sharding is not None and self.P.rows is None:
                 A = self.sharding.sum(A)
         return LowRank(R.to(self.dtype), A, G if self.keeps_G else None)
 
@@ -233,6 +233,8 @@ class ProjectedWeight(Weight):
                 return False
             G = G / size  # its square is nothing in float32
         self.recount(check)
+        if self.P.found():
+            return False
         init = self.group["init"]
         # a P that was given is in the state from its beginning, unless it is zero: of an expert that had no tokens yet
         init = self.P.make(G, Make("auto" if init == "given" else init, self.steps, first=True))
@@ -279,8 +281,12 @@ class ProjectedWeight(Weight):
         super().resume()
         self.overdue = OVERDUE in self.slot.state
         # P may have been made in a step that was skipped in the end, and zero is no P, but may be a code of one
-        code = self.rules.subspace.code is not None and bool(self.slot.state["step"] > 0)
-        self.P.started = code or bool(self.slot.state[self.P.key].any())
+        made = bool(self.slot.state["step"] > 0)
+        if self.P.rows is not None:  # of which this process may have none that is not 0
+            self.P.started = made
+        else:
+            code = self.rules.subspace.code is not None and made
+            self.P.started = code or bool(self.slot.state[self.P.key].any())
         self.P.forget()
 
     @property
@@ -294,8 +300,10 @@ class ProjectedWeight(Weight):
 
     @property
     def projection(self) -> Tensor:
-        """P as the state keeps it, or as it is made of what the state keeps instead."""
-        return self.P.read() if self.rules.subspace.code is not None else self.P.slot.state["projection"]
+        """P as the state keeps it, whole, or as it is made of what the state keeps instead."""
+        if self.rules.subspace.code is not None:
+            return self.P.read()
+        return self.P.slot.state["projection"] if self.P.rows is None else self.P.whole()
 
     @property
     def steps(self) -> int:

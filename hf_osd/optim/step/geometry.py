@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ...subspace import LinearOperator, effective_rank, operator_of
+from ..options.mode import why_whole
+from .rows import Rows, rows_of
 from .sharding import Sharding, sharding_of
 from .sides import FULL_SIZE
 from .stacks import lies_whole, local_experts, sharding_of_expert
@@ -34,6 +36,7 @@ class Geometry:
         seed (`int`): Seed of all that is random for this parameter, the same on all processes.
         sharding ([`Sharding`], *optional*): How it is divided among processes.
         holder (`str`, *optional*): The weight in whose state its P is, where that is learned from activations.
+        rows ([`Rows`], *optional*): How P and its moments are divided among processes, where they are.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Geometry:
     seed: int
     sharding: Sharding | None = field(default=None, kw_only=True)
     holder: str | None = field(default=None, kw_only=True)
+    rows: Rows | None = field(default=None, kw_only=True)
 
     @property
     def update_shape(self) -> tuple[int, ...]:
@@ -111,6 +115,11 @@ class ProjectedGeometry(Geometry):
         return self.side == "two_sided"
 
     @property
+    def divisible(self) -> bool:
+        """Whether rows of P may be divided, here or where a checkpoint goes on: 8-bit blocks end with them then."""
+        return not self.stacked and self.sharding is not None and self.sharding.dim is not None
+
+    @property
     def factor_rows(self) -> tuple[int, ...]:
         """Rows of each factor of P."""
         return self.size if self.two_sided else (self.op.projected_size(*self.size),)
@@ -159,7 +168,7 @@ def names_of(group: Mapping[str, Any], position: int) -> list[str]:
     return list(names) if names else [f"parameter {position + index}" for index in range(len(group["params"]))]
 
 
-def geometry_of(group: Mapping[str, Any], index: int, p: Tensor, position: int) -> Geometry:
+def geometry_of(group: Mapping[str, Any], index: int, p: Tensor, position: int, divide: bool = False) -> Geometry:
     """The geometry of `p`, which is, or was when the group was saved, `group["params"][index]`.
 
     Args:
@@ -167,13 +176,14 @@ def geometry_of(group: Mapping[str, Any], index: int, p: Tensor, position: int) 
         index (`int`): Place in the group.
         p (`torch.Tensor`): The parameter, on any device.
         position (`int`): Place over all groups.
+        divide (`bool`, *optional*, defaults to `False`): Whether processes are to divide P, where they can.
     """
     name = names_of(group, position - index)[index]
     compute_dtype, sharding = torch.promote_types(p.dtype, torch.float32), sharding_of(p, name)
     seed = group["seed"] * SEEDS_APART + position
     if group["rank"] is None or group["sides"][index] == FULL_SIZE:
         return Geometry(name, tuple(p.shape), compute_dtype, seed, sharding=sharding)
-    return ProjectedGeometry(
+    geometry = ProjectedGeometry(
         name,
         tuple(p.shape),
         compute_dtype,
@@ -184,3 +194,6 @@ def geometry_of(group: Mapping[str, Any], index: int, p: Tensor, position: int) 
         sharding=sharding,
         holder=group["inputs"][index] if group.get("inputs") else None,
     )
+    if not divide or sharding is None or not geometry.divisible or why_whole(group) is not None:
+        return geometry
+    return replace(geometry, rows=rows_of(sharding, geometry.projection_shape[0]))

@@ -23,6 +23,7 @@ from .low_rank import LowRank
 from .movement import Movements, Moving
 from .observation import observation
 from .projection import Make, usable
+from .sharding import local
 from .weight import Weight
 
 
@@ -30,6 +31,7 @@ class InputWeight(ProjectedWeight):
     """A weight of a prepared layer.
 
     Attributes:
+        parameter (`torch.Tensor`): W as the optimizer has it: `p` is this process's part of it.
         layer ([`LayerInfo`]): What its layers know.
         leader ([`InputWeight`]): The weight that holds P, maybe itself.
         given (`torch.Tensor`, *optional*): P_0, where the user gave one.
@@ -45,7 +47,8 @@ class InputWeight(ProjectedWeight):
         layer: LayerInfo,
         given: Tensor | None,
     ):
-        super().__init__(p, geometry, group)
+        super().__init__(local(p), geometry, group)
+        self.parameter = p
         self.layer, self.leader, self.given, self.stepped = layer, self, given, False
         self.sharing = [self]
 

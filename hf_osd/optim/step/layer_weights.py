@@ -15,6 +15,7 @@ from .geometry import Geometry, ProjectedGeometry
 from .gradients import check_of
 from .input_weight import InputWeight
 from .movement import Movements
+from .sharding import local
 from .state import held_elsewhere
 from .weights import AnyWeight, Group, Weights
 
@@ -36,17 +37,28 @@ class LayerWeights(Weights):
         groups: list[Group],
         state: MutableMapping[Tensor, dict],
         given: dict[str, Tensor],
+        divide: bool,
         layers: PreparedLayers,
     ):
         self.layers = layers
-        super().__init__(groups, state, given)
+        super().__init__(groups, state, given, divide)
 
     def meet(self) -> None:  # noqa: D102 - see Weights
         self.layer_of = self.layers.by_weight()
+        divided = {p for p, layer in self.layer_of.items() if layer.sharding is not None}
+        if divided and divided.isdisjoint(p for group in self.groups for p in group["params"]):
+            raise ValueError(
+                "The model's weights have been exchanged by `fully_shard` since: make the optimizer after it, or let "
+                "accelerate prepare both."
+            )
         super().meet()
 
+    def let_go(self) -> None:  # noqa: D102
+        self.layer_of = {}
+        super().let_go()
+
     def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:  # noqa: D102
-        if self.layers.meeting.changed:
+        if self.layers.meeting.changed or not self._weights:
             self.meet()
             self.layers.meeting.changed = False
         return super().with_gradients()
@@ -54,7 +66,7 @@ class LayerWeights(Weights):
     def _bind(self, weight: AnyWeight, p: Tensor, state: dict[str, Tensor]) -> None:
         super()._bind(weight, p, state)
         if isinstance(weight, InputWeight) and weight.leader is not weight:
-            self.of(weight.leader.p)  # whose state has P
+            self.of(weight.leader.parameter)  # whose state has P
 
     def _use_given(self, weight: AnyWeight) -> None:
         if isinstance(weight, InputWeight):
@@ -101,7 +113,7 @@ class LayerWeights(Weights):
         for weight in own:
             if weight.geometry.holder != weight.geometry.name:
                 weight.share(by_name[weight.geometry.holder])  # type: ignore[index]
-                state = self.state.get(weight.p, {})
+                state = self.state.get(weight.parameter, {})
                 for name in state.keys() & held_elsewhere(weight.geometry, rules_of(weight.group)):
                     del state[name]  # of the P that it had before it met its input
 
@@ -116,30 +128,31 @@ class LayerWeights(Weights):
             return G
         if layer.input is None:
             return None
-        if G is not None and self.layers.meeting.group is not None:
+        if G is not None and layer.sharding is None and self.layers.meeting.group is not None:
             raise ValueError(
                 f"{layer.name} is used otherwise than by calling its layer, and DDP does not average that gradient: "
                 "leave it out (`exclude_modules`), or use source='gradients'."
             )
         weight = self.of(p)
         assert isinstance(weight, InputWeight)
-        self.of(weight.leader.p)
+        self.of(weight.leader.parameter)
         if layer.input.kept and not weight.P.started and not self._in_use(weight.leader):
             self.layers.restart(layer.input)  # R is in the coordinates of a P that is gone: nobody is stepped by it
             R = None
             if G is None:
                 return None
         layer.input.make_room()
-        self.ready(weight.leader.p)
+        self.ready(weight.leader.parameter)
         weight.leader.adopt()
         if G is None or not weight.P.started:
             return R
-        rest = weight.op.down(G, weight.P.read().to(G.dtype))
-        return rest if R is None else R + rest
+        rest = weight.op.down(local(G), weight.P.read().to(G.dtype))
+        both = rest if R is None else local(R) + rest
+        return both if layer.sharding is None else layer.sharding.wrap(both, layer.stand_in.shape, 0)
 
     def _in_use(self, leader: InputWeight) -> bool:
         """Whether any weight has been stepped by the P of this one, in the states that there are now."""
-        return any(self.of(weight.p).count for weight in leader.sharing)
+        return any(self.of(weight.parameter).count for weight in leader.sharing)
 
     def leave(self, p: Tensor) -> None:
         """Learn from the gradients of a weight from now on: its layers are not called."""
@@ -168,7 +181,7 @@ class LayerWeights(Weights):
             norms2 = torch.stack([shared.energy + 0 * shared.A.sum() for _, shared in seen])  # type: ignore
             checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
             for (weight, shared), check in zip(seen, checks, strict=True):
-                self.ready(weight.p)
+                self.ready(weight.parameter)
                 opened += self._open(weight) if not weight.P.started else [weight]
                 self._observe_input(weight, shared, check)
                 weight.learn(shared, check, movements)
@@ -188,7 +201,7 @@ class LayerWeights(Weights):
     def _open(self, leader: InputWeight) -> list[InputWeight]:
         """All that share a P, each with its state, if it has one."""
         for weight in leader.sharing:
-            self.of(weight.p)
+            self.of(weight.parameter)
         return leader.sharing
 
     def give_projections(self) -> None:

@@ -48,6 +48,7 @@ class Moments:
         prefix (`str`, *optional*): Of its entries in the state: empty for the weight, or `"projection_"`.
         sharding ([`Sharding`], *optional*): How its gradients are divided among processes.
         step (`str`, *optional*): Name of the entry that counts its steps, behind the prefix.
+        by_rows (`bool`, *optional*, defaults to `False`): Whether 8-bit blocks end with rows, even if none is divided.
 
     Attributes:
         counter (`str`): That name with the prefix.
@@ -66,6 +67,7 @@ class Moments:
         prefix: str = "",
         sharding: Sharding | None = None,
         step: str = "step",
+        by_rows: bool = False,
     ):
         self.rule, self.storage, self.shape, self.sharding = rule, storage, shape, sharding
         self.slot = slot
@@ -73,7 +75,7 @@ class Moments:
         self._moments = rule.moments(shape)
         self.kept = [(moment.name, moment.kept(prefix, dtype)) for moment in self._moments]
         self.fused = hasattr(rule, "update_")
-        dims = (divided(moment, sharding, len(shape)) for moment in self._moments)
+        dims = (0 if by_rows else divided(moment, sharding, len(shape)) for moment in self._moments)
         self.stackable = rule.stackable and all(
             storage.stackable(kept, dim) for (_, kept), dim in zip(self.kept, dims, strict=True)
         )

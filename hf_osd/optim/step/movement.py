@@ -5,8 +5,7 @@ transformer has, it is one batched product. A step of P's optimizer is taken as 
 about orthonormal, and shortened to that beyond. Letters and shapes as in `subspace.operators`.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...subspace import Movement
-from ...subspace.precision import narrowed, reduced_precision
 from ...update_rules import GradientCheck
+from .lengths import Total, lengths
 from .low_rank import LowRank
 from .moments import Moments, Pace, joint_steps
 from .projection import LiveProjection, usable
@@ -138,7 +137,9 @@ def _move(moving: Moving) -> None:
     """One movement of one P."""
     projection, P, A, check = moving
     old = P.clone() if projection.group["carry_moments"] else None
-    move = Movement(A, check.inv_norm2, partial(usable, check), projection.geometry.op, partial(_descend, [moving]))
+    move = Movement(
+        A, check.inv_norm2, partial(usable, check), projection.geometry.op, partial(descend, [moving], None)
+    )
     projection.rule.advance_(P, move)
     projection.write(P)
     if old is not None:
@@ -157,16 +158,25 @@ def _move_all(waiting: list[Moving]) -> None:
     rule, op = first.projection.rule, first.projection.geometry.op
     rule.advance_(
         torch.stack([moving.P for moving in waiting]),
-        Movement(A, inv_norm2, unusable, op, partial(_descend, waiting)),
+        Movement(A, inv_norm2, unusable, op, partial(descend, waiting, None)),
     )
     for moving in waiting:
         moving.projection.write(moving.P)
 
 
-def _descend(waiting: list[Moving], gP: Tensor) -> None:
+class Step(NamedTuple):
+    """What P of one group and shape are to move by."""
+
+    waiting: Sequence[Moving]
+    step: Tensor  # (k, s, r)
+    far: bool  # whether any may be longer than `LONGEST_STEP`, as far as the host knows
+
+
+def descend(waiting: Sequence[Moving], made: list[Step] | None, gP: Tensor) -> None:
     """P <- (1 - alpha lr weight_decay_P) P - alpha lr projection_rule(gP), of one, or of each of a stack (k, s, r).
 
-    A step longer than `LONGEST_STEP` is shortened to that.
+    A step longer than `LONGEST_STEP` is shortened to that. With a list in `made` the step is left there, for others to
+    shorten and add.
     """
     projections, Ps, _, checks = zip(*waiting, strict=True)
     first, group = projections[0], projections[0].group  # of all
@@ -178,21 +188,24 @@ def _descend(waiting: list[Moving], gP: Tensor) -> None:
     if weight_decay:
         keep = torch.stack([check.keep for check in checks])[:, None, None]
         step.addcmul_(torch.stack(Ps), keep * (-rate * weight_decay))
-    if (
-        isinstance(rate, Tensor) or rate * math.sqrt(Ps[0].numel()) > LONGEST_STEP
-    ):  # else no step is longer, by most rules
-        shorten_(step)
+    far = isinstance(rate, Tensor) or rate * first.spread > LONGEST_STEP  # else no step is longer, by most rules
+    if made is not None:
+        made.append(Step(waiting, step, far))
+        return
+    if far:
+        shorten_([step])
     torch._foreach_add_(Ps, step.unbind())
 
 
-def shorten_(step: Tensor) -> None:
-    """Step <- min(1, LONGEST_STEP / ||step||) step, of each of a stack (k, s, r)."""
-    (S,) = narrowed(step)
-    with reduced_precision(S):
-        M = S.mT @ S
-        # ||step||_2 <= ||M²||_F^(1/4), not much less: equal where the rank is one, as of the steps that are too long
-        norm = torch.linalg.matrix_norm((M @ M).to(step.dtype)).sqrt_().sqrt_()
-    step.mul_((LONGEST_STEP / norm).clamp_(max=1)[:, None, None])  # by exactly 1 most steps
+def shorten_(steps: Sequence[Tensor], total: Total | None = None) -> None:
+    """Step <- min(1, LONGEST_STEP / ||step||) step, of each of stacks (k, s, r).
+
+    Args:
+        steps (`list[torch.Tensor]`): The stacks.
+        total (`Callable`, *optional*): Adds up tensors of all processes, in place, where these have some rows each.
+    """
+    for step, length in zip(steps, lengths(steps, total), strict=True):
+        step.mul_((LONGEST_STEP / length).clamp_(max=1)[:, None, None])  # by exactly 1 most steps
 
 
 def _refuse_without_optimizer(projection: LiveProjection) -> NoReturn:

@@ -3,6 +3,7 @@
 Letters and shapes as in `subspace.operators`.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -48,11 +49,15 @@ class LiveProjection:
         started (`bool`): Whether P has been initialised.
         rule ([`SubspaceRule`]): How P moves.
         decay (`str`): Name of the group's option that is P's weight decay.
+        spread (`float`): Norm of a P whose entries are 1.
         expanded (`torch.Tensor`, *optional*): P beside the state, where the rule keeps it there.
+        rows ([`Rows`], *optional*): How processes divide P, where they do: the state has this one's rows.
+        gathered (`torch.Tensor`, *optional*): The whole of such a P, while it is here.
     """
 
     def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any], slot: Slot):
         self.geometry, self.group, self.slot = geometry, group, slot
+        self.rows = geometry.rows
         self.started = False
         self.carried: dict[str, Moments] = {}  # of each weight by name: what lives in P's coordinates
         self.forget()
@@ -62,22 +67,40 @@ class LiveProjection:
         geometry = self.geometry
         self.rule = rules.subspace
         self.decay = decay_of_projection(self.group)
+        self.spread = math.prod(geometry.projection_shape) ** 0.5
         self.key = rules.subspace.code or "projection"
         self.moments: Moments | None = None
         if rules.projection is not None:
             shape, dtype = geometry.projection_shape, geometry.compute_dtype
-            self.moments = Moments(rules.projection, rules.projection_storage, shape, dtype, self.slot, "projection_")
+            self.moments = Moments(
+                rules.projection,
+                rules.projection_storage,
+                shape,
+                dtype,
+                self.slot,
+                "projection_",
+                self.rows,
+                by_rows=geometry.divisible,
+            )
 
     def forget(self) -> None:
         """Drop what was derived from the state."""
         self.expanded: Tensor | None = None
+        self.gathered: Tensor | None = None
 
     def read(self) -> Tensor:
         """P in the precision of the computation: the tensor in the state itself where that has it."""
         if self.rule.code is not None:
             return self._expand(self.rule)
-        P = self.slot.state["projection"]
+        P = self.slot.state["projection"] if self.rows is None else self.whole()
         return P if P.dtype == self.geometry.compute_dtype else P.to(self.geometry.compute_dtype)
+
+    def whole(self) -> Tensor:
+        """All of a divided P, in the precision that it is kept or was gathered in: from all processes, if need be."""
+        assert self.rows is not None
+        if self.gathered is not None:
+            return self.gathered
+        return self.rows.full(self.slot.state["projection"], self.geometry.projection_shape)
 
     def _expand(self, rule: SubspaceRule) -> Tensor:
         if self.expanded is not None:
@@ -120,9 +143,20 @@ class LiveProjection:
         new = made[0]
         if geometry.two_sided:
             new = torch.cat(made) if rule.code is None else torch.stack(made)
-        stored.copy_(new if geometry.sharding is None else geometry.sharding.agree(new))
+        new = new if geometry.sharding is None else geometry.sharding.agree(new)
+        stored.copy_(new if self.rows is None else self.rows.own(new))
         self.forget()
+        if self.rows is not None:
+            self.gathered = new.to(stored.dtype)
         return init
+
+    def found(self) -> bool:
+        """Whether the state has a divided P, given or loaded, that no step has used yet. Asks all processes."""
+        if self.rows is None:
+            return False
+        some = self.slot.state["projection"].any().to(torch.float32)
+        self.started = bool(self.rows.sum(some))
+        return self.started
 
     def renew(self, G: Tensor, how: Make, check: GradientCheck) -> None:
         """A new P from G, in which the weights' moments go on as the group says."""

@@ -8,7 +8,8 @@ The side is chosen so that nothing else is exchanged. Of rows W_i on process i,
     right:  R_i = G_i P     W_i <- W_i - lr D_i Pᵀ     A = sum_i G_iᵀ R_i                (rows divided, `Shard(0)`)
     left:   R_i = Pᵀ G_i    W_i <- W_i - lr P D_i      A = sum_i G_i R_iᵀ                (columns divided, `Shard(1)`)
 
-P and its moments are the same on all processes; those of R are divided like the weight.
+The moments of R are divided like the weight. P and its own are the same on all processes, or divided by rows, see
+`divided`: then A stays what it is on each process.
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,6 +45,11 @@ class Sharding:
         """Shape of this process's part of a tensor that is divided in `dim` like the parameter in its own."""
         return tuple(self.local_size if i == dim else size for i, size in enumerate(shape))
 
+    @property
+    def group(self) -> Any:
+        """All processes of the mesh."""
+        return group_of(self.mesh)
+
     def wrap(self, X: Tensor, shape: Sequence[int], dim: int | None) -> Tensor:
         """A DTensor of `shape` around this process's part of it."""
         from torch.distributed.tensor import DTensor, Replicate
@@ -71,7 +77,7 @@ class Sharding:
     def sum(self, X: Tensor) -> Tensor:
         """The sum over all parts, the same bits on every process. Changes X."""
         if self.mesh.size() > 1 and self.dim is not None:
-            torch.distributed.all_reduce(X, group=_group(self.mesh))
+            torch.distributed.all_reduce(X, group=group_of(self.mesh))
             # Copies are summed too, and divided out: groups of their own could round differently, and P would drift.
             if self.copies > 1:
                 X.div_(self.copies)
@@ -80,7 +86,7 @@ class Sharding:
     def agree(self, X: Tensor) -> Tensor:
         """X of the mesh's first process, on every process. Changes X."""
         if self.mesh.size() > 1:
-            torch.distributed.broadcast(X, src=int(self.mesh.mesh.flatten()[0]), group=_group(self.mesh))
+            torch.distributed.broadcast(X, src=int(self.mesh.mesh.flatten()[0]), group=group_of(self.mesh))
         return X
 
 
@@ -158,10 +164,6 @@ FLAT = (
     "`from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))`; in a loop of your own `fully_shard`. "
     "Or use DDP."
 )
-NOT_SHARDED = (
-    "source='activations' is not for FSDP2 and tensor parallelism as yet: use DDP, or an `osd_` name with "
-    "source='gradients'."
-)
 
 
 def is_sharded(X: Tensor) -> bool:
@@ -173,7 +175,7 @@ def is_sharded(X: Tensor) -> bool:
     return isinstance(X, DTensor)
 
 
-def _group(mesh: Any) -> Any:
+def group_of(mesh: Any) -> Any:
     """One process group for all of a mesh."""
     if mesh.ndim == 1:
         return mesh.get_group()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...update_rules import MIN_8BIT_SIZE, MIN_BLOCK_SIZE, BlockWise8bit, TensorSpec
+from ...update_rules import MIN_8BIT_SIZE, MIN_BLOCK_SIZE, BlockWise8bit, MomentStorage, TensorSpec, UpdateRule
 from ..options.rules import Rules
 from .geometry import Geometry, ProjectedGeometry
 from .sharding import Sharding, divided
@@ -55,7 +55,8 @@ def _matrix_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
     if not geometry.holds_projection:
         return spec
     if rules.subspace.code is None:
-        spec["projection"] = TensorSpec(geometry.projection_shape, geometry.projection_dtype)
+        rows = None if geometry.rows is None else 0
+        spec["projection"] = TensorSpec(geometry.projection_shape, geometry.projection_dtype, rows)
     else:
         shape, dtype = rules.subspace.code_spec(geometry.rank)
         spec[rules.subspace.code] = TensorSpec((2, *shape) if geometry.two_sided else shape, dtype)
@@ -63,9 +64,18 @@ def _matrix_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
         spec["residual_norm"] = TensorSpec((), geometry.compute_dtype)
     if rules.projection is not None:
         spec["projection_step"] = TensorSpec((), torch.float32)
-        for moment in rules.projection.moments(geometry.projection_shape):
-            spec |= rules.projection_storage.spec(moment.kept("projection_", geometry.compute_dtype))
+        spec |= _projection_moments(geometry, rules.projection, rules.projection_storage)
     return spec
+
+
+def _projection_moments(
+    geometry: ProjectedGeometry, rule: UpdateRule, storage: MomentStorage
+) -> dict[str, TensorSpec]:
+    spec: dict[str, TensorSpec] = {}
+    for moment in rule.moments(geometry.projection_shape):
+        by_rows = geometry.divisible and 0 in (moment.dims or (0,))
+        spec |= storage.spec(moment.kept("projection_", geometry.compute_dtype), 0 if by_rows else None)
+    return spec if geometry.rows else {name: entry._replace(divided=None) for name, entry in spec.items()}
 
 
 def create_state(device: torch.device, geometry: Geometry, rules: Rules) -> dict[str, Tensor]:
@@ -73,9 +83,10 @@ def create_state(device: torch.device, geometry: Geometry, rules: Rules) -> dict
     state, spec = {}, state_spec(geometry, rules)
     _warn_dense(geometry, rules, spec)
     for name, entry in spec.items():
-        value = torch.zeros(local_shape(entry, geometry), dtype=entry.dtype, device=device)
-        if geometry.sharding is not None and entry.divided is not None:
-            value = geometry.sharding.wrap(value, entry.shape, entry.divided)
+        value = torch.zeros(local_shape(name, entry, geometry), dtype=entry.dtype, device=device)
+        sharding = sharding_of_entry(name, geometry)
+        if sharding is not None and entry.divided is not None:
+            value = sharding.wrap(value, entry.shape, entry.divided)
         state[name] = value
     return state
 
@@ -94,6 +105,12 @@ def _warn_dense(geometry: Geometry, rules: Rules, spec: Mapping[str, TensorSpec]
         )
 
 
-def local_shape(entry: TensorSpec, geometry: Geometry) -> tuple[int, ...]:
+def local_shape(name: str, entry: TensorSpec, geometry: Geometry) -> tuple[int, ...]:
     """Shape of this process's part of a state entry."""
-    return entry.shape if geometry.sharding is None else geometry.sharding.local_shape(entry.shape, entry.divided)
+    sharding = sharding_of_entry(name, geometry)
+    return entry.shape if sharding is None else sharding.local_shape(entry.shape, entry.divided)
+
+
+def sharding_of_entry(name: str, geometry: Geometry) -> Sharding | None:
+    """How a state entry is divided, if it is: P and its moments by rows of their own."""
+    return geometry.rows if name.startswith("projection") and geometry.rows is not None else geometry.sharding

@@ -39,9 +39,11 @@ class Weights:
         groups (`list[dict]`): Parameter groups that have been settled.
         state (`dict`): State by parameter, of the optimizer.
         given (`dict[str, torch.Tensor]`): P_0 by parameter name, where the user gave one; emptied as it is used.
+        divide (`bool`, *optional*, defaults to `True`): Whether processes divide P, where they can.
         capturable (`bool`, *optional*, defaults to `False`): Whether a CUDA graph may hold their steps.
 
     Attributes:
+        divided (`bool`): Whether they do, of any weight.
         device_types (`set[str]`): Of the parameters, as they were when last met, where there is autocast.
         observing (`bool`): Whether the coming step is observed.
         observations (`dict`): By weight, what `observe` saw in the last step that was.
@@ -57,9 +59,11 @@ class Weights:
         groups: list[Group],
         state: MutableMapping[Tensor, dict],
         given: dict[str, Tensor],
+        divide: bool = True,
         capturable: bool = False,
     ):
-        self.groups, self.state, self.given, self.capturable = groups, state, given, capturable
+        self.groups, self.state, self.given = groups, state, given
+        self.divide, self.capturable = divide, capturable
         self.observing = False
         self.observations: dict[AnyWeight, tuple[Tensor, ...]] = {}
         self._weights: dict[Tensor, AnyWeight] = {}
@@ -127,8 +131,11 @@ class Weights:
         else:
             if isinstance(weight, ExpertWeights):
                 given = given[list(weight.geometry.experts)]
-            weight.slot.state["projection"].copy_(given)
+            rows = weight.geometry.rows
+            weight.slot.state["projection"].copy_(given if rows is None else rows.own(given))
             weight.resume()
+            if rows is not None and isinstance(weight, ProjectedWeight):
+                weight.P.started = bool(given.any())
 
     def use_given(self) -> None:
         """Put each P that was given and not used yet into its state, which training then starts from."""
@@ -188,7 +195,7 @@ class Weights:
                     )
                 settle_sides(group, names_of(group, position), self.layer_of)
             for index, p in enumerate(group["params"]):
-                geometry, weight = geometry_of(group, index, p, position), known.get(p)
+                geometry, weight = geometry_of(group, index, p, position, self.divide), known.get(p)
                 as_before = weight is not None and weight.group is group and weight.dtype is p.dtype
                 if weight is None or not as_before or weight.geometry.holder != geometry.holder:
                     weight = self._make(p, geometry, group)
@@ -196,6 +203,7 @@ class Weights:
                     _convert(self.state.get(p, {}), weight)
                 self._weights[p], self._met[p] = weight, (weight.geometry, group)
                 position += 1
+        self.divided = any(weight.geometry.rows is not None for weight in self._weights.values())
         self._share()
         self.follow()
 
