@@ -78,6 +78,7 @@ class GlueArguments:
     validation_split: str | None = field(
         default=None, metadata={"help": "Labelled split to validate on, instead of the benchmark's."}
     )
+    dtype: str = field(default="float32", metadata={"help": "Precision of the weights: float32 or bfloat16."})
     max_length: int = field(default=128, metadata={"help": "Tokens that an example is cut to."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on a random subset, the same for every seed and method."}
@@ -104,6 +105,8 @@ class GlueArguments:
             raise ValueError(f"--lora_alpha has no effect with --method {self.method}.")
         if self.extract_lora and self.method == "lora":
             raise ValueError("--extract_lora is for methods that train the weights themselves, not for lora.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--dtype must be float32 or bfloat16, got {self.dtype}.")
         if self.class_weights not in ("none", "balanced"):
             raise ValueError(f"--class_weights must be none or balanced, got {self.class_weights!r}.")
         if self.class_weights == "balanced" and any(not TASKS[name].labels for name in self.task):
@@ -146,7 +149,7 @@ def balanced_loss(labels: list[int], num_labels: int):
     return loss
 
 
-def load_model(name_or_path: str, task: Task) -> PreTrainedModel:
+def load_model(name_or_path: str, task: Task, dtype: str) -> PreTrainedModel:
     """The pretrained model with a new classifier, whose outputs are named after the task's labels."""
     if task.labels:
         labels = dict(enumerate(task.labels))
@@ -155,7 +158,7 @@ def load_model(name_or_path: str, task: Task) -> PreTrainedModel:
         outputs = {"num_labels": 1, "problem_type": "regression"}
     # A classifier of another task, with other outputs, is replaced too; transformers says so.
     return AutoModelForSequenceClassification.from_pretrained(
-        name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, **outputs
+        name_or_path, dtype=getattr(torch, dtype), ignore_mismatched_sizes=True, **outputs
     )
 
 
@@ -175,7 +178,7 @@ def run_task(name: str, args: GlueArguments, training_args: OSDTrainingArguments
         own = copy.copy(training_args)
         own.seed, own.output_dir = seed, str(Path(training_args.output_dir, name, f"seed-{seed}"))
         set_seed(seed)  # before the classifier's weights are drawn
-        model = load_model(args.model_name_or_path, task)
+        model = load_model(args.model_name_or_path, task, args.dtype)
         base = copy.deepcopy(model) if args.extract_lora else None
         model = prepare_model(
             model, args.method, own, rank=args.rank, lora_alpha=args.lora_alpha, target_modules=args.target_modules

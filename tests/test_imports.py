@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "update_rules": {"update_rules", "declare"},
     "optim": {"optim", "layers", "update_rules", "subspace", "declare", "text"},
     "subzero": {"subzero", "hub", "optim", "subspace", "declare", "text", "version"},
-    "estimate": {"estimate", "subzero", "optim", "update_rules", "subspace"},
+    "estimate": {"estimate", "subzero", "optim", "layers", "update_rules", "subspace"},
     "trainer": {
         "trainer",
         "subzero",

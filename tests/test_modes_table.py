@@ -15,6 +15,7 @@ DDP, FSDP2, MESHES = "distributed/test_ddp.py", "distributed/test_fsdp2.py", "di
 ONE, REFUSED = f"{DDP}::test_two_processes_train_as_one", f"{MESHES}::test_scenario[refused]"
 TRAINER = f"{DDP}::test_trainer_on_two_processes_is_trainer_on_one"
 LAYERS, STOCK = "layers", "trainer/test_activations.py"
+INT8 = f"{LAYERS}/test_int8.py"
 SAVED = "distributed/test_fsdp2_checkpoints.py"
 FORWARD = "subzero/test_trainer.py"
 LAYERWISE = "trainer/test_layerwise_trainer.py"
@@ -96,6 +97,17 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
         ("yes", [f"{LAYERS}/test_model_stays.py::test_resume_is_exact"]),
+    ],
+    "`weight_dtype=int8`": [
+        ("yes", [f"{INT8}::test_training_goes_on_exactly_from_what_is_saved"]),
+        ("global, of R", [f"{STOCK}::test_resume_is_exact"]),
+        ("yes", ["distributed/test_activations_ddp.py::test_two_processes[int8]"]),
+        ("refused", [f"{INT8}::test_sharded_weights_refuse_it"]),
+        ("yes", [f"{STOCK}::test_resume_is_exact"]),
+        ("exact", [f"{STOCK}::test_resume_is_exact", f"{INT8}::test_training_goes_on_exactly_from_what_is_saved"]),
+        ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
+        ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
+        ("yes", [f"{INT8}::test_training_goes_on_exactly_from_what_is_saved"]),
     ],
     "FSDP2": [
         ("yes", [f"{FSDP2}::test_two_processes[accumulated]"]),

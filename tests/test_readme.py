@@ -30,6 +30,17 @@ def test_tables_are_the_committed_results(name: str):
     assert json.loads((RESULTS / f"{name}.json").read_text())["environment"]["device"] == "cpu_2_cores"
 
 
+def test_what_it_says_of_int8_weights_was_computed_and_counted():
+    cards = (RESULTS / "card_sizes.md").read_text(encoding="utf-8").split("\n\n")[1]
+    assert f"{cards}\n" in README
+    peaks = {row["method"]: row["peak"] for row in json.loads((RESULTS / "card_sizes.json").read_text())["rows"]}
+    names = [f"osd_adamw8bit, int8 weights, rank {rank}" for rank in (128, 512)]
+    took = [f"{peaks[name]['7B'] / 1e9:.1f}" for name in (*names, "osd_adamw8bit_layerwise, rank 128")]
+    text = "takes {} GB at rank 128 and {} GB at rank 512, where `osd_adamw8bit_layerwise` takes {} GB at rank 128"
+    assert text.format(*took) in TEXT
+    assert (RESULTS / "memory_int8.md").read_text(encoding="utf-8") in README
+
+
 def test_what_it_says_of_single_options_is_what_was_measured():
     rows = json.loads((RESULTS / "family_settings_text.json").read_text())["rows"]
     seen = {row["method"]: f"{row['best_perplexity']:.1f}" for row in rows}

@@ -1,10 +1,10 @@
 """Fine-tunes the same model on GLUE tasks with several methods, each at its best learning rate of a grid.
 
 Reads experiments/<name>.json: arguments common to all runs, those of each task, and for each method its arguments and
-learning rates, or the name of a method whose best rates it takes over. For each task and method, every rate of the
-grid runs with the first seed; the best one runs with the other seeds too. Every run is one call of
-examples/finetune_glue.py in a process of its own. Finished runs are kept in `--work_dir` and not repeated, so an
-interrupted comparison continues. Writes results/<device>/<name>.json and .md.
+learning rates, which may differ by task, or the name of a method whose best rates it takes over. For each task and
+method, every rate of the grid runs with the first seed; the best one runs with the other seeds too. Every run is one
+call of examples/finetune_glue.py in a process of its own. Finished runs are kept in `--work_dir` and not repeated, so
+an interrupted comparison continues. Writes results/<device>/<name>.json and .md.
 
 Needs: the `examples` extra. The small command takes minutes, the committed one two hours on one core. Both take model
 and data from the Hub, or from `--model` and `--data_dir`.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import added, describe, load_experiment, named, results_folder, save
+from q_galore_weights import obeyed
 
 
 HERE = Path(__file__).parent
@@ -40,7 +41,7 @@ def finetune(argv: list[str], log: Path) -> None:
         os.dup2(file.fileno(), 2)
     import finetune_glue
 
-    finetune_glue.main(argv)
+    finetune_glue.main(obeyed(argv))
 
 
 class Runner:
@@ -82,6 +83,8 @@ def compare_task(
             if rates not in rows:
                 raise SystemExit(f"{name} takes the learning rates of {rates}, which must run before it.")
             rates = [rows[rates]["best_learning_rate"]]
+        if isinstance(rates, dict):
+            rates = rates[task]
 
         def result(rate: float, seed: int, name: str = name, arguments: list[str] = method["arguments"]) -> dict:
             extra = ["--task", task, "--learning_rate", str(rate), "--seed", str(seed)]

@@ -4,12 +4,14 @@ Three steps of a LLaMA with random weights for each optimizer of ours and its pe
 and with gradient checkpointing. On the CPU allocations are counted by torch.profiler, on a GPU by the caching
 allocator. bitsandbytes' kernels decode into temporaries on CPUs and only there: its peak is told without them. With
 `source=activations` R counts as a gradient, and A, which lives until the step, among the activations.
-Writes results/<device>/memory.json, .md (a few, measured), _all.md (predicted and measured) and .png.
+With a name, reads its settings from experiments/<name>.json. Writes results/<device>/memory.json (or <name>.json), .md
+(a few, measured), _all.md (predicted and measured) and .png.
 
 Needs: the `examples` extra.
 
     python examples/benchmarks/memory.py --model llama_60m --layers 2 --rank 128    # a look, two minutes
     python examples/benchmarks/memory.py                                            # the committed figures on a CPU
+    python examples/benchmarks/memory.py memory_int8                                # int8 weights, in bfloat16
     python examples/benchmarks/memory.py --device cuda --model llama_1b --layers 24 --dtype bf16 --batch 8 --seq 1024
 """
 
@@ -21,9 +23,10 @@ from typing import Any
 import torch
 
 from allocations import counted
-from environment import added, describe, named, results_folder, save
+from environment import added, describe, load_experiment, named, results_folder, save
 from hf_osd.estimate import DTYPES, Method, Workload, adamw, adamw8bit, galore, lora, osd
 from hf_osd.estimate.models import enable_checkpointing
+from hf_osd.layers.int8 import Int8Weight, held_bytes
 from hf_osd.optim import OPTIM_NAMES
 from layerwise_memory import LiveGradients
 from whole_models import BASELINE, PEERS, load_config, make_optimizer, parse_name, prepare_model, random_model
@@ -31,6 +34,7 @@ from whole_models import BASELINE, PEERS, load_config, make_optimizer, parse_nam
 
 ACTIVATIONS = ("osd_adamw:source=activations", "osd_adamw8bit:source=activations")
 CHECKPOINTED = (BASELINE, "osd_adamw8bit", "osd_adamw8bit_layerwise", "osd_adamw8bit:source=activations")
+OF = {BASELINE: "AdamW's"}
 STEPS = 3
 RUNS = [*PEERS, *(name for name in OPTIM_NAMES if name.startswith("osd_")), *ACTIVATIONS]
 FEW = [*PEERS, "osd_adamw", "osd_adamw8bit", "osd_adamw8bit_layerwise", *ACTIVATIONS]
@@ -80,6 +84,7 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
             gradients.watch(model)
         with make_optimizer(model, name, settings.rank) as optimizer:
             gradients.watch(model)  # of stand-ins, which come with it
+            smaller = sum(p.nbytes - held_bytes(p) for p in model.parameters() if isinstance(p, Int8Weight))
             for step in range(STEPS):
                 with phase(f"forward {step}"):
                     loss = model(input_ids=ids, labels=ids).loss
@@ -97,9 +102,9 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
     steps = [seen[f"optimizer {step}"] for step in range(STEPS)]
     decodes = name == "adamw_bnb_8bit" and device == "cpu"
     return {
-        "weights": seen["model"].end - seen["model"].start,
+        "weights": seen["model"].end - seen["model"].start - smaller,
         "gradients": gradients.peak,
-        "state": seen[f"end {last}"].end - seen["model"].end - projection,
+        "state": seen[f"end {last}"].end - seen["model"].end + smaller - projection,
         "projection": projection,
         "activations": seen[f"forward {last}"].end - seen[f"forward {last}"].start,
         "temporaries": max(part.peak - part.end for part in steps),
@@ -121,7 +126,8 @@ def run_all(settings: argparse.Namespace) -> list[dict[str, Any]]:
     work = Workload(config, DTYPES[settings.dtype], settings.seq, settings.rank)
     rows = []
     for name in settings.runs:
-        for checkpointing in (False, True) if name in CHECKPOINTED else (False,):
+        usual = (False, True) if name in CHECKPOINTED else (False,)
+        for checkpointing in (True,) if settings.checkpointing else usual:
             row = {"optim": name, "gradient_checkpointing": checkpointing}
             row["predicted"] = predicted(work, name, checkpointing, settings)
             row["measured"] = measure(config, name, checkpointing, settings)
@@ -133,19 +139,20 @@ def run_all(settings: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a few, measured; all where AdamW, which they are compared with, was not asked for."""
-    measured = {row["optim"]: row["measured"] for row in rows if not row["gradient_checkpointing"]}
+    """Markdown: a few, measured; all where AdamW was not asked for, and compared with the first."""
+    alike = all(row["gradient_checkpointing"] for row in rows)
+    measured = {row["optim"]: row["measured"] for row in rows if alike or not row["gradient_checkpointing"]}
     few = {name: seen for name, seen in measured.items() if name in FEW} if BASELINE in measured else measured
+    first = BASELINE if BASELINE in few else next(iter(few))
     lines = [
-        "| MiB | weights | gradients | optimizer | of it P | activations | peak | of AdamW's |",
+        f"| MiB | weights | gradients | optimizer | of it P | activations | peak | of {OF.get(first, 'the first')} |",
         "| --- " * 8 + "|",
     ]
     for name, seen in few.items():
         parts = {"optimizer": seen["state"] + seen["projection"], **seen}
         shown = ("weights", "gradients", "optimizer", "projection", "activations", "peak")
         cells = [f"{parts[part] / 2**20:,.0f}" for part in shown]
-        share = f"{seen['peak'] / few[BASELINE]['peak']:.0%}" if BASELINE in few else "-"
-        lines.append(f"| {name} | {' | '.join(cells)} | {share} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {seen['peak'] / few[first]['peak']:.0%} |")
     return "\n".join(lines) + "\n"
 
 
@@ -212,6 +219,7 @@ def render(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", nargs="?", help="file in experiments/, whose settings are the defaults then")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default="llama_350m", help="file in llama_configs/, or a path")
     parser.add_argument("--layers", type=int, default=0, help="blocks (default: all)")
@@ -220,13 +228,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--runs", nargs="+", default=RUNS, help="optimizers (default: all)")
+    parser.add_argument("--checkpointing", action="store_true", help="all runs with it, and none without")
     parser.add_argument("--add", action="store_true", help="put these runs into the result that there is")
     parser.add_argument("--output_dir", type=Path, help="default: results/<device>/")
+    experiment = parser.parse_known_args()[0].experiment
+    if experiment:
+        given = {key: value for key, value in load_experiment(experiment).items() if key not in ("script", "title")}
+        parser.set_defaults(**given)
     settings = parser.parse_args()
     rows = run_all(settings)
     chosen = {key: getattr(settings, key) for key in ("device", "model", "layers", "dtype", "rank", "batch", "seq")}
     result = {"environment": describe(), **chosen, "rows": rows}
-    path = (settings.output_dir or results_folder()) / "memory"
+    path = (settings.output_dir or results_folder()) / (experiment or "memory")
     save(path, added(path, result, ("optim", "gradient_checkpointing")) if settings.add else result, render)
     print(table(rows), end="")
 

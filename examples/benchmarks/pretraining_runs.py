@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hf_osd import last_complete_checkpoint
+from q_galore_weights import obeyed
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # of pretrain_llama
@@ -114,4 +115,4 @@ def _train(command: list[str], log: Path) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    pretrain_llama.main(command)
+    pretrain_llama.main(obeyed(command))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.int8 import held_bytes
 from .methods import Method, lora_model
 from .models import disable_checkpointing, enable_checkpointing, explained, inputs_of, meta_model
 from .trace import StepTrace, trace_forward, trace_step
@@ -150,7 +151,10 @@ class Workload:
 
     def _weights(self, method: Method) -> int:
         model = self.model(method.unprepared)  # stand-ins take no memory
-        return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        own = model if method.prepared is None else method.prepared.model
+        kept = dict(own.named_parameters())  # maybe in int8
+        weights = sum(held_bytes(kept.get(name, p)) for name, p in model.named_parameters())
+        return weights + sum(b.nbytes for b in model.buffers())
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:

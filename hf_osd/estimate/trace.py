@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..layers.int8 import parts_of
+
 
 PLAIN_ATTENTION = nn.functional.scaled_dot_product_attention
 GROUPED_PRODUCT = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)  # torch 2.8
@@ -50,7 +52,9 @@ class LiveBytes(TorchDispatchMode):
         self.live, self.backward = 0, False
         self.series: list[int] = []
         self._added: int | None = None  # bytes alive before the sum that was the last operation
-        self._alive: dict[int, weakref.ref | None] = {t.untyped_storage()._cdata: None for t in known}
+        self._alive: dict[int, weakref.ref | None] = {
+            part.untyped_storage()._cdata: None for t in known for part in (t, *parts_of(t))
+        }
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run it, and count what it made."""

@@ -6,7 +6,7 @@ Letters and shapes as in `shared_input`.
 import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .int8 import Int8Weight
 from .shared_input import SharedInput
 
 
@@ -55,6 +56,13 @@ def all_holders(holders: Mapping[str, str], group: Any) -> dict[str, str]:
                     "source='activations' out for it (`exclude_modules`)."
                 )
     return found
+
+
+def share_int8(weights: Iterable[Tensor], group: Any) -> None:
+    """Give all processes the int8 weights of the first, bit for bit: DDP has given them what those are read as."""
+    for W in weights:
+        for part in (W.int_data, W.scale) if isinstance(W, Int8Weight) else ():
+            dist.broadcast(part, group=group, group_src=0)
 
 
 def average_inputs(inputs: Mapping[SharedInput, torch.dtype], group: Any) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .divided import parallel_product
+from .int8 import Int8Weight
 from .layer import LayerInfo
 from .product import SubspaceProduct
 
@@ -34,11 +35,36 @@ class InSubspace:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in vars(self).items() if name != "osd"}
+        own = state["_parameters"]
+        state["_parameters"] = own | {name: _plain_parameter(p) for name, p in own.items()}
         return _new, (self.plain,), state
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        W = destination.get(prefix + "weight")
+        if isinstance(W, Int8Weight):  # where there may be no room for all of them
+            destination[prefix + "weight"] = W.plain().cpu()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        W = self.weight  # type: ignore[attr-defined]
+        if not isinstance(W, Int8Weight):
+            return super()._apply(fn, recurse)  # type: ignore[misc]
+        own = vars(self)
+        del own["_parameters"]["weight"]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[misc]
+        finally:
+            own["_parameters"] = {"weight": W} | own["_parameters"]
+        W.convert_(fn(torch.empty(0, dtype=W.dtype, device=W.device)))
+        return self
 
 
 def _new(kind: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
+
+
+def _plain_parameter(p: Any) -> Any:
+    return nn.Parameter(p.plain(), p.requires_grad) if isinstance(p, Int8Weight) else p
 
 
 class SubspaceLinear(InSubspace, nn.Linear):

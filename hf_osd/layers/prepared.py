@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -11,10 +11,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .candidates import owners_of, zeros_like_R
 from .divided import reason_of, zeros_by_rows
-from .exchange import all_holders, average_inputs, ddp_may_come
+from .exchange import all_holders, average_inputs, ddp_may_come, share_int8
 from .first_pass import end_first_pass, wait_for_first_pass
 from .fsdp import groups_of_fsdp, keep_from_fsdp
-from .layer import LayerInfo, Meeting
+from .int8 import Int8Weight, quantize_
+from .layer import LayerInfo, Meeting, plain_class
 from .linear import InSubspace, prepared_classes
 from .shared_input import SharedInput
 
@@ -64,6 +65,7 @@ class PreparedLayers(nn.Module):
         whole = (sharding_of(model.get_parameter(name), name) is None for name in ranks)
         self._exchanged = ddp_may_come() and all(whole)
         self._shown: list[LayerInfo] = []
+        self._given_back = False
         for name, rank in ranks.items():
             p, name = model.get_parameter(name), plain_name(name)
             modules, reason = owners[p]
@@ -80,22 +82,33 @@ class PreparedLayers(nn.Module):
         """Nothing: an `nn.Sequential` calls all its children."""
         return x
 
+    def quantize(self, params: Iterable[Tensor]) -> None:
+        """Keep those of these parameters that are the layers' in int8 from now on, one after the other."""
+        layers = self.by_weight()
+        for p in params:
+            if p in layers:
+                quantize_(layers[p].weight, layers[p].name)
+
     def install(self) -> None:
-        """Put the layers into the model. What it was prepared with before goes out."""
+        """Put the layers into the model, or leave them there. What else it was prepared with goes out."""
         (model,) = self._model
-        unload(model)
+        if self._given_back:
+            raise ValueError("The int8 weights have been given back as floats: make a new optimizer.")
+        _unload(model, keep=self if self.installed else None)
         if not self.layers:  # none could be prepared
             self.installed = True
             return
         for layer in self.layers.values():
             for module in layer.modules:
-                module.__class__ = prepared_classes()[type(module)]
+                module.__class__ = prepared_classes()[plain_class(module)]
                 vars(module)["osd"] = layer
             if self._exchanged:
+                layer.show()
                 layer.hide()
         model.add_module(CHILD, self)
         self.installed = self.findable = True
-        self._watch = register_optimizer_step_pre_hook(_warn_of_others(self))
+        if self._watch is None:
+            self._watch = register_optimizer_step_pre_hook(_warn_of_others(self))
         if any(layer.input is None for layer in self.layers.values()):
             wait_for_first_pass(self)
 
@@ -103,6 +116,7 @@ class PreparedLayers(nn.Module):
         """Make all layers plain again."""
         (model,) = self._model
         for layer in self.layers.values():
+            self._given_back |= self.installed and isinstance(layer.weight, Int8Weight)
             _make_plain(layer)
             layer.show()
         end_first_pass(self)
@@ -223,6 +237,7 @@ class PreparedLayers(nn.Module):
             holders = {name: layer.input.leader for name, layer in self.layers.items() if layer.input is not None}
             self.share_as({name: name for name in self.layers} | all_holders(holders, group))
             meeting.sharing = False
+            share_int8([layer.weight for layer in self.layers.values()], group)
             for layer in self.layers.values():
                 layer.show()
                 if layer.input is not None and layer.input.P is None:  # another process may have called it
@@ -263,12 +278,17 @@ def unload(model: nn.Module) -> nn.Module:
     Returns:
         `nn.Module`: The model.
     """
+    _unload(model)
+    return model
+
+
+def _unload(model: nn.Module, keep: PreparedLayers | None = None) -> None:
     found = {vars(module)["osd"].stand_ins for module in model.modules() if isinstance(module, InSubspace)}
-    for prepared in found:
+    for prepared in found - {keep}:
         prepared.remove()
     for module in model.modules():
-        module._modules.pop(CHILD, None)  # of a copy
-    return model
+        if module._modules.get(CHILD) is not keep:
+            module._modules.pop(CHILD, None)  # of a copy
 
 
 def _warn_of_others(layers: PreparedLayers) -> Callable[..., None]:
@@ -293,7 +313,12 @@ def _warn_of_others(layers: PreparedLayers) -> Callable[..., None]:
 
 
 def _make_plain(layer: LayerInfo) -> None:
-    for module in layer.modules:
-        if isinstance(module, InSubspace) and vars(module).get("osd") is layer:
-            module.__class__ = module.plain  # type: ignore[assignment]
-            del vars(module)["osd"]
+    own = [m for m in layer.modules if isinstance(m, InSubspace) and vars(m).get("osd") is layer]  # no other's since
+    W: Any = layer.modules[0]._parameters.get("weight")
+    if own and isinstance(W, Int8Weight):
+        W = nn.Parameter(W.plain(), W.requires_grad)
+        for module in own:
+            module.weight = W
+    for module in own:
+        module.__class__ = module.plain  # type: ignore[assignment]
+        del vars(module)["osd"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..subspace.precision import full_precision
+from .int8 import plain
 
 
 class SubspaceProduct(torch.autograd.Function):
@@ -27,7 +28,8 @@ class SubspaceProduct(torch.autograd.Function):
         """Plain product: neither P nor B has a part in it."""
         ctx.save_for_backward(W, xP)
         ctx.transposed = transposed
-        return F.linear(x, W.t() if transposed else W, b)
+        V = plain(W)  # freed on return, and made again in the backward pass
+        return F.linear(x, V.t() if transposed else V, b)
 
     @staticmethod
     @once_differentiable
@@ -36,7 +38,7 @@ class SubspaceProduct(torch.autograd.Function):
         (dY,), (W, xP), needs = gradients, ctx.saved_tensors, ctx.needs_input_grad
         dx = None
         if needs[0]:
-            V = W.to(dY.dtype)  # autocast's copy in half precision is not kept since the forward pass
+            V = plain(W).to(dY.dtype)  # autocast's copy in half precision is not kept since the forward pass
             dx = dY @ (V.t() if ctx.transposed else V)
         dY = dY.reshape(-1, dY.shape[-1])
         R = None

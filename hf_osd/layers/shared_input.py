@@ -5,7 +5,8 @@ the rules that it learns from gradients by, with x in the place of G (Eq. 6): of
 
     A  = x_kᵀ (x_k P)         ||x_k||²
 
-add up over all that is computed between two steps.
+add up over all that is computed between two steps. While x_k and x_k P of a few tokens are smaller than A, they are
+what is kept, and A is made of them when it is asked for: for one input at a time, in the step.
 """
 
 import weakref
@@ -34,7 +35,6 @@ class SharedInput:
         kept (`bool`): Whether it is, or was, in the optimizer's state.
         learns (`bool`): Whether P is to move after the coming step.
         turn (`int`): Which of the k first tokens is the first that P learns of.
-        A (`torch.Tensor`, *optional*): As above, since the last step; `None` where nothing was seen.
         energy (`torch.Tensor`, *optional*): ||x_k||², 0-dim, likewise.
         handle (`torch.Tensor`): A number on the CPU that compiled functions, which are given it, find the input by.
     """
@@ -44,10 +44,25 @@ class SharedInput:
         self.handle = new_handle(self)
         self.P: Tensor | None = None
         self.restart()
-        self.A: Tensor | None = None
+        self._A: Tensor | None = None
+        self._tokens: list[tuple[Tensor, Tensor]] = []  # x_k and x_k P that are not in A
         self.energy: Tensor | None = None
         self._outside: set[bool] = set()
         self._last: tuple[Any, int, Any] = (lambda: None, 0, None)
+
+    @property
+    def A(self) -> Tensor | None:
+        """As above, since the last step; `None` where nothing was seen."""
+        for x, xP in self._tokens:
+            A = self._product_of(x, xP)
+            self._A = A if self._A is None else self._A + A
+        self._tokens.clear()
+        return self._A
+
+    @A.setter
+    def A(self, A: Tensor | None) -> None:
+        self._A = A
+        self._tokens.clear()
 
     def restart(self) -> None:
         """Be as before the first step."""
@@ -86,18 +101,27 @@ class SharedInput:
         return xP
 
     def _learn(self, x: Tensor, xP: Tensor) -> None:
+        energy = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, self.first.dtype)).square()
+        self.energy = energy if self.energy is None else self.energy + energy
+        bytes_of_A = x.shape[1] * xP.shape[1] * self.first.dtype.itemsize
+        few = sum(part.nbytes for pair in (*self._tokens, (x, xP)) for part in pair) < bytes_of_A
+        self._tokens.append((x.clone(), xP.clone()) if few else (x, xP))
+        if not few or self._A is not None:
+            self.A  # noqa: B018 - makes it
+
+    def _product_of(self, x: Tensor, xP: Tensor) -> Tensor:
+        """A of these tokens."""
         dtype = self.first.dtype
-        if xP.dtype == torch.float16:  # whose range the sums of squares leave
-            with torch.autocast(x.device.type, enabled=False):
-                A = x.t().to(dtype) @ xP.to(dtype)
-        else:
+        with torch.autocast(x.device.type, enabled=False):
+            if xP.dtype == torch.float16:  # whose range the sums of squares leave
+                return x.t().to(dtype) @ xP.to(dtype)
             with reduced_precision(x):
-                A = x.t().to(xP.dtype) @ xP
-        energy = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, dtype)).square()
-        if self.A is None or self.energy is None:
-            self.A, self.energy = A.to(dtype), energy
-        else:
-            self.A, self.energy = self.A + A, self.energy + energy
+                return (x.t().to(xP.dtype) @ xP).to(dtype)
+
+    def norm2(self) -> Tensor:
+        """||x_k||², not finite where A is not, which must not enter P."""
+        assert self.energy is not None
+        return self.energy if self._A is None else self.energy + 0 * self._A.sum()
 
     def _is_new(self, compiled: bool) -> bool:
         """Whether this forward pass is none that a checkpoint repeats in the backward pass, having seen it before."""
@@ -119,8 +143,8 @@ class SharedInput:
         self._last = (lambda: None, 0, None)
 
     def make_room(self) -> None:
-        """Drop the sketch, of which A tells all, before P is made of that."""
-        if not self.started and self.A is not None:
+        """Drop the sketch, of which A tells all, before P is made of that. A itself is made in its turn."""
+        if not self.started and (self._A is not None or self._tokens):
             self.P = None
 
     def bind(self, P: Tensor, code: Tensor | None) -> None:

@@ -22,7 +22,7 @@ from .selection.adapters import module_names
 from .selection.patterns import RANKS, RATES
 from .selection.targets import ALL_LINEAR, Selection, select
 from .selection.wrappers import plain_name, unwrapped
-from .step.sharding import sharding_of
+from .step.sharding import INT8_NOT_SHARDED, is_sharded, sharding_of
 from .summary import announce_summary
 
 
@@ -126,6 +126,8 @@ def osd_kwargs(
         raise ValueError("`full_size_optim` has no effect: all that is trained is projected. Leave it out.")
     if settings["source"] == "activations":
         refuse_wrapped(whole)
+        if settings["weight_dtype"] is not None and any(map(is_sharded, selection.projected.values())):
+            raise ValueError(INT8_NOT_SHARDED)
         own["layers"] = PreparedLayers(model, ranks, plain_name, sharding_of)
     return {"selection": selected_groups(selection, ranks, rates, settings["init"], full_size or {}), **own}
 

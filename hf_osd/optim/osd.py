@@ -104,8 +104,12 @@ class OSD(SavedOptimizer):
             left), or tokens of the activations. A, the only product that is there for P alone, costs as much less, and
             is without bias the same.
         projection_dtype (`str`, *optional*):
-            How P is kept: `float32` or `bfloat16`. Defaults to `float32`. In bfloat16 steps of P below about 1/256 of
-            an entry are lost. Float64 parameters have float64 unless told.
+            How P is kept: `float32` or `bfloat16`. Defaults to `float32`. In bfloat16 P is rounded at random, so that
+            small steps add up. Float64 parameters have float64 unless told.
+        weight_dtype (`str`, *optional*):
+            How projected weights are kept: `int8`, with a scale for each row, stepped by stochastic rounding
+            (Q-GaLore, arXiv 2407.08296, keeps them so). Defaults to the model's own. They are read in the dtype that
+            they had, for one layer at a time, and saved in it.
         moment_dtype (`str`, *optional*):
             How the weights' moments are kept: `float32` or `bfloat16`; second moments, which could never fall in
             bfloat16, in float32. Defaults to `float32`.
@@ -212,6 +216,7 @@ class OSD(SavedOptimizer):
         residual_scale: float = 1.0,
         projection_sample: int | None = None,
         projection_dtype: str | None = None,
+        weight_dtype: str | None = None,
         moment_dtype: str | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
@@ -261,6 +266,7 @@ class OSD(SavedOptimizer):
         warn_far(self.param_groups)
         self._simplify_defaults()
         if layers is not None:
+            self._quantize(layers)
             self._add_stand_ins(layers)
             self._layer_weights.share_given()
             self.weights.let_go()
@@ -269,6 +275,13 @@ class OSD(SavedOptimizer):
         if self.mode.layerwise:
             self._stream = GradientStream(self._weights_now(), self.mode)
             self._stream.attach()
+
+    def _quantize(self, layers: PreparedLayers) -> None:
+        """Keep the weights of layers in the dtype that their groups say, one after the other."""
+        self._weights = None  # which refers to parameters as they were
+        for group in self.trained_groups:
+            if group["weight_dtype"] is not None:
+                layers.quantize(group["params"])
 
     def _add_stand_ins(self, layers: PreparedLayers) -> None:
         """A last group, never stepped and not in `state_dict`, so that what goes through groups finds all gradients.

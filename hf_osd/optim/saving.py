@@ -82,6 +82,8 @@ class SavedOptimizer(torch.optim.Optimizer):
         if saved["state"]:  # whole, for torch.distributed.checkpoint loads no entries that are not there
             for index, entries in self.weights.missing_states().items():
                 saved["state"][index] = entries | saved["state"].get(index, {})
+            if self._layers is not None:
+                saved["state"] = self._layer_weights.with_int8(saved["state"])
             if self._layers is not None and _asking() is not None:  # nor does its reader know which layers share a P
                 saved["state"] = self._layer_weights.with_shared(saved["state"])
         else:
@@ -121,6 +123,7 @@ class SavedOptimizer(torch.optim.Optimizer):
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self.weights.meet()  # with the options that the state was saved with, before anybody changes them
         if self._layers is not None:
+            self._layer_weights.take_int8()
             self._layer_weights.give_projections()
             self._layers.hide()
         for after in self._optimizer_load_state_dict_post_hooks.values():

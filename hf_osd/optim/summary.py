@@ -79,7 +79,8 @@ def _sources(optimizer: OSD, matrices: int) -> str:
     if optimizer.layers is None:
         return ""
     count = len(optimizer.layers.layers)
-    text = f"; {count} learn from activations"
+    kept = {group["weight_dtype"] for group in optimizer.trained_groups} - {None}
+    text = f"; {count} learn from activations{''.join(f', kept in {dtype}' for dtype in kept)}"
     reasons: dict[str, dict[str, None]] = {}
     for name, reason in optimizer.layers.left.items():
         reasons.setdefault(reason, {})[_kind(name)] = None

@@ -28,6 +28,8 @@ def trained_weights(
     for name, p in trained.items():
         if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"{name} is {p.dtype}, whose steps would be lost: load the model in bfloat16 or float32.")
+        if type(p) is not nn.Parameter and hasattr(p, "int_data"):
+            raise ValueError(f"{name} is kept in 8 bits, which SubZero is not for: load the model in bfloat16.")
         if is_sharded(p):
             raise ValueError(f"{name} is sharded, which SubZero is not for: use DDP, or one process.")
     for name, module in model.named_modules():

@@ -58,6 +58,7 @@ class OSDTrainingArguments(TrainingArguments):
     osd_residual_scale: float | None = flag("residual_scale")
     osd_projection_sample: int | None = flag("projection_sample")
     osd_projection_dtype: str | None = flag("projection_dtype")
+    osd_weight_dtype: str | None = flag("weight_dtype")
     osd_moment_dtype: str | None = flag("moment_dtype")
     osd_stochastic_rounding: bool | None = flag("stochastic_rounding")
     osd_seed: int | None = flag("seed")

@@ -19,7 +19,7 @@ from ..optim.options.presets import ARGUMENT_OF, KEYS
 from ..optim.options.table import OPTIONS, used_rules
 from ..optim.selection.patterns import RANKS, RATES
 from ..optim.selection.targets import parse_modules
-from ..optim.step.sharding import FLAT
+from ..optim.step.sharding import FLAT, INT8_NOT_SHARDED
 from ..subspace.initialization import INITS
 from ..update_rules import rule_options
 
@@ -158,7 +158,10 @@ def check_arguments(args: TrainingArguments) -> None:
     """Raise `ValueError` as early as possible for arguments that are wrong or would be ignored."""
     if uses_osd(args):
         refuse_flat_engines(args)
-        read_settings(args)
+        options = read_settings(args).options
+        if options["weight_dtype"] is not None and (args.fsdp or told_by_launcher("ACCELERATE_USE_FSDP")):
+            forget_engine(args)
+            raise ValueError(INT8_NOT_SHARDED)
         return
     stray = sorted(f"osd_{key}" for key in _fields(args))
     stray += ["osd_exclude_modules"] if getattr(args, "osd_exclude_modules", None) is not None else []

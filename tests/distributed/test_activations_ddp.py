@@ -14,6 +14,7 @@ from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_osd.layers.int8 import Int8Weight
 from reference.nets_in_layers import N, Net, Other, batch, distance, loss_of, make
 
 
@@ -85,6 +86,17 @@ def as_one_process(rank: int, world_size: int, folder: Path) -> None:
             whole = Net()
             whole.load_state_dict(torch.load(folder / f"net_{number}.pt"))
             assert distance(net, whole) < 1e-9  # the same tokens are seen: 4 divides each process's part
+
+
+def int8(rank: int, world_size: int, folder: Path) -> None:
+    """A rounding off one process's weights, whose sums are of another order; the same bits on both."""
+    for wrap in (DistributedDataParallel, lambda net: DistributedDataParallel(Wrapped(net))):
+        net, optimizer = trained(wrap, weight_dtype="int8", optim="osd_sgd")
+        same_everywhere(net, optimizer)
+        whole = Net()
+        whole.load_state_dict(torch.load(folder / "int8.pt"))
+        steps = [W.scale.max().item() for W in net.parameters() if isinstance(W, Int8Weight)]
+        assert len(steps) == 3 and distance(net, whole) < 2 * max(steps)
 
 
 def experts(layers, x):
@@ -225,8 +237,9 @@ def bytes_on_the_wire(rank: int, world_size: int, folder: Path) -> None:
         same_everywhere(net, optimizer)
 
 
-SCENARIOS = [as_one_process, conditional, used_otherwise, evaluation_on_one_process, a_pass_with_gradients_before_ddp]
-SCENARIOS += [called_on_one_process_first, join_is_refused, resumed, bytes_on_the_wire]
+SCENARIOS = [as_one_process, int8, conditional, used_otherwise, evaluation_on_one_process]
+SCENARIOS += [a_pass_with_gradients_before_ddp, called_on_one_process_first, join_is_refused, resumed]
+SCENARIOS += [bytes_on_the_wire]
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +247,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("activations")
     for number, options in enumerate(OPTIONS):
         torch.save(trained(**options)[0].state_dict(), folder / f"net_{number}.pt")
+    torch.save(trained(weight_dtype="int8", optim="osd_sgd")[0].state_dict(), folder / "int8.pt")
     return processes.run(2, SCENARIOS, folder)
 
 

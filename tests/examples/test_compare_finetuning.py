@@ -10,6 +10,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES / "benchmarks"))
 
 import compare_finetuning  # noqa: E402
+from q_galore_weights import FLAG  # noqa: E402
 
 
 EXPERIMENT = {
@@ -45,6 +46,13 @@ def fake_run(calls):
         }
 
     return run
+
+
+def test_a_task_may_have_rates_of_its_own():
+    method = EXPERIMENT["methods"]["a"] | {"learning_rates": {"rte": [0.3], "sst2": [0.1]}}
+    calls = []
+    compare_finetuning.compare_task("rte", EXPERIMENT | {"methods": {"a": method}}, ["a"], fake_run(calls))
+    assert [name for name, _ in calls] == [f"rte-a-lr0.3-seed{seed}" for seed in (1, 2, 3)]
 
 
 def test_the_grid_runs_with_one_seed_and_the_best_rate_with_all():
@@ -101,6 +109,8 @@ def test_committed_experiments_are_commands_of_the_script(file, tmp_path):
     for task, of_task in experiment["tasks"].items():
         for method in experiment["methods"].values():
             rates = method["learning_rates"]
-            assert isinstance(rates, list) or isinstance(experiment["methods"][rates]["learning_rates"], list)
+            rates = experiment["methods"][rates]["learning_rates"] if isinstance(rates, str) else rates
+            assert isinstance(rates[task] if isinstance(rates, dict) else rates, list)
             given = ["--model_name_or_path", "x", "--task", task, "--output_dir", str(tmp_path), "--use_cpu", "true"]
-            parse_arguments([*given, *experiment["common"], *method["arguments"], *of_task])
+            own = [argument for argument in method["arguments"] if argument != FLAG]  # the benchmark's
+            parse_arguments([*given, *experiment["common"], *own, *of_task])

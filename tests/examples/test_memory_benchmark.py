@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
@@ -26,6 +27,23 @@ def test_the_committed_result():
         for part in ("state", "projection"):
             assert told[part] == pytest.approx(seen[part], rel=0.05)
         assert told["peak"] == pytest.approx(seen["peak"], rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["memory_int8", "memory_int8_1b"])
+def test_the_committed_result_of_int8_weights(name):
+    """One byte a weight and a scale for each row; the estimate is within 3% of what was counted."""
+    result = json.loads(RESULT.with_name(f"{name}.json").read_text())
+    assert [row["optim"] for row in result["rows"]] == memory.load_experiment(name)["runs"]
+    assert memory.summary(result["rows"]) == RESULT.with_name(f"{name}.md").read_text()
+    model = memory.random_model(memory.load_config(result["model"], result["layers"]), torch.bfloat16, "meta")
+    blocks = sum(p.numel() for key, p in model.named_parameters() if key.endswith("_proj.weight"))
+    others = sum(p.nbytes for key, p in model.named_parameters() if not key.endswith("_proj.weight"))
+    others += sum(b.nbytes for b in model.buffers())
+    for row in result["rows"]:
+        assert row["gradient_checkpointing"]
+        assert row["predicted"]["peak"] == pytest.approx(row["measured"]["peak"], rel=0.03)
+        each = (row["measured"]["weights"] - others) / blocks
+        assert each == pytest.approx(2, abs=1e-3) or "int8" in row["optim"] and 1 < each < 1.02
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_the_options_of_a_group_are_these():
     general = "rank weight_rule alpha scale weight_decay projection_rule subspace init side projection_lr seed"
     further = "projection_weight_decay carry_moments residual residual_scale projection_dtype moment_dtype source"
     rules = "lambda_ projection_interval update_interval distribution mixing betas eps momentum"
-    rules += " stochastic_rounding projection_sample unbiased restart_moments"
+    rules += " stochastic_rounding projection_sample unbiased restart_moments weight_dtype"
     assert set(f"{general} {further} {rules}".split()) == OPTIONS.keys() == DEFAULTS.keys()
     given = {
         "weight_rule": "adamw",
@@ -73,7 +73,7 @@ def test_who_declares_what():
 def test_what_only_projected_groups_use():
     projected = "subspace scale side init projection_dtype carry_moments residual residual_scale alpha projection_lr"
     projected += " projection_rule projection_weight_decay lambda_ update_interval projection_interval distribution"
-    projected += " mixing source projection_sample unbiased restart_moments"
+    projected += " mixing source projection_sample unbiased restart_moments weight_dtype"
     assert set(projected.split()) == PROJECTED
 
 

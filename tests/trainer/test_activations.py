@@ -9,6 +9,7 @@ from test_resume import Tokens
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from hf_osd.layers.int8 import Int8Weight
 from hf_osd.layers.linear import SubspaceLinear
 from reference.tiny_models import tiny_llama
 
@@ -18,11 +19,13 @@ class FullGradients(TrainerCallback):
 
     def __init__(self) -> None:
         self.seen: list[int] = []
+        self.int8: set[int] = set()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
         self.seen.append(sum(module.weight.grad is not None for module in layers if module is not model.lm_head))
         assert sum(type(module) is SubspaceLinear for module in layers) == 14
+        self.int8.add(sum(isinstance(module.weight, Int8Weight) for module in layers))
 
 
 def make(folder: Path, optim: str = "osd_adamw", optim_args: str = "rank=4,source=activations", **options) -> Trainer:
@@ -38,14 +41,22 @@ def logged(trainer: Trainer) -> list[dict]:
     return [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
 
 
+INT8 = {"optim_args": "rank=4,source=activations,weight_dtype=int8"}
+
+
 @pytest.mark.parametrize("optim", ["osd_adamw", "osd_adamw8bit"])
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}, INT8, INT8 | {"bf16": True}],
+    ids=str,
+)
 def test_resume_is_exact(optim, options, tmp_path):
     whole = make(tmp_path / "whole", optim, **options)
     gradients = FullGradients()
     whole.add_callback(gradients)
     whole.train()
     assert gradients.seen == [0] * 6
+    assert gradients.int8 == {14 if "int8" in options.get("optim_args", "") else 0}
     again = make(tmp_path / "again", optim, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert logged(again)[:6] == logged(whole)[:6]

@@ -123,9 +123,8 @@ def test_the_keys_are_these():
     keys = "rank rank_pattern alpha lambda scale projection_optim subspace init side projection_lr partial_load preset"
     keys += " projection_weight_decay projection_dtype moment_dtype update_interval projection_interval distribution"
     keys += " mixing carry_moments residual residual_scale momentum stochastic_rounding seed layerwise_clipping"
-    keys += (
-        " source projection_sample unbiased restart_moments lr_pattern full_size_optim capturable projection_stream"
-    )
+    keys += " source projection_sample unbiased restart_moments weight_dtype lr_pattern full_size_optim capturable"
+    keys += " projection_stream"
     assert set(keys.split()) == KEYS.keys()
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
     assert own == {f"osd_{key}" for key in KEYS} | {"osd_exclude_modules"}

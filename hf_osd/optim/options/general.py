@@ -201,12 +201,30 @@ class Options:
     projection_dtype: str | None = option(
         None,
         "How P is kept: `float32` or `bfloat16`.\n\n"
-        "In bfloat16 steps of P below about 1/256 of an entry are lost. Float64 parameters have float64 unless told.",
+        "In bfloat16 P is rounded at random, so that small steps add up. Float64 parameters have float64 unless told.",
         check=one_of(FLOAT_DTYPES),
         needs=(RANK, Need(_rule(lambda rule: rule.code is None), in_subspace(", which keeps no P"))),
         state=True,
         card="dtype of P",
         unset="float32",
+    )
+    weight_dtype: str | None = option(
+        None,
+        "How projected weights are kept: `int8`, with a scale for each row, stepped by stochastic rounding "
+        "(Q-GaLore, arXiv 2407.08296, keeps them so).\n\n"
+        "They are read in the dtype that they had, for one layer at a time, and saved in it.",
+        check=one_of(("int8",)),
+        needs=(
+            RANK,
+            Need(
+                lambda group: group["source"] == "activations",
+                "with source='gradients', which are those of floats",
+                ", or use source='activations'",
+            ),
+        ),
+        state=True,
+        card="dtype of projected weights",
+        unset="the model's own",
     )
     moment_dtype: str | None = option(
         None,

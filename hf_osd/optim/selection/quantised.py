@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ...layers.int8 import Int8Weight
+
 
 EXPERTS = (
     "Experts",
@@ -33,6 +35,8 @@ def is_quantised(module: nn.Module) -> bool:
 def _is_code(tensor: Tensor) -> bool:
     if type(tensor).__name__ == "Params4bit":  # floats until bitsandbytes moves them to a device
         return True
+    if isinstance(tensor, Int8Weight):
+        return False
     if is_traceable_wrapper_subclass(tensor):
         from torch.distributed.tensor import DTensor
 

@@ -172,11 +172,20 @@ class ProjectedWeight(Weight):
 
     def move(self, D: Tensor, low: LowRank, check: GradientCheck) -> Moving | None:
         """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S), with D = weight_rule(R); then P may move."""
-        update, W, scale = Update(D, self.P.read()), self.p, self.group["scale"]
+        update = Update(D, self.P.read())
         if self.residual is not None:
             update = self.residual.extend(update, low, check)
-        D, P, add_rest = update
+        scale = self.group["scale"]
         rate = -self.group["lr"] * (self.geometry.full_scale if scale == "auto" else scale)
+        self._add_(update, rate, check)
+        if low.A is None:
+            return None
+        self.P.count = self.count
+        return Moving(self.P, update.P, low.A, check)
+
+    def _add_(self, update: Update, rate: Any, check: GradientCheck) -> None:
+        """W <- (1 - lr weight_decay) W + rate (up(D, P) + S)."""
+        W, (D, P, add_rest) = self.p, update
         alpha = rate
         if isinstance(rate, Tensor):  # products take numbers only, which would have to be read
             D, alpha = D.mul_(rate), 1.0
@@ -202,7 +211,6 @@ class ProjectedWeight(Weight):
             if add_rest is not None:
                 for rows in pieces(W):
                     add_rest(W[rows], rows, rate)
-        return None if low.A is None else Moving(self.P, update.P, low.A, check)
 
     def _counted(self) -> Tensor:
         """`count`, as the device knows it."""

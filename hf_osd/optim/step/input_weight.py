@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...layers.int8 import Int8Weight
 from ...layers.layer import LayerInfo
 from ...layers.shared_input import SharedInput
 from ...layers.start import FirstProjection
@@ -19,10 +20,11 @@ from ..options.rules import Rules
 from .algorithm import ONLY, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
 from .gradients import check_of
-from .low_rank import LowRank
+from .low_rank import LowRank, Update
 from .movement import Movements, Moving
 from .observation import observation
 from .projection import Make, usable
+from .rounding import add_to_int8_
 from .sharding import local
 from .weight import Weight
 
@@ -70,6 +72,13 @@ class InputWeight(ProjectedWeight):
         """As of every matrix; the next forward pass needs the next P, see `LayerWeights.learn`."""
         super().update(low, check, movements)
         self.stepped = low is not None
+
+    def _add_(self, update: Update, rate: Any, check: GradientCheck) -> None:
+        W: Any = self.p
+        if isinstance(W, Int8Weight):
+            add_to_int8_(W, self.op, update, rate, self._rounding(check))
+        else:
+            super()._add_(update, rate, check)
 
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         super().follow(rules)
@@ -139,6 +148,7 @@ class InputWeight(ProjectedWeight):
                 if weight.mark is not None:
                     Weight.resume(weight)  # steps that were skipped before
         elif A is not None:
+            self.P.count = self.clock
             movements.add(Moving(self.P, self.P.read(), A, check))
         if self.P.started:
             self._give(shared)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...layers import PreparedLayers
+from ...layers.int8 import Int8Weight
 from ...layers.shared_input import SharedInput
 from ...update_rules import GradientCheck
 from ..options.rules import rules_of
@@ -15,12 +16,14 @@ from .geometry import Geometry, ProjectedGeometry
 from .gradients import check_of
 from .input_weight import InputWeight
 from .movement import Movements
-from .sharding import local
+from .sharding import INT8_NOT_SHARDED, is_sharded, local
 from .state import held_elsewhere
 from .weights import AnyWeight, Group, Weights
 
 
 logger = logging.getLogger("hf_osd")
+
+INT8 = ("weight_int8", "weight_scale")  # entries of a saved state that are no state: the weight itself
 
 
 class LayerWeights(Weights):
@@ -45,6 +48,9 @@ class LayerWeights(Weights):
 
     def meet(self) -> None:  # noqa: D102 - see Weights
         self.layer_of = self.layers.by_weight()
+        for group in self.groups:
+            if group["weight_dtype"] is not None and any(map(is_sharded, group["params"])):
+                raise ValueError(INT8_NOT_SHARDED)
         divided = {p for p, layer in self.layer_of.items() if layer.sharding is not None}
         if divided and divided.isdisjoint(p for group in self.groups for p in group["params"]):
             raise ValueError(
@@ -103,6 +109,25 @@ class LayerWeights(Weights):
                 shared = held.keys() & held_elsewhere(weight.geometry, weight.rules)
                 whole[index] = states[index] | {name: held[name] for name in shared}
         return whole
+
+    def with_int8(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """States by position in which those of int8 weights have these, which a model is not saved in."""
+        whole = dict(states)
+        for index, p in enumerate(self._weights):
+            if index in states and isinstance(p, Int8Weight):
+                whole[index] = states[index] | dict(zip(INT8, (p.int_data, p.scale), strict=True))
+        return whole
+
+    def take_int8(self) -> None:
+        """Let int8 weights be those of states that have been loaded, where a model that has been is these, rounded."""
+        for p in self._weights:
+            own: Any = self.state.get(p, {})
+            K, s = (own.pop(name, None) for name in INT8)
+            if isinstance(p, Int8Weight) and K is not None and not p.become_(Int8Weight(K, s, p.dtype)):
+                logger.warning(
+                    "%s is not the weight that was saved with the state, and stays as it is.",
+                    self._weights[p].geometry.name,
+                )
 
     def _share(self) -> None:
         """Let weights whose layers have one input use one P."""
@@ -177,14 +202,14 @@ class LayerWeights(Weights):
         opened: list[InputWeight] = []
         seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
         if seen:
-            # what is not finite in A must not enter P, and ||x||² may be all the same
-            norms2 = torch.stack([shared.energy + 0 * shared.A.sum() for _, shared in seen])  # type: ignore
+            norms2 = torch.stack([shared.norm2() for _, shared in seen])
             checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
             for (weight, shared), check in zip(seen, checks, strict=True):
                 self.ready(weight.parameter)
                 opened += self._open(weight) if not weight.P.started else [weight]
                 self._observe_input(weight, shared, check)
                 weight.learn(shared, check, movements)
+                shared.A = None
         for weight in leaders:
             stepped = any(own.stepped for own in weight.sharing)
             if stepped and weight.rules.subspace.refresh_due(weight.clock):

@@ -17,9 +17,11 @@ from ..options.table import decay_of_projection
 from .geometry import ProjectedGeometry
 from .gradients import EPS
 from .moments import Moments
+from .rounding import noise_of, round_into_
 from .slot import Slot
 
 
+ROUNDING_APART = 32_452_843  # between the seeds of rounding a weight and its P
 FACTORS_APART = 7_368_787  # between the seeds of a weight's two factors: far from other weights'
 
 
@@ -47,6 +49,7 @@ class LiveProjection:
 
     Attributes:
         started (`bool`): Whether P has been initialised.
+        count (`int`): Steps of the weight, or of the one that P goes by, when P moves.
         rule ([`SubspaceRule`]): How P moves.
         decay (`str`): Name of the group's option that is P's weight decay.
         spread (`float`): Norm of a P whose entries are 1.
@@ -58,7 +61,7 @@ class LiveProjection:
     def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any], slot: Slot):
         self.geometry, self.group, self.slot = geometry, group, slot
         self.rows = geometry.rows
-        self.started = False
+        self.started, self.count = False, 0
         self.carried: dict[str, Moments] = {}  # of each weight by name: what lives in P's coordinates
         self.forget()
 
@@ -117,9 +120,18 @@ class LiveProjection:
         return P
 
     def write(self, P: Tensor) -> None:
-        """Keep a P that has moved; nothing to do where it is the tensor in the state."""
-        if P is not self.slot.state["projection"]:
-            self.slot.state["projection"].copy_(P)
+        """Keep a P that has moved; nothing to do where it is the tensor in the state.
+
+        In bfloat16 it is rounded at random: most steps are too small for it, and so add up.
+        """
+        stored = self.slot.state["projection"]
+        if P is stored:
+            return
+        if stored.dtype == torch.bfloat16:
+            seed = self.geometry.seed + ROUNDING_APART
+            round_into_(stored, P.float(), noise_of(P.device, seed, self.count))
+        else:
+            stored.copy_(P)
 
     def make(self, G: Tensor, how: Make) -> str:
         """A new P from the gradient G, (m, n) or this process's part of it; the settled `init` it was made by."""

@@ -11,7 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...layers.int8 import Int8Weight
+from ...subspace import LinearOperator
+from ...subspace.precision import full_precision
 from .gradients import PIECE
+from .low_rank import Update
 
 
 def refuse_without_bfloat16(groups: Sequence[Mapping[str, Any]]) -> None:
@@ -72,6 +76,22 @@ def pieces(W: Tensor) -> Iterator[slice]:
     rows = max(1, PIECE // max(1, W[:1].numel()))
     for start in range(0, W.shape[0], rows):
         yield slice(start, min(start + rows, W.shape[0]))
+
+
+def add_to_int8_(W: Int8Weight, op: LinearOperator, update: Update, alpha: float, rounding: Rounding) -> None:
+    """W <- round(decay W + alpha up(D, P)), rounded once, with float32 temporaries of a few rows.
+
+    Of the rows of W = diag(s) K, in units of their scales s: X = decay K + alpha diag(1/s) up(D, P).
+    """
+    D, P, _ = update
+    for rows in W.pieces():
+        X = W.int_data[rows].to(D.dtype)
+        if rounding.decay is not None:
+            X.mul_(rounding.decay)
+        left, right = (P[rows], D) if op.long_dim else (D[rows], P.t())
+        with full_precision(X):
+            X.addmm_(left / W.scale[rows, None], right, alpha=alpha)
+        W.round_rows_(X, rows, rounding.noise)
 
 
 def round_into_(W: Tensor, X: Tensor, noise: torch.Generator) -> None:

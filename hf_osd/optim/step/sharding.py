@@ -164,6 +164,10 @@ FLAT = (
     "`from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))`; in a loop of your own `fully_shard`. "
     "Or use DDP."
 )
+INT8_NOT_SHARDED = (
+    "weight_dtype='int8' is not for FSDP2 and tensor parallelism, which would shard what it is read as: use DDP, or "
+    "leave it out."
+)
 
 
 def is_sharded(X: Tensor) -> bool:

@@ -1,0 +1,166 @@
+"""Weights in 8 bits: integers and one scale for each row (torchao's layout, `torchao.prototype.quantized_training`).
+
+    W = diag(s) K            K (m, n) int8, the largest of each row 127 in size; s (m,) float32
+
+To read a `Int8Weight` is to dequantise it, for as long as the result is held. What changes it is the optimizer's step
+([`round_rows_`]), and `copy_`, as `load_state_dict` calls it, which rounds to nearest.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+MOST = 127
+PIECE = 1 << 20  # entries worked on at a time: bounds float32 temporaries to 4 MiB, which caches hold
+_COPIES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default)
+
+
+class Int8Weight(Tensor):
+    """A matrix that says it is of a floating-point `dtype`, kept in 8 bits.
+
+    Args:
+        int_data (`torch.Tensor`): K.
+        scale (`torch.Tensor`): s.
+        dtype (`torch.dtype`): What it is read as.
+    """
+
+    int_data: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, int_data: Tensor, scale: Tensor, dtype: torch.dtype):  # noqa: D102
+        shape, device = int_data.shape, int_data.device
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+
+    def __init__(self, int_data: Tensor, scale: Tensor, dtype: torch.dtype):
+        self.int_data, self.scale = int_data, scale
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["int_data", "scale"], self.dtype
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, Tensor], dtype: Any, *_: Any) -> "Int8Weight":
+        return cls(parts["int_data"], parts["scale"], dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        if func in _COPIES:
+            W = args[0]
+            return cls(func(W.int_data), func(W.scale), W.dtype)
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], cls):
+            args[0].copy_rows_(args[1])
+            return args[0]
+        written = [arg for arg, own in zip(args, func._schema.arguments, strict=False) if own.is_write]
+        if any(isinstance(arg, cls) for arg in (*written, kwargs.get("out"))):
+            raise RuntimeError(f"{func} would change an int8 weight: use `copy_`, or `hf_osd.unload(model)` before.")
+        return func(*pytree.tree_map(plain, args), **pytree.tree_map(plain, kwargs))
+
+    @classmethod
+    def from_float(cls, W: Tensor) -> "Int8Weight":
+        """W (m, n), rounded to nearest."""
+        scale = torch.empty(W.shape[0], dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
+        own = cls(torch.empty(W.shape, dtype=torch.int8, device=W.device), scale, W.dtype)
+        own.copy_rows_(W.detach())
+        return own
+
+    @torch.no_grad()
+    def copy_rows_(self, W: Tensor) -> None:
+        """Be another int8 weight, or W (m, n) rounded to nearest, some rows at a time."""
+        if isinstance(W, Int8Weight):
+            self.int_data.copy_(W.int_data)
+            self.scale.copy_(W.scale)
+            return
+        for rows in self.pieces():
+            X = W[rows].to(self.device, self.scale.dtype, copy=True)
+            most = X.abs().amax(1)
+            self.scale[rows] = s = torch.where(most > 0, most / MOST, 1.0)
+            self.int_data[rows] = X.div_(s[:, None]).round_()
+
+    @torch.no_grad()
+    def become_(self, W: "Int8Weight") -> bool:
+        """Be W, bit for bit, if this is W after it was read and rounded to nearest; whether it is."""
+        near = all(
+            bool(((own - other).abs() <= 1.1 * W.scale[rows, None]).all())
+            for rows in self.pieces()
+            for own, other in [(self.rows(rows), W.rows(rows))]
+        )
+        if near:
+            self.copy_rows_(W)
+        return near
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows, in the precision of the scales."""
+        return self.int_data[rows] * self.scale[rows, None]
+
+    def convert_(self, like: Tensor) -> None:
+        """Be on the device of another tensor, and read as its dtype."""
+        self.int_data = self.int_data.to(like.device)
+        self.scale = self.scale.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        self.data = Int8Weight(self.int_data, self.scale, like.dtype)  # what torch knows of it
+
+    def pieces(self) -> list[slice]:
+        """Slices of some rows each."""
+        m, n = self.shape
+        step = max(1, PIECE // max(1, n))
+        return [slice(start, min(start + step, m)) for start in range(0, m, step)]
+
+    def plain(self) -> Tensor:
+        """All of it, as a plain tensor."""
+        # rounded once: made int8 again it has the same K
+        W = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return torch.mul(self.int_data, self.scale[:, None], out=W)
+
+    def round_rows_(self, X: Tensor, rows: slice, noise: torch.Generator) -> None:
+        """Rows of K <- X, (.., n) in units of their old scales, at random such that the mean is X; s as X needs it.
+
+        With X = K both stay the same to the bit. Changes X.
+        """
+        most = X.abs().amax(1)
+        factor = torch.where(most > 0, MOST / most, 1.0)
+        X.mul_(factor[:, None])
+        self.scale[rows] = self.scale[rows] / factor
+        # K = floor(X + u), u uniform in steps of 2^-16, of which float32 has two more at 127
+        words = torch.empty(-(-X.numel() // 4), dtype=torch.int64, device=X.device)
+        bits = words.random_(-(1 << 63), None, generator=noise).view(torch.int16)[: X.numel()].view_as(X)
+        X.add_(bits.to(X.dtype), alpha=2**-16).add_(0.5 + 2**-17).floor_()
+        self.int_data[rows] = X.clamp_(-MOST, MOST)
+
+
+def plain(W: Any) -> Any:
+    """A plain tensor instead of an int8 weight; anything else itself."""
+    return W.plain() if isinstance(W, Int8Weight) else W
+
+
+def parts_of(X: Tensor) -> tuple[Tensor, ...]:
+    """What an int8 weight is kept in; nothing for any other tensor."""
+    return (X.int_data, X.scale) if isinstance(X, Int8Weight) else ()
+
+
+def held_bytes(X: Tensor) -> int:
+    """Bytes that a tensor takes, which of an int8 weight are not those that it is read as."""
+    return sum(part.nbytes for part in parts_of(X)) or X.nbytes
+
+
+def quantize_(p: nn.Parameter, name: str) -> None:
+    """Let a parameter be an int8 weight from now on, for all who hold it.
+
+    Raises:
+        ValueError: For one that somebody refers to weakly, as an optimizer of ours does that is still there.
+    """
+    if isinstance(p, Int8Weight):
+        return
+    try:
+        torch.utils.swap_tensors(p, nn.Parameter(Int8Weight.from_float(p), p.requires_grad))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} cannot be made int8, for another optimizer holds it, or a compiled function: delete that first."
+        ) from error
