@@ -1,10 +1,11 @@
-r"""Fine-tunes a classifier on GLUE with OSD, GaLore, LoRA or full AdamW, on the same data, layers and metrics.
+r"""Fine-tunes a classifier on GLUE with OSD, GaLore, LoRA, full AdamW or forward passes alone, on the same data.
 
 What it does: for each task and seed, fine-tunes a sequence-classification model in an ordinary `Trainer`, evaluates it
 with the benchmark's metrics, and writes `results.json` and `results.md` (mean and spread over seeds, trained
 parameters, optimizer state, peak memory, time) to `--output_dir`. `--method osd|galore|full` trains all weights,
-`--method lora` adapters. Everything else is an argument of Trainer (early stopping:
-`--early_stopping_patience 3 --load_best_model_at_end true --eval_strategy steps --save_strategy steps`) or of OSD.
+`lora` adapters, `head` the classifier, and `subzero|mezo` all weights without a backward pass. Everything else is an
+argument of Trainer (early stopping: `--early_stopping_patience 3 --load_best_model_at_end true --eval_strategy steps
+--save_strategy steps`) or of OSD.
 
 What it needs: `pip install "hf_osd[examples]"`. Data is `nyu-mll/glue` from the Hub, or `--data_dir` with
 `<task>/train.jsonl` and so on. The first command takes minutes on a laptop, the second one wants a GPU.
@@ -66,8 +67,8 @@ class GlueArguments:
 
     model_name_or_path: str = field(metadata={"help": "Model on the Hub or in a folder."})
     task: list[str] = field(metadata={"help": f"One or more of {', '.join(TASKS)}.", "nargs": "+"})
-    method: str = field(default="osd", metadata={"help": "osd, galore, lora or full."})
-    rank: int | None = field(default=None, metadata={"help": "Rank for osd, galore and lora. Default: 8."})
+    method: str = field(default="osd", metadata={"help": "osd, galore, lora, full, head, subzero or mezo."})
+    rank: int | None = field(default=None, metadata={"help": "Rank for osd, galore, lora and subzero. Default: 8."})
     lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's alpha. Default: twice the rank."})
     target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],

@@ -30,9 +30,13 @@ METHODS = {
     "galore": Method("galore_adamw", "galore_", True),
     "full": Method("adamw_torch_fused", "", False),
     "lora": Method("adamw_torch_fused", "", True),
+    "head": Method("adamw_torch_fused", "", False),
+    "subzero": Method("subzero", "subzero", True),
+    "mezo": Method("subzero", "subzero", False),
 }
 DEFAULT_RANK = 8
-PROJECTING = ("osd_", "galore_", "apollo_")
+ALL_LINEAR = ["all-linear"]  # the layers unless others are asked for
+PROJECTING = ("osd_", "galore_", "apollo_", "subzero")
 
 
 def method_options(method: str, rank: int | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,9 +69,9 @@ def method_options(method: str, rank: int | None, given: Mapping[str, Any]) -> d
     r = DEFAULT_RANK if rank is None else rank
     if method == "osd":
         options["osd_rank"] = r
-    if method == "galore":
-        extra = f",{given['optim_args']}" if given["optim_args"] else ""
-        options["optim_args"] = f"rank={r}{extra}"
+    own = {"galore": f"rank={r}", "subzero": f"rank={r}", "mezo": "perturbation=dense"}.get(method)
+    if own is not None:
+        options["optim_args"] = ",".join(filter(None, (own, given["optim_args"])))
     return options
 
 
@@ -93,9 +97,12 @@ def prepare_model(
     Returns:
         `nn.Module`: The model to train; a `PeftModel` for LoRA.
     """
-    if method == "full":
-        return model
-    if method == "osd":
+    if method == "head":
+        for p in model.base_model.parameters():
+            p.requires_grad = False
+    if method in ("full", "head", "mezo") or (method == "subzero" and target_modules == ALL_LINEAR):
+        return model  # of SubZero that is every matrix, embeddings and heads as well
+    if method in ("osd", "subzero"):
         args.optim_target_modules = target_modules
         return model
     names = [name.removesuffix(".weight") for name in select(model, target_modules).projected]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_osd import OSD
+from hf_osd import OSD, SubZero
 from hf_osd.optim import state_bytes
 
 
@@ -142,7 +142,7 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Sums the bytes of all tensors in `optimizer.state`, those that several parameters share once.
 
-    Of an `OSD` also what it keeps beside its state.
+    Of an `OSD` also what it keeps beside its state; of a `SubZero` U and V.
 
     Args:
         optimizer (`torch.optim.Optimizer`):
@@ -152,6 +152,8 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
         optimizer = optimizer.optimizer
     if isinstance(optimizer, OSD):  # a P may be kept beside its state
         return state_bytes(optimizer)
+    if isinstance(optimizer, SubZero):
+        return optimizer.weights.basis_bytes
     distinct = {id(tensor): tensor for state in optimizer.state.values() for tensor in tensors_in(state)}
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 

@@ -1,9 +1,9 @@
 """Online Subspace Descent for the Hugging Face ecosystem.
 
 Importing this package makes `osd_adamw`, `osd_adamw8bit`, `osd_lion`, `osd_lion8bit`, `osd_adafactor`, `osd_sgd`,
-`rso_adamw` and `rso_adamw8bit` known to transformers as values of `TrainingArguments(optim=...)`: at once where
-transformers' Trainer is imported already, else together with it (`startup.py`). Nothing else is imported before it is
-used, not even torch.
+`rso_adamw`, `rso_adamw8bit` and `subzero` known to transformers as values of `TrainingArguments(optim=...)`: at once
+where transformers' Trainer is imported already, else together with it (`startup.py`). Nothing else is imported before
+it is used, not even torch.
 """
 
 from importlib import import_module
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .layers import unload
     from .optim import OSD, create_osd_optimizer
     from .subspace import Movement, Start, SubspaceRule
+    from .subzero import SubZero
     from .trainer import OSDCallback, OSDTrainer, OSDTrainingArguments, last_complete_checkpoint, register
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "OSDTrainingArguments",
     "ProjectionState",
     "Start",
+    "SubZero",
     "SubspaceRule",
     "__version__",
     "create_osd_optimizer",
@@ -46,10 +48,22 @@ _HOMES = {
     "unload": "layers",
     **dict.fromkeys(("OSD", "create_osd_optimizer"), "optim"),
     **dict.fromkeys(("Movement", "Start", "SubspaceRule"), "subspace"),
+    "SubZero": "subzero",
     **dict.fromkeys(("OSDCallback", "OSDTrainer", "OSDTrainingArguments"), "trainer"),
     **dict.fromkeys(("last_complete_checkpoint", "register"), "trainer"),
 }
-_PACKAGES = ("estimate", "hub", "interop", "layers", "optim", "report", "subspace", "trainer", "update_rules")
+_PACKAGES = (
+    "estimate",
+    "hub",
+    "interop",
+    "layers",
+    "optim",
+    "report",
+    "subspace",
+    "subzero",
+    "trainer",
+    "update_rules",
+)
 
 if not TYPE_CHECKING:  # a type checker that saw it would take any name for ours
 

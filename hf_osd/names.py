@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .optim import OPTIM_NAMES
+from .subzero.options import NAME as SUBZERO
 
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 def add_names(enum: "type[OptimizerNames]") -> None:
     """Add our names to `OptimizerNames`, where they are not yet."""
-    for name in OPTIM_NAMES:
+    for name in (*OPTIM_NAMES, SUBZERO):
         if name not in enum._value2member_map_:
             _add_member(enum, name)
 

@@ -17,6 +17,7 @@ TRAINER = f"{DDP}::test_trainer_on_two_processes_is_trainer_on_one"
 LAYERS, STOCK = "layers", "trainer/test_activations.py"
 INT8 = f"{LAYERS}/test_int8.py"
 SAVED = "distributed/test_fsdp2_checkpoints.py"
+FORWARD = "subzero/test_trainer.py"
 LAYERWISE = "trainer/test_layerwise_trainer.py"
 SHARDED, HOOKS = "distributed/test_fsdp2_family.py", "optim/test_layerwise_family.py"
 ALIKE, INEXACT = (
@@ -131,6 +132,15 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ("yes", [f"{SHARDED}::test_two_processes[{name}]" for name in ("scaled_column", "scaled_svd", "sign")]),
         ("refused", [f"{SHARDED}::test_scenario[two_sided_is_refused]"]),
         ("yes", [f"{SHARDED}::test_two_processes[power]"]),
+    ],
+    "`subzero`": [
+        ("yes", [f"{FORWARD}::test_accumulation_is_one_large_batch_and_a_schedule_is_followed"]),
+        ("of rho", [f"{FORWARD}::test_rho_is_what_is_clipped_and_logged"]),
+        ("yes", [f"{DDP}::test_subzero_exchanges_rho_alone"]),
+        ("refused", [f"{FORWARD}::test_engines_that_divide_the_weights_are_refused"]),
+        ("no moments", ["subzero/test_log.py::test_a_state_goes_on_bit_for_bit_and_other_options_are_refused"]),
+        ("exact", [f"{FORWARD}::test_resume_is_exact"]),
+        *[("refused", [f"{FORWARD}::test_what_would_not_work_is_refused_at_once"])] * 3,
     ],
 }
 CELLS = [(row, column, *cell) for row, cells in TABLE.items() for column, cell in zip(COLUMNS, cells, strict=True)]

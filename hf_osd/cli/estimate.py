@@ -13,8 +13,8 @@ DESCRIPTION = """Estimate the memory of training a model, from its config alone:
   hf-osd estimate examples/llama_configs/llama_7b.json --rank 1024 --processes 8
 
 A step is run on the meta device, where tensors have shapes and no memory, and what is alive is counted: with fused
-attention, weights in --dtype, one batch for each step. GaLore has the rank of ours, LoRA too without --lora_rank; P is
-with its moments.
+attention, weights in --dtype, one batch for each step. GaLore has the rank of ours, LoRA too without --lora_rank,
+SubZero its default; P is with its moments, and for SubZero U and V.
 The columns are each part's most, "step" the temporaries of a parameter's step; the peak is what is there at once.
 --reserve is kept free for the driver's context, libraries and fragmentation. --processes tells what each of so many
 holds of what FSDP2 divides between steps: two buckets of P, 32 MiB or two P, come on top while it steps.

@@ -22,6 +22,7 @@ from ..estimate import (
     lora,
     osd,
     share,
+    subzero,
 )
 from ..optim import ALL_LINEAR, create_osd_optimizer, resolve, select
 from ..optim.options.full_size import by_size
@@ -29,6 +30,7 @@ from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
 from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
 from ..optim.options.table import OPTIONS
 from ..optim.selection.targets import parse_modules
+from ..subzero.options import OPTIONS as SUBZERO
 from ..text import format_bytes, format_count, table
 from ..trainer.settings import parse_optim_args
 from .suggestion import start_of, suggestion
@@ -45,6 +47,7 @@ LABELS = {
     "adamw_bnb_8bit": "AdamW 8-bit",
     "galore_adamw": "GaLore",
     "lora": "LoRA {rank}, AdamW",
+    "subzero": f"SubZero {SUBZERO['rank'].default}, forward only",
 }
 COLUMNS = {
     "weights": "weights",
@@ -88,7 +91,7 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
     kinds, missing = available(work, arguments.batch)
     methods = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules)]
     methods += [lora(work.model("lora"))] if ("lora", False) in kinds else []
-    methods.append(ours(arguments.rank))
+    methods += [subzero(model, SUBZERO["rank"].default), ours(arguments.rank)]
     rows: list[dict[str, Any]] = []
     for checkpointing in (False, True):
         for method in methods:
@@ -155,6 +158,7 @@ def available(work: Workload, batch: int) -> tuple[set[tuple[str, bool]], list[s
     found, missing = {("full", False)}, []
     for name, kind, checkpointing in (
         ("LoRA", "lora", False),
+        ("forward passes alone", "forward", False),
         ("gradient checkpointing", "full", True),
         ("LoRA with gradient checkpointing", "lora", True),
     ):

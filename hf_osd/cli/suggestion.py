@@ -5,6 +5,7 @@ import shlex
 from typing import Any
 
 from ..estimate import DTYPES
+from ..subzero import NAME
 from ..trainer.settings import parse_optim_args
 
 
@@ -21,7 +22,8 @@ def start_of(model: Any) -> tuple[float, float]:
 def suggestion(report: dict[str, Any], modules: Any, start: tuple[float, float]) -> dict[str, Any] | None:
     """What to run of ours: as asked, else with checkpointing, a smaller batch or, last, a smaller rank.
 
-    `start` is a learning rate and a scale, for AdamW alone: there are no runs to take other rules' from.
+    Where none of that fits, forward passes alone. `start` is a learning rate and a scale, for AdamW alone: there are
+    no runs to take other rules' from.
     """
     ours = [row for row in report["rows"] if row["method"].startswith("osd_")]
     rank, batch = report["rank"], report["batch"]
@@ -32,16 +34,31 @@ def suggestion(report: dict[str, Any], modules: Any, start: tuple[float, float])
         elif found["largest_rank"]:
             rank = found["largest_rank"]
         else:
-            return None
+            return _forward_only(report)
     checkpointing = found["gradient_checkpointing"]
     known = "adamw" in found["method"]
     given = report["optim_args"] or ""
     scale = f"scale={start[1]:g}" if known and "scale" not in parse_optim_args(given) else ""
     optim_args = ",".join(filter(None, [f"rank={rank}", scale, given]))
-    words = ["hf-osd", "run", "train.py", "--model_name_or_path", report["model"]]
-    words += ["--dtype", str(DTYPES[report["dtype"]]).removeprefix("torch."), "--optim", found["method"]]
+    words = [*_command(report), "--optim", found["method"]]
     words += ["--learning_rate", f"{start[0]:g}"] if known else []
     words += ["--optim_args", optim_args]
     words += ["--optim_target_modules", modules if isinstance(modules, str) else ",".join(modules)]
     words += ["--per_device_train_batch_size", str(batch), *(["--gradient_checkpointing"] if checkpointing else [])]
     return {"rank": rank, "batch": batch, "gradient_checkpointing": checkpointing, "command": shlex.join(words)}
+
+
+def _forward_only(report: dict[str, Any]) -> dict[str, Any] | None:
+    """SubZero, where its forward passes fit."""
+    row = next((row for row in report["rows"] if row["method"] == NAME and row["largest_batch"]), None)
+    if row is None:
+        return None
+    batch = min(report["batch"], row["largest_batch"])
+    words = [*_command(report), "--optim", NAME, "--per_device_train_batch_size", str(batch)]
+    return {"rank": None, "batch": batch, "gradient_checkpointing": False, "command": shlex.join(words)}
+
+
+def _command(report: dict[str, Any]) -> list[str]:
+    """Its beginning."""
+    dtype = str(DTYPES[report["dtype"]]).removeprefix("torch.")
+    return ["hf-osd", "run", "train.py", "--model_name_or_path", report["model"], "--dtype", dtype]

@@ -1,6 +1,6 @@
 """What training will take, from a model's config alone."""
 
-from .methods import Method, adamw, adamw8bit, galore, lora, osd
+from .methods import Method, adamw, adamw8bit, galore, lora, osd, subzero
 from .models import DTYPES, explained, load_config
 from .peak import Parts, Workload, largest
 from .processes import Share, share
@@ -21,4 +21,5 @@ __all__ = [
     "lora",
     "osd",
     "share",
+    "subzero",
 ]

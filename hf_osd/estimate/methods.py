@@ -21,6 +21,10 @@ from ..optim.options.mode import LAYERWISE_SUFFIX
 from ..optim.options.rules import rules_of
 from ..optim.step.geometry import ProjectedGeometry
 from ..optim.step.movement import STACK_LIMIT
+from ..subzero import NAME
+from ..subzero.options import Options
+from ..subzero.selection import trained_weights
+from ..subzero.weights import DenseWeight, LowRankWeight, Weight, Weights
 from .models import explained, inputs_of
 from .trace import LiveBytes, loss_of, meta_device
 
@@ -40,7 +44,9 @@ class Method:
         saved (`int`): Bytes of P alone, or of what stands for it, as checkpoints and the Hub hold it.
         temporaries (`dict[str, int]`): For each trained parameter what its step allocates, beside the state.
         layerwise (`bool`): Whether parameters are stepped in the backward pass and gradients freed at once.
-        model (`str`): Which model is trained: `full`, `lora`, or by another name `prepared`.
+        model (`str`):
+            Which model is trained: `full`, `lora`, `forward` (all of it, without gradients), or by another name
+            `prepared`.
         prepared ([`Prepared`], *optional*): The model that runs otherwise with this optimizer, ready to be run.
     """
 
@@ -116,6 +122,34 @@ def galore(model: nn.Module, rank: int, target_modules: Any) -> Method:
         svd = cast + 4 * s * (s + 2 * length)  # the gradient in float32, U and Vh, and the copy that the SVD works on
         method.temporaries[name] = max(svd, 3 * low + 2 * p.nbytes)  # lifted to (m, n), and once more times its scale
     return method
+
+
+def subzero(model: nn.Module, rank: int) -> Method:
+    """Forward passes alone: U and V of every matrix, and what the update of a parameter allocates."""
+    weights = Weights(*trained_weights(model, None), Options(rank=rank), {})
+    alike: dict[tuple, int] = {}
+    temporaries = {}
+    for name, weight in weights.weights.items():
+        key = (weight.W.shape, weight.W.dtype)
+        if key not in alike:
+            alike[key] = _update(weight)
+        temporaries[name] = alike[key]
+    return Method(NAME, projection=weights.basis_bytes, temporaries=temporaries, model="forward")
+
+
+def _update(weight: Weight) -> int:
+    """Bytes that an update allocates."""
+    drawn = isinstance(weight, LowRankWeight) or (isinstance(weight, DenseWeight) and weight.kept)
+    weight.Z = [weight.W.new_empty(weight.code_shape, dtype=weight.dtype)] if drawn else []
+    if isinstance(weight, LowRankWeight):
+        weight.U, weight.V = (weight.W.new_empty(size, weight.rank) for size in weight.W.shape)
+    counter = LiveBytes([weight.W, *weight.Z, *(getattr(weight, name) for name in "UV" if hasattr(weight, name))])
+    c = weight.W.new_empty(1)
+    if isinstance(weight, DenseWeight):
+        weight.seeds = [0]
+    with meta_device(), counter, torch.no_grad():
+        weight.update_(c, 1.0, 0, 0)
+    return max(counter.series, default=0)
 
 
 def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, layerwise: bool) -> Method:

@@ -3,7 +3,8 @@
     peak = weights + state + P + the larger of
         ordinary:   the most that is alive in the forward and backward pass, the gradients that are complete included;
                     all gradients, what else is left for the step, and the largest temporaries of a parameter's step
-        layerwise:  the most that is alive in the forward and backward pass, no complete gradient included;
+        forward:    the most that is alive in a forward pass without gradients; the largest temporaries of an update
+    layerwise:  the most that is alive in the forward and backward pass, no complete gradient included;
                     for each parameter what is alive when its gradient is complete, and the temporaries of its step
 
 The state is there from the end of the first step on, so the peak is that of the second one, and a P that is made from
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ..layers.int8 import held_bytes
 from .methods import Method, lora_model
 from .models import disable_checkpointing, enable_checkpointing, explained, inputs_of, meta_model
-from .trace import StepTrace, trace_step
+from .trace import StepTrace, trace_forward, trace_step
 
 
 LARGEST_BATCH = 2**16  # more is not looked for
@@ -92,7 +93,7 @@ class Workload:
 
     def model(self, kind: str = "full", checkpointing: bool = False) -> nn.Module:
         """The model on the meta device: all of it trained, or its adapters."""
-        key = (kind, checkpointing)
+        key = ("full" if kind == "forward" else kind, checkpointing)
         if key not in self._models:
             model = meta_model(self.config, self.dtype)
             if kind == "lora":
@@ -110,14 +111,16 @@ class Workload:
         """
         key = (kind, checkpointing, batch)
         if key not in self._runs:
-            self._runs[key] = self._trace(self.model(kind, checkpointing), batch)
+            self._runs[key] = self._trace(self.model(kind, checkpointing), batch, forward=kind == "forward")
         return self._runs[key]
 
-    def _trace(self, model: nn.Module, batch: int, known: Sequence[Tensor] = ()) -> StepTrace:
+    def _trace(
+        self, model: nn.Module, batch: int, known: Sequence[Tensor] = (), *, forward: bool = False
+    ) -> StepTrace:
         inputs = inputs_of(self.model(), batch, self.sequence)
         names = " and ".join(f"`{name}`" for name in inputs)
         with explained(f"{type(self.model()).__name__} could not be run on a batch of {names}"):
-            return trace_step(model, inputs, known)
+            return trace_forward(model, inputs) if forward else trace_step(model, inputs, known)
 
     def _run(self, method: Method, checkpointing: bool, batch: int) -> StepTrace:
         key = (method.model, checkpointing, batch)

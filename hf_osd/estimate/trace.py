@@ -253,10 +253,7 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor], known: Sequence[T
     handles = [
         p.register_post_accumulate_grad_hook(arrived(name)) for name, p in model.named_parameters() if p.requires_grad
     ]
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None:
-        handles.append(head.register_forward_pre_hook(lambda *_: marks.update(head=len(counter.series))))
-        handles.append(head.register_forward_hook(lambda *call: _mark(call[-1], marks, counter)))
+    handles += _head_hooks(model, marks, counter)
     try:
         with meta_device(), counter:
             loss = loss_of(model(**inputs))
@@ -267,14 +264,54 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor], known: Sequence[T
     finally:
         for handle in handles:
             handle.remove()
-    start = marks.get("head", forward)
-    activations = counter.series[start - 1]
-    logits = max(counter.series[start : marks.get("logits", start)], default=activations) - activations
+    activations, logits = _parts(counter, marks, forward)
     live = torch.tensor(counter.series)
     done = torch.zeros_like(live)
     for end, (_, size) in zip(ends, arrivals.values(), strict=True):
         done[end:] += size
     return StepTrace(live, done, arrivals, kept, activations, logits, counter.live)
+
+
+def trace_forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> StepTrace:
+    """Run a forward pass without gradients, in evaluation mode; its most counts as activations, up to the head.
+
+    Args:
+        model (`nn.Module`): The model, on the meta device.
+        inputs (`dict[str, torch.Tensor]`): A batch.
+    """
+    counter = LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()])
+    marks: dict[str, int] = {}
+    training, handles = model.training, _head_hooks(model, marks, counter)
+    try:
+        with meta_device(), counter, torch.no_grad():
+            loss = loss_of(model.eval()(**inputs))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    start, most = marks.get("head", len(counter.series)), max(counter.series)
+    activations = max(counter.series[:start])
+    live = torch.tensor(counter.series)
+    del loss
+    return StepTrace(live, torch.zeros_like(live), {}, counter.live, activations, most - activations, counter.live)
+
+
+def _head_hooks(model: nn.Module, marks: dict[str, int], counter: LiveBytes) -> list[Any]:
+    """Note where the head begins, and where the gradient of the logits is there."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return []
+    return [
+        head.register_forward_pre_hook(lambda *_: marks.update(head=len(counter.series))),
+        head.register_forward_hook(lambda *call: _mark(call[-1], marks, counter)),
+    ]
+
+
+def _parts(counter: LiveBytes, marks: dict[str, int], forward: int) -> tuple[int, int]:
+    """What the forward pass holds where the head begins, and what head and loss add to it at most."""
+    start = marks.get("head", forward)
+    activations = counter.series[start - 1]
+    return activations, max(counter.series[start : marks.get("logits", start)], default=activations) - activations
 
 
 def _mark(logits: Any, marks: dict[str, int], counter: LiveBytes) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..optim.options.texts import flag
+from .forward_only import check_subzero
 from .settings import check_arguments
 
 
@@ -98,3 +99,4 @@ class OSDTrainingArguments(TrainingArguments):
         """Check everything that can be checked without a model."""
         super().__post_init__()
         check_arguments(self)
+        check_subzero(self)

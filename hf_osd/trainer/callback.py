@@ -22,7 +22,10 @@ from ..optim.osd import osd_of
 from ..optim.statistics import summarize_each
 from ..optim.step.full_weight import FullWeight
 from ..optim.summary import announce_summary
+from ..subzero import SubZeroLog, subzero_of
+from ..subzero.log_file import FILE as SUBZERO_LOG
 from .checkpoints import written_checkpoint
+from .forward_only import begin_training, check_subzero, save_log
 from .gathered import gather_projections, gathered_projections
 from .push import refresh_card
 from .settings import check_arguments, refuse_ignored_by_mode
@@ -36,7 +39,7 @@ logger = logging.getLogger("hf_osd")
 
 
 class OSDCallback(TrainerCallback):
-    """Added to every Trainer by `import hf_osd`; silent unless the optimizer is [`OSD`].
+    """Added to every Trainer by `import hf_osd`; silent unless the optimizer is [`OSD`] or [`SubZero`].
 
     Logs, at each logging step, `osd/pca_loss` (mean share of the gradients' energy outside their subspaces, or with
     `source="activations"` of the energy of the layers' inputs), `osd/orthogonality` (mean ||PᵀP - I|| / sqrt(r)) and
@@ -57,6 +60,7 @@ class OSDCallback(TrainerCallback):
         if not isinstance(args, TrainingArguments):  # some trainers show callbacks arguments of another class
             return
         check_arguments(args)
+        check_subzero(args)
 
     def on_train_begin(
         self,
@@ -75,6 +79,7 @@ class OSDCallback(TrainerCallback):
             release(model.parameters(), keep=None if osd is None else osd.stream)
             if osd is None or osd.layers is None:
                 unload(model)  # another optimizer's: this one would get no gradients
+        begin_training(subzero_of(optimizer))
         if osd is None:
             return
         refuse_ignored_by_mode(osd, args)
@@ -127,9 +132,12 @@ class OSDCallback(TrainerCallback):
     ) -> None:
         """Put P beside the model into the checkpoint that has just been written."""
         osd = osd_of(optimizer)
+        folder = written_checkpoint(state) or _checkpoint(args, state)  # this of a subclass that saves by itself
+        with _may_fail():
+            save_log(subzero_of(optimizer), folder, args)
         if osd is not None:
             gather_projections(state, osd, args.should_save)  # of a subclass that saves by itself, only now
-            self._save_projections(written_checkpoint(state) or _checkpoint(args, state), args, state, osd)
+            self._save_projections(folder, args, state, osd)
 
     def on_push_begin(
         self,
@@ -142,6 +150,8 @@ class OSDCallback(TrainerCallback):
     ) -> None:
         """Put P and news in the model card into what is about to be uploaded: `on_save` would be too late."""
         osd = osd_of(optimizer)
+        if subzero_of(optimizer) is not None:
+            self._push_log(args, state, optimizer)
         if osd is None:
             return
         folder = written_checkpoint(state)
@@ -169,12 +179,22 @@ class OSDCallback(TrainerCallback):
         Hooks of a layerwise optimizer are taken off: a backward pass after the training must not train on.
         """
         osd = osd_of(optimizer)
-        if osd is None:
-            return
-        osd.remove()
-        gather_projections(state, osd, args.should_save)  # a push that comes now is the main process's alone
+        if osd is not None:
+            osd.remove()
+            gather_projections(state, osd, args.should_save)  # a push that comes now is the main process's alone
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._best = Path(state.best_model_checkpoint)
+
+    def _push_log(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
+        """As P: into the checkpoint that goes with it, and into the folder of the run."""
+        with _may_fail():
+            folder = written_checkpoint(state)
+            if folder is not None:
+                save_log(subzero_of(optimizer), folder, args)
+            if self._best is None:
+                save_log(subzero_of(optimizer), _output_dir(args), args)
+            elif args.should_save and (self._best / SUBZERO_LOG).is_file():
+                SubZeroLog.from_pretrained(self._best).save_pretrained(_output_dir(args))
 
     def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, osd: OSD) -> None:
         if not args.should_save or not folder.is_dir() or self._saved.get(folder) == state.global_step:

@@ -1,7 +1,7 @@
 """Every change that `import hf_osd` makes to transformers: names, callbacks, and one table of what is replaced.
 
-A function that replaces another is called with that one as its first argument. Without [`OSD`] as the optimizer all do
-what the original does.
+A function that replaces another is called with that one as its first argument. Without [`OSD`] or [`SubZero`] as the
+optimizer all do what the original does.
 """
 
 import functools
@@ -22,6 +22,9 @@ from transformers.training_args import OptimizerNames
 from ..names import add_names
 from ..optim import OPTIM_NAMES, OSD
 from ..optim.osd import osd_of
+from ..subzero import NAME as SUBZERO
+from ..subzero import SubZero, subzero_of
+from . import forward_only
 from .callback import OSDCallback
 from .checkpoints import last_complete_checkpoint, load_converted
 from .gathered import gather_projections
@@ -179,7 +182,9 @@ def _load_whole(original: Callable, self: Trainer, *args: Any, **kwargs: Any) ->
 
 
 def _leave_clipping(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
-    osd = osd_of(self.optimizer)
+    osd, subzero = osd_of(self.optimizer), subzero_of(self.optimizer)
+    if subzero is not None:
+        return forward_only.clip(self, subzero)
     if osd is None or not osd.mode.layerwise:
         return original(self, *args, **kwargs)
     return torch.zeros(())  # `OSDCallback` logs the true one, which is known after the step
@@ -247,6 +252,14 @@ PATCHES = (
         "an optimizer that takes gradients clips them: Trainer would see those of full-size parameters alone",
         _leave_clipping,
     ),
+    Patch(
+        Trainer,
+        "_get_grad_norm",
+        "SubZero's only gradient is rho, which is none of the model's",
+        forward_only.grad_norm,
+    ),
+    Patch(Trainer, "training_step", "SubZero evaluates the loss at two points", forward_only.training_step),
+    Patch(Trainer, "_wrap_model", "SubZero has no gradients that DDP would need room for", forward_only.wrap_model),
 )
 
 
@@ -260,6 +273,8 @@ def register() -> None:
     for name in OPTIM_NAMES:
         # By member as Trainer looks it up, and by string, which is what arguments hold after unpickling.
         _OPTIMIZER_HANDLERS[OptimizerNames(name)] = _OPTIMIZER_HANDLERS[name] = handler
+    forward: Any = build_subzero_kwargs
+    _OPTIMIZER_HANDLERS[OptimizerNames(SUBZERO)] = _OPTIMIZER_HANDLERS[SUBZERO] = forward
     callbacks: list[Any] = transformers_trainer.DEFAULT_CALLBACKS
     callbacks += [OSDCallback] if OSDCallback not in callbacks else []
     for patch in PATCHES:
@@ -269,3 +284,8 @@ def register() -> None:
 def build_optimizer_kwargs(context: OptimizerContext) -> tuple[type[OSD], dict[str, Any]]:
     """Trainer's handler: the optimizer's class and what to construct it with beside groups of parameters."""
     return OSD, constructor_arguments(context.args, context.model)
+
+
+def build_subzero_kwargs(context: OptimizerContext) -> tuple[type[SubZero], dict[str, Any]]:
+    """The same for SubZero, which takes the model in the place of groups."""
+    return SubZero, forward_only.subzero_arguments(context.args, context.model)

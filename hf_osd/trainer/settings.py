@@ -2,14 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import TrainingArguments
 
-from ..declare import RETIRED, check_values, refuse_unknown
+from ..declare import RETIRED, Check, Option, check_values, refuse_unknown
 from ..hub import ProjectionState
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
 from ..optim.factory import learned_rank, warn_compiled
@@ -62,8 +62,8 @@ def uses_osd(args: TrainingArguments) -> bool:
     return optim_name(args) in OPTIM_NAMES
 
 
-def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else."""
+def parse_optim_args(text: str | None, keys: Mapping[str, Option] = KEYS) -> dict[str, Any]:
+    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else than these options."""
     if text is not None and not isinstance(text, str):
         raise ValueError(f"`optim_args` must be a text, key=value,key=value, got {type(text).__name__}.")
     values: dict[str, Any] = {}
@@ -78,10 +78,10 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
             raise ValueError(
                 f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in `optim_args`."
             )
-        refuse_unknown([key], KEYS, "`optim_args`")
+        refuse_unknown([key], keys, "`optim_args`")
         if key in values:
             raise ValueError(f"{key!r} is given twice in `optim_args`: {text!r}.")
-        values[key] = typed(value, key, f"{key!r} in `optim_args`")
+        values[key] = typed(value, keys[key].check, f"{key!r} in `optim_args`")
     return values
 
 
@@ -127,7 +127,7 @@ def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> d
         _refuse_without_model(args, settings)
         return {"lr": args.learning_rate, **settings.mode, **options}
     if settings.mode["layerwise"]:  # accelerate's regions are the blocks
-        warn_compiled(model, args.torch_compile and not _environment("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"))
+        warn_compiled(model, args.torch_compile and not told_by_launcher("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"))
     kwargs = osd_kwargs(
         model,
         options,
@@ -159,7 +159,7 @@ def check_arguments(args: TrainingArguments) -> None:
     if uses_osd(args):
         refuse_flat_engines(args)
         options = read_settings(args).options
-        if options["weight_dtype"] is not None and (args.fsdp or _environment("ACCELERATE_USE_FSDP")):
+        if options["weight_dtype"] is not None and (args.fsdp or told_by_launcher("ACCELERATE_USE_FSDP")):
             forget_engine(args)
             raise ValueError(INT8_NOT_SHARDED)
         return
@@ -214,7 +214,7 @@ def engine_of(args: TrainingArguments) -> str | None:
     if (
         args.deepspeed
         or getattr(args, "deepspeed_plugin", None) is not None
-        or _environment("ACCELERATE_USE_DEEPSPEED")
+        or told_by_launcher("ACCELERATE_USE_DEEPSPEED")
     ):
         engine = "DeepSpeed"
     elif args.fsdp:
@@ -224,7 +224,7 @@ def engine_of(args: TrainingArguments) -> str | None:
             engine = "XLA's FSDP"
         elif int(plugin.get("fsdp_version", config.get("version", 1))) == 1:
             engine = "FSDP1"
-    elif _environment("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
+    elif told_by_launcher("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
         engine = "FSDP1"
     return engine
 
@@ -235,16 +235,15 @@ def forget_engine(args: TrainingArguments) -> None:
         os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
-def _environment(name: str) -> bool:
+def told_by_launcher(name: str) -> bool:
     """What `accelerate launch` tells its processes."""
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-def typed(value: Any, key: str, where: str) -> Any:
-    """What a text stands for, as YAML gives `1e-3`; anything else as it is."""
-    if not isinstance(value, str) or key not in KEYS or value in KEYS[key].check.names:
+def typed(value: Any, check: Check | None, where: str) -> Any:
+    """What a text stands for, as YAML gives `1e-3`; anything else as it is, and of retired options."""
+    if not isinstance(value, str) or check is None or value in check.names:
         return value
-    check = KEYS[key].check
     wanted = check.kind
     kind = {int: "an integer", float: "a number", bool: "true or false"}.get(wanted, "")
     try:
@@ -265,7 +264,8 @@ def _fields(args: TrainingArguments) -> dict[str, Any]:
     # arguments that an earlier version has saved may have more
     found = {key: getattr(args, f"osd_{key}", None) for key in (*KEYS, *RETIRED)}
     given = {key: value for key, value in found.items() if value is not None}
-    return {key: typed(value, key, f"`osd_{key}`") for key, value in given.items()}
+    checks = {key: own.check for key, own in KEYS.items()}
+    return {key: typed(value, checks.get(key), f"`osd_{key}`") for key, value in given.items()}
 
 
 def _mode(args: TrainingArguments, given: dict[str, Any]) -> dict[str, Any]:

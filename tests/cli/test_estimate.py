@@ -30,13 +30,9 @@ def folder(tmp_path_factory) -> str:
 def test_the_report(folder, capsys):
     words = (folder, "--rank", "8", "--layerwise", "--seq", "32", "--batch", "4")
     report = report_of(capsys, *words, "--gpu", "2MB", "--reserve", "0KB")
-    assert [row["method"] for row in report["rows"]] == 2 * [
-        "adamw_torch_fused",
-        "adamw_bnb_8bit",
-        "galore_adamw",
-        "lora",
-        "osd_adamw8bit_layerwise",
-    ]
+    others = ["adamw_torch_fused", "adamw_bnb_8bit", "galore_adamw", "lora"]
+    ours = "osd_adamw8bit_layerwise"
+    assert [row["method"] for row in report["rows"]] == [*others, "subzero", ours, *others, ours]
     model = meta_model(load_config(folder), torch.bfloat16)
     sizes = [p.nbytes for p in model.parameters()]
     ours, plain = row_of(report, "osd_adamw8bit_layerwise"), row_of(report, "adamw_torch_fused")
@@ -123,6 +119,7 @@ def test_what_fits_is_the_largest_that_does(folder, capsys):
         ("100MB", {"rank": 8, "batch": 4, "gradient_checkpointing": False}),
         ("1.8MB", {"rank": 8, "batch": 4, "gradient_checkpointing": True}),
         ("1.2MB", {"rank": 8, "batch": 1, "gradient_checkpointing": True}),
+        ("0.6MB", {"rank": None, "batch": 1, "gradient_checkpointing": False}),
         ("0.1MB", None),
     ],
 )
@@ -137,6 +134,9 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
         assert 1 <= found["batch"] < 4
     assert {key: found[key] for key in expected} == expected
     assert f"--per_device_train_batch_size {found['batch']}" in found["command"]
+    if expected["rank"] is None:  # forward passes alone
+        assert "--optim subzero" in found["command"] and "osd_" not in found["command"]
+        return
     assert ("--gradient_checkpointing" in found["command"]) == found["gradient_checkpointing"]
     assert "--optim osd_adamw8bit --learning_rate 0.0002 --optim_args rank=8,scale=1 --optim_t" in found["command"]
 

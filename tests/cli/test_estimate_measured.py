@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, GPT2Config, LlamaConfig, Qwen3MoeConfig, T5Config
 
-from hf_osd import OSD
-from hf_osd.estimate import Workload
+from hf_osd import OSD, SubZero
+from hf_osd.estimate import Workload, subzero
 from hf_osd.optim import select
 from hf_osd.update_rules.blockwise import encode
 
@@ -88,6 +88,26 @@ def test_learning_from_activations(family: str, checkpointing: bool):
     plain = memory.predicted(work, "osd_adamw8bit", checkpointing, settings_of())
     assert told["gradients"] < plain["gradients"] and told["peak"] < plain["peak"]
     assert checkpointing or told["activations"] < plain["activations"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_forward_passes_alone(dtype: str):
+    """U and V beside the weights, no gradient, and of activations what one layer needs."""
+    work = Workload(FAMILIES["llama"], memory.DTYPES[dtype], 64, 8)
+    told = work.parts(subzero(work.model(), 8), False, 2)
+    ids = torch.randint(300, (2, 64))
+    with counted("cpu") as (phase, seen):
+        with phase("model"):
+            model = memory.random_model(FAMILIES["llama"], memory.DTYPES[dtype], "cpu")
+        optimizer = SubZero(model, rank=8)
+        for step in range(2):
+            with phase(f"step {step}"):
+                optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
+    assert told.weights == pytest.approx(seen["model"].end - seen["model"].start, rel=0.01) and not told.gradients
+    assert told.projection == sum(
+        w.U.nbytes + w.V.nbytes for w in optimizer.weights.weights.values() if hasattr(w, "U")
+    )
+    assert told.peak == pytest.approx(seen["step 1"].peak - seen["model"].start, rel=0.15)
 
 
 @pytest.mark.parametrize("options", ["projection_dtype=bfloat16", "subspace=static", "init=orthonormal"])

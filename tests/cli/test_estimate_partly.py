@@ -13,7 +13,8 @@ MAMBA = MambaConfig(vocab_size=200, hidden_size=64, num_hidden_layers=2)
 CLIP = CLIPConfig(
     text_config=SMALL, vision_config={**SMALL, "image_size": 32, "patch_size": 16}, architectures=["CLIPModel"]
 )
-METHODS = ["adamw_torch_fused", "adamw_bnb_8bit", "galore_adamw", "lora", "osd_adamw8bit"]
+METHODS = ["adamw_torch_fused", "adamw_bnb_8bit", "galore_adamw", "lora", "subzero", "osd_adamw8bit"]
+CHECKPOINTED = [method for method in METHODS if method != "subzero"]
 WORDS = ("--rank", "4", "--seq", "32", "--gpu", "24GB")
 
 
@@ -29,12 +30,12 @@ def saved(config: PretrainedConfig, path, architecture: str | None = None, **cha
 @pytest.mark.parametrize(
     ("config", "architecture", "rows", "missing"),
     [
-        (T5, "T5ForConditionalGeneration", [METHODS, METHODS], []),
+        (T5, "T5ForConditionalGeneration", [METHODS, CHECKPOINTED], []),
         (ALBERT, "AlbertForMaskedLM", [METHODS, []], ["gradient checkpointing: AlbertForMaskedLM does not support"]),
         (
             MAMBA,
             "MambaForCausalLM",
-            2 * [[m for m in METHODS if m != "lora"]],
+            [[m for m in methods if m != "lora"] for methods in (METHODS, CHECKPOINTED)],
             ["LoRA: peft refuses MambaForCausalLM"],
         ),
     ],

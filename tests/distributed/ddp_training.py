@@ -129,6 +129,10 @@ def trainer(folder: str, optim: str = "osd_adamw", text: str = "", **given: Any)
         vocab_size=64,
     )
     model = LlamaForCausalLM(config).double()
+    if optim == "subzero" and dist.is_initialized() and dist.get_rank() > 0:
+        with torch.no_grad():  # the first process's weights count
+            for p in model.parameters():
+                p.add_(0.1)
     processes = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     defaults: dict[str, Any] = {
         "learning_rate": 2e-3,
@@ -143,6 +147,8 @@ def trainer(folder: str, optim: str = "osd_adamw", text: str = "", **given: Any)
     args = TrainingArguments(folder, optim=optim, optim_args=f"rank=8{text}", **(defaults | given))
     own = Recorded(model, args, train_dataset=Tokens())
     own.train()
+    buckets = own.model_wrapped.reducer._get_zeros_like_grad_buckets() if optim == "subzero" and processes > 1 else ()
+    own.optimizer.optimizer.gradient_bytes = sum(bucket.buffer().nbytes for bucket in buckets)
     return model, own.optimizer.optimizer, own.state.log_history
 
 
@@ -187,6 +193,9 @@ TRAINERS: dict[str, dict[str, Any]] = {
 }
 
 
+SUBZERO: dict[str, Any] = {"optim": "subzero", "max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
+
+
 def main(folder: Path) -> None:
     """Everything that the tests ask of several processes, in one start."""
     results: dict[str, Any] = {}
@@ -197,6 +206,9 @@ def main(folder: Path) -> None:
         results[name] = state_of(*own_loop(**given))
     for name in RESUMED:
         results[f"{name}_resumed"] = state_of(*own_loop(resume_at=STEPS // 2, **OWN_LOOPS[name]))
+    model, subzero, log = trainer(str(folder / "subzero"), **SUBZERO)
+    results["subzero"] = {"weights": {name: p.detach() for name, p in model.named_parameters()}, "log": log}
+    results["subzero"] |= {"rho": subzero.history()[0], "gradient_bytes": subzero.gradient_bytes}
     results["accelerate"] = state_of(*accelerate_loop())
     results["refusals"] = refusals()
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")

@@ -9,7 +9,7 @@ from typing import Any
 import ddp_training
 import pytest
 import torch
-from ddp_training import OWN_LOOPS, RESUMED, TRAINERS, accelerate_loop, own_loop, state_of, trainer
+from ddp_training import OWN_LOOPS, RESUMED, SUBZERO, TRAINERS, accelerate_loop, own_loop, state_of, trainer
 
 
 pytestmark = pytest.mark.distributed
@@ -89,6 +89,19 @@ def test_trainer_on_two_processes_is_trainer_on_one(ranks: list[dict[str, Any]],
     assert min(seen[1:]) > TRAINERS[name]["max_grad_norm"]
     losses = [[row["loss"] for row in own if "loss" in row] for own in (ranks[0][name]["log"], log)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_subzero_exchanges_rho_alone(ranks: list[dict[str, Any]], tmp_path: Path):
+    """Two processes are one, clipped by the mean of rho; DDP holds the gradients of one small weight."""
+    model, optimizer, log = trainer(str(tmp_path), **SUBZERO)
+    weights, rho = {key: p.detach() for key, p in model.named_parameters()}, optimizer.history()[0]
+    a, b = (rank["subzero"] for rank in ranks)
+    assert all(torch.equal(p, b["weights"][key]) for key, p in a["weights"].items())
+    torch.testing.assert_close(a["rho"], rho, rtol=0, atol=2e-3)  # the model computes its loss in float32
+    assert difference(a["weights"], weights) < 1e-4
+    assert a["rho"].abs().max() == pytest.approx(0.5, rel=1e-3) and 0 < a["gradient_bytes"] <= 32 * 8
+    norms = [[row["grad_norm"] for row in own if "grad_norm" in row] for own in (a["log"], b["log"], log)]
+    assert norms[0] == norms[1] == pytest.approx(norms[2], abs=2e-3) and max(norms[0]) > 0.5
 
 
 @pytest.mark.parametrize("name", ["layerwise", "accumulated"])

@@ -83,9 +83,9 @@ def test_all_tasks_in_one_call(finetune, tmp_path):
         assert f"| {name} |" in table
 
 
-@pytest.mark.parametrize("method", ["osd", "galore", "lora", "full"])
+@pytest.mark.parametrize("method", ["osd", "galore", "lora", "full", "head", "subzero", "mezo"])
 def test_methods_differ_only_in_what_they_train(finetune, method):
-    options = {} if method == "full" else {"rank": 4}
+    options = {} if method in ("full", "head", "mezo") else {"rank": 4}
     run = finetune(method=method, seeds=[1, 2], **options)["runs"]
     assert [entry["seed"] for entry in run] == [1, 2]
     assert run[0]["log_history"] != run[1]["log_history"]
@@ -99,6 +99,15 @@ def test_methods_differ_only_in_what_they_train(finetune, method):
         layer = 4 * (24 + 24) + (24 + 40) * 2
         assert run[0]["trained_parameters"] == 4 * 2 * layer + 24 * 2 + 2
         assert not projected
+    if method == "head":
+        assert run[0]["trained_parameters"] == 24 * 2 + 2
+    if method in ("subzero", "mezo"):
+        options = run[0]["parameter_groups"][-1]
+        assert (options["rank"], options["perturbation"]) == (
+            (4, "subspace") if method == "subzero" else (24, "dense")
+        )
+        bases = 4 * 4 * (14 + 24 + 64 + 24 + 2 * (4 * 48 + 2 * 64) + 48)  # every matrix but two of (2, 24)
+        assert run[0]["optimizer_state_bytes"] == (bases if method == "subzero" else 0)
     if method == "full":
         full = 2 * 4 * run[0]["trained_parameters"]
         assert full <= run[0]["optimizer_state_bytes"] < 1.01 * full + 4096

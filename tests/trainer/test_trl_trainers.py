@@ -117,6 +117,42 @@ CASES: dict[str, tuple[str, str, dict[str, list[Any]], dict[str, Any], dict[str,
 }
 
 
+@pytest.mark.parametrize("case", ["sft", "grpo"])
+def test_subzero_takes_losses_that_tell_a_slope(case, folders, tmp_path):
+    """SFT's is made outside of the model; it counts tokens once, and its metrics are those of training."""
+    trainer_name, config_name, columns, needs, options = CASES[case]
+    options = options | {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_steps": 2,
+        "logging_steps": 1,
+    }
+    options |= {
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "bf16": False,
+        "lr_scheduler_type": "constant",
+    }
+    logs = []
+    for optim, optim_args in (("subzero", "rank=4"), ("adamw_torch", None))[: 2 if case == "sft" else 1]:
+        args = getattr(trl, config_name)(
+            str(tmp_path), optim=optim, optim_args=optim_args, learning_rate=0.0, **options
+        )
+        model = folders[LlamaForCausalLM]
+        trainer = getattr(trl, trainer_name)(model=model, args=args, train_dataset=rows(**columns), **needs)
+        if case == "grpo":
+            with pytest.raises(ValueError, match="cannot train with GRPOTrainer, whose loss tells no slope"):
+                trainer.train()
+            return
+        trainer.train()
+        logs.append([row for row in trainer.state.log_history if "loss" in row])
+    for seen, expected in zip(*logs, strict=True):
+        assert seen["num_tokens"] == expected["num_tokens"] > 0
+        for key in ("loss", "entropy"):
+            assert seen[key] == pytest.approx(expected[key], abs=1e-3)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_steps_with_trls_defaults(case, folders, tmp_path):
     trainer_name, config_name, columns, needs, options = CASES[case]

@@ -4,7 +4,7 @@ bfloat16 keeps 8 significant bits: a step below 1/512 of a weight is rounded awa
 Rounded up or down at random, with probabilities that make the mean exact, steps of any size add up.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -63,14 +63,19 @@ def add_rounded_(
 ) -> None:
     """W <- round(decay W + update), rounded once, with float32 temporaries of a few rows."""
     W = torch.atleast_1d(W)
-    rows = max(1, PIECE // max(1, W[:1].numel()))
-    for start in range(0, W.shape[0], rows):
-        piece = slice(start, min(start + rows, W.shape[0]))
+    for piece in pieces(W):
         X = W[piece].to(torch.float32)
         if rounding.decay is not None:
             X.mul_(rounding.decay)
         add_(X, piece)
         round_into_(W[piece], X, rounding.noise)
+
+
+def pieces(W: Tensor) -> Iterator[slice]:
+    """The rows of W (at least one dimension), a few at a time, in order."""
+    rows = max(1, PIECE // max(1, W[:1].numel()))
+    for start in range(0, W.shape[0], rows):
+        yield slice(start, min(start + rows, W.shape[0]))
 
 
 def add_to_int8_(W: Int8Weight, op: LinearOperator, update: Update, alpha: float, rounding: Rounding) -> None:

@@ -1,0 +1,236 @@
+"""[`SubZero`]: an optimizer whose only gradient is a directional derivative, made of two forward passes."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..declare import plain, refuse_unknown
+from ..optim.factory import decay_groups
+from ..optim.options.table import check_lr
+from ..optim.selection.wrappers import unwrapped
+from .options import OPTIONS, Options
+from .passes import RandomState, loss_at, without_dropout
+from .selection import given_bases, trained_weights
+from .weights import Weights, fingerprint
+
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class SubZero(torch.optim.Optimizer):
+    """Zeroth-order fine-tuning in random subspaces: two forward passes a step, no backward pass, memory of inference.
+
+    SubZero (Yu et al. 2025, arXiv 2410.08989), with `perturbation="dense"` MeZO (arXiv 2305.17333). Of the directions
+    Zt that are drawn at a step (letters as in `weights`),
+
+        rho = (loss(W + eps Zt) - loss(W - eps Zt)) / (2 eps),    W <- (1 - lr weight_decay) W - lr rho Zt
+
+    with the mean of rho over micro-batches and processes, and of rho Zt over queries. E[rho²] is about the squared
+    norm of the gradient, as which Trainer logs and clips it. The passes only read the weights; bfloat16 ones are
+    rounded at random by the update. In the passes dropout is off, and other random numbers are the same in all of
+    them. A rho that is not finite counts as 0. In bfloat16, norms and biases are perturbed where eps Zt exceeds their
+    rounding; what is in subspaces always is, for there the perturbation is added to products.
+
+    A Trainer needs `optim="subzero"` alone. In a loop of your own a step is `optimizer.step(lambda: loss)`, without
+    DDP; several micro-batches are several `optimizer.forward(lambda: loss / k).backward()` before `optimizer.step()`.
+
+    Args:
+        model (`nn.Module`): The model; frozen parameters stay as they are.
+        lr (`float`, *optional*, defaults to 1e-6): Learning rate; the authors' are 1e-7 to 1e-6 for full fine-tuning.
+        target_modules (`str` or `list[str]`, *optional*):
+            Matrices to perturb in subspaces, see [`~optim.selection.targets.select`]; defaults to all.
+        weight_decay (`float`, *optional*, defaults to 0): Decoupled, not of biases and norms.
+        options:
+            `rank` (24), `eps` (1e-3), `update_interval` (1000: steps between new U and V), `queries` (1),
+            `perturbation` (`"subspace"`), `init` (a [`ProjectionState`], folder or repository, in whose P U or V are
+            drawn) and `seed` (0).
+
+    Raises:
+        ValueError: For options that are unknown, wrong or without effect, float16 or sharded weights, and models whose
+            functions cannot be seen (compiled or scripted).
+
+    Example:
+    ```python
+    >>> import torch
+    >>> from hf_osd.subzero import SubZero
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+    >>> optimizer = SubZero(model, lr=1e-3, rank=8)
+    >>> x = torch.randn(16, 64)
+    >>> loss = optimizer.step(lambda: model(x).square().mean())
+
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-6,
+        *,
+        target_modules: str | Iterable[str] | None = None,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ):
+        refuse_unknown(options, OPTIONS, "SubZero")
+        self.options = Options(**{name: plain(value) for name, value in options.items()})
+        check_lr(lr, "SubZero")
+        self.model = unwrapped(model)
+        trained, matrices = trained_weights(self.model, target_modules)
+        given = given_bases(self.options, trained, matrices)
+        self.weights = Weights(trained, matrices, self.options, given)
+        dtype = max((torch.promote_types(p.dtype, torch.float32) for p in trained.values()), key=lambda d: d.itemsize)
+        device = next(iter(trained.values())).device
+        self.direction = nn.Parameter(torch.zeros(self.options.queries, dtype=dtype, device=device))
+        names = {p: name for name, p in trained.items()}
+        groups: list[dict[str, Any]] = [{"params": list(trained.values()), "weight_decay": 0.0}]
+        if weight_decay:
+            groups = decay_groups(self.model, weight_decay)
+        groups = [{**group, "params": [(names[p], p) for p in group["params"]]} for group in groups if group["params"]]
+        saved = {**self.options.plain(), "start": ""}
+        groups.append({"params": [("rho", self.direction)], "weight_decay": 0.0, **saved})
+        self._rho = self.direction.new_zeros(0, self.options.queries)  # (steps or more, queries), of all steps
+        self._rates: list[tuple[float, ...]] = []  # lr of each group, likewise
+        self._seen: set[str] | None = set()  # until the first step, what has been used
+        self._averaged = False
+        super().__init__(groups, {"lr": lr})
+
+    @property
+    def steps(self) -> int:
+        """Steps so far."""
+        return len(self._rates)
+
+    @property
+    def weight_groups(self) -> list[dict[str, Any]]:
+        """`param_groups` without the one of rho."""
+        return self.param_groups[:-1]
+
+    def forward(self, compute_loss: Callable[[], Tensor], but: nn.Module | None = None) -> Tensor:
+        """The loss, with rho as its only gradient: mean loss + rho (d - d.detach()), d a stand-in for the direction.
+
+        Args:
+            compute_loss (`Callable`): The forward pass of a micro-batch, called twice for each query.
+            but (`nn.Module`, *optional*): A module that is left in its mode, training or not.
+        """
+        self.weights.begin(self.steps)
+        eps, total, rho = self.options.eps, None, []
+        if not self.steps and not self.param_groups[-1]["start"]:
+            self.param_groups[-1]["start"] = fingerprint(self.weights)
+        seen = set() if self._seen is None else self._seen
+        random = RandomState({weight.W.device for weight in self.weights.weights.values()})
+        with without_dropout(self.model, but):
+            for query in range(self.options.queries):
+                losses = []
+                for scale in (eps, -eps):
+                    random.restore()
+                    losses.append(loss_at(self.weights, query, scale, compute_loss, seen))
+                plus, minus = losses
+                self._warn_of_precision(plus)
+                rho.append((plus - minus) / (2 * eps))
+                total = plus + minus if total is None else total + plus + minus
+        assert total is not None
+        d = self.direction
+        mean = torch.stack(rho).to(d.device, d.dtype) / self.options.queries
+        with torch.enable_grad():
+            return total / (2 * self.options.queries) + (mean * (d - d.detach())).sum().to(total.device)
+
+    def average(self) -> None:
+        """Make the mean of rho over the processes, once for a step; clip after it."""
+        grad = self.direction.grad
+        if grad is not None and not self._averaged and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(grad)
+            grad.div_(dist.get_world_size())
+            self._averaged = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Update the weights by the rho that has been found; with a closure, which computes a loss, find it first."""
+        loss = None
+        if closure is not None:
+            loss = self.forward(closure)
+            loss.backward()
+            loss = loss.detach()
+        if any(p.grad is not None for group in self.weight_groups for p in group["params"]):
+            raise ValueError("SubZero takes no gradients: call `optimizer.forward(lambda: loss).backward()`.")
+        if self.direction.grad is None:
+            return loss
+        self.average()
+        rho = torch.nan_to_num(self.direction.grad, nan=0.0, posinf=0.0, neginf=0.0)
+        self.direction.grad, self._averaged = None, False  # Trainer empties the model's gradients alone
+        # as they are saved, so that a replay has the same
+        rates = torch.tensor([float(group["lr"]) for group in self.weight_groups], dtype=rho.dtype).tolist()
+        self._warn_unused()
+        self._note(rho, tuple(rates))
+        self.weights.update_(rho, *self.by_name(rates))
+        return loss
+
+    def by_name(self, rates: Iterable[float]) -> tuple[dict[str, float], dict[str, float]]:
+        """Learning rate and weight decay of each parameter, of the rates of the groups."""
+        pairs = list(zip(self.weight_groups, rates, strict=True))
+        lrs = {name: rate for group, rate in pairs for name in group["param_names"]}
+        return lrs, {name: group["weight_decay"] for group, _ in pairs for name in group["param_names"]}
+
+    def history(self) -> tuple[Tensor, Tensor]:
+        """All rho so far (steps, queries), on their device, and the learning rates (steps, groups)."""
+        rates = torch.tensor(self._rates, dtype=self._rho.dtype).view(self.steps, len(self.weight_groups))
+        return self._rho[: self.steps].clone(), rates
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every optimizer; the state is the list of rho and learning rates."""
+        rho, rates = self.history()
+        self.state[self.direction] = {"rho": rho, "lr": rates}
+        saved = super().state_dict()
+        self.state.clear()
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on exactly where the state was saved, with the seed that it was saved with.
+
+        Raises:
+            ValueError: If it was saved with other options.
+        """
+        saved, own = state_dict["param_groups"][-1], self.options.plain()
+        if own.keys() - saved.keys():
+            raise ValueError("This state is none of SubZero's: load the one that was saved with it.")
+        other = [f"{name}={saved[name]}" for name in own if name != "seed" and saved[name] != own[name]]
+        if other:
+            raise ValueError(f"This state was saved with {', '.join(other)}: give the same.")
+        if saved["seed"] != own["seed"]:
+            warnings.warn(f"The saved seed {saved['seed']} replaces {own['seed']}.", stacklevel=2)
+            self.options = self.weights.options = replace(self.options, seed=saved["seed"])
+        super().load_state_dict(state_dict)
+        state = self.state.pop(self.direction)
+        self._rho, self._rates = state["rho"], [tuple(row) for row in state["lr"].tolist()]
+        self.weights.forget()
+
+    def _note(self, rho: Tensor, rates: tuple[float, ...]) -> None:
+        if self.steps == len(self._rho):
+            self._rho = torch.cat([self._rho, rho.new_zeros(max(256, self.steps), len(rho))])
+        self._rho[self.steps] = rho
+        self._rates.append(rates)
+
+    def _warn_of_precision(self, loss: Tensor) -> None:
+        if loss.dtype in LOW_PRECISION and self._seen is not None:
+            warnings.warn(
+                f"The loss is {loss.dtype}: its differences are mostly rounding. Compute it in float32.", stacklevel=3
+            )
+
+    def _warn_unused(self) -> None:
+        unused = [] if self._seen is None else [name for name in self.weights.weights if name not in self._seen]
+        if unused:
+            warnings.warn(
+                f"No forward pass used {len(unused)} parameters, which move at random then: freeze them. "
+                f"{', '.join(unused[:3])}",
+                stacklevel=3,
+            )
+        self._seen = None
+
+
+def subzero_of(optimizer: Any) -> SubZero | None:
+    """The [`SubZero`] that this optimizer is or, in accelerate's wrapper, holds; `None` for any other."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return optimizer if isinstance(optimizer, SubZero) else None

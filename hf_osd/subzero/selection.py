@@ -1,0 +1,72 @@
+"""Which parameters of a model are perturbed, which of them in subspaces, and what is refused."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hub import ProjectionState
+from ..optim.groups import by_name
+from ..optim.selection.targets import select
+from ..optim.selection.wrappers import plain_name
+from ..optim.step.sharding import is_sharded
+from .options import Options
+
+
+def trained_weights(
+    model: nn.Module, target_modules: str | Iterable[str] | None
+) -> tuple[dict[str, nn.Parameter], set[str]]:
+    """The trained parameters by name, and the names of the matrices among them that are to be in subspaces.
+
+    Raises:
+        ValueError: If there is none, or one that cannot be perturbed.
+    """
+    trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("The model has no parameters to train: all are frozen.")
+    for name, p in trained.items():
+        if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"{name} is {p.dtype}, whose steps would be lost: load the model in bfloat16 or float32.")
+        if type(p) is not nn.Parameter and hasattr(p, "int_data"):
+            raise ValueError(f"{name} is kept in 8 bits, which SubZero is not for: load the model in bfloat16.")
+        if is_sharded(p):
+            raise ValueError(f"{name} is sharded, which SubZero is not for: use DDP, or one process.")
+    for name, module in model.named_modules():
+        scripted = any(kind.__name__ == "ScriptModule" for kind in type(module).__mro__)
+        if scripted or hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{name or 'The model'} is compiled, and SubZero has to see its functions: leave torch.compile out."
+            )
+    if target_modules is None:
+        return trained, {name for name, p in trained.items() if p.ndim == 2}
+    chosen = select(model, target_modules).projected
+    return trained, {plain_name(name) for name, p in chosen.items() if p.ndim == 2}
+
+
+def given_bases(
+    options: Options, trained: Mapping[str, nn.Parameter], matrices: Collection[str]
+) -> dict[str, dict[str, Tensor]]:
+    """What U and V are drawn in by name and side, of `init`; matrices without a saved P are drawn freely.
+
+    Raises:
+        ValueError: If no matrix has a P, or one has another shape or a lower rank.
+    """
+    if options.init is None:
+        return {}
+    state: Any = options.init
+    if not isinstance(state, Mapping):
+        state = ProjectionState.from_pretrained(state)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, entry in by_name(state, matrices).items():
+        if name not in matrices or min(trained[name].shape) <= options.rank:
+            continue
+        if tuple(entry.shape) != tuple(trained[name].shape):
+            raise ValueError(f"The P of {name} is of a weight {entry.shape}, not {tuple(trained[name].shape)}.")
+        if entry.rank < options.rank:
+            raise ValueError(f"The P of {name} has rank {entry.rank}: give `rank` at most that.")
+        sides = ("left", "right") if entry.side == "two_sided" else (entry.side,)
+        found[name] = dict(zip(sides, entry.factors, strict=True))
+    if not found:
+        raise ValueError("`init` has no P for any matrix of this model: leave it out.")
+    return found

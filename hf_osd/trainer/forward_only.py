@@ -1,0 +1,144 @@
+"""SubZero in every Trainer: what it is constructed with, its two passes, one rho for all processes, and its log.
+
+Trainer computes a loss in `compute_loss`, by the model or outside of it (label smoothing, `compute_loss_func`, trl's
+losses); that is what is evaluated at two points. The rest of a step goes on as ever, with the directional derivative
+as the only gradient.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from ..optim.selection.targets import parse_modules
+from ..subzero import NAME, SubZero, SubZeroLog, subzero_of
+from ..subzero.options import KEYS, Options
+from ..subzero.summary import announce_summary
+from .settings import engine_of, forget_engine, optim_name, parse_optim_args, told_by_launcher
+
+
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's name
+# Their losses are no functions to descend: the value of what is detached in them does not change with the weights.
+SURROGATES = frozenset({"GRPOTrainer", "RLOOTrainer"})
+UNUSED = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+def subzero_arguments(args: TrainingArguments, model: nn.Module | None) -> dict[str, Any]:
+    """Keyword arguments of [`SubZero`], the model included."""
+    if model is None:
+        raise ValueError(f"optim={NAME!r} needs the model: get_optimizer_cls_and_kwargs(args, model).")
+    targets = args.optim_target_modules
+    return {
+        "model": model,
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "target_modules": None if targets is None else parse_modules(targets),
+        **_options(args),
+    }
+
+
+def _options(args: TrainingArguments) -> dict[str, Any]:
+    return {"seed": args.seed, **parse_optim_args(args.optim_args, KEYS)}
+
+
+def check_subzero(args: TrainingArguments) -> None:
+    """Raise `ValueError` for arguments of a run with SubZero that are wrong or would be ignored."""
+    if optim_name(args) != NAME:
+        return
+    Options(**_options(args))
+    engine = engine_of(args) or ("FSDP" if args.fsdp or told_by_launcher("ACCELERATE_USE_FSDP") else None)
+    if engine is not None:
+        forget_engine(args)
+        raise ValueError(f"optim={NAME!r} cannot be used with {engine}, which divides the weights: use DDP.")
+    if args.fp16:
+        raise ValueError(f"optim={NAME!r} has no gradients for fp16's GradScaler: use bf16=True.")
+    if args.torch_compile:
+        raise ValueError(f"optim={NAME!r} has to see the model's functions: leave `torch_compile` out.")
+    for name in UNUSED:
+        if getattr(args, name) != TrainingArguments.__dataclass_fields__[name].default:
+            raise ValueError(f"`{name}` has no effect with optim={NAME!r}. Leave it out.")
+    if getattr(args, "loss_type", None) == "dft":
+        raise ValueError("loss_type='dft' is no loss that two of its values could tell the slope of: use 'nll'.")
+
+
+def training_step(
+    original: Callable, self: Trainer, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """`Trainer.training_step`, with the loss at two points in the place of the loss."""
+    own = subzero_of(self.optimizer)
+    if own is None:
+        return original(self, model, inputs, *args, **kwargs)
+    trainer: Any = self
+    compute_loss = self.compute_loss
+    # one of a subclass, as trl's, may ask `self.model.training` which metrics it is to add to
+    but = own.model if type(self).compute_loss is not Trainer.compute_loss else None
+
+    def two_points(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        counts = {name: value for name, value in vars(self).items() if type(value) in (int, float)}
+
+        def loss() -> torch.Tensor:  # which may take labels out of the inputs; and what it counts, it counts once
+            vars(self).update(counts)
+            found: Any = compute_loss(model, copy.copy(inputs), *args, **kwargs)
+            return found
+
+        return own.forward(loss, but)
+
+    trainer.compute_loss = two_points  # on the object, for this one call
+    try:
+        loss = original(self, model, inputs, *args, **kwargs)
+    finally:
+        del trainer.compute_loss
+    if self.accelerator.sync_gradients:
+        own.average()
+    return loss
+
+
+def clip(self: Trainer, own: SubZero) -> torch.Tensor:
+    """`Trainer._clip_grad_norm` of rho."""
+    return nn.utils.clip_grad_norm_([own.direction], self.args.max_grad_norm)
+
+
+def grad_norm(original: Callable, self: Trainer, model: nn.Module, grad_norm: Any = None) -> Any:
+    """`Trainer._get_grad_norm` of rho."""
+    own = subzero_of(self.optimizer)
+    if own is not None and own.direction.grad is not None and grad_norm is None:
+        return own.direction.grad.norm()
+    return original(self, model, grad_norm=grad_norm)
+
+
+def wrap_model(original: Callable, self: Trainer, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """`Trainer._wrap_model`, before which DDP is told of one small weight only: it would hold gradients of all."""
+    own = subzero_of(self.optimizer)
+    if own is not None:
+        if self.args.n_gpu > 1:
+            raise ValueError(f"optim={NAME!r} needs a process for each GPU: start it with torchrun or accelerate.")
+        for kind in type(self).__mro__:
+            if kind.__name__ in SURROGATES:
+                raise ValueError(f"optim={NAME!r} cannot train with {kind.__name__}, whose loss tells no slope.")
+        trained = sorted((p.numel(), name) for name, p in own.model.named_parameters() if p.requires_grad)
+        setattr(own.model, IGNORED_BY_DDP, [name for _, name in trained[1:]])
+    return original(self, model, *args, **kwargs)
+
+
+@torch.no_grad()
+def begin_training(own: SubZero | None) -> None:
+    """Make all processes start from the first one's weights, as DDP would have, and say what is perturbed."""
+    if own is None:
+        return
+    if hasattr(own.model, IGNORED_BY_DDP):  # another training's DDP must not see it
+        delattr(own.model, IGNORED_BY_DDP)
+    if dist.is_available() and dist.is_initialized():
+        for weight in own.weights.weights.values():
+            dist.broadcast(weight.W.detach(), 0)
+    announce_summary(own)
+
+
+def save_log(own: SubZero | None, folder: Path, args: TrainingArguments) -> None:
+    """Put the list of rho beside the model."""
+    if own is not None and own.steps and args.should_save and folder.is_dir():
+        SubZeroLog.from_optimizer(own).save_pretrained(folder)

@@ -1,0 +1,35 @@
+"""The list of rho goes with the model of its step to the Hub, and alone; it is applied from there."""
+
+import copy
+
+import torch
+from pushed_runs import REPO, folder_of, make_trainer
+from safetensors.torch import load
+
+from hf_osd.subzero import SubZeroLog, replay
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_every_push_has_the_log_of_its_model(hub, client, tmp_path):
+    options = {"optim": "subzero", "optim_args": "rank=4", "learning_rate": 1e-2}
+    trainer = make_trainer(tmp_path / "out", push_to_hub=True, hub_strategy="every_save", **options)
+    base = copy.deepcopy(trainer.model)
+    trainer.train()
+    trainer.push_to_hub()
+    assert not same(trainer.model, base)
+    pushed = [commit for commit in hub.commits(REPO) if commit.title != "initial commit"]
+    assert len(pushed) == 3
+    for commit, steps in zip(pushed, (4, 4, 2), strict=True):
+        files = folder_of(hub.files(REPO, commit.oid))
+        again = copy.deepcopy(base)
+        log = SubZeroLog.from_pretrained(REPO, revision=commit.oid)
+        assert len(log.rho) == steps
+        replay(again, log)
+        for name, value in load(files["model.safetensors"]).items():
+            assert torch.equal(dict(again.named_parameters())[name], value)
+    SubZeroLog.from_optimizer(trainer.optimizer).push_to_hub("tester/log", private=True)
+    replay(base, "tester/log")
+    assert same(base, trainer.model) and {*hub.files("tester/log")} - {".gitattributes"} == {"subzero_log.safetensors"}

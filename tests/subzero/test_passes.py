@@ -1,0 +1,167 @@
+"""The passes only read the weights, draw the same random numbers, and nobody sees a perturbed model."""
+
+import pytest
+import torch
+from nets import Net, ids
+from torch import nn
+
+from hf_osd import OSD, create_osd_optimizer, unload
+from hf_osd.hub import ProjectionState
+from hf_osd.subzero import SubZero
+from reference.tiny_models import tiny_llama
+
+
+def steps(optimizer: SubZero, loss, count: int) -> list[float]:
+    return [optimizer.step(loss).item() for _ in range(count)]
+
+
+def test_dropout_is_off_and_other_random_numbers_are_the_same_in_all_passes():
+    net, seen = Net(dropout=0.5), []
+    net.norm.eval()  # a module that somebody has left in this mode stays in it
+    optimizer = SubZero(net, rank=5, eps=1e-9)
+
+    def loss() -> torch.Tensor:
+        seen.append((torch.rand(()).item(), [module.training for module in net.modules()]))
+        return net.loss(ids()) + 1e6 * torch.rand(())
+
+    torch.manual_seed(5)
+    optimizer.forward(loss).backward()
+    assert seen[0] == seen[1] and not any(seen[0][1])
+    assert optimizer.direction.grad.abs().item() < 1e5  # 1e6 / 2e-9, were the numbers others
+    torch.manual_seed(5)
+    torch.rand(2)
+    after = torch.rand(())
+    torch.manual_seed(5)
+    optimizer.forward(loss)
+    assert torch.rand(()) == after and net.dropout.training and not net.norm.training
+
+
+def test_an_interrupted_pass_leaves_all_as_it_was():
+    net = Net().train()
+    before = [p.clone() for p in net.parameters()]
+    optimizer = SubZero(net, rank=5)
+
+    def loss() -> torch.Tensor:
+        net.loss(ids())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.forward(loss)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert all(module.training for module in net.modules())
+    assert net.loss(ids()).requires_grad
+
+
+def test_weights_of_bfloat16_do_not_drift_without_a_learning_rate():
+    """A thousand steps, bit for bit: in place, + eps Zt - 2 eps Zt + eps Zt would lose bits at the first."""
+    net = nn.Linear(20, 12).bfloat16()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer, x = SubZero(net, lr=0.0, rank=4), torch.randn(4, 20, dtype=torch.bfloat16)
+    losses = steps(optimizer, lambda: net(x).float().square().mean(), 1000)
+    assert len(set(losses)) > 300
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_small_updates_of_bfloat16_add_up_on_average():
+    net = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        net.weight.fill_(1.0)  # its neighbours are 1/128 above and 1/256 below
+    optimizer = SubZero(net, lr=1.0, rank=4, update_interval=10**6)
+    optimizer.weights.begin(0)
+    weight = optimizer.weights.weights["weight"]
+    Zt = (48 * 64) ** 0.5 / 4 * weight.U.float() @ weight.Z[0] @ weight.V.float().T
+    assert 1e-4 * Zt.abs().max() < 1 / 512  # below what rounding to the nearest would keep
+    for step in range(200):
+        optimizer.weights.step = step  # whose rounding is another
+        optimizer.weights.update_(torch.tensor([1e-4]), {"weight": 1.0}, {"weight": 0.0})
+    moved = 1.0 - net.weight.detach().float()
+    slope = (moved * Zt).sum() / Zt.square().sum()
+    # a standard error of about sqrt(200 x 1e-4 / 200) / sqrt(48 x 64), in units of 0.02
+    assert slope == pytest.approx(200 * 1e-4, rel=0.05)
+
+
+def test_a_rho_that_is_not_finite_moves_nothing():
+    net = Net()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = SubZero(net, rank=5, lr=1.0)
+    optimizer.step(lambda: net.loss(ids()) * float("nan"))
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True)) and optimizer.steps == 1
+
+
+def test_u_or_v_are_drawn_in_a_saved_p():
+    linear = nn.Linear(20, 12, bias=False)
+    osd = OSD([{"params": [("weight", linear.weight)], "rank": 6}], lr=0.0)
+    linear(torch.randn(4, 20)).square().mean().backward()
+    osd.step()
+    linear.weight.grad = None
+    state = ProjectionState.from_optimizer(osd)
+    P, side = state["weight"].projection, state["weight"].side
+    optimizer = SubZero(linear, rank=4, init=state, update_interval=5)
+    weight = optimizer.weights.weights["weight"]
+    bases = []
+    for step in (0, 5):
+        optimizer.weights.begin(step)
+        Q, inside = weight.U if side == "left" else weight.V, torch.linalg.qr(P).Q
+        torch.testing.assert_close(inside @ (inside.T @ Q), Q)
+        bases.append(Q)
+    assert (bases[0].T @ bases[1]).square().sum() < 3.99  # others of the same space
+    with pytest.raises(ValueError, match="rank 6: give `rank` at most that"):
+        SubZero(linear, rank=7, init=state)
+    with pytest.raises(ValueError, match="no P for any matrix"):
+        SubZero(nn.Sequential(linear), rank=4, init=state)
+
+
+def test_the_p_of_activations_is_v():
+    """Without a step of the weights: P of what goes into the layers, one for those that share it."""
+    model = tiny_llama()
+    tokens = torch.randint(64, (2, 8))
+    osd = create_osd_optimizer(model, lr=0.0, rank=6, source="activations")
+    for _ in range(2):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        osd.step()
+        osd.zero_grad()
+    state = ProjectionState.from_optimizer(osd)
+    unload(model)
+    optimizer = SubZero(model, rank=4, init=state)
+    optimizer.step(lambda: model(input_ids=tokens, labels=tokens).loss)
+    given = {name: weight for name, weight in optimizer.weights.weights.items() if getattr(weight, "given", {})}
+    assert len(given) == 14 and all(weight.given.keys() == {"right"} for weight in given.values())
+    for name, weight in given.items():
+        inside = torch.linalg.qr(state[name].projection).Q
+        torch.testing.assert_close(inside @ (inside.T @ weight.V), weight.V, atol=1e-5, rtol=0)
+
+
+def compiled() -> nn.Module:
+    net = nn.Sequential(nn.Linear(20, 12))
+    net[0].compile(backend="eager")
+    return net
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "message"),
+    [
+        (nn.Linear(20, 12), {"ranks": 4}, "Unknown option `ranks` in SubZero. Did you mean `rank`"),
+        (nn.Linear(20, 12), {"eps": 0}, "`eps` of SubZero must be a number > 0"),
+        (nn.Linear(20, 12), {"rank": 4, "perturbation": "dense"}, "`rank` of SubZero has no effect"),
+        (nn.Linear(20, 12).half(), {}, "float16, whose steps would be lost"),
+        (nn.Linear(20, 12).requires_grad_(False), {}, "all are frozen"),
+        (compiled(), {}, "compiled, and SubZero has to see"),
+    ],
+)
+def test_what_cannot_be_is_refused(net: nn.Module, options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        SubZero(net, **options)
+
+
+def test_gradients_and_addresses_are_refused_and_idle_parameters_told():
+    net = Net()
+    optimizer = SubZero(net, rank=5)
+    net.loss(ids()).backward()
+    with pytest.raises(ValueError, match="SubZero takes no gradients"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"asks for the address of up.weight"):
+        optimizer.forward(lambda: net.up.weight.data_ptr())
+    idle = nn.ModuleList([nn.Linear(20, 12), nn.Linear(20, 12)])
+    optimizer = SubZero(idle, rank=4)
+    with pytest.warns(UserWarning, match="No forward pass used 2 parameters"):
+        optimizer.step(lambda: idle[0](torch.ones(1, 20)).sum())

@@ -1,0 +1,175 @@
+"""`optim="subzero"` in a stock Trainer: accumulation, clipping, all kinds of losses, evaluation, resume, refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_osd import OSDTrainingArguments, ProjectionState, SubZero
+from hf_osd.subzero import SubZeroLog, replay, subzero_of
+from reference.tiny_models import tiny_llama
+
+
+class Tokens(Dataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(64, (8,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def make(folder: Path, dtype: torch.dtype = torch.float32, trainer: Any = {}, **options: Any) -> Trainer:  # noqa: B006
+    set_seed(0)
+    model = tiny_llama(attention_dropout=0.1).to(dtype)
+    defaults = {"max_steps": 6, "logging_steps": 1, "learning_rate": 1e-3, "optim_args": "rank=8,update_interval=4"}
+    defaults |= {"per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    args = TrainingArguments(str(folder), optim="subzero", disable_tqdm=True, **(defaults | options))
+    return Trainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens(), **trainer)
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [p.detach() for p in trainer.model.parameters()]
+
+
+def logged(trainer: Trainer, key: str) -> list[float]:
+    return [row[key] for row in trainer.state.log_history if key in row and "train_runtime" not in row]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["by the model", "label smoothing"])
+def test_accumulation_is_one_large_batch_and_a_schedule_is_followed(tmp_path: Path, smoothing: float):
+    options = {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "label_smoothing_factor": smoothing}
+    one = make(tmp_path, torch.float64, **options)
+    two = make(tmp_path, torch.float64, per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
+    for trainer in (one, two):
+        trainer.train()
+    for p, q in zip(weights(one), weights(two), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-5)  # the model computes its loss in float32
+    start = tiny_llama(attention_dropout=0.1).double()
+    assert max((p - q).abs().max() for p, q in zip(weights(one), start.parameters(), strict=True)) > 5e-3
+    log = SubZeroLog.from_optimizer(one.optimizer)
+    assert log.lr[:, 0].tolist() == pytest.approx(logged(one, "learning_rate"))
+    replay(start, log)
+    assert all(torch.equal(p, q) for p, q in zip(weights(one), start.parameters(), strict=True))
+
+
+def test_rho_is_what_is_clipped_and_logged(tmp_path: Path):
+    free, clipped = make(tmp_path, max_grad_norm=0), make(tmp_path, max_grad_norm=0.01)
+    for trainer in (free, clipped):
+        trainer.train()
+    norms, rho = logged(free, "grad_norm"), SubZeroLog.from_optimizer(free.optimizer).rho.abs().flatten()
+    assert norms == pytest.approx(rho.tolist())
+    norms, rho = logged(clipped, "grad_norm"), SubZeroLog.from_optimizer(clipped.optimizer).rho.abs().flatten()
+    assert max(norms) > 1
+    assert rho.tolist() == pytest.approx([min(norm, 0.01) for norm in norms], rel=1e-3)
+
+
+class Watch(TrainerCallback):
+    """Evaluates within a step, before it and after it."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        batch = {name: value[None] for name, value in Tokens()[0].items()}
+        training = model.training
+        with torch.no_grad():
+            self.losses.append(model.eval()(**batch).loss.item())
+        model.train(training)
+
+
+def test_nobody_sees_a_perturbed_model(tmp_path: Path):
+    watch = Watch()
+    trainer = make(tmp_path, learning_rate=0.0, eval_strategy="steps", eval_steps=2, trainer={"callbacks": [watch]})
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert watch.losses == [watch.losses[0]] * 6
+    assert logged(trainer, "eval_loss") == [before] * 3
+    assert len(set(logged(trainer, "loss"))) == 6 and trainer.model.training is False
+
+
+def test_a_loss_outside_of_the_model_gives_the_same(tmp_path: Path):
+    def outside(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits, labels = outputs["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+    own, inside = make(tmp_path, trainer={"compute_loss_func": outside}), make(tmp_path)
+    for trainer in (own, inside):
+        trainer.train()
+    # Trainer counts all labels of a batch, the model leaves each sequence's first one out of its sum alone
+    assert logged(own, "loss") == pytest.approx(logged(inside, "loss"), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_exact(tmp_path: Path, dtype: torch.dtype):
+    options = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "weight_decay": 0.1}
+    whole = make(tmp_path, dtype, **options)
+    whole.train()
+    resumed = make(tmp_path, dtype, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert all(torch.equal(p, q) for p, q in zip(weights(whole), weights(resumed), strict=True))
+    assert logged(whole, "loss") == logged(resumed, "loss")
+    for trainer in (whole, resumed):
+        again = tiny_llama(attention_dropout=0.1).to(dtype)
+        replay(again, SubZeroLog.from_optimizer(trainer.optimizer))
+        assert all(torch.equal(p, q) for p, q in zip(weights(whole), again.parameters(), strict=True))
+    half = tiny_llama(attention_dropout=0.1).to(dtype)
+    replay(half, tmp_path / "checkpoint-3")
+    saved = type(half).from_pretrained(tmp_path / "checkpoint-3", dtype=dtype)
+    assert all(torch.equal(p, q) for p, q in zip(half.parameters(), saved.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fp16": True}, "fp16's GradScaler: use bf16=True"),
+        ({"optim_args": "rank=8,layerwise=true"}, "instead of 'layerwise' in `optim_args`"),
+        ({"optim_args": "residual=scaled"}, "Unknown option `residual`"),
+        ({"optim_args": "side=two_sided"}, "Unknown option `side`"),
+        ({"optim_args": "subspace=power"}, "Unknown option `subspace`"),
+        ({"optim_args": "rnak=8"}, "Did you mean `rank`"),
+        ({"optim_args": "rank=8,perturbation=dense"}, "`rank` of SubZero has no effect with perturbation='dense'"),
+        ({"optim_args": "queries=0"}, "`queries` of SubZero must be an integer >= 1"),
+        ({"adam_beta1": 0.8}, "`adam_beta1` has no effect"),
+        ({"torch_compile": True}, "leave `torch_compile` out"),
+    ],
+)
+def test_what_would_not_work_is_refused_at_once(tmp_path: Path, options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_engines_that_divide_the_weights_are_refused(tmp_path: Path, version: int, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", str(version))
+    with pytest.raises(ValueError, match="cannot be used with FSDP.*use DDP"):
+        OSDTrainingArguments(str(tmp_path), optim="subzero", use_cpu=True)
+
+
+def test_typed_options_of_osd_are_refused_and_others_work(tmp_path: Path):
+    with pytest.raises(ValueError, match="osd_rank need an OSD optimizer"):
+        OSDTrainingArguments(str(tmp_path), optim="subzero", osd_rank=8, use_cpu=True)
+    trainer = make(tmp_path, optim_target_modules=["q_proj"])
+    low_rank = [name for name, w in subzero_of(trainer.create_optimizer()).weights.weights.items() if hasattr(w, "U")]
+    assert len(low_rank) == 2 and all("q_proj" in name for name in low_rank)
+
+
+def test_subspaces_of_another_run(tmp_path: Path):
+    osd = make(tmp_path, optim_args="rank=8")
+    osd.args.optim, osd.args.optim_args = "osd_adamw", "rank=8"
+    osd.train()
+    ProjectionState.from_optimizer(osd.optimizer).save_pretrained(tmp_path / "P")
+    trainer = make(tmp_path, optim_args=f"rank=4,init={tmp_path / 'P'}")
+    trainer.train()
+    own = subzero_of(trainer.optimizer)
+    assert isinstance(own, SubZero) and sum(bool(getattr(w, "given", {})) for w in own.weights.weights.values()) == 14
+    again = tiny_llama(attention_dropout=0.1)
+    log = SubZeroLog.from_optimizer(own)
+    with pytest.raises(ValueError, match="The run had an `init`: give it"):
+        replay(again, log)
+    replay(again, log, init=str(tmp_path / "P"))
+    assert all(torch.equal(p, q) for p, q in zip(weights(trainer), again.parameters(), strict=True))
