@@ -158,13 +158,13 @@ class Weights:
         """
         self.meet()
         trainable = [p for p in self._weights if p.requires_grad]
-        # processes must find the same, and may have other experts, or none, which is known here alone
-        everywhere = [p for p in trainable if not self._weights[p].geometry.scattered] or trainable
-        if any(group["lr"] for group in self.groups) or any(p.grad is None for p in everywhere):
+        # all processes must come to the same: of experts that others have, this one cannot tell whether it is a step
+        everywhere = [p for p in trainable if not self._weights[p].geometry.scattered]
+        if any(group["lr"] for group in self.groups) or not everywhere or any(p.grad is None for p in everywhere):
             return False
         with own_precision(self.device_types):
             checks = {p: check for p, _, _, check in self.with_gradients()}
-        if any(bool((usable(checks[p]) | (checks[p].broken > 0)).any()) for p in everywhere):
+        if any(_is_useful(checks.get(p), self._weights[p].geometry, p.device) for p in trainable):
             return False
         for p in trainable:
             self.ready(p).release()
@@ -281,6 +281,14 @@ class Weights:
     def observed(self) -> dict[AnyWeight, tuple[Tensor, ...]]:
         """`observations` in the order of the groups, whatever order the steps had: their mean is one in every mode."""
         return {weight: self.observations[weight] for weight in self if weight in self.observations}
+
+
+def _is_useful(check: GradientCheck | None, geometry: Geometry, device: torch.device) -> bool:
+    """Whether a gradient is there and anything but zero, for an expert of any process."""
+    some = torch.zeros((), device=device) if check is None else (usable(check) | (check.broken > 0)).any()
+    if geometry.scattered and geometry.sharding is not None:
+        some = geometry.sharding.sum(some.float())
+    return bool(some)
 
 
 def _name_again(group: Group, met: Mapping[Tensor, tuple[Geometry, Group]]) -> None:
