@@ -131,10 +131,12 @@ class OSDCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
     ) -> None:
         """Put P beside the model into the checkpoint that has just been written."""
-        osd = osd_of(optimizer)
+        osd, subzero = osd_of(optimizer), subzero_of(optimizer)
+        if osd is None and subzero is None:
+            return
         folder = written_checkpoint(state) or _checkpoint(args, state)  # this of a subclass that saves by itself
         with _may_fail():
-            save_log(subzero_of(optimizer), folder, args)
+            save_log(subzero, folder, args)
         if osd is not None:
             gather_projections(state, osd, args.should_save)  # of a subclass that saves by itself, only now
             self._save_projections(folder, args, state, osd)
