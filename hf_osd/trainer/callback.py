@@ -184,6 +184,8 @@ class OSDCallback(TrainerCallback):
         if osd is not None:
             osd.remove()
             gather_projections(state, osd, args.should_save)  # a push that comes now is the main process's alone
+        elif subzero_of(optimizer) is None:
+            return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._best = Path(state.best_model_checkpoint)
 
