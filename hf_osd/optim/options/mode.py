@@ -83,8 +83,9 @@ class Mode:
         False,
         "A step can be captured in a CUDA graph: the device decides all that the host does otherwise.\n\n"
         "As torch's AdamW: make a few steps, then capture. A learning rate that is to change must be a float32 tensor "
-        "on the parameters' device, which schedules fill. Uncaptured steps are slower for it: part of the gradient is "
-        "copied (`projection_sample`). For `online_pca` and `static`.",
+        "on the parameters' device; each group has a copy, which schedules fill (by hand: `fill_` each group's `lr`). "
+        "Uncaptured steps are slower for it: part of the gradient is copied (`projection_sample`). For `online_pca` "
+        "and `static`.",
         check=boolean(),
         needs=(Need(lambda mode: not mode["layerwise"], "with `layerwise`, whose hooks make the steps"),),
     )
