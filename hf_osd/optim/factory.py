@@ -122,7 +122,7 @@ def osd_kwargs(
     plain_modules = module_names(model).plain
     first: dict[Tensor, str] = {}
     everywhere = model.named_parameters(remove_duplicate=False)
-    shared = {name: own for name, p in everywhere if (own := first.setdefault(p, name)) != name}
+    shared = {name: first[p] for name, p in everywhere if first.setdefault(p, name) != name}
     ranks = RANKS.values(usual, pattern, plain_modules, shared)
     trained = dict.fromkeys([*selection.projected, *selection.full_size], 1.0)
     rates = RATES.values(trained, multiples, plain_modules, shared)

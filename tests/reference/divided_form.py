@@ -22,11 +22,14 @@ def divide_moments(entries: dict[str, Any], optimizer: OSD, p: Tensor, dim: int)
     """
     weight = optimizer.weight_of(p)
     spec = divided_specs(weight.geometry, weight.rules)[dim]
-    for _, kept in weight.moments.kept:
-        value, _ = weight.moments.storage.load(entries, kept, None)
-        del entries[kept.key], entries[f"{kept.key}_absmax"]
-        entries[kept.key] = value
-        if spec[kept.key].dtype == torch.uint8:
-            shape = spec[f"{kept.key}_absmax"].shape
-            codes, absmax = encode(value.contiguous(), kept.signed, value.numel() // torch.Size(shape).numel())
-            entries |= {kept.key: codes.view_as(value), f"{kept.key}_absmax": absmax.view(shape)}
+    for moments in (weight.moments, weight.P.moments):
+        for _, kept in moments.kept:
+            if entries[kept.key].dtype != torch.uint8:
+                continue
+            value, _ = moments.storage.load(entries, kept, None)
+            del entries[f"{kept.key}_absmax"]
+            entries[kept.key] = value
+            if spec[kept.key].dtype == torch.uint8:
+                shape = spec[f"{kept.key}_absmax"].shape
+                codes, absmax = encode(value.contiguous(), kept.signed, value.numel() // torch.Size(shape).numel())
+                entries |= {kept.key: codes.view_as(value), f"{kept.key}_absmax": absmax.view(shape)}
