@@ -53,7 +53,6 @@ class OSD(SavedOptimizer):
     Args:
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
         lr (`float` or `torch.Tensor`, *optional*, defaults to 1e-3):
-            Learning rate; with `capturable` a tensor, of which each group has a copy.
         rank (`int`, *optional*):
             Rank r of the subspaces. It is for matrices (m, n), and stacks (E, m, n) of experts' matrices, of which
             each is projected by itself and left alone in steps in which its gradient is zero. Parameters of other

@@ -86,7 +86,7 @@ def test_dense_moments_of_a_divided_parameter_are_set():
     dense = entries["exp_avg"].clone()
     assert dense.dtype == torch.float32
     resumed, other = make("adamw8bit")
-    set_optimizer_state_dict(resumed, other, saved)
+    set_optimizer_state_dict(resumed, other, saved, options=StateDictOptions(full_state_dict=True))
     state = other.state[resumed.wide.weight]
     assert torch.equal(state["exp_avg"], dense) and "exp_avg_absmax" not in state
     train(resumed, other, range(3, 4))
