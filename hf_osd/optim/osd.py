@@ -52,7 +52,7 @@ class OSD(SavedOptimizer):
 
     Args:
         params (`Iterable`): Parameters, (name, parameter) pairs, or groups of either.
-        lr (`float` or `torch.Tensor`, *optional*, defaults to 1e-3):
+        lr (`float` or `torch.Tensor`, *optional*, defaults to 1e-3): Learning rate; a tensor with `capturable`.
         rank (`int`, *optional*):
             Rank r of the subspaces. It is for matrices (m, n), and stacks (E, m, n) of experts' matrices, of which
             each is projected by itself and left alone in steps in which its gradient is zero. Parameters of other
@@ -450,7 +450,7 @@ class OSD(SavedOptimizer):
 
     def _refuse_scaler(self) -> None:
         if hasattr(self, "grad_scale"):  # set by GradScaler.step, which takes it back only after a step without errors
-            del self.grad_scale, self.found_inf
+            del self.grad_scale, self.found_inf  # type: ignore[attr-defined]
             if self._stream is None:
                 raise ValueError(
                     "With `capturable` no `GradScaler` decides over steps: call its `unscale_`, then the step itself, "
