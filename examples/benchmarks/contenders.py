@@ -232,6 +232,7 @@ OURS += [
     Contender(f"osd_adamw, projection_interval {k}", osd(projection_interval=k), period=k)
     for k in PROJECTION_INTERVALS
 ]
+OURS += [Contender("osd_adamw, residual scaled", osd(residual="scaled"))]
 OURS += [
     Contender("osd_adamw, P on its own stream", osd(projection_stream=True), cuda_only=True),
     Contender("osd_adamw, CUDA graph", captured(), cuda_only=True),

@@ -111,7 +111,7 @@ def _place(path: tuple[Any, ...], saved: Any, live: Mapping[str, Mapping[str, An
     _, _, name, entry = path
     own = live.get(name, {}).get(entry)
     if isinstance(own, Tensor) and own.shape == saved.size and own.dtype == saved.properties.dtype:
-        return own
+        return torch.empty_like(own)  # what is there may have to stay
     return torch.empty(saved.size, dtype=saved.properties.dtype)
 
 

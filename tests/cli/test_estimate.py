@@ -101,16 +101,16 @@ def test_what_fits_is_the_largest_that_does(folder, capsys):
         report = report_of(capsys, *words[:3], "--rank", str(rank), "--batch", str(batch), "--seq", "64")
         return row_of(report, row["method"], row["gradient_checkpointing"])["bytes"]["peak"]
 
-    words = (folder, "--preset", "osd_adamw", "--seq", "64", "--batch", "2", "--gpu", "1.9MB", "--reserve", "100KB")
+    words = (folder, "--preset", "osd_adamw", "--seq", "64", "--batch", "2", "--gpu", "1.95MB", "--reserve", "100KB")
     report = report_of(capsys, *words, "--rank", "8")
     ours = row_of(report, "osd_adamw", True)
-    assert report["usable_bytes"] == 1_800_000
+    assert report["usable_bytes"] == 1_850_000
     batch, rank = ours["largest_batch"], ours["largest_rank"]
     assert batch > 2 and 8 < rank < 64
-    assert peak(8, batch, ours) <= 1_800_000 < peak(8, batch + 1, ours)
-    assert peak(rank, 2, ours) <= 1_800_000 < peak(rank + 1, 2, ours)
+    assert peak(8, batch, ours) <= 1_850_000 < peak(8, batch + 1, ours)
+    assert peak(rank, 2, ours) <= 1_850_000 < peak(rank + 1, 2, ours)
     lora = row_of(report, "lora", True)
-    assert peak(8, lora["largest_batch"], lora) <= 1_800_000 < peak(8, lora["largest_batch"] + 1, lora)
+    assert peak(8, lora["largest_batch"], lora) <= 1_850_000 < peak(8, lora["largest_batch"] + 1, lora)
 
 
 @pytest.mark.parametrize(

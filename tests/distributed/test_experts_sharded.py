@@ -13,7 +13,7 @@ from sharded_models import assert_same_state, assert_same_weights, loss_of, whol
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from hf_osd import OSD, ProjectionState, create_osd_optimizer
@@ -88,6 +88,26 @@ def one_expert_without_gradients_anywhere_else(rank: int, world: int, folder: Pa
     assert optimizer.state[p]["idle_steps"].full_tensor().tolist() == [1] * (world - 1) + [0]
     P = ProjectionState.from_optimizer(optimizer)["experts"].projection  # all others have none
     assert P[-1].any() and not P[:-1].any()
+
+
+def no_gradients_of_the_experts_here(rank: int, world: int, folder: Path):
+    """One process's experts have no gradients at a step with lr 0, beside a matrix that all have, or alone."""
+    mesh = init_device_mesh("cpu", (world,))
+    for alone in (True, False):
+        stack, W = (
+            nn.Parameter(sharded(torch.randn(shape), mesh, [Shard(0)])) for shape in ((2 * world, 12, 8), (12, 8))
+        )
+        params = [("stack", stack)] if alone else [("stack", stack), ("W", W)]
+        optimizer = OSD([{"params": params, "rank": 4}], lr=0.0)
+        for step, lr in enumerate((0.0, 0.01, 0.0, 0.01)):
+            optimizer.param_groups[0]["lr"] = lr
+            own = torch.randn(stack.to_local().shape)
+            if rank == 0 or step == 2:
+                stack.grad = DTensor.from_local(own, mesh, [Shard(0)], shape=stack.shape, stride=stack.stride())
+            W.grad = None if alone else sharded(torch.randn(12, 8), mesh, [Shard(0)])
+            optimizer.step()
+            optimizer.zero_grad()
+        assert float(optimizer.state[stack]["step"].to_local()[0]) == (4 if rank == 0 else 1)
 
 
 def fully_sharded(rank: int, world: int, folder: Path):
@@ -184,7 +204,7 @@ def loaded_by_transformers(rank: int, world: int, folder: Path):
 
 
 SCENARIOS = [bit_for_bit, save_and_go_on, given_p, one_expert_without_gradients_anywhere_else, fully_sharded]
-SCENARIOS += [loaded_by_transformers]
+SCENARIOS += [no_gradients_of_the_experts_here, loaded_by_transformers]
 ON_FOUR = [on_two_dimensions, tensor_parallel, resharded, fully_sharded]
 
 

@@ -3,6 +3,7 @@
 They go on with two, four and one process; one has the model whole. Experts lie on a mesh of their own.
 """
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -19,9 +21,10 @@ from transformers import (
     Trainer,
 )
 
-from hf_osd import OSDTrainingArguments
+from hf_osd import OSDTrainingArguments, create_osd_optimizer
 from hf_osd.optim.osd import osd_of
 from hf_osd.trainer.checkpoints import last_complete_checkpoint
+from hf_osd.trainer.load_time import load_state, save_state
 
 
 pytest.importorskip("transformers.distributed")
@@ -175,3 +178,22 @@ def test_one_process_goes_on(folder):
 def test_four_processes_go_on(folder):
     text = processes.run(4, [resume], folder)["resume"]
     assert not text, text
+
+
+def test_a_load_that_is_refused_changes_nothing(tmp_path):
+    def trained(optim):
+        model = nn.Linear(12, 8, bias=False)
+        optimizer = create_osd_optimizer(model, optim, lr=0.1, rank=4)
+        for _ in range(3):
+            model(torch.randn(5, 12)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    save_state(*trained("osd_adamw"), tmp_path)
+    model, optimizer = trained("osd_lion")
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match="another optimizer"):
+        load_state(model, optimizer, tmp_path)
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())

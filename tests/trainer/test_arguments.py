@@ -124,6 +124,7 @@ def test_the_keys_are_these():
     keys += " projection_weight_decay projection_dtype moment_dtype update_interval projection_interval distribution"
     keys += " mixing carry_moments residual residual_scale momentum stochastic_rounding seed layerwise_clipping"
     keys += " source projection_sample unbiased restart_moments weight_dtype lr_pattern full_size_optim capturable"
+    keys += " divide_projection"
     keys += " projection_stream"
     assert set(keys.split()) == KEYS.keys()
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
@@ -146,6 +147,7 @@ def test_what_a_key_sets_and_its_type():
         "partial_load",
         "capturable",
         "projection_stream",
+        "divide_projection",
     }
     assert {kinds[key] for key in texts} == {str} and kinds["alpha"] is kinds["mixing"] is float
     for key, kind in kinds.items():

@@ -321,4 +321,7 @@ class ProjectedWeight(Weight):
 
     def observe(self, low: LowRank | None, check: GradientCheck) -> tuple[Tensor, Tensor] | None:
         """Share of the gradient outside the subspace and error of P's orthogonality; `None` without a P."""
-        return None if low is None else observation(self.P, self.op.gram(low.R), check)
+        if low is None:
+            return None
+        K, sharding = self.op.gram(low.R), self.geometry.sharding
+        return observation(self.P, K if sharding is None else sharding.sum(K), check)

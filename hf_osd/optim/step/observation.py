@@ -13,7 +13,7 @@ from .projection import LiveProjection
 
 
 def observation(projection: LiveProjection, K: Tensor, check: GradientCheck) -> tuple[Tensor, Tensor]:
-    """Share of the gradient's energy outside the subspace, and ||PᵀP - I|| / sqrt(r), where K = gram(R)."""
+    """Share of the gradient's energy outside the subspace, and ||PᵀP - I|| / sqrt(r), where K = gram(R) of all."""
     geometry, errors = projection.geometry, []
     lengths = [projection.rule.length(rows, geometry.rank) for rows in geometry.factor_rows]
     factors = [X / length for X, length in zip(geometry.op.split(projection.read()), lengths, strict=True)]
@@ -21,8 +21,6 @@ def observation(projection: LiveProjection, K: Tensor, check: GradientCheck) -> 
         C = factor.mT @ factor
         C.diagonal().sub_(1)
         errors.append(torch.linalg.matrix_norm(C) / math.sqrt(geometry.rank))
-    if geometry.sharding is not None:
-        K = geometry.sharding.sum(K)
     error = errors[0] if len(errors) == 1 else torch.stack(errors).mean()
     K = K / (lengths[0] * lengths[-1])  # of one P twice its length, of two factors the lengths of both
     return geometry.op.pca_loss(torch.cat(factors), K, check.inv_norm2), error

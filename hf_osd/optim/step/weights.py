@@ -160,11 +160,13 @@ class Weights:
         """
         self.meet()
         trainable = [p for p in self._weights if p.requires_grad]
-        if any(group["lr"] for group in self.groups) or any(p.grad is None for p in trainable):
+        # all processes must come to the same: of experts that others have, this one cannot tell whether it is a step
+        everywhere = [p for p in trainable if not self._weights[p].geometry.scattered]
+        if any(group["lr"] for group in self.groups) or not everywhere or any(p.grad is None for p in everywhere):
             return False
         with own_precision(self.device_types):
-            useful = [_is_useful(check, weight.geometry) for _, weight, _, check in self.with_gradients()]
-        if any(useful):
+            checks = {p: check for p, _, _, check in self.with_gradients()}
+        if any(_is_useful(checks.get(p), self._weights[p].geometry, p.device) for p in trainable):
             return False
         for p in trainable:
             self.ready(p).release()
@@ -283,9 +285,9 @@ class Weights:
         return {weight: self.observations[weight] for weight in self if weight in self.observations}
 
 
-def _is_useful(check: GradientCheck, geometry: Geometry) -> bool:
-    """Whether a gradient is anything but zero, for an expert of any process."""
-    some = (usable(check) | (check.broken > 0)).any()
+def _is_useful(check: GradientCheck | None, geometry: Geometry, device: torch.device) -> bool:
+    """Whether a gradient is there and anything but zero, for an expert of any process."""
+    some = torch.zeros((), device=device) if check is None else (usable(check) | (check.broken > 0)).any()
     if geometry.scattered and geometry.sharding is not None:
         some = geometry.sharding.sum(some.float())
     return bool(some)
