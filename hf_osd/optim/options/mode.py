@@ -187,6 +187,8 @@ def _uncapturable(group: Mapping[str, Any]) -> str | None:
         return f"subspace={group['subspace']!r} asks the host, or decomposes matrices"
     if rule.stride > 1:
         return f"the host counts the steps of projection_interval={rule.stride}"
+    if rule.learns and group["projection_dtype"] == "bfloat16":
+        return "projection_dtype='bfloat16' rounds P by noise that the host seeds, at each step"
     return "carry_moments decomposes matrices" if group["carry_moments"] else None
 
 
