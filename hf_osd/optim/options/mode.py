@@ -20,7 +20,7 @@ from ...declare import (
     refuse_unknown,
     refuse_without_effect,
 )
-from ...subspace import build_subspace, rule_class
+from ...subspace import SubspaceRule, build_subspace, rule_class
 
 
 CLIPPINGS = ("parameter", "previous_norm")
@@ -187,7 +187,7 @@ def _uncapturable(group: Mapping[str, Any]) -> str | None:
         return f"subspace={group['subspace']!r} asks the host, or decomposes matrices"
     if rule.stride > 1:
         return f"the host counts the steps of projection_interval={rule.stride}"
-    if rule.learns and group["projection_dtype"] == "bfloat16":
+    if group["projection_dtype"] == "bfloat16" and type(rule).moves_at is not SubspaceRule.moves_at:
         return "projection_dtype='bfloat16' rounds P by noise that the host seeds, at each step"
     return "carry_moments decomposes matrices" if group["carry_moments"] else None
 
