@@ -120,8 +120,12 @@ def osd_kwargs(
         learned = by_name(settings["init"], map(plain_name, usual))
         usual |= {name: rank for name in usual if (rank := learned_rank([learned.get(plain_name(name))]))}
     plain_modules = module_names(model).plain
-    ranks = RANKS.values(usual, pattern, plain_modules)
-    rates = RATES.values(dict.fromkeys([*selection.projected, *selection.full_size], 1.0), multiples, plain_modules)
+    first: dict[Tensor, str] = {}
+    everywhere = model.named_parameters(remove_duplicate=False)
+    shared = {name: first[p] for name, p in everywhere if first.setdefault(p, name) != name}
+    ranks = RANKS.values(usual, pattern, plain_modules, shared)
+    trained = dict.fromkeys([*selection.projected, *selection.full_size], 1.0)
+    rates = RATES.values(trained, multiples, plain_modules, shared)
     if full_size and not selection.full_size:
         raise ValueError("`full_size_optim` has no effect: all that is trained is projected. Leave it out.")
     if settings["source"] == "activations":
@@ -190,8 +194,9 @@ def create_osd_optimizer(
             or parameter's name, of which the first that matches counts. `{"q_proj": 64, "layers.0.mlp.*": 32}`, or
             `"q_proj:64;layers.0.mlp.*:32"`. `lr_pattern` (`Mapping[str, float]` or `str`), in the same form, has
             multiples of `lr` for parameters, projected or not; P's learning rate goes with its weights'. They become
-            groups with an `lr` of their own, which schedules scale as others; from activations, layers of one input
-            share a P within a group. `full_size_optim` (`str`) is the update rule of what is not projected.
+            groups with an `lr` of their own, which schedules scale as others (but OneCycleLR and CyclicLR set rates:
+            they need lists, one per group); from activations, layers of one input share a P within a group.
+            `full_size_optim` (`str`) is the update rule of what is not projected.
 
     Raises:
         ValueError: For an unknown name or option, with the nearest one, or an empty selection.

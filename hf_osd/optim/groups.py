@@ -118,7 +118,8 @@ def settle_group(
     """
     lr = options.lr_of_step(group["lr"], where)
     number = plain(lr)
-    group["lr"] = lr if mode.capturable and isinstance(lr, Tensor) else number
+    # a tensor of its own: what scales it in place would scale one that groups share once for each
+    group["lr"] = lr.detach().clone() if mode.capturable and isinstance(lr, Tensor) else number
     group.update({name: plain(value) for name, value in group.items() if name in options.DEFAULTS})
     options.check_lr(number, where)
     options.refuse_baked_lr(group, where)

@@ -266,7 +266,7 @@ def fitting_states(
                 spec, entries = state_spec(geometry, rules), dict(states[name])
                 for key in entries.keys() & held_elsewhere(geometry, rules):
                     del entries[key]
-                state = _as_wide({key: entries.pop(key) for key in spec if key in entries}, spec)
+                state = _as_wide(_of_saved({key: entries.pop(key) for key in spec if key in entries}), spec)
                 got, expected = _entries(state), _entries(spec)
                 if any(got == _entries(form) for form in (spec, *divided_specs(geometry, rules))):
                     state = _divided_as_here(state, geometry, spec)
@@ -282,6 +282,12 @@ def fitting_states(
 
 def _entries(state: Mapping[str, Tensor | TensorSpec]) -> Set[str]:
     return {f"{name} {tuple(entry.shape)} {str(entry.dtype)[6:]}": None for name, entry in state.items()}.keys()
+
+
+def _of_saved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the absmax of dense moments, which torch's `set_state_dict` adds from this run, where it has codes."""
+    beside_dense = {f"{name}_absmax" for name, value in state.items() if value.dtype != torch.uint8}
+    return {name: value for name, value in state.items() if name not in beside_dense}
 
 
 def _as_wide(state: Mapping[str, Tensor], spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:

@@ -155,8 +155,9 @@ class OSD(SavedOptimizer):
         capturable (`bool`, *optional*, defaults to `False`):
             A step can be captured in a CUDA graph: the device decides all that the host does otherwise. As torch's
             AdamW: make a few steps, then capture. A learning rate that is to change must be a float32 tensor on the
-            parameters' device, which schedules fill. Uncaptured steps are slower for it: part of the gradient is
-            copied (`projection_sample`). For `online_pca` and `static`.
+            parameters' device; each group has a copy, which schedules fill (by hand: `fill_` each group's `lr`).
+            Uncaptured steps are slower for it: part of the gradient is copied (`projection_sample`). For `online_pca`
+            and `static`.
         projection_stream (`bool`, *optional*, defaults to `False`):
             Move P on a CUDA stream of its own, beside the steps of the weights that follow (the paper's "executed in
             parallel with weight updates"). The step ends when both have ended. It may help where the GPU has more to
@@ -448,7 +449,8 @@ class OSD(SavedOptimizer):
         return loss
 
     def _refuse_scaler(self) -> None:
-        if hasattr(self, "grad_scale"):  # set by GradScaler.step
+        if hasattr(self, "grad_scale"):  # set by GradScaler.step, which takes it back only after a step without errors
+            del self.grad_scale, self.found_inf  # type: ignore[attr-defined]
             if self._stream is None:
                 raise ValueError(
                     "With `capturable` no `GradScaler` decides over steps: call its `unscale_`, then the step itself, "

@@ -7,7 +7,7 @@ parameter is decoded piece by piece.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +36,13 @@ class TensorSpec(NamedTuple):
 
 
 class MomentStorage(Protocol):
-    """A format for moments, which are loaded whole and in their shape, or as a flat piece."""
+    """A format for moments, which are loaded whole and in their shape, or as a flat piece.
+
+    Attributes:
+        stackable (`bool`): Whether there are `load_stack` and `store_stack`: it keeps others than it computes with.
+    """
+
+    stackable: ClassVar[bool]
 
     def spec(self, kept: KeptMoment, divided: int | None = None) -> dict[str, TensorSpec]:
         """The entries of the optimizer state that hold this moment, whose dimension `divided` is sharded."""
@@ -47,8 +53,8 @@ class MomentStorage(Protocol):
     def store(self, stored: Any, value: Tensor, skip: Tensor) -> None:
         """Keep what `load` gave, after the rule has updated it; nothing changes where `skip`."""
 
-    def stackable(self, kept: KeptMoment, divided: int | None) -> bool:
-        """Whether there are `load_stack` and `store_stack` for this moment: it is not kept as it is computed with."""
+    def form(self, state: dict[str, Tensor], kept: KeptMoment) -> tuple[int, ...] | None:
+        """What this moment, as it is in a state, and others share where they can be stacked; `None`: it cannot."""
 
     def load_stack(self, states: Sequence[dict[str, Tensor]], kept: KeptMoment) -> tuple[Tensor, Any]:
         """As `load`, the moments of several parameters, (k, ...)."""
@@ -70,6 +76,8 @@ class Dense:
 
     dtype: torch.dtype | None = None
 
+    stackable: ClassVar[bool] = False  # there is nothing to decode, or one launch
+
     def spec(self, kept: KeptMoment, divided: int | None = None) -> dict[str, TensorSpec]:
         """One entry."""
         dtype = self.dtype if self.dtype is not None and kept.signed else kept.dtype
@@ -86,9 +94,9 @@ class Dense:
         """Round `value` into the stored tensor."""
         stored.copy_(value)  # a skipped step left `value` as it was decoded: rounding gives it back exactly
 
-    def stackable(self, kept: KeptMoment, divided: int | None) -> bool:
-        """No: there is nothing to decode, or one launch."""
-        return False
+    def form(self, state: dict[str, Tensor], kept: KeptMoment) -> tuple[int, ...] | None:
+        """None: see `stackable`."""
+        return None
 
     def load_stack(self, states: Sequence[dict[str, Tensor]], kept: KeptMoment) -> tuple[Tensor, Any]:  # noqa: D102
         raise NotImplementedError
@@ -137,6 +145,8 @@ class BlockWise8bit:
     blocks are the largest that rows divide into, down to 64 elements. Other divided moments stay dense.
     """
 
+    stackable: ClassVar[bool] = True
+
     def spec(self, kept: KeptMoment, divided: int | None = None) -> dict[str, TensorSpec]:
         """Codes in the shape of the moment, and their absmax."""
         numel = torch.Size(kept.shape).numel()
@@ -172,10 +182,16 @@ class BlockWise8bit:
         replace_(codes, new_codes.view_as(codes), skip)
         torch.where(skip, absmax, new_absmax, out=absmax)
 
-    def stackable(self, kept: KeptMoment, divided: int | None) -> bool:
-        """Where it is in 8 bits, and blocks do not reach from one parameter into the next."""
-        whole = divided is not None or torch.Size(kept.shape).numel() % BLOCK_SIZE == 0
-        return whole and self.spec(kept, divided)[kept.key].dtype == torch.uint8
+    def form(self, state: dict[str, Tensor], kept: KeptMoment) -> tuple[int, ...] | None:
+        """Shape of the absmax, where it is in 8 bits and blocks do not reach from one parameter into the next.
+
+        A loaded state may be dense, or have blocks of rows, where `spec` has neither: that of divided parameters.
+        """
+        codes = state[kept.key]
+        if codes.dtype is not torch.uint8:
+            return None
+        absmax = state[kept.key + "_absmax"].shape
+        return absmax if len(absmax) > 1 or codes.numel() % BLOCK_SIZE == 0 else None
 
     def load_stack(self, states: Sequence[dict[str, Tensor]], kept: KeptMoment) -> tuple[Tensor, BlockStack]:
         """Decoded all at once."""

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from hf_osd import OSD
 from hf_osd.update_rules import RULES
 from reference import nets_in_layers
+from reference.divided_form import divide_moments
 
 
 class Model(nn.Module):
@@ -73,6 +74,22 @@ def test_get_and_set_continue_bit_for_bit(rule: str, given: dict, flatten: bool)
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
         assert all(torch.equal(value, other.state[q][name]) for name, value in optimizer.state[p].items())
+
+
+def test_dense_moments_of_a_divided_parameter_are_set():
+    """Where this run has codes: torch puts this run's absmax beside what it sets."""
+    model, optimizer = make("adamw8bit")
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    entries = saved["state"]["wide.weight"]
+    divide_moments(entries, optimizer, model.wide.weight, 1)
+    dense = entries["exp_avg"].clone()
+    assert dense.dtype == torch.float32
+    resumed, other = make("adamw8bit")
+    set_optimizer_state_dict(resumed, other, saved, options=StateDictOptions(full_state_dict=True))
+    state = other.state[resumed.wide.weight]
+    assert torch.equal(state["exp_avg"], dense) and "exp_avg_absmax" not in state
+    train(resumed, other, range(3, 4))
 
 
 @pytest.mark.parametrize("template", [False, True])

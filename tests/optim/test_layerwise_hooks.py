@@ -102,6 +102,7 @@ def test_a_grad_scaler_is_refused():
     scaler.scale(model(inputs(0))).backward()
     with pytest.raises(ValueError, match="A `GradScaler`.*scaled gradients"):
         scaler.step(optimizer)
+    optimizer.step()  # without one it goes on
 
 
 @pytest.mark.parametrize("accumulates", [False, True])

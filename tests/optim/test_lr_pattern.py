@@ -1,6 +1,7 @@
 """`lr_pattern` and `full_size_optim`: groups as by hand, through Trainer's schedule, log and checkpoints."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,38 @@ def test_every_parameter_has_its_multiple(source: str):
     optimizer.step()
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [lr / 2 for lr in before]
+
+
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+def test_a_schedule_that_sets_all_groups_alike_is_told(lr: Any):
+    """What OneCycleLR and CyclicLR do, unless they are given lists."""
+
+    def first_step(schedule: type, **rates: Any) -> list[float]:
+        net = nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 9))
+        options = {"capturable": isinstance(lr, torch.Tensor), "lr_pattern": "1:4"}
+        optimizer = create_osd_optimizer(net, rank=3, lr=lr, target_modules=["0"], **options)
+        schedule(optimizer, **{key: value(optimizer) if callable(value) else value for key, value in rates.items()})
+        trained_on_noise(optimizer, list(net.parameters()), steps=2)
+        return sorted(
+            {round(float(group["lr"]) / float(optimizer.param_groups[0]["lr"])) for group in optimizer.param_groups}
+        )
+
+    def each(times: float) -> Any:
+        return lambda optimizer: [times * float(group["lr"]) for group in optimizer.param_groups]
+
+    schedules = torch.optim.lr_scheduler
+    for schedule, rates in (
+        (schedules.OneCycleLR, {"max_lr": 0.1, "total_steps": 9}),
+        (schedules.CyclicLR, {"base_lr": 0.01, "max_lr": 0.1}),
+    ):
+        with pytest.warns(UserWarning, match="`lr_pattern` has no effect. Give OneCycleLR and CyclicLR lists") as told:
+            assert first_step(schedule, **rates) == [1]
+        assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert first_step(schedules.OneCycleLR, max_lr=each(10), total_steps=9) == [1, 4]
+        assert first_step(schedules.CyclicLR, base_lr=each(1), max_lr=each(10)) == [1, 4]
+        assert first_step(schedules.LinearLR) == [1, 4]
 
 
 def test_it_steps_as_groups_with_these_rates():
@@ -113,6 +146,10 @@ def test_what_is_wrong_or_has_no_effect_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             create_osd_optimizer(tiny_llama(), rank=4, **options)
+    with pytest.raises(
+        ValueError, match="'lm_head' .* matches lm_head.weight, which is model.embed_tokens.weight as well"
+    ):
+        create_osd_optimizer(tiny_llama(tie_word_embeddings=True), rank=4, lr_pattern="lm_head:4")
     with pytest.raises(ValueError, match="`full_size_optim` has no effect: all that is trained is projected"):
         create_osd_optimizer(nn.Sequential(nn.Linear(6, 5, bias=False)), rank=4, full_size_optim="sgd")
 

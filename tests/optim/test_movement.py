@@ -1,5 +1,6 @@
 """P of one shape that move together, in batched products, against the same P one by one."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +14,9 @@ from hf_osd.optim.step.algorithm import ProjectedWeight
 from hf_osd.subspace import OPERATORS, Movement, pca_gradient
 from hf_osd.subspace.online_pca import OnlinePCA
 from hf_osd.update_rules import RULES
+from hf_osd.update_rules.protocol import KeptMoment
 from hf_osd.update_rules.storage import BlockWise8bit
+from reference.divided_form import divide_moments
 
 
 RANK = 12
@@ -95,6 +98,42 @@ def test_moments_that_are_decoded_together_are_those_of_each(rule: str, options:
     assert max(stacks) == 5 and not none
     for X, Y in zip(found, alone, strict=True):
         assert X.isfinite().all() and torch.equal(X, Y)
+
+
+@pytest.mark.parametrize("rule", [rule for rule, entry in RULES.items() if entry.eight_bit])
+def test_loaded_moments_are_stacked_with_those_of_their_form(rule: str, monkeypatch):
+    """Of one shape some are in flat blocks, some in blocks of rows, one is dense: what a checkpoint may have."""
+
+    def trained(together: bool) -> tuple[list[Tensor], list[list[int]]]:
+        stacks: list[list[int]] = []
+        for module in (moments, algorithm):
+            monkeypatch.setattr(module, "launches", lambda X: together)
+        generator = torch.Generator().manual_seed(7)
+        shapes = [(320, 256)] * 4 + [(256, 320)] * 3
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimizer = OSD([{"params": params, "rank": 64}], lr=1e-2, weight_rule=rule)
+        run(params, optimizer, steps=2)
+        saved = copy.deepcopy(optimizer.state_dict())
+        for i, dim in ((1, 0), (3, 0), (5, 1)):
+            divide_moments(saved["state"][i], optimizer, params[i], dim)
+        optimizer.load_state_dict(saved)
+        load = BlockWise8bit.load_stack
+
+        def seen(own: BlockWise8bit, states: list[dict[str, Tensor]], kept: KeptMoment) -> tuple:
+            if kept.key == "exp_avg":
+                stacks.append([*states[0]["exp_avg_absmax"].shape, len(states)])
+            return load(own, states, kept)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(BlockWise8bit, "load_stack", seen)
+            run(params, optimizer, steps=1)
+        assert [optimizer.state[p]["exp_avg"].dtype == torch.uint8 for p in params] == [True] * 5 + [False, True]
+        return tensors(params, optimizer), stacks
+
+    (found, stacks), (alone, none) = trained(True), trained(False)
+    assert sorted(stacks) == [[80, 2], [80, 2], [320, 1, 2]] and not none
+    for X, Y in zip(found, alone, strict=True):
+        assert torch.equal(X, Y)
 
 
 def test_groups_keep_their_options(monkeypatch):

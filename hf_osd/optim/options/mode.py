@@ -20,7 +20,7 @@ from ...declare import (
     refuse_unknown,
     refuse_without_effect,
 )
-from ...subspace import build_subspace, rule_class
+from ...subspace import SubspaceRule, build_subspace, rule_class
 
 
 CLIPPINGS = ("parameter", "previous_norm")
@@ -83,8 +83,9 @@ class Mode:
         False,
         "A step can be captured in a CUDA graph: the device decides all that the host does otherwise.\n\n"
         "As torch's AdamW: make a few steps, then capture. A learning rate that is to change must be a float32 tensor "
-        "on the parameters' device, which schedules fill. Uncaptured steps are slower for it: part of the gradient is "
-        "copied (`projection_sample`). For `online_pca` and `static`.",
+        "on the parameters' device; each group has a copy, which schedules fill (by hand: `fill_` each group's `lr`). "
+        "Uncaptured steps are slower for it: part of the gradient is copied (`projection_sample`). For `online_pca` "
+        "and `static`.",
         check=boolean(),
         needs=(Need(lambda mode: not mode["layerwise"], "with `layerwise`, whose hooks make the steps"),),
     )
@@ -186,6 +187,8 @@ def _uncapturable(group: Mapping[str, Any]) -> str | None:
         return f"subspace={group['subspace']!r} asks the host, or decomposes matrices"
     if rule.stride > 1:
         return f"the host counts the steps of projection_interval={rule.stride}"
+    if group["projection_dtype"] == "bfloat16" and type(rule).moves_at is not SubspaceRule.moves_at:
+        return "projection_dtype='bfloat16' rounds P by noise that the host seeds, at each step"
     return "carry_moments decomposes matrices" if group["carry_moments"] else None
 
 

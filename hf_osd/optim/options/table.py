@@ -5,7 +5,8 @@ All entrances share them: the constructor and groups of `OSD`, `create_osd_optim
 """
 
 import math
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -229,6 +230,19 @@ def refuse_baked_lr(group: Mapping[str, Any], where: str) -> None:
                 f"`lr` of {where} is {lr.dtype} on {lr.device}: with `capturable` it must be float32 on the "
                 "parameters' device."
             )
+
+
+def warn_one_rate(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Say where groups have several multiples of the learning rate, and one rate: a schedule set them all alike."""
+    if len({group.get(LR_MULTIPLE, 1) for group in groups}) < 2:
+        return
+    rates = {plain(group["lr"]) for group in groups}
+    if len(rates) == 1 and rates != {0}:  # a warmup may start at 0
+        warnings.warn(
+            f"Every group has the learning rate {rates.pop():g}: `lr_pattern` has no effect. Give OneCycleLR and "
+            "CyclicLR lists of `max_lr` and `base_lr`, one for each group.",
+            stacklevel=5,
+        )
 
 
 def check_lr(value: Any, where: str) -> None:

@@ -1,7 +1,7 @@
 """Another rank or learning rate for some modules, by pattern, as peft's `rank_pattern`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,11 @@ class ValuePattern:
             return text
 
     def values(
-        self, usual: Mapping[str, Any], pattern: Mapping[str, Any], plain: Mapping[str, str] | None = None
+        self,
+        usual: Mapping[str, Any],
+        pattern: Mapping[str, Any],
+        plain: Mapping[str, str] | None = None,
+        shared: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """The value of every parameter: by the first pattern for the end of its or its module's name, or its own.
 
@@ -71,22 +75,24 @@ class ValuePattern:
             pattern (`dict[str, Any]`): As `parse` gives it.
             plain (`dict[str, str]`, *optional*):
                 Names of modules without what peft puts in between, which a pattern may match as well.
+            shared (`dict[str, str]`, *optional*): Other names of parameters, with those that `usual` has for them.
 
         Raises:
             ValueError: For a pattern that matches no parameter, or none that another has not taken before.
         """
         values, used = dict(usual), set()
         for name in values:
-            owner, _, last = name.rpartition(".")
-            own_names = [f"{found}.{last}" for found in (owner, (plain or {}).get(owner, owner))]
-            modules = {WEIGHT.sub("", own_name) for own_name in own_names}
-            modules |= {own_name.rpartition(".")[0] for own_name in own_names}  # of a bias, or of experts' matrices
-            for key, own in pattern.items():
-                if any(re.fullmatch(_end(key), module) for module in modules) or is_meant(_end(key), *own_names):
-                    values[name] = own
-                    used.add(key)
-                    break
-        unused = [key for key in pattern if key not in used]
+            key = _first(pattern, name, plain or {})
+            if key is not None:
+                values[name] = pattern[key]
+                used.add(key)
+        unused = {key: pattern[key] for key in pattern if key not in used}
+        for name, first in (shared or {}).items() if unused else ():
+            key = _first(unused, name, plain or {})
+            if key is not None and first in values:
+                raise ValueError(
+                    f"{key!r} in `{self.option}` matches {name}, which is {first} as well: use that name."
+                )
         if unused:
             raise ValueError(
                 f"{', '.join(map(repr, unused))} in `{self.option}` matches no {self.things} that an earlier pattern "
@@ -102,6 +108,18 @@ RATES = ValuePattern(
     "multiples of the learning rate, as in 'embed_tokens:4;lm_head:2'",
     "module or parameter that is trained and",
 )
+
+
+def _first(pattern: Iterable[str], name: str, plain: Mapping[str, str]) -> str | None:
+    """The first pattern for the end of a parameter's name, or of its module's."""
+    owner, _, last = name.rpartition(".")
+    own_names = [f"{found}.{last}" for found in (owner, plain.get(owner, owner))]
+    modules = {WEIGHT.sub("", own_name) for own_name in own_names}
+    modules |= {own_name.rpartition(".")[0] for own_name in own_names}  # of a bias, or of experts' matrices
+    for key in pattern:
+        if any(re.fullmatch(_end(key), module) for module in modules) or is_meant(_end(key), *own_names):
+            return key
+    return None
 
 
 def _end(key: str) -> str:

@@ -164,8 +164,9 @@ class ProjectedWeight(Weight):
         self.count += 1
         if self.rules.restarts:
             movements.counters.append((self.slot.state["step"], check.keep))
-        if self.moments.stackable and low.R.numel() and launches(low.R):
-            movements.step(Stepping(self, low, check))
+        form = self.moments.form if self.moments.stackable and low.R.numel() and launches(low.R) else None
+        if form is not None:
+            movements.step(Stepping(self, low, check, form))
         else:
             self.slot.state[self.moments.counter].add_(check.keep)
             movements.add(self.move(self.moments.direction(low.R, check), low, check))

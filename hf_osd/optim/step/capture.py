@@ -11,8 +11,9 @@ def check_capture(weights: Weights) -> None:
     """Raise where the coming step, which is captured, is not what all steps after it are to be.
 
     Raises:
-        RuntimeError: Without `capturable`, in a step that is observed, with parameters on a CPU as well, and before
-            all that the first steps make is there: states, P of all matrices and experts, constants of its movement.
+        RuntimeError: Without `capturable`, in a step that is observed, with parameters on a CPU as well, without any
+            gradient, and before all that the first steps make is there: states, P of all matrices and experts,
+            constants of its movement.
         ValueError: For a learning rate on another device.
     """
     if not weights.capturable:
@@ -21,6 +22,11 @@ def check_capture(weights: Weights) -> None:
         raise RuntimeError("A CUDA graph holds no observation: set `collect_statistics` for steps outside of it.")
     if len(weights.device_types) > 1:
         raise RuntimeError(f"A CUDA graph holds no step on another device: {', '.join(sorted(weights.device_types))}.")
+    if all(p.grad is None for group in weights.groups for p in group["params"]):
+        raise RuntimeError(
+            "No parameter has a gradient for a CUDA graph to read: make some steps before the capture, and keep the "
+            "gradients where they are."
+        )
     position = 0
     for index, group in enumerate(weights.groups):
         refuse_baked_lr(group, f"parameter group {index}")

@@ -48,13 +48,12 @@ class Moments:
         prefix (`str`, *optional*): Of its entries in the state: empty for the weight, or `"projection_"`.
         sharding ([`Sharding`], *optional*): How its gradients are divided among processes.
         step (`str`, *optional*): Name of the entry that counts its steps, behind the prefix.
-        by_rows (`bool`, *optional*, defaults to `False`): Whether 8-bit blocks end with rows, even if none is divided.
 
     Attributes:
         counter (`str`): That name with the prefix.
         kept (`list[tuple[str, KeptMoment]]`): Its moments by name.
         fused (`bool`): Whether the rule has `update_`.
-        stackable (`bool`): Whether the moments of several are decoded and encoded together.
+        stackable (`bool`): Whether the moments of several may be decoded and encoded together: `form` tells.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class Moments:
         prefix: str = "",
         sharding: Sharding | None = None,
         step: str = "step",
-        by_rows: bool = False,
     ):
         self.rule, self.storage, self.shape, self.sharding = rule, storage, shape, sharding
         self.slot = slot
@@ -75,10 +73,15 @@ class Moments:
         self._moments = rule.moments(shape)
         self.kept = [(moment.name, moment.kept(prefix, dtype)) for moment in self._moments]
         self.fused = hasattr(rule, "update_")
-        dims = (0 if by_rows else divided(moment, sharding, len(shape)) for moment in self._moments)
-        self.stackable = rule.stackable and all(
-            storage.stackable(kept, dim) for (_, kept), dim in zip(self.kept, dims, strict=True)
-        )
+        self.stackable = rule.stackable and storage.stackable
+
+    @property
+    def form(self) -> tuple | None:
+        """How the state has them: those of several that have one form can be stacked; `None` where these cannot."""
+        if not self.stackable:
+            return None
+        forms = tuple(self.storage.form(self.slot.state, kept) for _, kept in self.kept)
+        return None if None in forms else forms
 
     def direction(self, G: Tensor, check: GradientCheck, piece: slice | None = None) -> Tensor:
         """D = rule(G), for the gradient `G` or for the flat piece of it that is `G`."""
@@ -169,7 +172,7 @@ def joint_steps(members: Sequence[Moments], G: Tensor, paces: Sequence[Pace]) ->
     """-lr rule(G) of each of several parameters, 0 where it is skipped; their steps are counted.
 
     Args:
-        members (`list[Moments]`): k of one rule, storage and shape.
+        members (`list[Moments]`): k of one rule, storage, shape and `form`.
         G (`torch.Tensor`): Their gradients, a stack (k, ...).
         paces (`list[Pace]`): Of each: with one learning rate, without weight decay, and not in pieces.
     """
@@ -178,7 +181,7 @@ def joint_steps(members: Sequence[Moments], G: Tensor, paces: Sequence[Pace]) ->
         counters.append(moments.slot.state[moments.counter])
         checks.append(pace.check)
     torch._foreach_add_(counters, list(map(attrgetter("keep"), checks)))
-    if first.stackable and len(members) > 1 and launches(G):
+    if len(members) > 1 and launches(G) and first.form is not None:
         apart = (-1, *[1] * (G.ndim - 1))
         skip, keep = (torch.stack([getattr(c, name) for c in checks]).view(apart) for name in ("skip", "keep"))
         unknown = skip.new_empty(0)

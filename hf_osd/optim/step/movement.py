@@ -57,6 +57,7 @@ class Stepping(NamedTuple):
     weight: Movable
     low: LowRank
     check: GradientCheck
+    form: tuple  # of its moments
 
 
 class Movements:
@@ -77,9 +78,9 @@ class Movements:
 
     def step(self, stepping: Stepping) -> None:
         """Have a weight moved, now or when as many of its shape have come as may wait."""
-        weight, low, _ = stepping
-        R, divided = low.R, getattr(weight.moments.sharding, "dim", None)  # by it blocks of 8-bit moments differ
-        key = (id(weight.group), R.shape, R.dtype, R.device, divided)
+        weight, low, _, form = stepping
+        R = low.R
+        key = (id(weight.group), R.shape, R.dtype, R.device, form)
         waiting = self._steps.setdefault(key, [])
         waiting.append(stepping)
         if (len(waiting) + 1) * max(R.numel(), 0 if low.A is None else low.A.numel()) > STACK_LIMIT:
@@ -91,7 +92,7 @@ class Movements:
         paces = [Pace(stepping.check, lr=-1.0, weight_decay=0.0) for stepping in waiting]
         # D = weight_rule(R)
         directions = joint_steps(members, torch.stack([stepping.low.R for stepping in waiting]), paces)
-        for (weight, low, check), D in zip(waiting, directions, strict=True):
+        for (weight, low, check, _), D in zip(waiting, directions, strict=True):
             self.add(weight.move(D, low, check))
 
     def add(self, moving: Moving | None) -> None:
@@ -107,7 +108,8 @@ class Movements:
             else:
                 self._move([moving])
             return
-        key = (id(group), A.shape, A.dtype, A.device)
+        form = None if projection.moments is None else projection.moments.form
+        key = (id(group), A.shape, A.dtype, A.device, form)
         waiting = self._waiting.setdefault(key, [])
         waiting.append(moving)
         if (len(waiting) + 1) * A.numel() > STACK_LIMIT:

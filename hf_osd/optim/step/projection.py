@@ -76,14 +76,7 @@ class LiveProjection:
         if rules.projection is not None:
             shape, dtype = geometry.projection_shape, geometry.compute_dtype
             self.moments = Moments(
-                rules.projection,
-                rules.projection_storage,
-                shape,
-                dtype,
-                self.slot,
-                "projection_",
-                self.rows,
-                by_rows=geometry.divisible,
+                rules.projection, rules.projection_storage, shape, dtype, self.slot, "projection_", self.rows
             )
 
     def forget(self) -> None:

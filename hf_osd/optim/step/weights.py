@@ -14,7 +14,7 @@ from ...layers.layer import LayerInfo
 from ...subspace.precision import own_precision
 from ...update_rules import GradientCheck
 from ..options.rules import Rules, rule_options_of, rules_of
-from ..options.table import lr_of_step
+from ..options.table import lr_of_step, warn_one_rate
 from .algorithm import ProjectedWeight
 from .experts import ExpertWeights
 from .full_weight import FullWeight
@@ -115,6 +115,8 @@ class Weights:
 
     def create_state(self, weight: AnyWeight, p: Tensor) -> None:
         """Zeros, when a weight is first stepped and not before: then all other states need not be there yet."""
+        if not self.state:  # the run's first step: schedules have set their first learning rates
+            warn_one_rate(self.groups)
         state = self.state.setdefault(p, {})
         state.update(create_state(p.device, weight.geometry, weight.rules))
         weight.mark = weakref.ref(state["step"])
