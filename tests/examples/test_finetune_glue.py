@@ -210,7 +210,7 @@ def test_test_splits_without_labels_are_refused(tmp_path):
     ("options", "message"),
     [
         ({"task": ["rte", "rtf"]}, "Unknown --task rtf"),
-        ({"method": "qlora"}, "--method must be one of osd, galore, full, lora, got 'qlora'"),
+        ({"method": "qlora"}, "--method must be one of osd, galore, full, lora, head, subzero, mezo, got 'qlora'"),
         ({"method": "full", "rank": 8}, "--rank has no effect with --method full"),
         ({"rank": 0}, "--rank must be at least 1, got 0"),
         ({"method": "lora", "rank": -1}, "--rank must be at least 1, got -1"),

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...subspace.precision import full_precision
 from ...update_rules import GradientCheck
 from .geometry import ProjectedGeometry
 from .gradients import EPS
@@ -65,9 +66,10 @@ class Residual:
         else:
             short = 1 - self._long
             # ||G_j||² - 2 ||R_j||² + R_jᵀ C R_j
-            C = P.t() @ P
-            CR = C @ R if short == 0 else R @ C
-            energy = torch.linalg.vector_norm(G, dim=short, keepdim=True, dtype=R.dtype).square_()
+            with full_precision(R):
+                C = P.t() @ P
+                CR = C @ R if short == 0 else R @ C
+            energy = _squares(G, short, R.dtype)
             outside = energy + ((CR - 2 * R) * R).sum(dim=short, keepdim=True)
         return torch.where(outside > rounding * energy, outside, 0.0)
 
@@ -131,6 +133,14 @@ class Sign(Residual):
             add_times_(X, S.sign_().masked_fill_(~self._rows_of(some, rows), 0.0), rate * scale)
 
         return Update(D, P, add_rest)
+
+
+def _squares(G: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """||G_j||² of each row (`dim` 1) or column, whose norms torch computes on one core: (m, 1) or (1, n)."""
+    if dim:
+        return torch.linalg.vector_norm(G, dim=1, keepdim=True, dtype=dtype).square_()
+    parts = [G[rows].to(dtype).square().sum(0, keepdim=True) for rows in pieces(G)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 RESIDUALS: dict[str, type[Residual]] = {"scaled": Scaled, "sign": Sign}
