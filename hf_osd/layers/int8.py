@@ -115,7 +115,7 @@ class Int8Weight(Tensor):
 
     def plain(self) -> Tensor:
         """All of it, as a plain tensor."""
-        # rounded once: made int8 again it has the same K
+        # rounded once: divided by the scales it is K again
         W = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         return torch.mul(self.int_data, self.scale[:, None], out=W)
 
