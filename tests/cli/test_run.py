@@ -178,8 +178,8 @@ def test_torchrun_starts_it(script, tmp_path):
 
 
 SPAWN = """
+import multiprocessing
 import sys
-import torch.multiprocessing as mp
 
 def work(rank, text):
     from transformers import TrainingArguments
@@ -188,7 +188,11 @@ def work(rank, text):
         file.write(f"{args.optim.value} {[path for path in sys.path if path.endswith('children')]}")
 
 if __name__ == "__main__":
-    mp.spawn(work, (sys.argv[1],), nprocs=1)
+    # as torch's `spawn` does
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(0, sys.argv[1]))
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
 """
 
 
@@ -205,12 +209,11 @@ def test_spawned_processes_know_the_names(form, script, tmp_path):
 @pytest.mark.distributed
 def test_a_command_that_starts_torchrun_itself(script, tmp_path):
     script.write_text(TRAIN)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", str(script)]
     (tmp_path / "command.py").write_text(f"import subprocess\nsubprocess.run({torchrun + OPTIONS}, check=True)\n")
     done = python("-m", "hf_osd", "run", "command.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    written = {path.name: path.read_text() for path in tmp_path.glob("rank_*.txt")}
-    assert written == {f"rank_{rank}.txt": "osd_adamw OSD 4" for rank in range(2)}
+    assert (tmp_path / "rank_0.txt").read_text() == "osd_adamw OSD 4"
 
 
 CHILD = "import sys; print('hf_osd' in sys.modules, getattr(sys.modules.get('sitecustomize'), 'MINE', None))"
