@@ -1,7 +1,7 @@
 """Texts about options that people and editors read: written files, made from the declarations by `make options`.
 
-They are the signature and arguments of `OSD`, the fields of `OSDTrainingArguments` and the table of the README. Each
-stands between two lines of its file; a test fails where it is not what this module makes.
+They are the signature and arguments of `OSD`, the fields of `OSDTrainingArguments` and the table of docs/options.md.
+Each stands between two lines of its file; a test fails where it is not what this module makes.
 """
 
 import re
@@ -22,18 +22,18 @@ WIDTH = 119
 
 
 def make_texts() -> dict[Path, str]:
-    """Every file as it should be, by its path; the README only where there is one, beside the package."""
+    """Every file as it should be, by its path; the page only where there is one, beside the package."""
     osd, arguments = PACKAGE / "optim" / "osd.py", PACKAGE / "trainer" / "arguments.py"
-    readme = PACKAGE.parent / "README.md"
+    page = PACKAGE.parent / "docs" / "options.md"
     text = osd.read_text(encoding="utf-8")
     text = _between(text, "        lr (`float`", "        maximize (`bool`", docstring())
     text = _between(text, "        # options: ", "        # end of options", signature())
     found = {osd: text}
     text = arguments.read_text(encoding="utf-8")
     found[arguments] = _between(text, "    # options: ", "    # end of options", training_fields())
-    if readme.exists():
-        text = readme.read_text(encoding="utf-8")
-        found[readme] = _between(text, "<!-- options: ", "<!-- end of options", readme_table())
+    if page.exists():
+        text = page.read_text(encoding="utf-8")
+        found[page] = _between(text, "<!-- options: ", "<!-- end of options", page_table())
     return found
 
 
@@ -76,7 +76,7 @@ def flag(key: str) -> Any:
     return field(default=None, metadata={"help": _help(KEYS[key])})
 
 
-def readme_table() -> Iterator[str]:
+def page_table() -> Iterator[str]:
     """The table of keys."""
     yield from ("", "| `optim_args` (as a field: `osd_...`) | default | |", "| --- | --- | --- |")
     for key, own in KEYS.items():
