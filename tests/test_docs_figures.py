@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_osd import create_osd_optimizer
+from hf_osd.hub import projection_bytes
 from hf_osd.optim import predicted_state_bytes
 
 
@@ -171,10 +173,25 @@ def test_forward_passes_alone():
     assert said in text
 
 
-def test_the_figures_of_llama_7b_are_what_the_shapes_give():
-    config = LlamaConfig.from_json_file(ROOT / "examples" / "llama_configs" / "llama_7b.json")
+@cache
+def llama(name: str) -> LlamaForCausalLM:
+    config = LlamaConfig.from_json_file(ROOT / "examples" / "llama_configs" / f"llama_{name}.json")
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).bfloat16()
+        return LlamaForCausalLM(config).bfloat16()
+
+
+def test_the_sizes_of_p_are_what_the_shapes_give():
+    for name in ("60m", "1b", "7b"):
+        (row,) = re.findall(rf"^\| LLaMA {name.upper()} \| (.*) \|$", page("docs/hub.md"), re.MULTILINE)
+        shapes = [tuple(p.shape) for key, p in llama(name).named_parameters() if key.endswith("_proj.weight")]
+        for rank, cell in zip((128, 512, 1024), row.split(" | "), strict=True):
+            number, unit = cell.split()[:2]
+            size = float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+            assert projection_bytes(shapes, rank) == pytest.approx(size, rel=4e-3)  # three digits
+
+
+def test_the_figures_of_llama_7b_are_what_the_shapes_give():
+    model = llama("7b")
     fixed = sum(p.nbytes for p in model.parameters()) + max(p.nbytes for p in model.parameters())
     lean, memory = {"projection_dtype": "bfloat16"}, text_of("docs/memory.md")
     for optim, options, text in (

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...declare import Option
 from .mode import MODE_OPTIONS
-from .presets import KEYS
+from .presets import KEYS, NAME_OPTIONS
 from .table import OPTIONS, rule_default
 
 
@@ -33,7 +33,7 @@ def make_texts() -> dict[Path, str]:
     found[arguments] = _between(text, "    # options: ", "    # end of options", training_fields())
     if page.exists():
         text = page.read_text(encoding="utf-8")
-        found[page] = _between(text, "<!-- options: ", "<!-- end of options", page_table())
+        found[page] = _between(text, "<!-- options: ", "<!-- end of options", page_tables())
     return found
 
 
@@ -76,12 +76,17 @@ def flag(key: str) -> Any:
     return field(default=None, metadata={"help": _help(KEYS[key])})
 
 
-def page_table() -> Iterator[str]:
-    """The table of keys."""
-    yield from ("", "| `optim_args` (as a field: `osd_...`) | default | |", "| --- | --- | --- |")
-    for key, own in KEYS.items():
-        text = own.help.partition("\n\n")[0].replace("|", "\\|")
-        yield f"| `{key}` | {_default(own)} | {_owned(own, text)} |".replace("|  |", "| |")
+def page_tables() -> Iterator[str]:
+    """The tables of keys, one for each place where they are declared."""
+    titles = {name: "Presets and single modules" for name in NAME_OPTIONS}
+    titles |= {name: "Of some rules only" if own.owners else "Of all optimizers" for name, own in OPTIONS.items()}
+    titles |= {name: "How steps are made" for name in MODE_OPTIONS}
+    for title in dict.fromkeys(titles.values()):
+        yield from ("", f"### {title}", "", "| key | default | |", "| --- | --- | --- |")
+        for key, own in KEYS.items():
+            if titles[own.name] == title:
+                text = own.help.partition("\n\n")[0].replace("|", "\\|")
+                yield f"| `{key}` | {_default(own)} | {_owned(own, text)} |".replace("|  |", "| |")
     yield ""
 
 
