@@ -78,9 +78,9 @@ def flag(key: str) -> Any:
 
 def page_tables() -> Iterator[str]:
     """The tables of keys, one for each place where they are declared."""
-    titles = {name: "Presets and single modules" for name in NAME_OPTIONS}
+    titles = dict.fromkeys(NAME_OPTIONS, "Presets and single modules")
     titles |= {name: "Of some rules only" if own.owners else "Of all optimizers" for name, own in OPTIONS.items()}
-    titles |= {name: "How steps are made" for name in MODE_OPTIONS}
+    titles |= dict.fromkeys(MODE_OPTIONS, "How steps are made")
     for title in dict.fromkeys(titles.values()):
         yield from ("", f"### {title}", "", "| key | default | |", "| --- | --- | --- |")
         for key, own in KEYS.items():
