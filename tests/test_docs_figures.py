@@ -75,6 +75,9 @@ def test_what_fits_a_card_was_computed_and_int8_weights_counted():
     took = [f"{peaks[name]['7B'] / 1e9:.1f}" for name in (*names, "osd_adamw8bit_layerwise, rank 128")]
     text = "take {} GB at rank 128 and {} GB at rank 512, where `osd_adamw8bit_layerwise` takes {} GB at rank 128"
     assert text.format(*took) in text_of("docs/memory.md")
+    layerwise, int8 = peaks["osd_adamw8bit_layerwise, rank 128"], peaks[names[0]]
+    said = f"{layerwise['7B'] / 1e9:.1f} GB for 7B and {layerwise['8B'] / 1e9:.1f} GB for 8B"
+    assert said in text_of("docs/finetuning.md") and f": {int8['13B'] / 1e9:.1f} GB." in text_of("docs/finetuning.md")
     assert (RESULTS / "memory_int8.md").read_text(encoding="utf-8") in page("docs/low_precision.md")
 
 
