@@ -4,6 +4,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -164,6 +165,18 @@ def test_rounding():
         f"from {start:.3f} to {exact:.3f} nats per byte in float32, to {rounded:.3f} in bfloat16, and to "
         f"{stochastic:.3f} in bfloat16 with it" in text_of("docs/low_precision.md")
     )
+
+
+def test_the_loss_with_int8_weights():
+    text, tasks = page("docs/low_precision.md"), {}
+    for row in rows_of("glue_weight_dtype"):
+        tasks.setdefault(row["method"], {})[row["task"]] = row
+    for row in rows_of("weight_dtype_text"):
+        cells = [f"{row['best_perplexity']:.2f} ± {row['spread']:.2f}"]
+        for task in ("sst2", "mrpc"):
+            scores = tasks[row["method"]][task]["scores"]
+            cells.append(f"{mean(scores):.1f} ± {stdev(scores):.1f}")
+        assert f"| {row['label']} | {' | '.join(cells)} |\n" in text
 
 
 def test_forward_passes_alone():
