@@ -128,8 +128,9 @@ class DividedMovements(Movements):
         if moving is None or rows is None:
             super().add(moving)
             return
-        A = moving.A
-        key = (rows.mesh, id(moving.projection.group), A.shape, A.dtype, A.device)
+        projection, A = moving.projection, moving.A
+        kept = projection.slot.state["projection"].dtype
+        key = (rows.mesh, id(projection.group), A.shape, A.dtype, kept, A.device)
         used = self._used.setdefault(key, [])
         used.append(moving)
         if (len(used) + 1) * A.numel() > STACK_LIMIT:
