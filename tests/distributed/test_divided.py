@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from hf_osd import OSD, ProjectionState
 from hf_osd.estimate import share
 from hf_osd.optim import predicted_state_bytes, state_bytes
-from hf_osd.optim.step import algorithm, buckets, divided, moments
+from hf_osd.optim.step import algorithm, divided, moments
 from hf_osd.subspace import precision
 
 
@@ -38,10 +38,10 @@ TOLERANCE = 1e-9  # float64, see test_fsdp2.py
 
 def trains_what_one_trains(rank: int, world: int, folder: Path):
     """Dense, tied, frozen; three micro-batches a step, clipped; one bucket of all, and buckets and stacks of one."""
-    limits = buckets.BUCKET_LIMIT, divided.STACK_LIMIT
+    limits = divided.BUCKET_LIMIT, divided.STACK_LIMIT
     for few in (False, True):
         if few:
-            buckets.BUCKET_LIMIT = divided.BUCKET_LIMIT = divided.STACK_LIMIT = 150
+            divided.BUCKET_LIMIT = divided.STACK_LIMIT = 150
         single, sharded = make_model(), shard(make_model())
         reference, optimizer = make_optimizer(single, side="right"), make_optimizer(sharded)
         for step in range(4):
@@ -55,8 +55,7 @@ def trains_what_one_trains(rank: int, world: int, folder: Path):
                 own.zero_grad()
         assert_same_weights(sharded, single, TOLERANCE)
         assert_same_state(optimizer, reference, 1e-7)
-    buckets.BUCKET_LIMIT, divided.STACK_LIMIT = limits
-    divided.BUCKET_LIMIT = limits[0]
+    divided.BUCKET_LIMIT, divided.STACK_LIMIT = limits
 
 
 def bfloat16_and_8_bits(rank: int, world: int, folder: Path):
