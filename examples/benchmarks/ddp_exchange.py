@@ -5,8 +5,8 @@ several layers may share, A and ||x||² (n r + 1), and the whole gradients of al
 DDP all-reduces all of it. FSDP2 reduce-scatters gradients, and R like them. Where P is whole on each process
 (`divide_projection=False`) A and ||x||² are all-reduced, which is a reduce-scatter and an all-gather: they count
 twice. Where processes divide P, it is gathered in the forward pass and in the step, its gradient is reduce-scattered,
-and ||x||² all-reduced. What FSDP2 gathers of weights is the same with all of them: it is in the last column alone, twice
-those of blocks. Tests of two processes count what they really exchange and find the same. Writes
+and ||x||² all-reduced. What FSDP2 gathers of weights is the same with all of them: it is in the last column alone,
+twice those of blocks. Tests of two processes count what they really exchange and find the same. Writes
 results/<device>/ddp_exchange.json and .md.
 
 Needs: nothing beyond the package; no weights are made.

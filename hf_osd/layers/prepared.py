@@ -107,6 +107,7 @@ class PreparedLayers(nn.Module):
                 layer.hide()
         model.add_module(CHILD, self)
         self.installed = self.findable = True
+        self.meeting.wholes.attach(model)
         if self._watch is None:
             self._watch = register_optimizer_step_pre_hook(_warn_of_others(self))
         if any(layer.input is None for layer in self.layers.values()):

@@ -173,7 +173,9 @@ class Wholes:
             unit.drop()
 
     def _trains(self, key: Any) -> bool:
-        return any(layer.fsdp is key and (layer.hidden or layer.weight.requires_grad) for layer in self._layers.values())
+        return any(
+            layer.fsdp is key and (layer.hidden or layer.weight.requires_grad) for layer in self._layers.values()
+        )
 
 
 def _called(wholes: Any, key: Any, *_: Any) -> None:

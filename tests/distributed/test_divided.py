@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import activations_training
 import processes
 import pytest
 import torch
@@ -129,11 +130,16 @@ def what_is_sent(rank: int, world: int, folder: Path):
 
 def goes_on_either_way(rank: int, world: int, folder: Path):
     """Divided to whole and back, by `state_dict` and by torch.distributed.checkpoint, 8-bit moments of P included."""
-    for options in ({}, {"weight_rule": "adamw8bit", "rank": 64}):
-        sizes = {"width": 128, "inner": 130} if options else {}
+    eight_bit = {"weight_rule": "adamw8bit", "rank": 64}
+    for make, options in (
+        (make_optimizer, {}),
+        (make_optimizer, eight_bit),
+        (activations_training.make, {"lr": 1e-3}),
+    ):
+        sizes = {"width": 128, "inner": 130} if options is eight_bit else {}
         for divide in (True, False):
             model = shard(make_model(torch.float32, **sizes))
-            optimizer = make_optimizer(model, **options, divide_projection=divide)
+            optimizer = make(model, **options, divide_projection=divide)
             train(model, optimizer, range(2), rank, world)
             weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
             checkpoint = folder / f"{len(options)}_{divide}_{world}"
@@ -141,7 +147,7 @@ def goes_on_either_way(rank: int, world: int, folder: Path):
             train(model, optimizer, range(2, 4), rank, world)
             for by_dcp in (False, True):
                 again = shard(make_model(torch.float32, **sizes))
-                other = make_optimizer(again, **options, divide_projection=not divide)
+                other = make(again, **options, divide_projection=not divide)
                 again.load_state_dict(weights)
                 if by_dcp:
                     read = {"optimizer": get_optimizer_state_dict(again, other)}
@@ -152,7 +158,7 @@ def goes_on_either_way(rank: int, world: int, folder: Path):
                 P = other.state[again.blocks[0].tall.weight]["projection"]
                 assert isinstance(P, DTensor) != divide
                 train(again, other, range(2, 4), rank, world)
-                assert_same_weights(again, model, 2e-3 if options else 1e-5)
+                assert_same_weights(again, model, 2e-3 if options is eight_bit else 1e-5)
 
 
 def given_and_exported(rank: int, world: int, folder: Path):

@@ -1,4 +1,4 @@
-"""Sums of many gP in one exchange, as [`Gather`] brings many P: this process's rows of gP_1, gP_2, ... of all parts."""
+"""Sums of many gP in one exchange, as [`Gather`] brings many P: this process's rows of each, of all parts."""
 
 from collections.abc import Sequence
 from typing import Any

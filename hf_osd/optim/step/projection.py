@@ -62,7 +62,8 @@ class LiveProjection:
 
     def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any], slot: Slot):
         self.geometry, self.group, self.slot = geometry, group, slot
-        self.rows, self.sent_in = geometry.rows, None
+        self.rows = geometry.rows
+        self.sent_in: torch.dtype | None = None
         self.copies = 1 if geometry.sharding is None else geometry.sharding.copies
         self.started, self.count = False, 0
         self.carried: dict[str, Moments] = {}  # of each weight by name: what lives in P's coordinates
