@@ -107,7 +107,7 @@ class PreparedLayers(nn.Module):
                 layer.hide()
         model.add_module(CHILD, self)
         self.installed = self.findable = True
-        self.meeting.wholes.attach(model)
+        self.send_ahead()
         if self._watch is None:
             self._watch = register_optimizer_step_pre_hook(_warn_of_others(self))
         if any(layer.input is None for layer in self.layers.values()):
@@ -264,6 +264,10 @@ class PreparedLayers(nn.Module):
         for layer in self.layers.values():
             layer.forget()
         self.meeting.wholes.forget()
+        self.send_ahead()
+
+    def send_ahead(self) -> None:
+        """Let the modules that FSDP2 gathers weights for send for each P that processes divide, from now on."""
         if self.installed:
             self.meeting.wholes.attach(self._model[0])
 

@@ -1,5 +1,6 @@
 """Scenarios of `source="activations"` on several processes: what is exchanged, tensor parallelism, what is refused."""
 
+import copy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -110,7 +111,16 @@ def called_on_some_processes(rank: int, world: int, folder: Path):
     fully_shard(model)
     model.set_reduce_scatter_unused_params(True)
     optimizer, reference = (make(m, target_modules="all-linear", rank=4) for m in (model, single))
-    for step in range(4):
+    for step in range(6):
+        if step == 4:  # a resume, after which each calls layers of its own from the first pass on
+            weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+            model = Choice()
+            fully_shard(model)
+            model.load_state_dict(weights)
+            model.set_reduce_scatter_unused_params(True)
+            optimizer = make(model, target_modules="all-linear", rank=4)
+            optimizer.load_state_dict(state)
+            assert optimizer.layers.meeting.wholes._hooks
         x = torch.randn(world, 4, 8, generator=torch.Generator().manual_seed(step)).double()
         model(x[rank], rank).square().sum().backward()
         (sum(single(x[i], i).square().sum() for i in range(world)) / world).backward()

@@ -155,8 +155,8 @@ class DividedMovements(Movements):
         if moving is None or rows is None:
             super().add(moving)
             return
-        A = moving.A
-        key = (rows.mesh, id(moving.projection.group), A.shape, A.dtype, A.device)
+        A, P = moving.A, moving.projection
+        key = (rows.mesh, id(P.group), P.copies, P.sent_in, A.shape, A.dtype, A.device)
         used = self._used.setdefault(key, [])
         used.append(moving)
         if (len(used) + 1) * A.numel() > STACK_LIMIT:

@@ -265,6 +265,7 @@ class LayerWeights(Weights):
                     weight.schedule(weight.input)
                 else:
                     weight.input.restart()
+        self.layers.send_ahead()
 
     def _observe_input(self, leader: InputWeight, shared: SharedInput, check: GradientCheck) -> None:
         self._note(leader, leader.observe_input(shared, check) if self.observing else None)
