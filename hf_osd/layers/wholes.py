@@ -178,12 +178,16 @@ class Wholes:
         )
 
 
-def _called(wholes: Any, key: Any, *_: Any) -> None:
-    wholes().begin(key)
+def _called(reference: Any, key: Any, *_: Any) -> None:
+    wholes = reference()
+    if wholes is not None:
+        wholes.begin(key)
 
 
-def _returned(wholes: Any, key: Any, *_: Any) -> None:
-    wholes().end(key)
+def _returned(reference: Any, key: Any, *_: Any) -> None:
+    wholes = reference()
+    if wholes is not None:
+        wholes.end(key)
 
 
 def _dtype(shared: SharedInput, layer: Any) -> torch.dtype:
