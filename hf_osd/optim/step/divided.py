@@ -155,8 +155,10 @@ class DividedMovements(Movements):
         if moving is None or rows is None:
             super().add(moving)
             return
-        A, P = moving.A, moving.projection
-        key = (rows.mesh, id(P.group), P.copies, P.sent_in, A.shape, A.dtype, A.device)
+        projection, A = moving.projection, moving.A
+        kept = projection.slot.state["projection"].dtype
+        sums = (rows.mesh, projection.copies, projection.sent_in)
+        key = (sums, id(projection.group), A.shape, A.dtype, kept, A.device)
         used = self._used.setdefault(key, [])
         used.append(moving)
         if (len(used) + 1) * A.numel() > STACK_LIMIT:
@@ -178,7 +180,8 @@ class DividedMovements(Movements):
         """gP_i of each of a stack."""
         first, rows = used[0].projection, used[0].projection.rows
         assert rows is not None
-        A, P = (torch.stack([getattr(moving, name) for moving in used]) for name in ("A", "P"))
+        dtype = first.geometry.compute_dtype
+        A, P = (torch.stack([getattr(moving, name) for moving in used]).to(dtype) for name in ("A", "P"))
         inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in used])[:, None, None]
         part = _OfOnePart(first.geometry.op, len(rows.sizes) // first.copies)
         found: list[Tensor] = []

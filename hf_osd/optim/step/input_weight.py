@@ -99,7 +99,7 @@ class InputWeight(ProjectedWeight):
 
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
         """R itself, which is what has arrived; `None` as long as there is no P."""
-        return LowRank(G.to(self.geometry.compute_dtype), None) if self.P.started else None
+        return LowRank(G, None) if self.P.started else None
 
     def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
         """As of every matrix; the next forward pass needs the next P, see `LayerWeights.learn`."""
@@ -119,17 +119,21 @@ class InputWeight(ProjectedWeight):
         """What a divided P is to move by: of its lesson, which this ends."""
         assert self.lesson is not None
         (shared, check, _, observed), self.lesson = self.lesson, None
-        P, A = self.P.read(), shared.A
+        A, dtype = shared.A, self.geometry.compute_dtype
         if A is None:  # of a process that has not called its layers
-            A = torch.zeros_like(P)
+            A = torch.zeros_like(self.P.kept(), dtype=dtype)
         elif shared.averaged:  # what all have is the sum of so many equal parts
             A = A / len(self.P.rows.sizes)  # type: ignore[union-attr]
-        shared.A = None
-        A = A.to(P.dtype)
+        shared.A, A = None, A.to(dtype)
         if observed:
-            self.seen = observation(self.P, P.mT @ A, check)
+            self.seen = observation(self.P, self.P.read().mT @ A, check)
         self.P.count = self.clock
-        return Moving(self.P, P, A, check)
+        return Moving(self.P, self.P.kept(), A, check)
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """See `ProjectedWeight`; what is added to int8 weights is rounded at random."""
+        return self.geometry.compute_dtype if isinstance(self.p, Int8Weight) else super().factor_dtype
 
     def _add_(self, update: Update, rate: Any, check: GradientCheck) -> None:
         W: Any = self.p
@@ -212,7 +216,7 @@ class InputWeight(ProjectedWeight):
                     Weight.resume(weight)  # steps that were skipped before
         elif A is not None:
             self.P.count = self.clock
-            movements.add(Moving(self.P, self.P.read(), A, check))
+            movements.add(Moving(self.P, self.P.kept(), A, check))
         if self.P.started:
             self.give()
 
