@@ -3,11 +3,14 @@
 The matrices of a model, sharded as FSDP2 shards them (DTensors, `Shard(0)`), on gloo processes of this machine. Two
 optimizers step the same weights in turns, one with `divide_projection=True` and one with `False`. What a process
 sends is counted from the calls of torch.distributed, as rings do it: of b bytes a gather or reduce-scatter sends
-(N - 1) / N b and an all-reduce twice that. With `source="activations"` P is gathered in the forward pass, too: there
-two copies of the model, under `fully_shard`, make training steps of 2 x 128 tokens in turns, of which all is counted.
-Writes results/<device>/divided_projection.json and .md.
+(N - 1) / N b and an all-reduce twice that. Writes results/<device>/divided_projection.json and .md.
+
+With `source="activations"` P is gathered in the forward pass, too: there two copies of the model, under `fully_shard`,
+make training steps of 2 x 128 tokens in turns, of which all is counted and timed, what FSDP2 gathers of weights
+included. Writes divided_projection_activations.json and .md.
 
     python examples/benchmarks/divided_projection.py                             # LLaMA 60M, rank 128, two processes
+    python examples/benchmarks/divided_projection.py --source activations --rounds 7
     python examples/benchmarks/divided_projection.py --processes 1 2 4 --rounds 5
 """
 
@@ -140,21 +143,24 @@ def measure_training(model: str, rank: int, rounds: int) -> list[dict[str, Any]]
         with Exchanged(processes) as exchanged:
             step()
         counted = {"calls": exchanged.calls, "sent_bytes": round(exchanged.sent)}
-        rows.append({"processes": processes, "way": f"{way}, activations", "rank": rank, **counted})
         projected = {p for group in optimizer.trained_groups if group["rank"] for p in group["params"]}
-        rows[-1] |= state_bytes_of(optimizer, projected)
-        steps[rows[-1]["way"]] = step
+        sizes = state_bytes_of(optimizer, projected)
+        rows.append({"processes": processes, "way": way, "rank": rank, **counted, **sizes})
+        steps[way] = step
     times = in_turn(steps, rounds, torch.device("cpu"), prepare=dist.barrier) if rounds else {}
     for row in rows if rounds else ():
         row["step_ms"] = round(1e3 * statistics.median(times[row["way"]]), 2)
     return rows
 
 
-def work(index: int, processes: int, store: str, model: str, rank: int, rounds: int, out: str) -> None:
+def work(index: int, processes: int, store: str, source: str, model: str, rank: int, rounds: int, out: str) -> None:
     """One of the processes."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=index, world_size=processes)
-    rows = measure(sharded_matrices(model), rank, rounds) + measure_training(model, rank, rounds // 3)
+    if source == "activations":
+        rows = measure_training(model, rank, rounds)
+    else:
+        rows = measure(sharded_matrices(model), rank, rounds)
     if index == 0:
         Path(out).write_text(json.dumps(rows))
     dist.destroy_process_group()
@@ -183,21 +189,22 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="60m", help="of llama_configs/ (default: 60m)")
+    parser.add_argument("--source", choices=("gradients", "activations"), default="gradients")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--processes", nargs="+", type=int, default=[2])
-    parser.add_argument(
-        "--rounds", type=int, default=15, help="timed steps of each, a third as many from activations (default: 15)"
-    )
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each (default: 15)")
     parser.add_argument("--output", type=Path, help="folder (default: results/<device>/)")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for processes in arguments.processes:
         with tempfile.TemporaryDirectory() as folder:
-            given = (f"{folder}/store", arguments.model, arguments.rank, arguments.rounds, f"{folder}/rows.json")
+            asked = (arguments.source, arguments.model, arguments.rank, arguments.rounds)
+            given = (f"{folder}/store", *asked, f"{folder}/rows.json")
             mp.start_processes(work, (processes, *given), nprocs=processes, start_method="spawn")
             rows += json.loads(Path(given[-1]).read_text())
-    result = {"environment": describe("cpu"), "model": arguments.model, "rows": rows}
-    save((arguments.output or results_folder("cpu")) / "divided_projection", result, render)
+    result = {"environment": describe("cpu"), "model": arguments.model, "source": arguments.source, "rows": rows}
+    name = "divided_projection" + "_activations" * (arguments.source == "activations")
+    save((arguments.output or results_folder("cpu")) / name, result, render)
     print(table(rows), end="")
 
 
