@@ -6,7 +6,9 @@ the gradient of Eq. 6 is linear in it:
     gP = 2 s (A (C - 2 I) + P PᵀA) + 4 lambda P (C - I)         A = sum_i A_i,   C = PᵀP
 
 so that process i makes gP_i of A_i, with lambda / processes, and the sum of these is what is exchanged: each process
-gets the rows that it has of P, and steps them. Letters and shapes as in `subspace.operators`.
+gets the rows that it has of P, and steps them. With `source="activations"` A_i is of the process's own tokens, and
+||x||² the sum over all; there `layers.wholes` gathers P for the forward pass. Letters and shapes as in
+`subspace.operators`.
 """
 
 from collections import deque
