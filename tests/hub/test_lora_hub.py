@@ -30,7 +30,6 @@ state = ProjectionState.from_optimizer(optimizer)
 """
 
 EXTRACT = """
-model.push_to_hub("tester/tuned")
 words = "tester/tuned --base tester/base --rank 24 --carry all --push tester/adapter"
 main(["extract-lora", *words.split()])
 base = LlamaForCausalLM.from_pretrained("tester/base")
@@ -49,6 +48,7 @@ PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("tester/base"), "test
 BESIDE_A_MODEL = """
 import hf_osd.interop
 
+made_by = hf_osd.interop.extract_lora
 model.push_to_hub("tester/tuned")
 adapter = extract_lora(model, "tester/base", rank=2, carry="all")
 HfApi().create_repo("tester/empty")
@@ -65,6 +65,7 @@ for name in ("tester/tuned", "tuned", "tester/base", "base"):
     assert refused(main, f"extract-lora tester/tuned --base tester/base --push {name}".split()), name
 for options in ({}, {"revision": "new"}, {"create_pr": True}):
     assert refused(lambda: adapter.push_to_hub("tester/tuned", **options)), options
+hf_osd.interop.extract_lora = made_by
 adapter.push_to_hub("tester/empty")
 adapter.push_to_hub("new")
 """
@@ -80,8 +81,14 @@ assert torch.equal(A.mT, state["model.layers.0.mlp.up_proj.weight"].projection)
 """
 
 
-def test_an_adapter_is_pushed_and_loaded(hub):
-    output = run_client(SETUP + EXTRACT, hub)
+def test_adapters_and_p_on_the_hub(hub):
+    """In one process, whose imports take longer than all of it."""
+    output = run_client(SETUP + BESIDE_A_MODEL + EXTRACT + START, hub)
+    for name, commits in (("tester/tuned", 2), ("tester/base", 3)):  # created, the model, to the base later P
+        assert f"hf-osd extract-lora: {name} is the repository of a model that is read: " in output
+        assert len(hub.commits(name)) == commits and "adapter_config.json" not in hub.files(name)
+    assert "tester/tuned holds a model (config.json, model.safetensors): " in output
+    assert "adapter_config.json" in hub.files("tester/empty") and "adapter_config.json" in hub.files("tester/new")
     assert "pushed to tester/adapter: " in output
     files = hub.files("tester/adapter")
     assert files.keys() - {".gitattributes"} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -90,16 +97,3 @@ def test_an_adapter_is_pushed_and_loaded(hub):
         "base_model: tester/base" in card and "library_name: peft" in card and "# Mine" in card
     )  # as peft updates it
     assert len(hub.commits("tester/adapter")) == 4  # created, the command's push, the words of the user, the next push
-
-
-def test_nothing_is_pushed_beside_a_model(hub):
-    output = run_client(SETUP + BESIDE_A_MODEL, hub)
-    for name in ("tester/tuned", "tester/base"):
-        assert f"hf-osd extract-lora: {name} is the repository of a model that is read: " in output
-        assert len(hub.commits(name)) == 2 and "adapter_config.json" not in hub.files(name)
-    assert "tester/tuned holds a model (config.json, model.safetensors): " in output
-    assert "adapter_config.json" in hub.files("tester/empty") and "adapter_config.json" in hub.files("tester/new")
-
-
-def test_p_from_the_hub_starts_an_adapter(hub):
-    run_client(SETUP + START, hub)

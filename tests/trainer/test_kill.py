@@ -1,5 +1,6 @@
 """A run that is killed, during saving too, resumes from its last complete checkpoint and ends as if nothing was."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -21,18 +22,21 @@ LONGEST_WAIT = 120  # seconds: a life takes one or two, the first one ten more
 STEPS = KILLS * (LONGEST_LIFE + 50)  # out of reach: a kill comes some milliseconds, not 50 steps, after its sign
 
 
-def live(folder: Path, steps: int) -> None:
-    """Train from the last checkpoint on, saving after every step: most of the time goes into saving."""
-    options = {"max_steps": steps, "save_steps": 1, "save_total_limit": 3, "lr_scheduler_type": "constant"}
+def live(folder: Path, steps: int, save_steps: int) -> None:
+    """Train from the last checkpoint on; where it saves after every step, most of the time goes into that."""
+    gc.freeze()  # as in `conftest`
+    options = {"max_steps": steps, "save_steps": save_steps, "save_total_limit": 3, "lr_scheduler_type": "constant"}
     trainer = make_trainer(folder, "osd_adamw8bit", torch.bfloat16, **options)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) is not None)
     torch.save(trainer.model.state_dict(), folder / "end.pt")
 
 
-def start(folder: Path, steps: int) -> multiprocessing.Process:
+def start(folder: Path, steps: int, save_steps: int = 1) -> multiprocessing.Process:
     # The server has imported everything: a life lasts a second, not ten. Forks of this process would share tqdm's lock
     # too, which nobody gives back where its holder is killed.
-    process = multiprocessing.get_context("forkserver").Process(target=live, args=(folder, steps), daemon=True)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=live, args=(folder, steps, save_steps), daemon=True
+    )
     process.start()
     return process
 
@@ -53,7 +57,7 @@ def wait_for(folder: Path, step: int, process: multiprocessing.Process) -> None:
     while newest_checkpoint(folder) < step:
         assert process.is_alive(), f"died by itself with {process.exitcode}"
         assert time.monotonic() < deadline, f"no checkpoint of step {step} in {LONGEST_WAIT} s"
-        time.sleep(0.001)
+        time.sleep(0.004)  # a save takes ten times as long
 
 
 @pytest.mark.distributed
@@ -78,7 +82,7 @@ def test_twenty_kills_lose_nothing(tmp_path: Path):
     end(start(killed, steps))
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
-    end(start(undisturbed, steps))
+    end(start(undisturbed, steps, save_steps=steps))
     left, right = torch.load(killed / "end.pt"), torch.load(undisturbed / "end.pt")
     assert all(torch.equal(value, right[name]) for name, value in left.items())
 
