@@ -33,7 +33,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def imported():
-    """Modules stay: without them garbage is collected in a tenth of the time, which each training of a Trainer does."""
+    """Modules are frozen: collecting garbage, as each training of a Trainer does, then takes a tenth of the time."""
     gc.collect()
     gc.freeze()
 
