@@ -150,10 +150,12 @@ def test_the_figures_of_layerwise_mode_and_of_the_exchange_are_the_committed_one
     )
     assert f"at most {layerwise:.1f} MiB of LLaMA 60M's {ordinary:.1f} MiB" in text_of("docs/training.md")
     rows, text = rows_of("ddp_exchange"), text_of("docs/distributed.md")
-    ratio, sharded = ({row["rank"]: row[key] for row in rows} for key in ("ratio", "fsdp2_ratio"))
+    keys = ("ratio", "fsdp2_ratio", "fsdp2_divided_ratio", "fsdp2_divided_to_whole_p")
+    ratio, whole, divided, more = ({row["rank"]: row[key] for row in rows} for key in keys)
     assert f"{ratio[128]:.0%} of all bytes at rank 128 and {ratio[512]:.0%} at rank 512" in text
-    said = f"{sharded[128]:.0%} of the bytes that LLaMA 1B's gradients take at rank 128 and {sharded[512]:.0%} at rank"
-    assert said in text
+    assert f"(default) | {divided[128]:.0%} | {divided[512]:.0%} |" in text
+    assert f"(`divide_projection=false`) | {whole[128]:.0%} | {whole[512]:.0%} |" in text
+    assert f"{more[128] - 1:.1%} more at rank 128 and {more[512] - 1:.1%} more at rank 512" in text
 
 
 def test_rounding():
@@ -225,3 +227,10 @@ def test_the_figures_of_llama_7b_are_what_the_shapes_give():
     sizes = sum(p.shape[1] for name, p in model.named_parameters() if name.endswith("_proj.weight"))
     whole = [3 * 4 * rank * sizes / 1e9 for rank in (128, 512, 1024)]
     assert "they are {:.2f}, {:.2f} and {:.2f} GB".format(*whole) in text_of("docs/distributed.md")
+    # From activations q, k and v share P, and so do gate and up: one P (n, r) for each input.
+    led = ("q_proj", "o_proj", "gate_proj", "down_proj")
+    sizes = sum(p.shape[1] for name, p in model.named_parameters() if name.split(".")[-2] in led)
+    whole = [3 * 4 * rank * sizes / 1e9 for rank in (128, 512, 1024)]
+    said = "holds {:.2f} GB of P and its moments of LLaMA 7B at rank 128, {:.2f} GB at 512 and {:.2f} GB at 1024; "
+    said = said.format(*(size / 8 for size in whole)) + "whole on each they are {:.2f}, {:.2f} and {:.2f} GB"
+    assert said.format(*whole) in text_of("docs/distributed.md")
