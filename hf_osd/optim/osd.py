@@ -414,11 +414,11 @@ class OSD(SavedOptimizer):
             check_capture(weights)
         if not self.state and weights.only_make_states():
             return loss
+        if self._layers is not None:
+            self._layers.agree()
         if self._stream is not None:
             self._stream.finish()
             return loss
-        if self._layers is not None:
-            self._layers.agree()
         streams = SideStreams(weights.device_types) if self.mode.projection_stream else None
         movements = DividedMovements(streams) if weights.divided else Movements(streams)
         leaders: list[InputWeight] = []
@@ -464,7 +464,8 @@ class OSD(SavedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those that have been taken off the parameters as well."""
         # without any R, what was seen is of a backward pass that comes after this
-        made = self._layers is not None and self._layers.has_gradients
+        begun = self._stream is not None and self._stream.begun
+        made = self._layers is not None and (self._layers.has_gradients or begun)
         super().zero_grad(set_to_none)
         if self._layers is not None and made:
             self._layers.forget()

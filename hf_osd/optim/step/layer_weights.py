@@ -1,7 +1,7 @@
 """The weights of a model with prepared layers, which make R in the backward pass, and P's of their inputs."""
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any, ClassVar
 
 import torch
@@ -63,11 +63,28 @@ class LayerWeights(Weights):
         self.layer_of = {}
         super().let_go()
 
-    def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:  # noqa: D102
+    def catch_up(self) -> None:  # noqa: D102
         if self.layers.meeting.changed or not self._weights:
             self.meet()
             self.layers.meeting.changed = False
-        return super().with_gradients()
+        super().catch_up()
+
+    def conclude(self) -> None:  # noqa: D102
+        movements, leaders = Movements(), []
+        try:
+            leaders = self.learn(movements)
+        finally:
+            movements.finish()
+            for weight in leaders:
+                weight.release()
+
+    def targets(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The stand-ins of layers' weights, too: each tells of R, the weight of what it gets from elsewhere."""
+        layers = self.layers.by_weight()
+        for p, target in super().targets():
+            yield p, target
+            if p in layers:
+                yield p, layers[p].stand_in
 
     def _bind(self, weight: AnyWeight, p: Tensor, state: dict[str, Tensor]) -> None:
         super()._bind(weight, p, state)
@@ -174,6 +191,22 @@ class LayerWeights(Weights):
         rest = weight.op.down(local(G), weight.P.read().to(G.dtype))
         both = rest if R is None else local(R) + rest
         return both if layer.sharding is None else layer.sharding.wrap(both, layer.stand_in.shape, 0)
+
+    def has_gradient(self, p: Tensor) -> bool:  # noqa: D102
+        layer = self.layer_of.get(p)
+        return super().has_gradient(p) or (layer is not None and layer.stand_in.grad is not None)
+
+    def take(self, p: Tensor) -> Tensor | None:
+        """`gradient_of` before the step, taken off, where P is there; `None` where all wait for it to start."""
+        weight, layer = self.of(p), self.layer_of[p]
+        if not isinstance(weight, InputWeight) or layer.input is None:
+            return None
+        self.of(weight.leader.parameter)
+        G = self.gradient_of(p, weight.group) if weight.P.started and weight.leader.mark is not None else None
+        if G is not None:
+            layer.stand_in.grad = p.grad = None
+        weight.release()
+        return G
 
     def _in_use(self, leader: InputWeight) -> bool:
         """Whether any weight has been stepped by the P of this one, in the states that there are now."""

@@ -243,9 +243,22 @@ class Weights:
                             _exchange_moments(self.state.get(p, {}), weight, rules)
                         weight.follow(rules)
 
+    def catch_up(self) -> None:
+        """Know all that has changed since the last step."""
+        self.follow()
+
+    def conclude(self) -> None:
+        """What is left of a step when all weights have been stepped: nothing here."""
+
+    def targets(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parameters, each with what its gradient arrives at."""
+        for group in self.groups:
+            for p in group["params"]:
+                yield p, p
+
     def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:
         """The parameters that have a gradient, their weights, all that this process has of it, and its check."""
-        self.follow()
+        self.catch_up()
         own = self.layer_of
         params: list[Tensor] = []
         arrived: list[Tensor] = []
@@ -273,6 +286,10 @@ class Weights:
     def gradient_of(self, p: Tensor, group: Group) -> Tensor | None:
         """What a layer has made in the place of a gradient, where that is so."""
         return p.grad
+
+    def has_gradient(self, p: Tensor) -> bool:
+        """Whether there is any, or what a layer has made."""
+        return p.grad is not None
 
     def observe(self, weight: AnyWeight, arrived: Any, check: GradientCheck) -> None:
         """See how P fares, before the step; `arrived` is what `weight.project` gave."""
