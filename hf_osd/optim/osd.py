@@ -274,6 +274,8 @@ class OSD(SavedOptimizer):
             self.attach()
             weakref.finalize(self, layers.remove).atexit = False  # nobody else would step what the layers make
         if self.mode.layerwise:
+            if layers is not None:
+                layers.meeting.late = not self.mode.gradient_accumulation
             self._stream = GradientStream(self._weights_now(), self.mode)
             self._stream.attach()
 

@@ -4,7 +4,7 @@ Layerwise, a parameter is stepped the moment its gradient is complete. Where sev
 (gradient accumulation), what adds up in the subspace is kept of each, R and A, and `step()` does the rest. A residual
 needs G itself while its parameter is stepped: G is freed at the end of the hook then, not before the update.
 
-Of a weight whose layers make R, R arrives at its stand-in. P, which others may share, moves in `step()`.
+Of a weight whose layers make R, R arrives at its stand-in. P moves when all weights that share it have been stepped.
 
 Letters and shapes as in `subspace.operators`.
 """
@@ -166,6 +166,7 @@ class GradientStream:
         G = self.weights.take(p)
         if G is not None:
             self._step(p, [G])
+            self.weights.learn_early(p, self._norms2.keys())
 
     def _take(self, p: Tensor) -> None:
         G, p.grad = p.grad, None

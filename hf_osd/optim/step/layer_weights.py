@@ -1,7 +1,7 @@
 """The weights of a model with prepared layers, which make R in the backward pass, and P's of their inputs."""
 
 import logging
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -232,17 +232,7 @@ class LayerWeights(Weights):
         """
         movements.finish()  # all weights have used P, and which were skipped is counted
         leaders = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is w and w.input]
-        opened: list[InputWeight] = []
-        seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
-        if seen:
-            norms2 = torch.stack([shared.norm2() for _, shared in seen])
-            checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
-            for (weight, shared), check in zip(seen, checks, strict=True):
-                self.ready(weight.parameter)
-                opened += self._open(weight) if not weight.P.started else [weight]
-                self._observe_input(weight, shared, check)
-                weight.learn(shared, check, movements)
-                shared.A = None
+        opened = self._learn(leaders, movements)
         for weight in leaders:
             stepped = any(own.stepped for own in weight.sharing)
             if stepped and weight.rules.subspace.refresh_due(weight.clock):
@@ -254,6 +244,31 @@ class LayerWeights(Weights):
                 weight.schedule(weight.input)  # type: ignore[arg-type]
         self.layers.forget()
         self.layers.findable = False
+        return opened
+
+    def learn_early(self, p: Tensor, stepped: Collection[Tensor]) -> None:
+        """Before the end of the step: let P of a weight learn, if all that use it have been stepped."""
+        weight = self.of(p)
+        if isinstance(weight, InputWeight) and all(own.parameter in stepped for own in weight.leader.sharing):
+            movements = Movements()
+            opened = self._learn([weight.leader], movements)
+            movements.finish()
+            for own in (weight, *opened):
+                own.release()
+
+    def _learn(self, leaders: Sequence[InputWeight], movements: Movements) -> list[InputWeight]:
+        """Let P learn from what has been seen, if anything; see `learn`."""
+        opened: list[InputWeight] = []
+        seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
+        if seen:
+            norms2 = torch.stack([shared.norm2() for _, shared in seen])
+            checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
+            for (weight, shared), check in zip(seen, checks, strict=True):
+                self.ready(weight.parameter)
+                opened += self._open(weight) if not weight.P.started else [weight]
+                self._observe_input(weight, shared, check)
+                weight.learn(shared, check, movements)
+                shared.A = shared.energy = None
         return opened
 
     def _open(self, leader: InputWeight) -> list[InputWeight]:

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -246,6 +246,12 @@ class Weights:
     def catch_up(self) -> None:
         """Know all that has changed since the last step."""
         self.follow()
+
+    def take(self, p: Tensor) -> Tensor | None:
+        """What a layer has made of a weight, where it can be stepped at once: there is none."""
+
+    def learn_early(self, p: Tensor, stepped: Collection[Tensor]) -> None:
+        """After that step."""
 
     def conclude(self) -> None:
         """What is left of a step when all weights have been stepped: nothing here."""
