@@ -59,7 +59,7 @@ class SharedInput:
         self.energy: Tensor | None = None
         self._outside: set[bool] = set()
         self._last: tuple[Any, int, Any] = (lambda: None, 0, None)
-        self._teacher: Any = None
+        self._teacher: str | None = None
 
     @property
     def A(self) -> Tensor | None:
@@ -84,10 +84,10 @@ class SharedInput:
         self.learns, self.turn = not self.first.complete or self.first.rule.moves_at(0), 0
 
     @torch.no_grad()
-    def project(self, x: Tensor, late: Any = None) -> tuple[Tensor, Lesson | None]:
+    def project(self, x: Tensor, late: str | None = None) -> tuple[Tensor, Lesson | None]:
         """The product x P, (T, r): once for all layers that are given this x.
 
-        Layers that have P learn `late`, in the backward pass, say who they are. What there is to learn goes with the
+        Layers that have P learn `late`, in the backward pass, give their name. What there is to learn goes with the
         first that has been called since the last step: checkpoints count on it that a pass repeated keeps the same.
         """
         dtype = _dtype_of_products(x)
@@ -100,7 +100,7 @@ class SharedInput:
             xP = self.product(x, dtype, learn=not seen and late is None)
             self._last = weakref.ref(x), x._version, weakref.ref(xP)
         self._teacher = self._teacher or late
-        teaches = late is not None and self.learns and self._teacher is late
+        teaches = late is not None and self.learns and self._teacher == late
         return xP, Lesson(self, self._kept_of(x, xP)) if teaches else None
 
     @torch.no_grad()
