@@ -197,12 +197,16 @@ class LayerWeights(Weights):
         return super().has_gradient(p) or (layer is not None and layer.stand_in.grad is not None)
 
     def take(self, p: Tensor) -> Tensor | None:
-        """`gradient_of` before the step, taken off, where P is there; `None` where all wait for it to start."""
+        """`gradient_of` before the step, taken off; `None` where others that use P must be looked at, too."""
         weight, layer = self.of(p), self.layer_of[p]
         if not isinstance(weight, InputWeight) or layer.input is None:
             return None
         self.of(weight.leader.parameter)
-        G = self.gradient_of(p, weight.group) if weight.P.started and weight.leader.mark is not None else None
+        G = None
+        if weight.P.started and weight.leader.mark is not None:
+            G = self.gradient_of(p, weight.group)
+        elif not layer.input.started and not layer.input.kept:  # a sketch's, which counts for norms alone
+            G = layer.stand_in.grad
         if G is not None:
             layer.stand_in.grad = p.grad = None
         weight.release()
