@@ -3,8 +3,8 @@
 Three steps of a LLaMA with random weights for each optimizer of ours and its peers, ordinary and layerwise, without
 and with gradient checkpointing. On the CPU allocations are counted by torch.profiler, on a GPU by the caching
 allocator. bitsandbytes' kernels decode into temporaries on CPUs and only there: its peak is told without them. With
-`source=activations` R counts as a gradient, and A, which lives until the step, among the activations. A peak is that of
-the steps: before them a model that is quantised is there as it was read, and one layer's copies.
+`source=activations` R counts as a gradient, and A, which lives until the step, among the activations. A peak is of
+steps: before them a model that is quantised is there as it was read, and one layer's copies.
 With a name, reads its settings from experiments/<name>.json. Writes results/<device>/memory.json (or <name>.json), .md
 (a few, measured), _all.md (predicted and measured) and .png.
 

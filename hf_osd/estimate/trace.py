@@ -172,8 +172,8 @@ STAND_INS: dict[Any, Callable] = {
 class StepTrace:
     """Forward and backward pass of one batch: bytes beside the weights and the optimizer's state.
 
-    Every gradient is taken as freed once it is complete; `done` has what the ordinary mode keeps. Where parameters were
-    stepped as their gradients came, `live` has what that allocated, too.
+    Every gradient is taken as freed once it is complete; `done` has what the ordinary mode keeps. Where hooks have
+    stepped parameters, `live` has what that allocated, too.
 
     Attributes:
         live (`torch.Tensor`): (T,) alive after each operation, complete gradients aside.

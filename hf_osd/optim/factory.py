@@ -11,7 +11,7 @@ from ..layers import PreparedLayers, unload
 from ..layers.candidates import refuse_wrapped
 from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
-from .arrival.stream import release
+from .arrival.hooks import release
 from .groups import by_name
 from .options.full_size import by_size
 from .options.general import DEFAULT_RANK

@@ -68,7 +68,8 @@ class Adafactor:
             return part(piece).mul_(by_row[piece].unsqueeze(-1)).mul_(by_column)
 
         squares = [(_square(X, -1), _square(X, -2)) for X in map(part, rows)]
-        by_row, by_column = self._factors(torch.cat([row for row, _ in squares]), sum(col for _, col in squares), now)
+        by_rows, by_columns = zip(*squares, strict=True)
+        by_row, by_column = self._factors(torch.cat(by_rows), torch.stack(by_columns).sum(0), now)
         norms = torch.stack([torch.linalg.vector_norm(direction(piece)) for piece in rows])
         excess = self._excess(torch.linalg.vector_norm(norms), G.numel())
         for piece in rows:

@@ -10,14 +10,12 @@ Letters and shapes as in `subspace.operators`.
 """
 
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...layers.exchange import in_a_process_of_many
 from ...subspace.precision import own_precision
@@ -29,11 +27,8 @@ from ..step.movement import Movements
 from ..step.sharding import is_sharded
 from ..step.weights import Weights
 from .clipping import Clipping
+from .hooks import put_on
 from .window import Arrived, Lows, Window
-
-
-# Which stream's hook a parameter carries: with two it would be stepped twice.
-_OWNERS = WeakTensorKeyDictionary()
 
 
 class GradientStream:
@@ -84,9 +79,7 @@ class GradientStream:
         """Put hooks on parameters that need them and have none, as those that were unfrozen since."""
         for p, target in self.weights.targets():
             if p.requires_grad and target not in self._handles:
-                release([target], keep=self)
-                _OWNERS[target] = weakref.ref(self)
-                self._handles[target] = target.register_post_accumulate_grad_hook(_hook(self, None if target is p else p))
+                self._handles[target] = put_on(target, self, p)
 
     def remove(self) -> None:
         """Take the hooks off, and forget what has not been stepped with."""
@@ -289,27 +282,7 @@ class GradientStream:
         return kept | empty | {"_was_attached": self.attached}
 
     def restore(self, weights: Callable[[], Weights], attach: bool) -> None:
-        """Belong to the copy of the optimizer; put the hooks on again if the original had them, and it can use them."""
+        """Belong to the copy of the optimizer; put hooks on again that the original had, if it can use them."""
         self._weights = weights
         if self.__dict__.pop("_was_attached", False) and attach:
             self.attach()
-
-
-def release(params: Iterable[Tensor], keep: GradientStream | None) -> None:
-    """Take the hooks of all optimizers but `keep`'s off: those of a training that was interrupted would train on."""
-    for p in params:
-        owner = _OWNERS[p]() if p in _OWNERS else None
-        if owner is not None and owner is not keep:
-            owner.remove()
-
-
-def _hook(stream: GradientStream, weight: Tensor | None) -> Callable[[Tensor], None]:
-    # A parameter must not keep the optimizer alive, which keeps the parameter.
-    reference = weakref.ref(stream)
-
-    def hook(target: Tensor) -> None:
-        alive = reference()
-        if alive is not None:
-            alive.on_gradient(target if weight is None else weight)
-
-    return hook

@@ -1,7 +1,7 @@
 """The weights of a model with prepared layers, which make R in the backward pass, and P's of their inputs."""
 
 import logging
-from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -159,7 +159,7 @@ class LayerWeights(Weights):
                 for name in state.keys() & held_elsewhere(weight.geometry, rules_of(weight.group)):
                     del state[name]  # of the P that it had before it met its input
 
-    def gradient_of(self, p: Tensor, group: Group) -> Tensor | None:
+    def gradient_of(self, p: Tensor, group: Mapping[str, Any]) -> Tensor | None:
         """R of a weight of a prepared layer, with what the model does with the weight beside calling its layers."""
         layer, G = self.layer_of[p], p.grad
         R = layer.stand_in.grad

@@ -289,7 +289,7 @@ class Weights:
             shardings.append(sharding)
         return list(zip(params, weights, grads, check_gradients(grads, stacked, shardings), strict=True))
 
-    def gradient_of(self, p: Tensor, group: Group) -> Tensor | None:
+    def gradient_of(self, p: Tensor, group: Mapping[str, Any]) -> Tensor | None:
         """What a layer has made in the place of a gradient, where that is so."""
         return p.grad
 
