@@ -76,6 +76,7 @@ class Adafactor:
             yield piece, direction(piece).div_(excess).masked_fill_(now.check.skip, 0.0)
 
     def _share_of_new(self, now: RuleStep, dtype: torch.dtype) -> Tensor:
+        assert isinstance(now.step, Tensor)  # for it is not stackable
         # 1 - beta2 = t^decay_rate; t is 0 only when the first gradient ever is skipped, and then nothing is kept
         return now.step.clamp(min=1.0).to(dtype).pow(self.decay_rate) * now.check.keep
 

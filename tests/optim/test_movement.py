@@ -119,8 +119,8 @@ def test_loaded_moments_are_stacked_with_those_of_their_form(rule: str, monkeypa
         optimizer.load_state_dict(saved)
         load = BlockWise8bit.load_stack
 
-        def seen(own: BlockWise8bit, states: list[dict[str, Tensor]], kept: KeptMoment) -> tuple:
-            if kept.key == "exp_avg":
+        def seen(own: BlockWise8bit, states: list[dict[str, Tensor]], kept: tuple[KeptMoment, ...]) -> tuple:
+            if kept[0].key == "exp_avg":
                 stacks.append([*states[0]["exp_avg_absmax"].shape, len(states)])
             return load(own, states, kept)
 
@@ -167,6 +167,20 @@ def test_one_product_for_each_shape(limit: int, stacks: list[list[int]], monkeyp
     monkeypatch.setattr(movement, "STACK_LIMIT", limit)
     run(params, optimizer, steps=1)
     assert sorted(seen) == sorted(stacks)
+
+
+@pytest.mark.parametrize("exchanged", [0, 1])
+def test_a_p_that_somebody_keeps_in_another_dtype_changes_no_other(exchanged: int):
+    def trained(*others: int) -> Tensor:
+        params = [nn.Parameter(torch.zeros(64, 96, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = OSD([{"params": params, "rank": 16}], lr=1e-5, projection_dtype="bfloat16")
+        run(params, optimizer, steps=2)
+        for i in others:
+            optimizer.state[params[i]]["projection"] = optimizer.state[params[i]]["projection"].float()
+        run(params, optimizer, steps=8)
+        return optimizer.state[params[1 - exchanged]]["projection"]
+
+    assert torch.equal(trained(exchanged), trained())
 
 
 def test_a_rule_with_a_movement_of_its_own_is_not_given_stacks():

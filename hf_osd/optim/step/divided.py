@@ -128,8 +128,9 @@ class DividedMovements(Movements):
         if moving is None or rows is None:
             super().add(moving)
             return
-        A = moving.A
-        key = (rows.mesh, id(moving.projection.group), A.shape, A.dtype, A.device)
+        projection, A = moving.projection, moving.A
+        kept = projection.slot.state["projection"].dtype
+        key = (rows.mesh, id(projection.group), A.shape, A.dtype, kept, A.device)
         used = self._used.setdefault(key, [])
         used.append(moving)
         if (len(used) + 1) * A.numel() > STACK_LIMIT:
@@ -152,7 +153,8 @@ class DividedMovements(Movements):
         first, rows = used[0].projection, used[0].projection.rows
         sharding = first.geometry.sharding
         assert rows is not None and sharding is not None
-        A, P = (torch.stack([getattr(moving, name) for moving in used]) for name in ("A", "P"))
+        dtype = first.geometry.compute_dtype
+        A, P = (torch.stack([getattr(moving, name) for moving in used]).to(dtype) for name in ("A", "P"))
         inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in used])[:, None, None]
         part = _OfOnePart(first.geometry.op, len(rows.sizes) // sharding.copies)
         found: list[Tensor] = []
