@@ -163,7 +163,8 @@ class GradientStream:
 
     def _take(self, p: Tensor) -> None:
         G, p.grad = p.grad, None
-        assert G is not None
+        if G is None:  # a function has given it none
+            return
         weight = self.weights.of(p)
         refuse_unsupported(G, weight.geometry.name)
         if self.mode.gradient_accumulation:

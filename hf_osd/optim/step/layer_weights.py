@@ -69,6 +69,10 @@ class LayerWeights(Weights):
             self.layers.meeting.changed = False
         super().catch_up()
 
+    def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:  # noqa: D102
+        self.catch_up()
+        return super().with_gradients()
+
     def conclude(self) -> None:  # noqa: D102
         movements, leaders = Movements(), []
         try:

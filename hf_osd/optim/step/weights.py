@@ -264,7 +264,7 @@ class Weights:
 
     def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:
         """The parameters that have a gradient, their weights, all that this process has of it, and its check."""
-        self.catch_up()
+        self.follow()
         own = self.layer_of
         params: list[Tensor] = []
         arrived: list[Tensor] = []
