@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ..subspace.precision import full_precision
 from .int8 import plain
-from .shared_input import Lesson
+from .shared_input import Seen
 
 
 class SubspaceProduct(torch.autograd.Function):
@@ -33,10 +33,10 @@ class SubspaceProduct(torch.autograd.Function):
         B: Tensor,
         xP: Tensor,
         transposed: bool,
-        lesson: Lesson | None = None,
+        kept: Seen | None = None,
     ) -> Tensor:
         """Plain product: neither P nor B has a part in it."""
-        ctx.learner, seen = lesson or (None, ())
+        ctx.learner, seen = kept or (None, ())
         ctx.save_for_backward(W, xP, *seen)
         ctx.transposed = transposed
         V = plain(W)  # freed on return, and made again in the backward pass
