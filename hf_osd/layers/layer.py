@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .exchange import group_of_ddp
 from .fsdp import RowExchange
-from .shared_input import SharedInput, new_handle, project_compiled
+from .shared_input import Seen, SharedInput, new_handle, project_compiled
 from .start import FirstProjection
 from .wholes import Wholes
 
@@ -27,6 +27,7 @@ class Meeting:
         sharing (`bool`): Whether they may share: processes have agreed on it once the first step is made.
         group (`ProcessGroup`, *optional*): Those that average what P learns from, where there are several.
         rows ([`RowExchange`], *optional*): Theirs, where FSDP2 divides the weights.
+        late (`bool`): Whether P learns in the backward pass, in which it moves.
         wholes ([`Wholes`]): Where all of a P is, of which each process has some rows.
 
     Args:
@@ -34,7 +35,7 @@ class Meeting:
     """
 
     def __init__(self, layers: Mapping[str, "LayerInfo"]) -> None:
-        self.changed, self.sharing, self.wholes = False, True, Wholes(layers)
+        self.changed, self.sharing, self.late, self.wholes = False, True, False, Wholes(layers)
         self.group: Any = None
         self.rows: RowExchange | None = None
         self._ddp: Any = lambda: None
@@ -202,14 +203,15 @@ class LayerInfo:
         if self.input.P is None:
             self.input.P = self.first.draw(x.shape[-1], x.device)
 
-    def in_subspace(self, x: Tensor, W: Tensor) -> tuple[Tensor, Any]:
-        """The product x P of the input x, and what R is to arrive at; W is as the forward pass has it."""
+    def in_subspace(self, x: Tensor, W: Tensor) -> tuple[Tensor, Any, Seen | None]:
+        """The product x P of the input x, what R is to arrive at, and what P learns late; W is as the pass has it."""
         if torch.compiler.is_compiling():  # a look-up by key would be a graph for each key
             handle = self.input.handle if self.met else self._handle  # type: ignore[union-attr]
-            return project_compiled(x, handle, self.first.rank), self._known_leaf
+            return project_compiled(x, handle, self.first.rank), self._known_leaf, None
         if not self.met:
             self.meet(x, W)
-        return self.input.project(x), self._leaf(W)  # type: ignore[union-attr]
+        xP, kept = self.input.project(x, self.name if self._meeting.late else None)  # type: ignore[union-attr]
+        return xP, self._leaf(W), kept
 
     def product(self, x: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:
         """Of a compiled function that was given the handle of a layer, since it had not met its input."""

@@ -7,17 +7,27 @@ the rules that it learns from gradients by, with x in the place of G (Eq. 6): of
 
 add up over all that is computed between two steps. While x_k and x_k P of a few tokens are smaller than A, they are
 what is kept, and A is made of them when it is asked for: for one input at a time, in the step.
+
+Where P moves within the backward pass (layerwise), what it learns of is kept for that pass as what autograd keeps: a
+checkpoint drops it, and makes it again.
 """
 
 import weakref
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..subspace.precision import full_precision, reduced_precision
 from .start import FirstProjection
+
+
+class Seen(NamedTuple):
+    """What an input has to learn of a forward pass, in the backward pass: x_k and x_k P, or A and ||x_k||²."""
+
+    input: "SharedInput"
+    seen: tuple[Tensor, Tensor]
 
 
 class SharedInput:
@@ -55,6 +65,7 @@ class SharedInput:
         self.averaged = False
         self._outside: set[bool] = set()
         self._last: tuple[Any, int, Any] = (lambda: None, 0, None)
+        self._teacher: str | None = None
 
     @property
     def A(self) -> Tensor | None:
@@ -89,21 +100,28 @@ class SharedInput:
         return len(self.P) if self.rows is None else sum(self.rows.sizes)
 
     @torch.no_grad()
-    def project(self, x: Tensor) -> Tensor:
-        """The product x P, (T, r): once for all layers that are given this x."""
+    def project(self, x: Tensor, late: str | None = None) -> tuple[Tensor, Seen | None]:
+        """The product x P, (T, r): once for all layers that are given this x.
+
+        Layers that have P learn `late`, in the backward pass, give their name. What there is to learn goes with the
+        first that has been called since the last step: checkpoints count on it that a pass repeated keeps the same.
+        """
         dtype = dtype_of_products(x.device.type, x.dtype)
         last, version, product = self._last
         seen = last() is x and version == x._version
         known = product() if seen else None
         if known is not None and known.dtype == dtype:
-            return known
-        xP = self.product(x, dtype, seen=seen)  # that seen is gone where a checkpoint keeps nothing
-        self._last = weakref.ref(x), x._version, weakref.ref(xP)
-        return xP
+            xP = known
+        else:  # that seen is gone where a checkpoint keeps nothing
+            xP = self.product(x, dtype, learn=not seen and late is None)
+            self._last = weakref.ref(x), x._version, weakref.ref(xP)
+        self._teacher = self._teacher or late
+        teaches = late is not None and self.learns and self._teacher == late
+        return xP, Seen(self, self._kept_of(x, xP)) if teaches else None
 
     @torch.no_grad()
-    def product(self, x: Tensor, dtype: torch.dtype, compiled: bool = False, seen: bool = False) -> Tensor:
-        """As `project`, which asks for what is not known any more; learns from x unless it was seen."""
+    def product(self, x: Tensor, dtype: torch.dtype, compiled: bool = False, learn: bool = True) -> Tensor:
+        """As `project`, which asks for what is not known any more."""
         if self.P is None:
             self.P = self.first.draw(x.shape[-1], x.device)
         elif self.P.device != x.device:  # the model has been moved
@@ -113,19 +131,47 @@ class SharedInput:
         with full_precision(x):
             xP = x.to(dtype) @ P.to(dtype)
         del P
-        if self.learns and not seen and self._is_new(compiled):
-            start = self.turn % max(min(self.every, len(x)), 1)  # a few tokens are seen at every step, too
-            self._learn(x[start :: self.every], xP[start :: self.every])
+        if learn and self.learns and self._is_new(compiled):
+            self._learn(*self._part_of(x, xP))
         return xP
 
+    def _part_of(self, x: Tensor, xP: Tensor) -> tuple[Tensor, Tensor]:
+        """x_k and x_k P."""
+        start = self.turn % max(min(self.every, len(x)), 1)  # a few tokens are seen at every step, too
+        return x[start :: self.every], xP[start :: self.every]
+
     def _learn(self, x: Tensor, xP: Tensor) -> None:
-        energy = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, self.first.dtype)).square()
-        self.energy = energy if self.energy is None else self.energy + energy
-        bytes_of_A = x.shape[1] * xP.shape[1] * self.first.dtype.itemsize
-        few = sum(part.nbytes for pair in (*self._tokens, (x, xP)) for part in pair) < bytes_of_A
+        self._add_energy(self._energy_of(x))
+        few = self._few(*self._tokens, (x, xP))
         self._tokens.append((x.clone(), xP.clone()) if few else (x, xP))
         if not few or self._A is not None:
             self.A  # noqa: B018 - makes it
+
+    def _kept_of(self, x: Tensor, xP: Tensor) -> tuple[Tensor, Tensor]:
+        """What is kept of an input for the backward pass: see [`Seen`]."""
+        x, xP = self._part_of(x.reshape(-1, x.shape[-1]), xP)
+        return (x.clone(), xP.clone()) if self._few((x, xP)) else (self._product_of(x, xP), self._energy_of(x))
+
+    def take(self, seen: tuple[Tensor, Tensor]) -> None:
+        """Learn of that."""
+        if seen[1].ndim:
+            self._learn(*seen)
+            return
+        A = self.A
+        self.A = seen[0] if A is None else A + seen[0]
+        self._add_energy(seen[1])
+
+    def _few(self, *tokens: tuple[Tensor, Tensor]) -> bool:
+        """Whether tokens and their products are smaller than A."""
+        x, xP = tokens[0]
+        bytes_of_A = x.shape[1] * xP.shape[1] * self.first.dtype.itemsize
+        return sum(part.nbytes for pair in tokens for part in pair) < bytes_of_A
+
+    def _energy_of(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, self.first.dtype)).square()
+
+    def _add_energy(self, energy: Tensor) -> None:
+        self.energy = energy if self.energy is None else self.energy + energy
 
     def _product_of(self, x: Tensor, xP: Tensor) -> Tensor:
         """A of these tokens."""
@@ -152,7 +198,7 @@ class SharedInput:
 
     def forget(self) -> None:
         """What was seen since the last step."""
-        self.A = self.energy = None
+        self.A = self.energy = self._teacher = None
         self.averaged = False
         self._outside.clear()
         self.forget_product()

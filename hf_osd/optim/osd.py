@@ -275,6 +275,8 @@ class OSD(SavedOptimizer):
             self.attach()
             weakref.finalize(self, layers.remove).atexit = False  # nobody else would step what the layers make
         if self.mode.layerwise:
+            if layers is not None:
+                layers.meeting.late = not self.mode.gradient_accumulation
             self._stream = GradientStream(self._weights_now(), self.mode)
             self._stream.attach()
 
@@ -415,11 +417,11 @@ class OSD(SavedOptimizer):
             check_capture(weights)
         if not self.state and weights.only_make_states():
             return loss
+        if self._layers is not None:
+            self._layers.agree()
         if self._stream is not None:
             self._stream.finish()
             return loss
-        if self._layers is not None:
-            self._layers.agree()
         streams = SideStreams(weights.device_types) if self.mode.projection_stream else None
         movements = DividedMovements(streams) if weights.divided else Movements(streams)
         leaders: list[InputWeight] = []
@@ -465,7 +467,8 @@ class OSD(SavedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those that have been taken off the parameters as well."""
         # without any R, what was seen is of a backward pass that comes after this
-        made = self._layers is not None and self._layers.has_gradients
+        begun = self._stream is not None and self._stream.begun
+        made = self._layers is not None and (self._layers.has_gradients or begun)
         super().zero_grad(set_to_none)
         if self._layers is not None and made:
             self._layers.forget()

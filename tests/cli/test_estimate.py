@@ -254,7 +254,6 @@ def test_learning_from_activations(folder, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("source=activations", "--layerwise"), "source='activations' has no gradients of full size to free"),
         (("source=activations,residual=scaled",), "`residual` of --optim_args has no effect with source="),
         (("source=activations,subspace=svd",), "subspace='svd' of"),
     ],

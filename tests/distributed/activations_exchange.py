@@ -218,7 +218,7 @@ def refused(rank: int, world: int, folder: Path):
     loss_of(model, 0).backward()
     with pytest.raises(ValueError, match="make the optimizer after"):
         optimizer.step()
-    with pytest.raises(ValueError, match="source='activations' instead"):
+    with pytest.raises(ValueError, match="Leave it out; with source='activations'"):
         make(shard(make_model()), "osd_adamw_layerwise", source="gradients")
     meshes = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (1, world), mesh_dim_names=("a", "b"))
     model = make_model()

@@ -143,10 +143,7 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
     sums = mode.gradient_accumulation
     name = "layerwise` with `gradient_accumulation"
     reason = None
-    if group["source"] == "activations":
-        name = "layerwise"
-        reason = "source='activations' has no gradients of full size to free"
-    elif sums and group["residual"] != "none":
+    if sums and group["residual"] != "none":
         reason = (
             f"residual={group['residual']!r} needs the whole gradient, of which this keeps what is in the subspace"
         )

@@ -1,7 +1,7 @@
 """The weights of a model with prepared layers, which make R in the backward pass, and P's of their inputs."""
 
 import logging
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -63,10 +63,14 @@ class LayerWeights(Weights):
         self.layer_of = {}
         super().let_go()
 
-    def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:  # noqa: D102
+    def catch_up(self) -> None:  # noqa: D102
         if self.layers.meeting.changed or not self._weights:
             self.meet()
             self.layers.meeting.changed = False
+        super().catch_up()
+
+    def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:  # noqa: D102
+        self.catch_up()
         work = super().with_gradients()
         self._set_lessons([weight for _, weight, _, _ in work if isinstance(weight, InputWeight)])
         return work
@@ -88,6 +92,23 @@ class LayerWeights(Weights):
     def _leaders(self) -> list[InputWeight]:
         """Those that hold a P, and have met their input."""
         return [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is w and w.input]
+
+    def conclude(self) -> None:  # noqa: D102
+        movements, leaders = Movements(), []
+        try:
+            leaders = self.learn(movements)
+        finally:
+            movements.finish()
+            for weight in leaders:
+                weight.release()
+
+    def targets(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The stand-ins of layers' weights, too: each tells of R, the weight of what it gets from elsewhere."""
+        layers = self.layers.by_weight()
+        for p, target in super().targets():
+            yield p, target
+            if p in layers:
+                yield p, layers[p].stand_in
 
     def _bind(self, weight: AnyWeight, p: Tensor, state: dict[str, Tensor]) -> None:
         super()._bind(weight, p, state)
@@ -162,7 +183,7 @@ class LayerWeights(Weights):
                 for name in state.keys() & held_elsewhere(weight.geometry, rules_of(weight.group)):
                     del state[name]  # of the P that it had before it met its input
 
-    def gradient_of(self, p: Tensor, group: Group) -> Tensor | None:
+    def gradient_of(self, p: Tensor, group: Mapping[str, Any]) -> Tensor | None:
         """R of a weight of a prepared layer, with what the model does with the weight beside calling its layers."""
         layer, G = self.layer_of[p], p.grad
         R = layer.stand_in.grad
@@ -194,6 +215,26 @@ class LayerWeights(Weights):
         rest = weight.op.down(local(G), weight.P.read().to(G.dtype))
         both = rest if R is None else local(R) + rest
         return both if layer.sharding is None else layer.sharding.wrap(both, layer.stand_in.shape, 0)
+
+    def has_gradient(self, p: Tensor) -> bool:  # noqa: D102
+        layer = self.layer_of.get(p)
+        return super().has_gradient(p) or (layer is not None and layer.stand_in.grad is not None)
+
+    def take(self, p: Tensor) -> Tensor | None:
+        """`gradient_of` before the step, taken off; `None` where others that use P must be looked at, too."""
+        weight, layer = self.of(p), self.layer_of[p]
+        if not isinstance(weight, InputWeight) or layer.input is None:
+            return None
+        self.of(weight.leader.parameter)
+        G = None
+        if weight.P.started and weight.leader.mark is not None:
+            G = self.gradient_of(p, weight.group)
+        elif not layer.input.started and not layer.input.kept:  # a sketch's, which counts for norms alone
+            G = layer.stand_in.grad
+        if G is not None:
+            layer.stand_in.grad = p.grad = None
+        weight.release()
+        return G
 
     def _in_use(self, leader: InputWeight) -> bool:
         """Whether any weight has been stepped by the P of this one, in the states that there are now."""
@@ -228,13 +269,7 @@ class LayerWeights(Weights):
                 movements.add(weight.learn_own())
             weight.give()
         self._share_seen(taught)
-        rest = [(w, w.input) for w in leaders if w.P.rows is None or not w.P.started]
-        for weight, shared, check in _checked([(w, met) for w, met in rest if met and met.energy is not None]):
-            self.ready(weight.parameter)
-            opened += self._open(weight) if not weight.P.started else [weight]
-            self._observe_input(weight, shared, check)
-            weight.learn(shared, check, movements)
-            shared.A = None
+        opened += self._learn([w for w in leaders if w.P.rows is None or not w.P.started], movements)
         for weight in leaders:
             stepped = any(own.stepped for own in weight.sharing)
             if stepped and weight.rules.subspace.refresh_due(weight.clock):
@@ -246,6 +281,29 @@ class LayerWeights(Weights):
                 weight.schedule(weight.input)  # type: ignore[arg-type]
         self.layers.forget()
         self.layers.findable = False
+        return opened
+
+    def learn_early(self, p: Tensor, stepped: Collection[Tensor]) -> None:
+        """Before the end of the step: let P of a weight learn, if all that use it have been stepped."""
+        weight = self.of(p)
+        if isinstance(weight, InputWeight) and all(own.parameter in stepped for own in weight.leader.sharing):
+            movements = Movements()
+            opened = self._learn([weight.leader], movements)
+            movements.finish()
+            for own in (weight, *opened):
+                own.release()
+
+    def _learn(self, leaders: Sequence[InputWeight], movements: Movements) -> list[InputWeight]:
+        """Let P learn from what has been seen, if anything; see `learn`."""
+        opened: list[InputWeight] = []
+        for weight, shared, check in _checked(
+            [(w, met) for w in leaders if (met := w.input) and met.energy is not None]
+        ):
+            self.ready(weight.parameter)
+            opened += self._open(weight) if not weight.P.started else [weight]
+            self._observe_input(weight, shared, check)
+            weight.learn(shared, check, movements)
+            shared.A = shared.energy = None
         return opened
 
     def _open(self, leader: InputWeight) -> list[InputWeight]:
