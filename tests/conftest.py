@@ -33,7 +33,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True, scope="module")
 def imported():
-    """Without modules, which stay, garbage is collected in a tenth of the time: Trainer does after each training."""
+    """Modules are frozen: collecting garbage, as each training of a Trainer does, then takes a tenth of the time."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""What works with what: the README's table, and which tests show each cell. Run it to print the table."""
+"""What works with what: docs/distributed.md's table, and which tests show each cell. Run it to print the table."""
 
 import ast
 import re
@@ -8,14 +8,15 @@ import pytest
 
 
 TESTS = Path(__file__).parent
-README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (TESTS.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
 
 COLUMNS = ("accumulation", "clipping", "DDP", "FSDP2", "8-bit", "resume", "residual", "two-sided", "`power`")
 DDP, FSDP2, MESHES = "distributed/test_ddp.py", "distributed/test_fsdp2.py", "distributed/test_fsdp2_meshes.py"
 ONE, REFUSED = f"{DDP}::test_two_processes_train_as_one", f"{MESHES}::test_scenario[refused]"
 TRAINER = f"{DDP}::test_trainer_on_two_processes_is_trainer_on_one"
 LAYERS, STOCK = "layers", "trainer/test_activations.py"
-INT8 = f"{LAYERS}/test_int8.py"
+INT8 = f"{LAYERS}/test_int8_training.py"
+BOTH = "optim/test_layerwise_layers.py"
 SAVED = "distributed/test_fsdp2_checkpoints.py"
 FORWARD = "subzero/test_trainer.py"
 LAYERWISE = "trainer/test_layerwise_trainer.py"
@@ -98,6 +99,20 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
         ("yes", [f"{LAYERS}/test_model_stays.py::test_resume_is_exact"]),
     ],
+    "`layerwise`, `source=activations`": [
+        ("yes", [f"{BOTH}::test_micro_batches_add_up_r"]),
+        ("per parameter, or by the step before, of R", [f"{BOTH}::test_clipping_is_that_of_r"]),
+        ("refused", [f"{DDP}::test_layerwise_is_refused_and_told_what_takes_its_place"]),
+        ("refused", ["distributed/test_activations_fsdp2.py::test_two_processes"]),
+        ("yes", [f"{STOCK}::test_layerwise_is_the_ordinary_mode_and_resumes"]),
+        ("exact", [f"{STOCK}::test_layerwise_is_the_ordinary_mode_and_resumes", f"{BOTH}::test_resume_is_exact"]),
+        ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
+        ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
+        (
+            "without accumulation or clipping",
+            [f"{BOTH}::test_steps_are_the_ordinary_modes", f"{BOTH}::test_power_with_clipping_is_refused"],
+        ),
+    ],
     "`weight_dtype=int8`": [
         ("yes", [f"{INT8}::test_training_goes_on_exactly_from_what_is_saved"]),
         ("global, of R", [f"{STOCK}::test_resume_is_exact"]),
@@ -153,8 +168,8 @@ def table() -> str:
     return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)
 
 
-def test_the_table_is_in_the_readme():
-    assert table() in README
+def test_the_table_is_on_the_page():
+    assert table() in PAGE
 
 
 @pytest.mark.parametrize(("row", "column", "text", "ids"), CELLS, ids=[f"{row}-{column}" for row, column, *_ in CELLS])

@@ -3,7 +3,8 @@
 Three steps of a LLaMA with random weights for each optimizer of ours and its peers, ordinary and layerwise, without
 and with gradient checkpointing. On the CPU allocations are counted by torch.profiler, on a GPU by the caching
 allocator. bitsandbytes' kernels decode into temporaries on CPUs and only there: its peak is told without them. With
-`source=activations` R counts as a gradient, and A, which lives until the step, among the activations.
+`source=activations` R counts as a gradient, and A, which lives until the step, among the activations. A peak is of
+steps: before them a model that is quantised is there as it was read, and one layer's copies.
 With a name, reads its settings from experiments/<name>.json. Writes results/<device>/memory.json (or <name>.json), .md
 (a few, measured), _all.md (predicted and measured) and .png.
 
@@ -81,10 +82,10 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
             if checkpointing:
                 enable_checkpointing(model)
         gradients = LiveGradients()
-        if "source=activations" not in name:  # which leaves weights to their gradients where a hook waits for them
-            gradients.watch(model)
         with make_optimizer(model, name, settings.rank) as optimizer:
-            gradients.watch(model)  # of stand-ins, which come with it
+            gradients.watch(model)  # stand-ins, too, which come with it
+            if getattr(optimizer, "stream", None) is not None:  # whose hooks come after ours
+                optimizer.stream.attach()
             smaller = sum(p.nbytes - held_bytes(p) for p in model.parameters() if isinstance(p, Int8Weight))
             for step in range(STEPS):
                 with phase(f"forward {step}"):
@@ -102,6 +103,7 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
     last = STEPS - 1
     steps = [seen[f"optimizer {step}"] for step in range(STEPS)]
     decodes = name == "adamw_bnb_8bit" and device == "cpu"
+    parts = [part for phase_name, part in seen.items() if phase_name != "model"]
     return {
         "weights": seen["model"].end - seen["model"].start - smaller,
         "gradients": gradients.peak,
@@ -109,7 +111,7 @@ def measure(config: Any, name: str, checkpointing: bool, settings: argparse.Name
         "projection": projection,
         "activations": seen[f"forward {last}"].end - seen[f"forward {last}"].start,
         "temporaries": max(part.peak - part.end for part in steps),
-        "peak": max(part.peak for part in seen.values() if not (decodes and part in steps)) - seen["model"].start,
+        "peak": max(part.peak for part in parts if not (decodes and part in steps)) - seen["model"].start,
     }
 
 

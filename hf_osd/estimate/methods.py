@@ -72,10 +72,16 @@ class Prepared(NamedTuple):
     optimizer: OSD
 
     @property
-    def projections(self) -> list[Tensor]:
-        """P that the layers use, each once."""
-        layers = self.optimizer.layers
-        return [] if layers is None else [shared.P for shared in layers.inputs()]
+    def kept(self) -> list[Tensor]:
+        """The optimizer's state, and P that the layers use."""
+        layers, states = self.optimizer.layers, self.optimizer.state.values()
+        used = [] if layers is None else [shared.P for shared in layers.inputs()]
+        return [*used, *(value for entries in states for value in entries.values())]
+
+    def end_step(self) -> None:
+        """What comes after a backward pass in which parameters have been stepped."""
+        with meta_device(), LiveBytes():
+            self.optimizer.step()
 
 
 def adamw(model: nn.Module) -> Method:
@@ -168,7 +174,8 @@ def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, lay
     temporaries = {"": _two_steps(prepared)}  # from which on it is known what layers share
     if optimizer.layers is not None:
         optimizer.layers.findable = True  # stand-ins, whose gradients are to be seen
-    return replace(_of_state(name, optimizer, temporaries), model=f"{name}, rank {rank}, {options}", prepared=prepared)
+    method = replace(_of_state(name, optimizer, temporaries), layerwise=layerwise, prepared=prepared)
+    return replace(method, model=f"{name}, rank {rank}, {options}")
 
 
 def _of_state(name: str, optimizer: OSD, temporaries: dict[str, int]) -> Method:

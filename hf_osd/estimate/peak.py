@@ -6,6 +6,7 @@
         forward:    the most that is alive in a forward pass without gradients; the largest temporaries of an update
     layerwise:  the most that is alive in the forward and backward pass, no complete gradient included;
                     for each parameter what is alive when its gradient is complete, and the temporaries of its step
+    with `source="activations"`: those steps are run in the pass; P moves after it, beside what is left
 
 The state is there from the end of the first step on, so the peak is that of the second one, and a P that is made from
 a gradient, with its SVD, counts as if the whole state were there. What a device's allocator loses in its blocks, the
@@ -60,7 +61,9 @@ def parts(weights: int, trace: StepTrace, method: Method) -> Parts:
     largest = max(method.temporaries.values(), default=0)
     if method.layerwise:
         passes = int(trace.live.max())
-        step = max(alive + method.temporaries.get(name, 0) for name, (alive, _) in trace.arrivals.items())
+        step = trace.left + largest
+        if method.prepared is None:
+            step = max(alive + method.temporaries.get(name, 0) for name, (alive, _) in trace.arrivals.items())
     else:
         passes = int((trace.live + trace.done).max())
         step = trace.gradients + trace.left + largest
@@ -115,21 +118,31 @@ class Workload:
         return self._runs[key]
 
     def _trace(
-        self, model: nn.Module, batch: int, known: Sequence[Tensor] = (), *, forward: bool = False
+        self,
+        model: nn.Module,
+        batch: int,
+        known: Sequence[Tensor] = (),
+        attach: Callable[[], object] | None = None,
+        *,
+        forward: bool = False,
     ) -> StepTrace:
         inputs = inputs_of(self.model(), batch, self.sequence)
         names = " and ".join(f"`{name}`" for name in inputs)
         with explained(f"{type(self.model()).__name__} could not be run on a batch of {names}"):
-            return trace_forward(model, inputs) if forward else trace_step(model, inputs, known)
+            return trace_forward(model, inputs) if forward else trace_step(model, inputs, known, attach)
 
     def _run(self, method: Method, checkpointing: bool, batch: int) -> StepTrace:
         key = (method.model, checkpointing, batch)
         if method.prepared is not None and key not in self._runs:
             model, optimizer = method.prepared
             (enable_checkpointing if checkpointing else disable_checkpointing)(model)
-            self._runs[key] = self._trace(model, batch, method.prepared.projections)
+            attach = None if optimizer.stream is None else optimizer.stream.attach
+            self._runs[key] = self._trace(model, batch, method.prepared.kept, attach)
             if optimizer.layers is not None:
                 optimizer.layers.forget()  # what P was to learn: R is gone, which zero_grad would know it by
+            if optimizer.stream is not None:
+                method.prepared.end_step()
+                optimizer.stream.remove()
             optimizer.zero_grad()
         return self.run(*key)
 

@@ -172,7 +172,8 @@ STAND_INS: dict[Any, Callable] = {
 class StepTrace:
     """Forward and backward pass of one batch: bytes beside the weights and the optimizer's state.
 
-    Every gradient is taken as freed once it is complete; `done` has what the ordinary mode keeps.
+    Every gradient is taken as freed once it is complete; `done` has what the ordinary mode keeps. Where hooks have
+    stepped parameters, `live` has what that allocated, too.
 
     Attributes:
         live (`torch.Tensor`): (T,) alive after each operation, complete gradients aside.
@@ -227,13 +228,19 @@ class StepTrace:
         )
 
 
-def trace_step(model: nn.Module, inputs: Mapping[str, Tensor], known: Sequence[Tensor] = ()) -> StepTrace:
+def trace_step(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    known: Sequence[Tensor] = (),
+    attach: Callable[[], object] | None = None,
+) -> StepTrace:
     """Run a forward and a backward pass of a model on the meta device, in its mode of checkpointing.
 
     Args:
         model (`nn.Module`): The model.
         inputs (`dict[str, torch.Tensor]`): A batch.
-        known (`list[torch.Tensor]`, *optional*): Tensors that do not count either: P that layers use.
+        known (`list[torch.Tensor]`, *optional*): Tensors that do not count either: the optimizer's.
+        attach (`Callable`, *optional*): Puts an optimizer's hooks on, which step parameters and free their gradients.
     """
     counter = LiveBytes([*model.parameters(), *model.buffers(), *inputs.values(), *known])
     marks: dict[str, int] = {}
@@ -246,7 +253,8 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor], known: Sequence[T
                 return
             arrivals[name] = (counter.live, p.grad.nbytes)
             ends.append(len(counter.series))
-            p.grad = None
+            if attach is None:
+                p.grad = None
 
         return hook
 
@@ -254,6 +262,8 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor], known: Sequence[T
         p.register_post_accumulate_grad_hook(arrived(name)) for name, p in model.named_parameters() if p.requires_grad
     ]
     handles += _head_hooks(model, marks, counter)
+    if attach is not None:  # after ours, which are called first
+        attach()
     try:
         with meta_device(), counter:
             loss = loss_of(model(**inputs))

@@ -1,6 +1,7 @@
 """Linear layers whose gradients never exist (`source="activations"`)."""
 
-from .prepared import CHILD, PreparedLayers, unload
+from .plain import CHILD, unload
+from .prepared import PreparedLayers
 
 
 __all__ = ["CHILD", "PreparedLayers", "unload"]

@@ -54,7 +54,7 @@ def parallel_product(osd: Any, x: Any, W: Any, b: Any) -> Tensor:
         x = x.redistribute(mesh, [Replicate()])
     with torch.no_grad():
         own = x.to_local()  # the very tensor that is in x, by which layers that are given it find each other
-    xP, B = osd.in_subspace(own, W)
+    xP, B, _ = osd.in_subspace(own, W)
     x = x.to_local(grad_placements=[Partial()])
     y = SubspaceProduct.apply(x, W.to_local(), None if b is None else b.to_local(), B.to_local(), xP, False)
     return osd.sharding.wrap(y, torch.Size([*y.shape[:-1], W.shape[0]]), y.ndim - 1)

@@ -108,10 +108,11 @@ class Int8Weight(Tensor):
         self.data = Int8Weight(self.int_data, self.scale, like.dtype)  # what torch knows of it
 
     def pieces(self) -> list[slice]:
-        """Slices of some rows each."""
+        """Slices of some rows each; on the meta device one, which allocates what any does."""
         m, n = self.shape
         step = max(1, PIECE // max(1, n))
-        return [slice(start, min(start + step, m)) for start in range(0, m, step)]
+        starts = range(0, m, step)
+        return [slice(start, min(start + step, m)) for start in (starts[:1] if self.is_meta else starts)]
 
     def plain(self) -> Tensor:
         """All of it, as a plain tensor."""

@@ -1,6 +1,7 @@
 """What a prepared layer knows, and how layers that are given the same tensor find each other."""
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 
 from .exchange import group_of_ddp
 from .fsdp import RowExchange
-from .shared_input import SharedInput, new_handle, project_compiled
+from .shared_input import Seen, SharedInput, new_handle, project_compiled
 from .start import FirstProjection
+from .wholes import Wholes
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -25,10 +27,15 @@ class Meeting:
         sharing (`bool`): Whether they may share: processes have agreed on it once the first step is made.
         group (`ProcessGroup`, *optional*): Those that average what P learns from, where there are several.
         rows ([`RowExchange`], *optional*): Theirs, where FSDP2 divides the weights.
+        late (`bool`): Whether P learns in the backward pass, in which it moves.
+        wholes ([`Wholes`]): Where all of a P is, of which each process has some rows.
+
+    Args:
+        layers (`Mapping[str, LayerInfo]`): All layers by name, as they come to be.
     """
 
-    def __init__(self) -> None:
-        self.changed, self.sharing = False, True
+    def __init__(self, layers: Mapping[str, "LayerInfo"]) -> None:
+        self.changed, self.sharing, self.late, self.wholes = False, True, False, Wholes(layers)
         self.group: Any = None
         self.rows: RowExchange | None = None
         self._ddp: Any = lambda: None
@@ -45,7 +52,7 @@ class Meeting:
         if mesh.size() > 1:
             self.group = layer.sharding.group
         if layer.fsdp is not None:
-            self.rows = self.rows or RowExchange(layer.sharding)
+            self.rows = self.rows or RowExchange(layer.sharding, self.wholes.forget)
             if (self.rows.mesh, self.rows.placements) != (mesh, layer.sharding.placements):
                 raise ValueError(
                     f"{layer.name} lies on another mesh than other layers. With source='activations' all must lie on "
@@ -149,6 +156,14 @@ class LayerInfo:
         self._known_leaf = self.stand_in
         self._meeting.divide(self)
 
+    def use(self, P: Tensor, code: Tensor | None, rows: Any) -> None:
+        """Let the layers that have its input use this P of the optimizer from now on; see [`SharedInput.bind`]."""
+        shared = self.input
+        assert shared is not None
+        shared.bind(P, code, rows, None if rows is None else self._meeting.wholes)
+        if rows is not None:
+            self._meeting.wholes.add(shared, self)
+
     @property
     def made(self) -> bool:
         """Whether there is R that this process has not sent."""
@@ -188,14 +203,15 @@ class LayerInfo:
         if self.input.P is None:
             self.input.P = self.first.draw(x.shape[-1], x.device)
 
-    def in_subspace(self, x: Tensor, W: Tensor) -> tuple[Tensor, Any]:
-        """The product x P of the input x, and what R is to arrive at; W is as the forward pass has it."""
+    def in_subspace(self, x: Tensor, W: Tensor) -> tuple[Tensor, Any, Seen | None]:
+        """The product x P of the input x, what R is to arrive at, and what P learns late; W is as the pass has it."""
         if torch.compiler.is_compiling():  # a look-up by key would be a graph for each key
             handle = self.input.handle if self.met else self._handle  # type: ignore[union-attr]
-            return project_compiled(x, handle, self.first.rank), self._known_leaf
+            return project_compiled(x, handle, self.first.rank), self._known_leaf, None
         if not self.met:
             self.meet(x, W)
-        return self.input.project(x), self._leaf(W)  # type: ignore[union-attr]
+        xP, kept = self.input.project(x, self.name if self._meeting.late else None)  # type: ignore[union-attr]
+        return xP, self._leaf(W), kept
 
     def product(self, x: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:
         """Of a compiled function that was given the handle of a layer, since it had not met its input."""

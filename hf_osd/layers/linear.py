@@ -28,10 +28,10 @@ class InSubspace:
             return self.plain.forward(self, x)
         if osd.sharding is not None and osd.fsdp is None:
             return parallel_product(osd, x, W, self.bias)  # type: ignore[attr-defined]
-        xP, B = osd.in_subspace(x, W)
+        xP, B, kept = osd.in_subspace(x, W)
         if not B.requires_grad:  # as where all parameters were frozen, and W is no longer
             B.requires_grad_(True)
-        return SubspaceProduct.apply(x, W, self.bias, B, xP, self.transposed)  # type: ignore[attr-defined]
+        return SubspaceProduct.apply(x, W, self.bias, B, xP, self.transposed, kept)  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in vars(self).items() if name != "osd"}

@@ -11,18 +11,17 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .candidates import owners_of, zeros_like_R
 from .divided import reason_of, zeros_by_rows
-from .exchange import all_holders, average_inputs, ddp_may_come, share_int8
+from .exchange import add_energies, all_holders, average_inputs, ddp_may_come, share_int8
 from .first_pass import end_first_pass, wait_for_first_pass
 from .fsdp import groups_of_fsdp, keep_from_fsdp
 from .int8 import Int8Weight, quantize_
 from .layer import LayerInfo, Meeting, plain_class
-from .linear import InSubspace, prepared_classes
+from .linear import prepared_classes
+from .plain import CHILD, make_plain, quantize_again, unload_others
 from .shared_input import SharedInput
 
 
 logger = logging.getLogger("hf_osd")
-
-CHILD = "osd_stand_ins"  # the model's, while it is prepared
 
 
 class PreparedLayers(nn.Module):
@@ -58,14 +57,14 @@ class PreparedLayers(nn.Module):
         self._model, self._sharding_of = (model,), sharding_of  # no child
         self.layers: dict[str, LayerInfo] = {}
         self.left: dict[str, str] = {}
-        self.meeting = Meeting()
+        self.meeting = Meeting(self.layers)
         self.installed = self.findable = self._following = False
         self._watch: Any = None
         owners = owners_of(model)
         whole = (sharding_of(model.get_parameter(name), name) is None for name in ranks)
         self._exchanged = ddp_may_come() and all(whole)
         self._shown: list[LayerInfo] = []
-        self._given_back = False
+        self._given_back: dict[LayerInfo, Int8Weight] = {}  # whose layers have floats until they are installed again
         for name, rank in ranks.items():
             p, name = model.get_parameter(name), plain_name(name)
             modules, reason = owners[p]
@@ -89,16 +88,21 @@ class PreparedLayers(nn.Module):
             if p in layers:
                 quantize_(layers[p].weight, layers[p].name)
 
+    @property
+    def int8(self) -> bool:
+        """Whether any weight of theirs is in 8 bits now."""
+        return any(isinstance(layer.weight, Int8Weight) for layer in self.layers.values())
+
     def install(self) -> None:
         """Put the layers into the model, or leave them there. What else it was prepared with goes out."""
         (model,) = self._model
-        if self._given_back:
-            raise ValueError("The int8 weights have been given back as floats: make a new optimizer.")
-        _unload(model, keep=self if self.installed else None)
+        unload_others(model, keep=self if self.installed else None)
         if not self.layers:  # none could be prepared
             self.installed = True
             return
         for layer in self.layers.values():
+            if layer in self._given_back:
+                quantize_again(layer, self._given_back.pop(layer))
             for module in layer.modules:
                 module.__class__ = prepared_classes()[plain_class(module)]
                 vars(module)["osd"] = layer
@@ -107,6 +111,7 @@ class PreparedLayers(nn.Module):
                 layer.hide()
         model.add_module(CHILD, self)
         self.installed = self.findable = True
+        self.send_ahead()
         if self._watch is None:
             self._watch = register_optimizer_step_pre_hook(_warn_of_others(self))
         if any(layer.input is None for layer in self.layers.values()):
@@ -116,10 +121,12 @@ class PreparedLayers(nn.Module):
         """Make all layers plain again."""
         (model,) = self._model
         for layer in self.layers.values():
-            self._given_back |= self.installed and isinstance(layer.weight, Int8Weight)
-            _make_plain(layer)
+            kept = make_plain(layer)
+            if kept is not None:
+                self._given_back[layer] = kept
             layer.show()
         end_first_pass(self)
+        self.meeting.wholes.detach()
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
@@ -151,7 +158,7 @@ class PreparedLayers(nn.Module):
     def leave(self, name: str, reason: str, expected: bool = False) -> None:
         """Make one layer plain for good; its stand-in stays where somebody expects to find it again."""
         layer = self.layers.pop(name)
-        _make_plain(layer)
+        make_plain(layer)
         if not expected:
             delattr(self, layer.key)
         self.left[name] = reason
@@ -188,7 +195,7 @@ class PreparedLayers(nn.Module):
 
     def by_weight(self) -> dict[Tensor, LayerInfo]:
         """The layers by weight, as these are now: moving and sharding a model exchanges them."""
-        return {layer.weight: layer for layer in self.layers.values()}
+        return {self._given_back.get(layer, layer.weight): layer for layer in self.layers.values()}
 
     def shareable(self, holders: Mapping[str, str]) -> dict[str, str]:
         """Those of `holders` (see `share_as`) whose layers are prepared, and of one kind."""
@@ -228,6 +235,7 @@ class PreparedLayers(nn.Module):
         group, meeting = self.meeting.group, self.meeting
         if meeting.rows is not None:  # what a backward pass that was broken off has left
             meeting.rows.finish()
+        meeting.wholes.forget()
         if group is None:
             for layer in self.layers.values():  # nobody else takes what requires a gradient from now on
                 layer.show()
@@ -244,7 +252,9 @@ class PreparedLayers(nn.Module):
                     rows = layer.weight.shape[0 if layer.transposed else 1]
                     layer.input.P = layer.first.draw(rows, layer.weight.device)
         layers = self.layers.values()
-        average_inputs({met: layer.weight.dtype for layer in layers if (met := layer.input) is not None}, group)
+        inputs = {met: layer.weight.dtype for layer in layers if (met := layer.input) is not None}
+        add_energies([shared for shared in inputs if shared.rows is not None], group)
+        average_inputs({shared: dtype for shared, dtype in inputs.items() if shared.rows is None}, group)
 
     @property
     def has_gradients(self) -> bool:
@@ -258,6 +268,13 @@ class PreparedLayers(nn.Module):
             shared.forget()
         for layer in self.layers.values():
             layer.forget()
+        self.meeting.wholes.forget()
+        self.send_ahead()
+
+    def send_ahead(self) -> None:
+        """Let the modules that FSDP2 gathers weights for send for each P that processes divide, from now on."""
+        if self.installed:
+            self.meeting.wholes.attach(self._model[0])
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing."""
@@ -267,28 +284,6 @@ class PreparedLayers(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Identity, ()  # of a copied model, whose layers are plain
-
-
-def unload(model: nn.Module) -> nn.Module:
-    """Give a model its plain layers back, in place; nothing changes in a model that has none of ours.
-
-    Args:
-        model (`nn.Module`): A model that an optimizer with `source="activations"` was made for, or what wraps it.
-
-    Returns:
-        `nn.Module`: The model.
-    """
-    _unload(model)
-    return model
-
-
-def _unload(model: nn.Module, keep: PreparedLayers | None = None) -> None:
-    found = {vars(module)["osd"].stand_ins for module in model.modules() if isinstance(module, InSubspace)}
-    for prepared in found - {keep}:
-        prepared.remove()
-    for module in model.modules():
-        if module._modules.get(CHILD) is not keep:
-            module._modules.pop(CHILD, None)  # of a copy
 
 
 def _warn_of_others(layers: PreparedLayers) -> Callable[..., None]:
@@ -310,15 +305,3 @@ def _warn_of_others(layers: PreparedLayers) -> Callable[..., None]:
             )
 
     return hook
-
-
-def _make_plain(layer: LayerInfo) -> None:
-    own = [m for m in layer.modules if isinstance(m, InSubspace) and vars(m).get("osd") is layer]  # no other's since
-    W: Any = layer.modules[0]._parameters.get("weight")
-    if own and isinstance(W, Int8Weight):
-        W = nn.Parameter(W.plain(), W.requires_grad)
-        for module in own:
-            module.weight = W
-    for module in own:
-        module.__class__ = module.plain  # type: ignore[assignment]
-        del vars(module)["osd"]

@@ -18,15 +18,26 @@ from torch.autograd.function import once_differentiable
 
 from ..subspace.precision import full_precision
 from .int8 import plain
+from .shared_input import Seen
 
 
 class SubspaceProduct(torch.autograd.Function):
     """y = x Wᵀ + b. The gradient of the stand-in B, shaped like R, is R; W gets none."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, xP: Tensor, transposed: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        B: Tensor,
+        xP: Tensor,
+        transposed: bool,
+        kept: Seen | None = None,
+    ) -> Tensor:
         """Plain product: neither P nor B has a part in it."""
-        ctx.save_for_backward(W, xP)
+        ctx.learner, seen = kept or (None, ())
+        ctx.save_for_backward(W, xP, *seen)
         ctx.transposed = transposed
         V = plain(W)  # freed on return, and made again in the backward pass
         return F.linear(x, V.t() if transposed else V, b)
@@ -35,7 +46,9 @@ class SubspaceProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of x as of any linear layer, of b if there is one, and R."""
-        (dY,), (W, xP), needs = gradients, ctx.saved_tensors, ctx.needs_input_grad
+        (dY,), (W, xP, *seen), needs = gradients, ctx.saved_tensors, ctx.needs_input_grad
+        if seen:
+            ctx.learner.take(seen)
         dx = None
         if needs[0]:
             V = plain(W).to(dY.dtype)  # autocast's copy in half precision is not kept since the forward pass
@@ -46,4 +59,4 @@ class SubspaceProduct(torch.autograd.Function):
             with full_precision(dY):
                 xP = xP.to(dY.dtype)
                 R = xP.t() @ dY if ctx.transposed else dY.t() @ xP
-        return dx, None, dY.sum(0) if needs[2] else None, R, None, None
+        return dx, None, dY.sum(0) if needs[2] else None, R, None, None, None

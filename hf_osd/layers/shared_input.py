@@ -7,17 +7,27 @@ the rules that it learns from gradients by, with x in the place of G (Eq. 6): of
 
 add up over all that is computed between two steps. While x_k and x_k P of a few tokens are smaller than A, they are
 what is kept, and A is made of them when it is asked for: for one input at a time, in the step.
+
+Where P moves within the backward pass (layerwise), what it learns of is kept for that pass as what autograd keeps: a
+checkpoint drops it, and makes it again.
 """
 
 import weakref
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..subspace.precision import full_precision, reduced_precision
 from .start import FirstProjection
+
+
+class Seen(NamedTuple):
+    """What an input has to learn of a forward pass, in the backward pass: x_k and x_k P, or A and ||x_k||²."""
+
+    input: "SharedInput"
+    seen: tuple[Tensor, Tensor]
 
 
 class SharedInput:
@@ -29,13 +39,16 @@ class SharedInput:
         every (`int`): k: P learns of every k-th token.
 
     Attributes:
-        P (`torch.Tensor`, *optional*): (n, r), the optimizer's own; `None` before it is drawn.
+        P (`torch.Tensor`, *optional*):
+            (n, r), the optimizer's own; `None` before it is drawn. Where processes divide it, this one's rows of it.
+        rows (`Rows`, *optional*): How they do.
         code (`torch.Tensor`, *optional*): What the state keeps instead of P, once it does.
         started (`bool`): Whether weights are stepped by it. Before, P is a random sketch, from which it starts.
         kept (`bool`): Whether it is, or was, in the optimizer's state.
         learns (`bool`): Whether P is to move after the coming step.
         turn (`int`): Which of the k first tokens is the first that P learns of.
         energy (`torch.Tensor`, *optional*): ||x_k||², 0-dim, likewise.
+        averaged (`bool`): Whether both are those of all processes.
         handle (`torch.Tensor`): A number on the CPU that compiled functions, which are given it, find the input by.
     """
 
@@ -43,12 +56,16 @@ class SharedInput:
         self.leader, self.first, self.every = leader, first, every
         self.handle = new_handle(self)
         self.P: Tensor | None = None
+        self.rows: Any = None
+        self._wholes: Any = None
         self.restart()
         self._A: Tensor | None = None
         self._tokens: list[tuple[Tensor, Tensor]] = []  # x_k and x_k P that are not in A
         self.energy: Tensor | None = None
+        self.averaged = False
         self._outside: set[bool] = set()
         self._last: tuple[Any, int, Any] = (lambda: None, 0, None)
+        self._teacher: str | None = None
 
     @property
     def A(self) -> Tensor | None:
@@ -67,47 +84,94 @@ class SharedInput:
     def restart(self) -> None:
         """Be as before the first step."""
         if self.P is not None:  # the exchange of processes asks for it, whoever calls the layer next
-            self.P = self.first.draw(self.P.shape[0], self.P.device)
+            P, n, wholes = self.P, self.size, self._wholes
+            self.rows = self._wholes = None
+            self.P = self.first.draw(n, P.device)
+            if wholes is not None:
+                wholes.remove(self)
         self.code: Tensor | None = None
         self.started, self.kept = self.first.complete, False
         self.learns, self.turn = not self.first.complete or self.first.rule.moves_at(0), 0
 
+    @property
+    def size(self) -> int:
+        """n, of a P that is there."""
+        assert self.P is not None
+        return len(self.P) if self.rows is None else sum(self.rows.sizes)
+
     @torch.no_grad()
-    def project(self, x: Tensor) -> Tensor:
-        """The product x P, (T, r): once for all layers that are given this x."""
-        dtype = _dtype_of_products(x)
+    def project(self, x: Tensor, late: str | None = None) -> tuple[Tensor, Seen | None]:
+        """The product x P, (T, r): once for all layers that are given this x.
+
+        Layers that have P learn `late`, in the backward pass, give their name. What there is to learn goes with the
+        first that has been called since the last step: checkpoints count on it that a pass repeated keeps the same.
+        """
+        dtype = dtype_of_products(x.device.type, x.dtype)
         last, version, product = self._last
         seen = last() is x and version == x._version
         known = product() if seen else None
         if known is not None and known.dtype == dtype:
-            return known
-        xP = self.product(x, dtype, seen=seen)  # that seen is gone where a checkpoint keeps nothing
-        self._last = weakref.ref(x), x._version, weakref.ref(xP)
-        return xP
+            xP = known
+        else:  # that seen is gone where a checkpoint keeps nothing
+            xP = self.product(x, dtype, learn=not seen and late is None)
+            self._last = weakref.ref(x), x._version, weakref.ref(xP)
+        self._teacher = self._teacher or late
+        teaches = late is not None and self.learns and self._teacher == late
+        return xP, Seen(self, self._kept_of(x, xP)) if teaches else None
 
     @torch.no_grad()
-    def product(self, x: Tensor, dtype: torch.dtype, compiled: bool = False, seen: bool = False) -> Tensor:
-        """As `project`, which asks for what is not known any more; learns from x unless it was seen."""
+    def product(self, x: Tensor, dtype: torch.dtype, compiled: bool = False, learn: bool = True) -> Tensor:
+        """As `project`, which asks for what is not known any more."""
         if self.P is None:
             self.P = self.first.draw(x.shape[-1], x.device)
         elif self.P.device != x.device:  # the model has been moved
             self.P = self.P.to(x.device)
+        P = self.P if self.rows is None else self._wholes.take(self)
         x = x.reshape(-1, x.shape[-1])
         with full_precision(x):
-            xP = x.to(dtype) @ self.P.to(dtype)
-        if self.learns and not seen and self._is_new(compiled):
-            start = self.turn % max(min(self.every, len(x)), 1)  # a few tokens are seen at every step, too
-            self._learn(x[start :: self.every], xP[start :: self.every])
+            xP = x.to(dtype) @ P.to(dtype)
+        del P
+        if learn and self.learns and self._is_new(compiled):
+            self._learn(*self._part_of(x, xP))
         return xP
 
+    def _part_of(self, x: Tensor, xP: Tensor) -> tuple[Tensor, Tensor]:
+        """x_k and x_k P."""
+        start = self.turn % max(min(self.every, len(x)), 1)  # a few tokens are seen at every step, too
+        return x[start :: self.every], xP[start :: self.every]
+
     def _learn(self, x: Tensor, xP: Tensor) -> None:
-        energy = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, self.first.dtype)).square()
-        self.energy = energy if self.energy is None else self.energy + energy
-        bytes_of_A = x.shape[1] * xP.shape[1] * self.first.dtype.itemsize
-        few = sum(part.nbytes for pair in (*self._tokens, (x, xP)) for part in pair) < bytes_of_A
+        self._add_energy(self._energy_of(x))
+        few = self._few(*self._tokens, (x, xP))
         self._tokens.append((x.clone(), xP.clone()) if few else (x, xP))
         if not few or self._A is not None:
             self.A  # noqa: B018 - makes it
+
+    def _kept_of(self, x: Tensor, xP: Tensor) -> tuple[Tensor, Tensor]:
+        """What is kept of an input for the backward pass: see [`Seen`]."""
+        x, xP = self._part_of(x.reshape(-1, x.shape[-1]), xP)
+        return (x.clone(), xP.clone()) if self._few((x, xP)) else (self._product_of(x, xP), self._energy_of(x))
+
+    def take(self, seen: tuple[Tensor, Tensor]) -> None:
+        """Learn of that."""
+        if seen[1].ndim:
+            self._learn(*seen)
+            return
+        A = self.A
+        self.A = seen[0] if A is None else A + seen[0]
+        self._add_energy(seen[1])
+
+    def _few(self, *tokens: tuple[Tensor, Tensor]) -> bool:
+        """Whether tokens and their products are smaller than A."""
+        x, xP = tokens[0]
+        bytes_of_A = x.shape[1] * xP.shape[1] * self.first.dtype.itemsize
+        return sum(part.nbytes for pair in tokens for part in pair) < bytes_of_A
+
+    def _energy_of(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, self.first.dtype)).square()
+
+    def _add_energy(self, energy: Tensor) -> None:
+        self.energy = energy if self.energy is None else self.energy + energy
 
     def _product_of(self, x: Tensor, xP: Tensor) -> Tensor:
         """A of these tokens."""
@@ -134,7 +198,8 @@ class SharedInput:
 
     def forget(self) -> None:
         """What was seen since the last step."""
-        self.A = self.energy = None
+        self.A = self.energy = self._teacher = None
+        self.averaged = False
         self._outside.clear()
         self.forget_product()
 
@@ -147,17 +212,25 @@ class SharedInput:
         if not self.started and (self._A is not None or self._tokens):
             self.P = None
 
-    def bind(self, P: Tensor, code: Tensor | None) -> None:
-        """Use this P, the optimizer's, and what it keeps instead, from now on, and step by it."""
-        self.P, self.code, self.started, self.kept = P, code, True, True
+    def bind(self, P: Tensor, code: Tensor | None, rows: Any = None, wholes: Any = None) -> None:
+        """Use this P, the optimizer's, and what it keeps instead, from now on, and step by it.
+
+        Args:
+            P (`torch.Tensor`): As above.
+            code (`torch.Tensor`, *optional*): Likewise.
+            rows (`Rows`, *optional*): Likewise.
+            wholes ([`Wholes`], *optional*): Gives all of P, if this is not all.
+        """
+        if self.rows is not None and rows is None:
+            self._wholes.remove(self)
+        self.P, self.code, self.started, self.kept, self.rows, self._wholes = P, code, True, True, rows, wholes
         self.forget_product()
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
-    """What products of x come in: autocast may be on for one layer and off for another."""
-    kind = x.device.type
-    autocast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+def dtype_of_products(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """What products of such inputs come in: autocast may be on for one layer and off for another."""
+    autocast = dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else dtype
 
 
 _numbers = count()
@@ -188,4 +261,4 @@ def _(x: Tensor, handle: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
 
 def project_compiled(x: Tensor, handle: Tensor, rank: int) -> Tensor:
     """In a compiled function, the x P of whose handle it is."""
-    return torch.ops.hf_osd.project(x.detach(), handle, rank, _dtype_of_products(x))
+    return torch.ops.hf_osd.project(x.detach(), handle, rank, dtype_of_products(x.device.type, x.dtype))

@@ -11,6 +11,7 @@ from ..layers import PreparedLayers, unload
 from ..layers.candidates import refuse_wrapped
 from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
+from .arrival.hooks import release
 from .groups import by_name
 from .options.full_size import by_size
 from .options.general import DEFAULT_RANK
@@ -130,6 +131,7 @@ def osd_kwargs(
         raise ValueError("`full_size_optim` has no effect: all that is trained is projected. Leave it out.")
     if settings["source"] == "activations":
         refuse_wrapped(whole)
+        release(model.parameters(), keep=None)  # layers whose weights have hooks could not be prepared
         if settings["weight_dtype"] is not None and any(map(is_sharded, selection.projected.values())):
             raise ValueError(INT8_NOT_SHARDED)
         own["layers"] = PreparedLayers(model, ranks, plain_name, sharding_of)

@@ -168,8 +168,9 @@ class OSD(SavedOptimizer):
             Whether the processes among which FSDP2 or tensor parallelism divides a weight divide its P and the moments
             of that, too, by rows. Defaults to where that is possible. Then P is gathered where it is used and its
             gradient reduce-scattered, as FSDP2 does with weights, in buckets of many. Rules that need all of P to move
-            it, or make it anew, keep it whole on every process: by default P is divided with `online_pca` on
-            gradients, without `carry_moments`. A checkpoint goes on either way.
+            it, or make it anew, keep it whole on every process: by default P is divided with `online_pca`, without
+            `carry_moments`. With source='activations' the forward pass gathers it, too. A checkpoint goes on either
+            way.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
         selection (`Sequence[dict]`, *optional*):
             Groups that differ in what is projected, which `params` are divided into. Trainer's own arguments have it.
@@ -274,6 +275,8 @@ class OSD(SavedOptimizer):
             self.attach()
             weakref.finalize(self, layers.remove).atexit = False  # nobody else would step what the layers make
         if self.mode.layerwise:
+            if layers is not None:
+                layers.meeting.late = not self.mode.gradient_accumulation
             self._stream = GradientStream(self._weights_now(), self.mode)
             self._stream.attach()
 
@@ -414,11 +417,11 @@ class OSD(SavedOptimizer):
             check_capture(weights)
         if not self.state and weights.only_make_states():
             return loss
+        if self._layers is not None:
+            self._layers.agree()
         if self._stream is not None:
             self._stream.finish()
             return loss
-        if self._layers is not None:
-            self._layers.agree()
         streams = SideStreams(weights.device_types) if self.mode.projection_stream else None
         movements = DividedMovements(streams) if weights.divided else Movements(streams)
         leaders: list[InputWeight] = []
@@ -464,7 +467,8 @@ class OSD(SavedOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those that have been taken off the parameters as well."""
         # without any R, what was seen is of a backward pass that comes after this
-        made = self._layers is not None and self._layers.has_gradients
+        begun = self._stream is not None and self._stream.begun
+        made = self._layers is not None and (self._layers.has_gradients or begun)
         super().zero_grad(set_to_none)
         if self._layers is not None and made:
             self._layers.forget()

@@ -145,10 +145,11 @@ class SavedOptimizer(torch.optim.Optimizer):
             today = as_of_today(group)  # may be another version's
             group.clear()
             group.update(today)
-        if not isinstance(self._layers, PreparedLayers):  # copied: the copy of the model has plain layers
+        alone = self._layers is not None and not isinstance(self._layers, PreparedLayers)
+        if alone:  # copied: the copy of the model has plain layers
             self._layers = None
         if state.get("_stream") is not None:
-            state["_stream"].restore(self._weights_now())
+            state["_stream"].restore(self._weights_now(), attach=not alone)
 
 
 def _asking() -> str | None:

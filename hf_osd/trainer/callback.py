@@ -16,7 +16,7 @@ from ..hub.config import CONFIG_NAME
 from ..hub.projection_state import refuse_names
 from ..layers import unload
 from ..optim import OSD, adamw_state_bytes, predicted_state_bytes
-from ..optim.arrival.stream import release
+from ..optim.arrival.hooks import release
 from ..optim.options.table import LR_MULTIPLE
 from ..optim.osd import osd_of
 from ..optim.statistics import summarize_each

@@ -181,6 +181,13 @@ def _load_whole(original: Callable, self: Trainer, *args: Any, **kwargs: Any) ->
     return None
 
 
+def _load_best(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    osd = osd_of(self.optimizer)
+    if osd is not None and osd.layers is not None and osd.layers.int8:
+        osd.remove()  # floats, which take those of the checkpoint as they are: the training has ended
+    return _load_whole(original, self, *args, **kwargs)
+
+
 def _leave_clipping(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
     osd, subzero = osd_of(self.optimizer), subzero_of(self.optimizer)
     if subzero is not None:
@@ -244,7 +251,7 @@ PATCHES = (
         Trainer,
         "_load_best_model",
         "likewise `load_best_model_at_end` leaves those of the last step beside others of the best one",
-        _load_whole,
+        _load_best,
     ),
     Patch(
         Trainer,

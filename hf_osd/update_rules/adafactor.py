@@ -3,6 +3,7 @@
 What `transformers.optimization.Adafactor(scale_parameter=False, relative_step=False)` computes.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,25 +42,58 @@ class Adafactor:
 
     def direction(self, G: Tensor, now: RuleStep) -> Tensor:
         """G over the root of the factored second moment, its root mean square clipped."""
-        moments, check, step = now.moments, now.check, now.step
-        assert isinstance(step, Tensor)  # for it is not stackable
+        check = now.check
         G = G.masked_fill(check.skip, 0.0)
-        # 1 - beta2 = t^decay_rate; t is 0 only when the first gradient ever is skipped, and then nothing is kept
-        new = step.clamp(min=1.0).to(G.dtype).pow(self.decay_rate) * check.keep
         if G.ndim < 2:
-            v = moments["exp_avg_sq"].lerp_(G.square().add_(self.eps1), new)
+            v = now.moments["exp_avg_sq"].lerp_(G.square().add_(self.eps1), self._share_of_new(now, G.dtype))
             D = v.rsqrt().mul_(G)
         else:
-            # row <- beta2 row + (1 - beta2) mean_j(G² + eps1), col likewise over i
-            row = moments["exp_avg_sq_row"].lerp_(self._mean_square(G, -1), new)
-            col = moments["exp_avg_sq_col"].lerp_(self._mean_square(G, -2), new)
-            # D = G / sqrt(row col / mean(row))
-            D = G * (row / row.mean(dim=-1, keepdim=True)).rsqrt().unsqueeze(-1)
-            D.mul_(col.rsqrt().unsqueeze(-2))
-        # D <- D / max(1, rms(D) / clip_threshold)
-        rms = torch.linalg.vector_norm(D) / D.numel() ** 0.5
-        return D.div_((rms / self.clip_threshold).clamp(min=1.0)).masked_fill_(check.skip, 0.0)
+            by_row, by_column = self._factors(_square(G, -1), _square(G, -2), now)
+            D = (G * by_row.unsqueeze(-1)).mul_(by_column.unsqueeze(-2))
+        return D.div_(self._excess(torch.linalg.vector_norm(D), D.numel())).masked_fill_(check.skip, 0.0)
 
-    def _mean_square(self, G: Tensor, dim: int) -> Tensor:
-        # A norm reads G once; G² would be a temporary of its size.
-        return torch.linalg.vector_norm(G, dim=dim).square() / G.shape[dim] + self.eps1
+    def by_rows(
+        self,
+        G: Tensor,  # (m, n), of any precision
+        rows: Sequence[slice],  # all of them
+        dtype: torch.dtype,  # precision of the computation
+        now: RuleStep,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The same of a large matrix, some rows at a time, with no temporaries but those: three passes over G."""
+
+        def part(piece: slice) -> Tensor:
+            return G[piece].to(dtype, copy=True).masked_fill_(now.check.skip, 0.0)
+
+        def direction(piece: slice) -> Tensor:
+            return part(piece).mul_(by_row[piece].unsqueeze(-1)).mul_(by_column)
+
+        squares = [(_square(X, -1), _square(X, -2)) for X in map(part, rows)]
+        by_rows, by_columns = zip(*squares, strict=True)
+        by_row, by_column = self._factors(torch.cat(by_rows), torch.stack(by_columns).sum(0), now)
+        norms = torch.stack([torch.linalg.vector_norm(direction(piece)) for piece in rows])
+        excess = self._excess(torch.linalg.vector_norm(norms), G.numel())
+        for piece in rows:
+            yield piece, direction(piece).div_(excess).masked_fill_(now.check.skip, 0.0)
+
+    def _share_of_new(self, now: RuleStep, dtype: torch.dtype) -> Tensor:
+        assert isinstance(now.step, Tensor)  # for it is not stackable
+        # 1 - beta2 = t^decay_rate; t is 0 only when the first gradient ever is skipped, and then nothing is kept
+        return now.step.clamp(min=1.0).to(dtype).pow(self.decay_rate) * now.check.keep
+
+    def _factors(self, row2: Tensor, col2: Tensor, now: RuleStep) -> tuple[Tensor, Tensor]:
+        """What rows and columns of G are multiplied with, of the sums of their squares."""
+        new, (rows, columns) = self._share_of_new(now, row2.dtype), (row2.shape[-1], col2.shape[-1])
+        # row <- beta2 row + (1 - beta2) mean_j(G² + eps1), col likewise over i
+        row = now.moments["exp_avg_sq_row"].lerp_(row2 / columns + self.eps1, new)
+        col = now.moments["exp_avg_sq_col"].lerp_(col2 / rows + self.eps1, new)
+        # D = G / sqrt(row col / mean(row))
+        return (row / row.mean(dim=-1, keepdim=True)).rsqrt(), col.rsqrt()
+
+    def _excess(self, norm: Tensor, entries: int) -> Tensor:
+        # D <- D / max(1, rms(D) / clip_threshold)
+        return (norm / entries**0.5 / self.clip_threshold).clamp(min=1.0)
+
+
+def _square(G: Tensor, dim: int) -> Tensor:
+    # A norm reads G once; G² would be a temporary of its size.
+    return torch.linalg.vector_norm(G, dim=dim).square()

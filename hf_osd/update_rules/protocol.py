@@ -77,8 +77,9 @@ class RuleStep(NamedTuple):
 class UpdateRule(Protocol):
     """A rule is a frozen dataclass of its settings; its state lives in the optimizer.
 
-    A rule whose moments can be turned into another basis also has `carry(moments, turn, step)`, and one that can move
-    a weight in the pass that computes its direction `update_(W, G, now)`.
+    A rule whose moments can be turned into another basis also has `carry(moments, turn, step)`, one that can move a
+    weight in the pass that computes its direction `update_(W, G, now)`, and one that is not `elementwise` but can work
+    through a large matrix `by_rows(G, rows, dtype, now)`.
 
     Attributes:
         elementwise (`bool`):

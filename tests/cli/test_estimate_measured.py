@@ -90,6 +90,16 @@ def test_learning_from_activations(family: str, checkpointing: bool):
     assert checkpointing or told["activations"] < plain["activations"]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_stepping_layers_as_their_gradients_come(family: str):
+    """Neither R of all layers nor gradients of embeddings and head together."""
+    name = "osd_adamw8bit{}:source=activations,weight_dtype=int8"
+    told, seen = both(FAMILIES[family], name.format("_layerwise"), True)
+    check(told, seen)
+    work = Workload(FAMILIES[family], torch.float32, 64, 8)
+    assert told["gradients"] < memory.predicted(work, name.format(""), True, settings_of())["gradients"] / 2
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_forward_passes_alone(dtype: str):
     """U and V beside the weights, no gradient, and of activations what one layer needs."""

@@ -44,6 +44,8 @@ def test_the_committed_result_of_int8_weights(name):
         assert row["predicted"]["peak"] == pytest.approx(row["measured"]["peak"], rel=0.03)
         each = (row["measured"]["weights"] - others) / blocks
         assert each == pytest.approx(2, abs=1e-3) or "int8" in row["optim"] and 1 < each < 1.02
+    first, last = (result["rows"][i]["measured"]["peak"] for i in (0, -1))
+    assert last < (0.55 if result["model"] == "llama_350m" else 0.57) * first
 
 
 @pytest.fixture

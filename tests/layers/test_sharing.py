@@ -189,11 +189,6 @@ def test_what_needs_a_gradient_is_refused(options, message):
     assert type(net.layers[0]) is nn.Linear
 
 
-def test_layerwise_names_are_refused():
-    with pytest.raises(ValueError, match="no gradients of full size"):
-        make(Net(), "osd_adamw_layerwise")
-
-
 def test_ddp_comes_after_the_optimizer():
     net = nn.Module.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(net)

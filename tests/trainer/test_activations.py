@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_resume import Tokens
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -28,12 +29,14 @@ class FullGradients(TrainerCallback):
         self.int8.add(sum(isinstance(module.weight, Int8Weight) for module in layers))
 
 
-def make(folder: Path, optim: str = "osd_adamw", optim_args: str = "rank=4,source=activations", **options) -> Trainer:
+def make(
+    folder: Path, optim: str = "osd_adamw", optim_args: str = "rank=4,source=activations", data=None, **options
+) -> Trainer:
     set_seed(0)
     defaults = {"learning_rate": 2e-3, "max_steps": 6, "save_steps": 3, "report_to": "none", "use_cpu": True}
     defaults |= {"per_device_train_batch_size": 4, "logging_steps": 1, "disable_tqdm": True, "weight_decay": 0.1}
     arguments = TrainingArguments(str(folder), optim=optim, optim_args=optim_args, **{**defaults, **options})
-    return Trainer(tiny_llama(attention_dropout=0.1), arguments, train_dataset=Tokens())
+    return Trainer(tiny_llama(attention_dropout=0.1), arguments, train_dataset=Tokens(), eval_dataset=data)
 
 
 def logged(trainer: Trainer) -> list[dict]:
@@ -65,6 +68,19 @@ def test_resume_is_exact(optim, options, tmp_path):
     assert all(entry["grad_norm"] > 0 for entry in logged(whole)[:6])
 
 
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_layerwise_is_the_ordinary_mode_and_resumes(options, tmp_path):
+    names = ("osd_adamw8bit", "osd_adamw8bit_layerwise")
+    trainers = []
+    for i, resumed in enumerate((None, None, str(tmp_path / "1" / "checkpoint-3"))):
+        trainers.append(make(tmp_path / f"{i}", names[i > 0], **INT8 | {"max_grad_norm": 0.0} | options))
+        trainers[-1].train(resume_from_checkpoint=resumed)
+    _, layerwise, again = map(logged, trainers)
+    assert again[:6] == layerwise[:6]
+    for a, b, c in zip(*(trainer.model.state_dict().values() for trainer in trainers), strict=True):
+        assert torch.equal(b, c) and (a - b).abs().max() < 1e-5
+
+
 def test_accumulation_is_one_large_batch(tmp_path):
     parts = make(tmp_path / "a", gradient_accumulation_steps=4, per_device_train_batch_size=1)
     whole = make(tmp_path / "b", per_device_train_batch_size=4)
@@ -93,6 +109,31 @@ def test_the_model_is_plain_after_training_and_trains_on(tmp_path):
     before = copy.deepcopy(model.state_dict())
     trainer.train()  # once more: the layers are prepared again
     assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_int8_weights_are_trained_a_second_time(tmp_path):
+    """A second training goes on from the integers of the first: as one loop with the same batches does."""
+    trainer = make(tmp_path / "a", "osd_adamw_layerwise", **INT8, max_steps=3)
+    counted = FullGradients()
+    trainer.add_callback(counted)
+    trainer.train()
+    held = [p for p in trainer.optimizer.optimizer.param_groups[0]["params"] if isinstance(p, Int8Weight)]
+    before = [p.int_data.clone() for p in held]
+    trainer.train()
+    assert counted.int8 == {14} and len(held) == 14
+    assert not any(torch.equal(p.int_data, K) for p, K in zip(held, before, strict=True))
+    layers = [module.weight for module in trainer.model.modules() if isinstance(module, nn.Linear)][:-1]
+    assert all(torch.equal(W, p.plain()) for W, p in zip(layers, held, strict=False))
+
+
+def test_the_best_model_is_that_of_its_checkpoint_to_the_bit(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = make(tmp_path, **INT8, load_best_model_at_end=True, data=Tokens(), bf16=True, **options)
+    trainer.model.bfloat16()
+    trainer.train()
+    saved = load_file(Path(trainer.state.best_model_checkpoint, "model.safetensors"))
+    own = trainer.model.state_dict()
+    assert all(value.dtype == torch.bfloat16 and torch.equal(value, own[name]) for name, value in saved.items())
 
 
 def test_a_trainer_with_another_optimizer_gets_its_gradients(tmp_path):
@@ -132,7 +173,6 @@ def test_a_compiled_model(compile_mode, tmp_path):
 @pytest.mark.parametrize(
     ("optim", "optim_args", "message"),
     [
-        ("osd_adamw_layerwise", "source=activations", "no gradients of full size"),
         ("osd_adamw", "source=activations,residual=scaled", "residual"),
         ("osd_adamw", "source=activation", "activations"),
     ],

@@ -4,18 +4,18 @@ Layerwise, a parameter is stepped the moment its gradient is complete. Where sev
 (gradient accumulation), what adds up in the subspace is kept of each, R and A, and `step()` does the rest. A residual
 needs G itself while its parameter is stepped: G is freed at the end of the hook then, not before the update.
 
+Of a weight whose layers make R, R arrives at its stand-in. P moves when all weights that share it have been stepped.
+
 Letters and shapes as in `subspace.operators`.
 """
 
 import warnings
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...layers.exchange import in_a_process_of_many
 from ...subspace.precision import own_precision
@@ -27,11 +27,8 @@ from ..step.movement import Movements
 from ..step.sharding import is_sharded
 from ..step.weights import Weights
 from .clipping import Clipping
+from .hooks import put_on
 from .window import Arrived, Lows, Window
-
-
-# Which stream's hook a parameter carries: with two it would be stepped twice.
-_OWNERS = WeakTensorKeyDictionary()
 
 
 class GradientStream:
@@ -53,6 +50,7 @@ class GradientStream:
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._windows: dict[Tensor, Window] = {}
         self._norms2: dict[Tensor, Tensor] = {}  # of the parameters stepped since the last `step()`
+        self._half: set[Tensor] = set()  # weights of layers of which one of two gradients is complete
 
     @property
     def weights(self) -> Weights:
@@ -79,14 +77,9 @@ class GradientStream:
 
     def _attach_missing(self) -> None:
         """Put hooks on parameters that need them and have none, as those that were unfrozen since."""
-        for group in self.weights.groups:
-            for p in group["params"]:
-                if p.requires_grad and p not in self._handles:
-                    owner = _OWNERS[p]() if p in _OWNERS else None
-                    if owner is not None and owner is not self:
-                        owner.remove()
-                    _OWNERS[p] = weakref.ref(self)
-                    self._handles[p] = p.register_post_accumulate_grad_hook(_hook(self))
+        for p, target in self.weights.targets():
+            if p.requires_grad and target not in self._handles:
+                self._handles[target] = put_on(target, self, p)
 
     def remove(self) -> None:
         """Take the hooks off, and forget what has not been stepped with."""
@@ -109,6 +102,12 @@ class GradientStream:
     def _clear(self) -> None:
         self._windows.clear()
         self._norms2.clear()
+        self._half.clear()
+
+    @property
+    def begun(self) -> bool:
+        """Whether parameters have been stepped since the last `step()`."""
+        return bool(self._norms2)
 
     def load(self, clip_norm2: float | None) -> None:
         """Go on from a state that has been loaded: what has come to a subspace is not in that state's.
@@ -126,25 +125,46 @@ class GradientStream:
     def _check_processes(self) -> None:
         if any(is_sharded(p) for group in self.weights.groups for p in group["params"]):
             raise ValueError(
-                "`layerwise` needs whole parameters, and these are sharded (FSDP2). Use source='activations' instead, "
-                "which has no gradients of full size there either."
+                "`layerwise` needs whole parameters, and these are sharded (FSDP2). Leave it out; with "
+                "source='activations' projected layers have no gradients of full size there either."
             )
         if in_a_process_of_many():
             raise ValueError(
-                "`layerwise` would step before gradients are averaged over the processes. Leave it out, or use "
-                "source='activations', which has no gradients of full size, instead."
+                "`layerwise` would step before gradients are averaged over the processes. Leave it out; with "
+                "source='activations' projected layers have no gradients of full size there either."
             )
 
     @torch.no_grad()
     def on_gradient(self, p: Tensor) -> None:
         """The hook: this backward pass has nothing more to add to the gradient of `p`."""
         with own_precision(self.weights.device_types):
-            self._take(p)
+            self.weights.catch_up()
+            if p in self.weights.layer_of:
+                self._take_half(p)
+            else:
+                self._take(p)
+
+    def _take_half(self, p: Tensor) -> None:
+        """R of a weight of a layer is complete, or what the weight itself gets, from other uses: mostly nothing.
+
+        A backward pass ends with both, in no order. Once both are there nothing needs the weight any more.
+        """
+        if self.mode.gradient_accumulation:  # R adds up where it is
+            return
+        self._refuse_second(p)
+        if p not in self._half:
+            self._half.add(p)
+            return
+        self._half.discard(p)
+        G = self.weights.take(p)
+        if G is not None:
+            self._step(p, [G])
+            self.weights.learn_early(p, self._norms2.keys())
 
     def _take(self, p: Tensor) -> None:
         G, p.grad = p.grad, None
-        assert G is not None
-        self.weights.follow()
+        if G is None:  # a function has given it none
+            return
         weight = self.weights.of(p)
         refuse_unsupported(G, weight.geometry.name)
         if self.mode.gradient_accumulation:
@@ -153,19 +173,29 @@ class GradientStream:
                 window.add_whole(G)
             else:
                 self._add(p, G, window)
-        elif p in self._norms2:
-            raise ValueError(
-                f"The gradient of {weight.geometry.name} arrived twice before `step()`. Several backward passes need "
-                "an optimizer with `gradient_accumulation=True` (in a Trainer: pass it in `optimizers`); after a "
-                "failed one call `zero_grad()`."
-            )
         else:
-            if self.weights.observing and not self._norms2:
-                self.weights.observations.clear()
-            arrived = self._arrive(p, G)
-            del G  # its memory is free before the update's, unless its residual is used: then it goes with `arrived`
-            self._norms2[p] = arrived.norm2.sum()
-            self._apply(p, arrived)
+            self._refuse_second(p, G)
+            held = [G]
+            del G
+            self._step(p, held)
+
+    def _refuse_second(self, p: Tensor, G: Tensor | None = None) -> None:
+        """Raise `ValueError` for the gradient of a parameter that has been stepped since the last `step()`."""
+        if p in self._norms2 and (G is not None or self.weights.has_gradient(p)):
+            raise ValueError(
+                f"The gradient of {self.weights.of(p).geometry.name} arrived twice before `step()`. Several backward "
+                "passes need an optimizer with `gradient_accumulation=True` (in a Trainer: pass it in `optimizers`); "
+                "after a failed one call `zero_grad()`."
+            )
+
+    def _step(self, p: Tensor, held: list[Tensor]) -> None:
+        """Step `p` with the gradient that is held, and not by the caller."""
+        if self.weights.observing and not self._norms2:
+            self.weights.observations.clear()
+        # its memory is free before the update's, unless its residual is used: then it goes with `arrived`
+        arrived = self._arrive(p, held.pop())
+        self._norms2[p] = arrived.norm2.sum()
+        self._apply(p, arrived)
 
     def _arrive(self, p: Tensor, G: Tensor, window: Window | None = None) -> Arrived:
         """Project `G` where `p` is projected; where it is one of several gradients, `window` has those before it."""
@@ -207,12 +237,12 @@ class GradientStream:
             self._finish()
 
     def _finish(self) -> None:
-        self.weights.follow()
+        self.weights.catch_up()
         if self.weights.observing and not self._norms2:
             self.weights.observations.clear()
         for group in self.weights.groups:
             for p in group["params"]:
-                arrived = self._waiting(p)
+                arrived = self._waiting(p, group)
                 if arrived is not None:
                     self._norms2[p] = arrived.norm2.sum()
                     self._apply(p, arrived)
@@ -221,15 +251,20 @@ class GradientStream:
             total2 = torch.stack([norm2.to(norms2[0]) for norm2 in norms2]).sum()
             self.grad_norm2 = total2
             self.clipping.note(total2)
+        self.weights.conclude()
         self._clear()
         self._attach_missing()
 
-    def _waiting(self, p: Tensor) -> Arrived | None:
+    def _waiting(self, p: Tensor, group: Mapping[str, Any]) -> Arrived | None:
         """What of `p` waits for `step()`."""
         window = self._windows.pop(p, None) or Window()
-        if p.grad is not None:  # never taken: set by hand
-            refuse_unsupported(p.grad, self.weights.of(p).geometry.name)
-            window.add_whole(p.grad)
+        G = p.grad
+        if p in self.weights.layer_of:
+            self._refuse_second(p)
+            G = self.weights.gradient_of(p, group)
+        if G is not None:  # never taken: set by hand, or of a layer
+            refuse_unsupported(G, self.weights.of(p).geometry.name)
+            window.add_whole(G)
         if window.lows is None:
             return None if window.G is None else self._arrive(p, window.G)
         if window.G is not None:
@@ -246,31 +281,11 @@ class GradientStream:
     def __getstate__(self) -> dict[str, Any]:
         """Hooks are not kept, only that they were there; nor gradients, as parameters do not keep theirs."""
         kept = {name: self.__dict__[name] for name in ("mode", "clipping", "grad_norm2")}
-        empty: dict[str, Any] = {"_attached": False, "_handles": {}, "_windows": {}, "_norms2": {}}
+        empty: dict[str, Any] = {"_attached": False, "_handles": {}, "_windows": {}, "_norms2": {}, "_half": set()}
         return kept | empty | {"_was_attached": self.attached}
 
-    def restore(self, weights: Callable[[], Weights]) -> None:
-        """Belong to the copy of the optimizer; put the hooks on again if the original had them."""
+    def restore(self, weights: Callable[[], Weights], attach: bool) -> None:
+        """Belong to the copy of the optimizer; put hooks on again that the original had, if it can use them."""
         self._weights = weights
-        if self.__dict__.pop("_was_attached", False):
+        if self.__dict__.pop("_was_attached", False) and attach:
             self.attach()
-
-
-def release(params: Iterable[Tensor], keep: GradientStream | None) -> None:
-    """Take the hooks of all optimizers but `keep`'s off: those of a training that was interrupted would train on."""
-    for p in params:
-        owner = _OWNERS[p]() if p in _OWNERS else None
-        if owner is not None and owner is not keep:
-            owner.remove()
-
-
-def _hook(stream: GradientStream) -> Callable[[Tensor], None]:
-    # A parameter must not keep the optimizer alive, which keeps the parameter.
-    reference = weakref.ref(stream)
-
-    def hook(p: Tensor) -> None:
-        alive = reference()
-        if alive is not None:
-            alive.on_gradient(p)
-
-    return hook

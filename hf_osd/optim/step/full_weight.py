@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ...update_rules import GradientCheck
 from .algorithm import ONLY, Turn
-from .moments import Pace, add_times_
+from .moments import Pace, add_decayed_, add_times_
 from .movement import Movements
-from .rounding import PIECE, add_rounded_
+from .rounding import PIECE, add_rounded_, pieces
 from .weight import Weight
 
 
@@ -22,12 +22,19 @@ class FullWeight(Weight):
         return G
 
     def update(self, G: Tensor, check: GradientCheck, movements: Movements) -> None:
-        """W <- (1 - lr weight_decay) W - lr rule(G), in pieces where the rule works element by element."""
+        """W <- (1 - lr weight_decay) W - lr rule(G), in pieces where the rule can."""
         self.slot.state["step"].add_(check.keep)
         self.count += 1
         lr, weight_decay = self.group["lr"], self.group["weight_decay"]
         rounds = self.group["stochastic_rounding"] and self.p.dtype == torch.bfloat16
         rounding = self._rounding(check) if rounds else None
+        if self.moments.in_rows and self.p.numel() > PIECE:
+            for rows, D in self.moments.by_rows(G, check, list(pieces(self.p))):
+                if rounding is None:
+                    add_decayed_(self.p[rows], D, Pace(check, lr, weight_decay))
+                else:
+                    add_rounded_(self.p[rows], partial(_add_rows, D, -lr), rounding)
+            return
         for piece in flat_pieces(self.p, G, self.moments.rule.elementwise):
             W, part = (self.p, G) if piece is None else (self.p.view(-1)[piece], G.view(-1)[piece])
             part = part.to(self.geometry.compute_dtype)

@@ -12,7 +12,7 @@ from .sharding import Sharding
 from .stacks import lies_whole
 
 
-PIECE = 2**22  # entries worked on at a time: bounds float32 temporaries to 16 MiB
+PIECE = 2**20  # entries worked on at a time: bounds float32 temporaries to 4 MiB
 EPS = 2.0**-122  # up to this ||G||² counts as zero; float32 holds it and its inverse exactly
 
 

@@ -1,6 +1,6 @@
 """A rule and its moments in the state of one parameter: loaded, used and stored again at each step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -36,6 +36,13 @@ def add_times_(X: Tensor, D: Tensor, rate: float | Tensor) -> None:
         X.add_(D, alpha=rate)
 
 
+def add_decayed_(W: Tensor, D: Tensor, pace: Pace) -> None:
+    """W <- (1 - lr weight_decay) W - lr D, where D may be overwritten."""
+    if pace.weight_decay:
+        W.mul_(1 - pace.lr * pace.weight_decay * pace.check.keep)
+    add_times_(W, D, -pace.lr)
+
+
 class Moments:
     """A rule in one of its two roles: the weight's, or its projection's.
 
@@ -53,6 +60,7 @@ class Moments:
         counter (`str`): That name with the prefix.
         kept (`list[tuple[str, KeptMoment]]`): Its moments by name.
         fused (`bool`): Whether the rule has `update_`.
+        in_rows (`bool`): Whether `by_rows` can be called.
         stackable (`bool`): Whether the moments of several may be decoded and encoded together: `form` tells.
     """
 
@@ -73,6 +81,7 @@ class Moments:
         self._moments = rule.moments(shape)
         self.kept = [(moment.name, moment.kept(prefix, dtype)) for moment in self._moments]
         self.fused = hasattr(rule, "update_")
+        self.in_rows = hasattr(rule, "by_rows") and sharding is None and len(shape) == 2
         self.stackable = rule.stackable and storage.stackable
 
     @property
@@ -102,6 +111,14 @@ class Moments:
             self._store(values, stored, check.skip)
         return D
 
+    def by_rows(self, G: Tensor, check: GradientCheck, rows: Sequence[slice]) -> Iterator[tuple[slice, Tensor]]:
+        """D of some rows at a time, by a rule that needs means over all of a matrix."""
+        values, stored = self.load()
+        now = RuleStep(values, self.slot.state[self.counter], check)
+        yield from self.rule.by_rows(G, rows, self.dtype, now)  # type: ignore[attr-defined]
+        if stored:
+            self._store(values, stored, check.skip)
+
     def _whole(self, values: dict[str, Tensor], sharding: Sharding) -> dict[str, Tensor]:
         return {
             m.name: sharding.wrap(values[m.name], m.shape, divided(m, sharding, len(self.shape)))
@@ -119,10 +136,7 @@ class Moments:
             if stored:
                 self._store(values, stored, check.skip)
             return
-        D = self.direction(G, check, piece)
-        if weight_decay:
-            W.mul_(1 - lr * weight_decay * check.keep)
-        add_times_(W, D, -lr)
+        add_decayed_(W, self.direction(G, check, piece), pace)
 
     def carry(self, turn: Callable[..., Tensor], skip: Tensor) -> None:
         """Move the moments into another basis.

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -243,6 +243,25 @@ class Weights:
                             _exchange_moments(self.state.get(p, {}), weight, rules)
                         weight.follow(rules)
 
+    def catch_up(self) -> None:
+        """Know all that has changed since the last step."""
+        self.follow()
+
+    def take(self, p: Tensor) -> Tensor | None:
+        """What a layer has made of a weight, where it can be stepped at once: there is none."""
+
+    def learn_early(self, p: Tensor, stepped: Collection[Tensor]) -> None:
+        """After that step."""
+
+    def conclude(self) -> None:
+        """What is left of a step when all weights have been stepped: nothing here."""
+
+    def targets(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parameters, each with what its gradient arrives at."""
+        for group in self.groups:
+            for p in group["params"]:
+                yield p, p
+
     def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:
         """The parameters that have a gradient, their weights, all that this process has of it, and its check."""
         self.follow()
@@ -270,9 +289,13 @@ class Weights:
             shardings.append(sharding)
         return list(zip(params, weights, grads, check_gradients(grads, stacked, shardings), strict=True))
 
-    def gradient_of(self, p: Tensor, group: Group) -> Tensor | None:
+    def gradient_of(self, p: Tensor, group: Mapping[str, Any]) -> Tensor | None:
         """What a layer has made in the place of a gradient, where that is so."""
         return p.grad
+
+    def has_gradient(self, p: Tensor) -> bool:
+        """Whether there is any, or what a layer has made."""
+        return p.grad is not None
 
     def observe(self, weight: AnyWeight, arrived: Any, check: GradientCheck) -> None:
         """See how P fares, before the step; `arrived` is what `weight.project` gave."""
