@@ -79,9 +79,9 @@ class GradientSource:
                 A = self.sharding.sum(A.to(self.dtype))
         if self.keeps_G:
             return LowRank(R.to(self.dtype), A, G)
-        # where a launch costs more than to hold P beside the wide A that is made of it
-        light = A is not None and A.dtype == P.dtype and P.dtype.itemsize <= kept.dtype.itemsize and launches(P)
-        return LowRank(R, A, P=P if light and 2 * P.numel() <= STACK_LIMIT else None)
+        light = A is not None and A.dtype == P.dtype and P.dtype.itemsize <= kept.dtype.itemsize
+        # on a GPU a launch costs more than to hold a small P beside the wide A
+        return LowRank(R, A, P=P if light and not P.is_cpu and 2 * P.numel() <= STACK_LIMIT else None)
 
     def _block(self, G: Tensor, count: int) -> tuple[Any, int]:
         """Which part of G, and of R, A is made of now, as an index, and how many of them there are."""
@@ -176,8 +176,8 @@ class ProjectedWeight(Weight):
 
     def move(self, D: Tensor, low: LowRank, check: GradientCheck) -> Moving | None:
         """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S), with D = weight_rule(R); then P may move."""
-        dtype = self.factor_dtype
-        update = Update(D, low.P if low.P is not None and low.P.dtype == dtype else self.P.kept().to(dtype))
+        dtype, kept = self.factor_dtype, self.P.kept()
+        update = Update(D, low.P if low.P is not None and low.P.dtype == dtype else kept.to(dtype))
         if self.residual is not None:
             update = self.residual.extend(update, low, check)
         scale = self.group["scale"]
@@ -186,7 +186,7 @@ class ProjectedWeight(Weight):
         if low.A is None:
             return None
         self.P.count = self.count
-        return Moving(self.P, self.P.kept(), low.A, check)
+        return Moving(self.P, kept, low.A, check)
 
     @property
     def factor_dtype(self) -> torch.dtype:
