@@ -48,6 +48,12 @@ def test_tables_are_the_committed_results(name: str, where: str):
     assert json.loads((RESULTS / f"{name}.json").read_text())["environment"]["device"] == "cpu_2_cores"
 
 
+def test_every_result_is_on_a_page():
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    for file in (ROOT / "examples" / "benchmarks" / "results").rglob("*.json"):
+        assert re.search(rf"\b{file.stem}(_all)?\b", text), file.stem
+
+
 def test_the_readmes_table_of_quality_is_of_the_committed_results():
     rows = {row["label"]: row for row in rows_of("family_text")}
     table = re.search(r"\| method \| perplexity \| optimizer state \|\n.*?\n\n", page("README.md"), re.DOTALL).group()
