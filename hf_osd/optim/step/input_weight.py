@@ -5,7 +5,7 @@ have been stepped with it: after all weights of the step, and where processes di
 long as all of it is there. What it learns from is then of each process's own tokens; the sum is of gP, see `divided`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -245,3 +245,13 @@ class InputWeight(ProjectedWeight):
 
     def observe(self, low: LowRank | None, check: GradientCheck) -> None:
         """Nothing: see `observe_input`."""
+
+
+def checked(
+    seen: list[tuple[InputWeight, SharedInput]],
+) -> Iterator[tuple[InputWeight, SharedInput, GradientCheck]]:
+    """With what has been seen of inputs its check, made for all at once."""
+    if seen:
+        norms2 = torch.stack([shared.norm2() for _, shared in seen])
+        checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
+        yield from ((weight, shared, check) for (weight, shared), check in zip(seen, checks, strict=True))

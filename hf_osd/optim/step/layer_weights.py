@@ -8,25 +8,22 @@ import torch
 from torch import Tensor
 
 from ...layers import PreparedLayers
-from ...layers.int8 import Int8Weight
 from ...layers.shared_input import SharedInput
 from ...update_rules import GradientCheck
 from ..options.rules import rules_of
 from .geometry import Geometry, ProjectedGeometry
-from .gradients import check_of
-from .input_weight import InputWeight, Lesson
+from .input_weight import InputWeight, Lesson, checked
 from .movement import Movements
+from .saved_weights import SavedWeights
 from .sharding import INT8_NOT_SHARDED, is_sharded, local
 from .state import held_elsewhere
-from .weights import AnyWeight, Group, Weights
+from .weights import AnyWeight, Group
 
 
 logger = logging.getLogger("hf_osd")
 
-INT8 = ("weight_int8", "weight_scale")  # entries of a saved state that are no state: the weight itself
 
-
-class LayerWeights(Weights):
+class LayerWeights(SavedWeights):
     """As [`Weights`]; those of prepared layers are [`InputWeight`]s.
 
     Args:
@@ -86,7 +83,7 @@ class LayerWeights(Weights):
             shared = weight.input
             if weight.P.rows is not None and weight.P.started and shared is not None and shared.energy is not None:
                 seen.append((weight, shared))
-        for weight, shared, check in _checked(seen):
+        for weight, shared, check in checked(seen):
             weight.lesson = Lesson(shared, check, users.get(weight, set()), self.observing)
 
     def _leaders(self) -> list[InputWeight]:
@@ -139,36 +136,6 @@ class LayerWeights(Weights):
         if holders:
             self.layers.share_as(holders)
             self.meet()
-
-    def with_shared(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-        """States by position in which those of weights that share a P have it, too."""
-        places = {weight: index for index, weight in enumerate(self._weights.values())}
-        whole = dict(states)
-        for weight, index in places.items():
-            if index in states and isinstance(weight, InputWeight):
-                held = states.get(places[weight.leader], {})
-                shared = held.keys() & held_elsewhere(weight.geometry, weight.rules)
-                whole[index] = states[index] | {name: held[name] for name in shared}
-        return whole
-
-    def with_int8(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-        """States by position in which those of int8 weights have these, which a model is not saved in."""
-        whole = dict(states)
-        for index, p in enumerate(self._weights):
-            if index in states and isinstance(p, Int8Weight):
-                whole[index] = states[index] | dict(zip(INT8, (p.int_data, p.scale), strict=True))
-        return whole
-
-    def take_int8(self) -> None:
-        """Let int8 weights be those of states that have been loaded, where a model that has been is these, rounded."""
-        for p in self._weights:
-            own: Any = self.state.get(p, {})
-            K, s = (own.pop(name, None) for name in INT8)
-            if isinstance(p, Int8Weight) and K is not None and not p.become_(Int8Weight(K, s, p.dtype)):
-                logger.warning(
-                    "%s is not the weight that was saved with the state, and stays as it is.",
-                    self._weights[p].geometry.name,
-                )
 
     def _share(self) -> None:
         """Let weights whose layers have one input use one P."""
@@ -296,7 +263,7 @@ class LayerWeights(Weights):
     def _learn(self, leaders: Sequence[InputWeight], movements: Movements) -> list[InputWeight]:
         """Let P learn from what has been seen, if anything; see `learn`."""
         opened: list[InputWeight] = []
-        for weight, shared, check in _checked(
+        for weight, shared, check in checked(
             [(w, met) for w in leaders if (met := w.input) and met.energy is not None]
         ):
             self.ready(weight.parameter)
@@ -344,13 +311,3 @@ class LayerWeights(Weights):
         torch.distributed.all_reduce(losses, group=group)
         for (weight, _, error), loss in zip(found, (losses - (processes - 1)).unbind(), strict=True):
             self._note(weight, (loss, error))
-
-
-def _checked(
-    seen: list[tuple[InputWeight, SharedInput]],
-) -> Iterator[tuple[InputWeight, SharedInput, GradientCheck]]:
-    """With what has been seen of inputs its check, made for all at once."""
-    if seen:
-        norms2 = torch.stack([shared.norm2() for _, shared in seen])
-        checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
-        yield from ((weight, shared, check) for (weight, shared), check in zip(seen, checks, strict=True))
