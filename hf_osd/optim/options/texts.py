@@ -13,12 +13,14 @@ from typing import Any
 
 from ...declare import Option
 from .mode import MODE_OPTIONS
-from .presets import KEYS
+from .preset_table import PRESETS, PUBLISHED
+from .presets import KEYS, NAME_OPTIONS
 from .table import OPTIONS, rule_default
 
 
 PACKAGE = Path(__file__).parents[2]
 WIDTH = 119
+RESULTS = "examples/benchmarks/results/cpu_2_cores"
 
 
 def make_texts() -> dict[Path, str]:
@@ -82,7 +84,21 @@ def readme_table() -> Iterator[str]:
     for key, own in KEYS.items():
         text = own.help.partition("\n\n")[0].replace("|", "\\|")
         yield f"| `{key}` | {_default(own)} | {_owned(own, text)} |".replace("|  |", "| |")
-    yield ""
+    yield from ("", *preset_rows(), "")
+
+
+def preset_rows() -> Iterator[str]:
+    """The table of presets: what each sets, and where it comes from."""
+    yield from ("| | sets | as of |", "| --- | --- | --- |")
+    for preset, own in PRESETS.items():
+        for source in dict.fromkeys(where for _, where in own.settings.values()):
+            values = (
+                f"`{(OPTIONS | NAME_OPTIONS)[name].key}={_literal(value)}`".replace('"', "")
+                for name, (value, where) in own.settings.items()
+                if where == source
+            )
+            where = source if source == PUBLISHED else f"`{RESULTS}/{source}.md`"
+            yield f"| `preset={preset}` | {', '.join(values)} | {where} |"
 
 
 def _help(own: Option, whole: bool = False) -> str:
