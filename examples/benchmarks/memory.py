@@ -18,6 +18,7 @@ Needs: the `examples` extra.
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -182,8 +183,11 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Bars of the predicted peak by part, where it is predicted, with the measured peak as a line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
-    axes, rows = figure.subplots(), rows[::-1]
+    rows = rows[::-1]
+    names = [fill(label(row).replace(",", ", ").replace("  ", " "), 48) for row in rows]
+    lines = max(name.count("\n") for name in names)
+    figure = Figure(figsize=(9, 1.4 + (0.3 + 0.15 * lines) * len(rows)), layout="constrained")
+    axes = figure.subplots()
     left = [0.0] * len(rows)
     for part, (name, color) in COLORS.items():
         told = [row["predicted"] or row["measured"] for row in rows]
@@ -197,7 +201,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.vlines(
             row["measured"]["peak"] / 2**20, y - 0.45, y + 0.45, color="black", label="measured" if y == 0 else None
         )
-    axes.set_yticks(range(len(rows)), [label(row) for row in rows])
+    axes.set_yticks(range(len(rows)), names, fontsize="small")
     axes.set_xlabel("peak of a training step, MiB")
     axes.set_title(title, fontsize="medium")
     axes.grid(axis="x", alpha=0.3)

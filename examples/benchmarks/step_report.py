@@ -71,8 +71,10 @@ def draw(rows: list[dict[str, Any]], names: list[str], title: str, path: Path) -
         values = [ratio(row, name) for name in names]
         colors = [OURS_COLOR if name.startswith("osd_") else PEER_COLOR for name in names]
         bars = axes.barh(range(len(names)), [value or 0 for value in values], color=colors, height=0.75)
-        axes.bar_label(bars, [f"{v:.2f}" if v else "not measured" for v in values], fontsize=8, padding=2)
-        axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
+        axes.axvline(1, color="black", linewidth=0.8, linestyle="--", zorder=0)
+        texts = axes.bar_label(bars, [f"{v:.2f}" if v else "not measured" for v in values], fontsize=8, padding=2)
+        for text in texts:  # the line at 1 stays behind them
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axes.set_xlim(0, 1.25 * max(value or 0 for value in values))
         axes.set_title(case(row), loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
