@@ -50,10 +50,10 @@ class NameOptions:
         check=one_of(RULES),
         unset="the weights' own",
     )
-    full_size_lr: float | None = option(
+    embedding_lr_ratio: float | None = option(
         None,
-        "Multiple of the learning rate for what is not projected (embeddings, heads, vectors), where `lr_pattern` "
-        "names no other.",
+        "Learning rate of embeddings and output heads over that of the rest, where `lr_pattern` names no other. Not "
+        "of those that are projected.",
         check=number(0, open_below=True),
         unset="1",
     )
@@ -87,15 +87,15 @@ KEYWORD_OF = {own.name: keyword for keyword, own in KEYWORDS.items()}
 ARGUMENT_OF = {own.name: own.argument or own.key for own in OPTIONS.values()}
 
 
-def full_size_lr(given: dict[str, Any], preset: str | None, where: str) -> float:
-    """Take `full_size_lr` out of what was given; what is not is the preset's.
+def embedding_lr_ratio(given: dict[str, Any], preset: str | None, where: str) -> float:
+    """Take `embedding_lr_ratio` out of what was given; what is not is the preset's.
 
     Args:
         given (`dict`): Options by name, those that the user gave. Changed in place.
         preset (`str`, *optional*): As of `resolve`, which refuses others.
         where (`str`): What an error message calls the place where they were given.
     """
-    name = "full_size_lr"
+    name = "embedding_lr_ratio"
     value = given.pop(name, None)
     check_values({name: NAME_OPTIONS[name]}, {name: value}, where)
     if value is None and preset in PRESETS:
