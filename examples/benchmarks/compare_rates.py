@@ -2,9 +2,9 @@
 
 For someone who changes the optimizer and keeps the rate. Reads experiments/<name>.json, as compare_finetuning.py does:
 `learning_rates` are those of every method that has none of its own, and a task's `methods`, if it has any, are the
-ones that run on it. Every method runs at every rate with every seed, one call of examples/finetune_glue.py in a process
-of its own. Finished runs are kept in `--work_dir` and not repeated. Writes results/<device>/<name>.json, .md and .png;
-with `--finished` of what has finished, without running anything, and the cells tell where seeds are missing.
+ones that run on it. Every method runs at every rate with every seed, each run one call of examples/finetune_glue.py
+in a process of its own. Finished runs are kept in `--work_dir` and not repeated. Writes results/<device>/<name>.json,
+.md and .png; with `--finished` of what has finished, without running anything: cells tell where seeds are missing.
 
 Needs: the `examples` extra. Model and data come from the Hub, or from `--model` and `--data_dir`.
 

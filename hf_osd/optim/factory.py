@@ -105,7 +105,7 @@ def osd_kwargs(
         rank_given (`bool`, *optional*, defaults to `True`): Whether a P in `init` must have the rank of `settings`.
         lr_pattern (`str` or `Mapping[str, float]`, *optional*): See [`create_osd_optimizer`].
         full_size (`dict`, *optional*): What groups at full size have instead, as `full_size.by_size` gives it.
-        embedding_lr_ratio (`float`, *optional*, defaults to 1): Learning rate of embeddings and heads over the others'.
+        embedding_lr_ratio (`float`, *optional*, defaults to 1): Learning rate of embeddings and heads over the rest's.
     """
     unload(model)
     whole, model = model, unwrapped(model)

@@ -67,7 +67,8 @@ def summary(optimizer: OSD, model: object = None, preset: str | None = None) -> 
     projected_kinds, whole_kinds = (shortened(kinds[projected], KINDS_SHOWN) for projected in (True, False))
     whole = ", ".join(filter(None, [whole_kinds, f"{vectors} vectors" if vectors else ""]))
     return (
-        f"OSD{f' (preset {preset})' if preset else ''}: {matrices} matrices projected to {rank} ({format_count(numel[True], 'M')} parameters"
+        f"OSD{f' (preset {preset})' if preset else ''}: "
+        f"{matrices} matrices projected to {rank} ({format_count(numel[True], 'M')} parameters"
         f"{f': {projected_kinds}' if projected_kinds else ''}), "
         f"{format_count(numel[False], 'M')} parameters at full size{f' ({whole})' if whole else ''}"
         f"{_frozen(model) if isinstance(model, nn.Module) else ''}{_sources(optimizer, matrices)}"

@@ -73,7 +73,7 @@ MISTAKES = [
     ("init=runs/a=b", "got 'init=runs/a=b' .* such as `osd_init`"),
     ("subspace=online_pc", "must be one of .*did you mean 'online_pca'"),
     ("init=svdd", "`init` .* must be one of .*did you mean 'svd'"),
-    ("preset=pretrain,source=activations", "sets `residual`, which has no effect with source='activations'.*residual=none"),
+    ("preset=pretrain,source=activations", "sets `residual`, which has no effect with .*residual=none"),
     ("preset=finetune,subspace=svd,embedding_lr_ratio=0", "`embedding_lr_ratio` .* must be a number > 0, got 0"),
     ("preset=referense", "`preset` of the training arguments must be one of reference"),
     ("subspace=svd,alpha=3", "`alpha` .* no effect with subspace='svd'"),

@@ -13,8 +13,9 @@ class Preset:
 
     Attributes:
         help (`str`): What it is for.
-        settings (`dict`): Option -> its value, and where that comes from: results of an experiment of `examples/benchmarks`,
-            or a publication.
+        settings (`dict`):
+            Option -> its value, and where that comes from: results of an experiment of `examples/benchmarks`, or a
+            publication.
     """
 
     help: str
