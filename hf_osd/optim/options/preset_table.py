@@ -55,6 +55,15 @@ PRESETS: dict[str, Preset] = {
             "residual_scale": (0.5, "glue_presets"),
         },
     ),
+    "pretrain": Preset(
+        "training from scratch at AdamW's learning rates",
+        {
+            "scale": ("auto", "pretrain_presets_text"),
+            "residual": ("sign", "pretrain_presets_text"),
+            "residual_scale": (1.0, "pretrain_presets_text"),
+            "embedding_lr_ratio": (16.0, "pretrain_presets_text"),
+        },
+    ),
 }
 
 
