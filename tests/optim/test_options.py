@@ -172,6 +172,10 @@ def test_options_with_an_effect_pass(given):
 @pytest.mark.parametrize("name", [name for name in OPTIM_NAMES if name not in RSO_NAMES])
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_resolve_is_complete_and_valid(name, preset):
+    if preset in ("finetune", "pretrain") and OPTIM_NAMES[name] == "sgd":
+        with pytest.raises(ValueError, match=f"preset='{preset}' of a test is for steps of AdamW's size"):
+            resolve(name, {"rank": 4}, preset, "a test")
+        return
     settings = resolve(name, {"rank": 4}, preset, "a test")
     assert settings.keys() == DEFAULTS.keys()
     assert settings["weight_rule"] == OPTIM_NAMES[name] and settings["rank"] == 4

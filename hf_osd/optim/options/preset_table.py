@@ -80,6 +80,8 @@ def options_of_preset(preset: str, given: Mapping[str, Any], where: str) -> dict
     """
     whole = PRESETS[preset].options
     own = {name: value for name, value in whole.items() if name not in given}
+    if own.get("scale") == "auto" and given["weight_rule"] == "sgd":
+        raise ValueError(f"preset={preset!r} of {where} is for steps of AdamW's size, not for SGD's.")
     if "alpha" in given:  # both set P's learning rate; the user's word counts
         own.pop("projection_lr", None)
     others = {**DEFAULTS, **whole, **{name: value for name, value in given.items() if name not in whole}}
