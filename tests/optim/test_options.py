@@ -196,7 +196,7 @@ def test_what_is_given_wins_over_the_preset():
 
 def test_a_preset_beside_other_choices():
     tuned = resolve("osd_adamw", {}, "finetune", "a test")
-    assert (tuned["scale"], tuned["residual"], tuned["residual_scale"]) == ("auto", "sign", 0.5)
+    assert (tuned["scale"], tuned["residual"], tuned["residual_scale"]) == ("auto", "sign", 1.0)
     plain = resolve("osd_adamw", {"residual": "none"}, "finetune", "a test")  # whose scale goes with it
     assert plain == {**resolve("osd_adamw", {}, None, "a test"), "scale": "auto"}
     resolve("osd_adamw", {"residual": "none", "source": "activations"}, "finetune", "a test")

@@ -52,7 +52,7 @@ PRESETS: dict[str, Preset] = {
         {
             "scale": ("auto", "glue_presets"),
             "residual": ("sign", "glue_presets"),
-            "residual_scale": (0.5, "glue_presets"),
+            "residual_scale": (1.0, "glue_presets"),
         },
     ),
     "pretrain": Preset(
