@@ -10,7 +10,7 @@ help:
 	@echo "make test         run the tests (about 10 minutes on two cores)"
 	@echo "make gpu          on a machine with a CUDA GPU: its tests and all benchmarks that want one (about 8 minutes)"
 	@echo "make quality      formatting, lint and types"
-	@echo "make options      after an option is added or changed: write what the code declares into signatures and README"
+	@echo "make options      after an option is added or changed: write what the code declares into signatures and docs/options.md"
 	@echo "make format       let ruff rewrite the files"
 
 install: $(VENV)/.installed

@@ -19,7 +19,8 @@ OPTIONAL = ("bitsandbytes", "datasets", "peft", "galore_torch", "apollo_torch", 
 EIGHT_BIT = re.compile(r"(?<=^osd_)([a-z]+)8bit")
 EXPERIMENTS = Path(__file__).parent / "experiments"
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def describe(device: str | None = None) -> dict[str, object]:
@@ -62,7 +63,7 @@ def save(
 ) -> None:
     """Writes `<path>.json`, and what `render` makes of it beside that: tables and pictures need nothing else.
 
-    Where the README of the package shows the table that was there before, it shows the new one afterwards.
+    Where README or a page of docs/ shows a table that was there before, it shows the new one afterwards.
 
     Args:
         path (`Path`): Folder and name, without an ending.
@@ -77,12 +78,21 @@ def save(
     table = named(path, ".md")
     before = table.read_text(encoding="utf-8") if table.is_file() else ""
     render(result, path)
-    if before and path.parent.parent == RESULTS:  # a README that shows this table shows the new one
-        text = README.read_text(encoding="utf-8")
-        README.write_text(text.replace(before, table.read_text(encoding="utf-8")), encoding="utf-8")
+    if before and path.parent.parent == RESULTS:
+        _show_again(before, table.read_text(encoding="utf-8"))
     if quiet:
         return
     print(f"Written: {', '.join(sorted(str(file) for file in path.parent.glob(path.name + '.*')))}")
+
+
+def _show_again(before: str, after: str) -> None:
+    """Every table of a result, by itself, in the pages that show it."""
+    tables = [re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE) for text in (before, after)]
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for old, new in zip(*tables, strict=False):
+            text = text.replace(old, new)
+        page.write_text(text, encoding="utf-8")
 
 
 def added(path: Path, result: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

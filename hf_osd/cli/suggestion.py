@@ -9,7 +9,7 @@ from ..subzero import NAME
 from ..trainer.settings import parse_optim_args
 
 
-# Where a search may start with AdamW, (learning rate, scale): README, "Where to start".
+# Where a search may start with AdamW, (learning rate, scale): docs/choosing.md, "Fine-tuning".
 STARTS = {"generates": (2e-4, 1.0), "classifies": (3e-4, 4.0)}
 
 

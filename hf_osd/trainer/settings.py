@@ -75,7 +75,7 @@ def parse_optim_args(text: str | None, keys: Mapping[str, Option] = KEYS) -> dic
                 f"`optim_args` must read key=value,key=value, got {entry.strip()!r} in {text!r}. A value with `,` or "
                 "`=` goes into a field of OSDTrainingArguments, such as `osd_init`."
             )
-        if key in TRAINER_FIELDS:
+        if key in TRAINER_FIELDS and key not in keys:  # SubZero's `eps` is its own
             raise ValueError(
                 f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in `optim_args`."
             )

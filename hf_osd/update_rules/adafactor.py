@@ -41,10 +41,11 @@ class Adafactor:
 
     def direction(self, G: Tensor, now: RuleStep) -> Tensor:
         """G over the root of the factored second moment, its root mean square clipped."""
-        moments, check = now.moments, now.check
+        moments, check, step = now.moments, now.check, now.step
+        assert isinstance(step, Tensor)  # for it is not stackable
         G = G.masked_fill(check.skip, 0.0)
         # 1 - beta2 = t^decay_rate; t is 0 only when the first gradient ever is skipped, and then nothing is kept
-        new = now.step.clamp(min=1.0).to(G.dtype).pow(self.decay_rate) * check.keep
+        new = step.clamp(min=1.0).to(G.dtype).pow(self.decay_rate) * check.keep
         if G.ndim < 2:
             v = moments["exp_avg_sq"].lerp_(G.square().add_(self.eps1), new)
             D = v.rsqrt().mul_(G)

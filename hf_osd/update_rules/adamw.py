@@ -60,17 +60,17 @@ class AdamW:
         # v <- beta2 v + (1 - beta2) G²
         # D  = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
         m, v, check = now.moments["exp_avg"], now.moments["exp_avg_sq"], now.check
-        tensors = (W, G.contiguous(), m, v, now.step)  # the kernel walks memory, and the moments are contiguous
-        stack = now.step.ndim > 0
-        Ws, Gs, ms, vs, steps = map(torch.unbind, tensors) if stack else zip(tensors, strict=True)
+        tensors = (W, G.contiguous(), m, v)  # the kernel walks memory, and the moments are contiguous
+        stack = isinstance(now.step, list)
+        Ws, Gs, ms, vs = map(torch.unbind, tensors) if stack else zip(tensors, strict=True)
         torch._fused_adamw_(
             Ws,
             Gs,
             ms,
             vs,
             (),
-            steps,
-            lr=now.lr,
+            now.step if isinstance(now.step, list) else [now.step],
+            lr=now.lr,  # type: ignore[arg-type]  # one of two overloads
             beta1=self.betas[0],
             beta2=self.betas[1],
             weight_decay=now.weight_decay,

@@ -61,14 +61,14 @@ class RuleStep(NamedTuple):
 
     Attributes:
         moments (`dict[str, torch.Tensor]`): By name; updated in place, unchanged where `check.skip`.
-        step (`torch.Tensor`): float32, 0-dim: number of this step, counted from 1.
+        step (`torch.Tensor`): float32, 0-dim: number of this step, counted from 1; of a stack a list of them.
         check ([`GradientCheck`]): Of the gradient.
         lr (`float` or `torch.Tensor`): For `update_` only. With the default a weight of zero becomes the direction.
         weight_decay (`float`): Likewise.
     """
 
     moments: dict[str, Tensor]
-    step: Tensor
+    step: Tensor | list[Tensor]
     check: GradientCheck
     lr: float | Tensor = -1.0
     weight_decay: float = 0.0
@@ -86,7 +86,7 @@ class UpdateRule(Protocol):
             parameter can be worked through in slices with small temporaries, and a sharded one in its parts. Other
             rules are given DTensors where a parameter is sharded, and write nothing in place that is a mean of them.
         stackable (`bool`):
-            Whether it also takes several parameters of one shape at once: stacks (k, ...), with `now.step` (k,), and
+            Whether it also takes several parameters of one shape at once: stacks (k, ...), with `now.step` a list, and
             of `now.check` nothing but `skip` and `keep`, (k, 1, ...). W is zero then, and nobody looks at moments
             where it skips.
     """

@@ -56,11 +56,11 @@ class MomentStorage(Protocol):
     def form(self, state: dict[str, Tensor], kept: KeptMoment) -> tuple[int, ...] | None:
         """What this moment, as it is in a state, and others share where they can be stacked; `None`: it cannot."""
 
-    def load_stack(self, states: Sequence[dict[str, Tensor]], kept: KeptMoment) -> tuple[Tensor, Any]:
-        """As `load`, the moments of several parameters, (k, ...)."""
+    def load_stack(self, states: Sequence[dict[str, Tensor]], kept: Sequence[KeptMoment]) -> tuple[list[Tensor], Any]:
+        """As `load`, of several parameters, each moment (k, ...)."""
 
-    def store_stack(self, stored: Any, value: Tensor, skip: Tensor) -> None:
-        """As `store`, with `skip` (k, 1, ...); where that is so, `value` may be anything."""
+    def store_stack(self, stored: Any, values: Sequence[Tensor], skip: Tensor) -> None:
+        """As `store`, with `skip` (k, 1, ...); where that is so, the values may be anything."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class Dense:
         """None: see `stackable`."""
         return None
 
-    def load_stack(self, states: Sequence[dict[str, Tensor]], kept: KeptMoment) -> tuple[Tensor, Any]:  # noqa: D102
+    def load_stack(self, states: Any, kept: Any) -> Any:  # noqa: D102
         raise NotImplementedError
 
-    def store_stack(self, stored: Any, value: Tensor, skip: Tensor) -> None:  # noqa: D102
+    def store_stack(self, stored: Any, values: Any, skip: Tensor) -> None:  # noqa: D102
         raise NotImplementedError
 
 
@@ -125,14 +125,14 @@ class BlockStack(NamedTuple):
     """Moments of several parameters in 8 bits.
 
     Attributes:
-        codes (`tuple[torch.Tensor, ...]`): Of each.
-        absmax (`tuple[torch.Tensor, ...]`): Of each, flat.
-        old (`Blocks`): Copies of both, stacks.
+        parts (`list[torch.Tensor]`): The bytes of all codes and absmax in the states, flat.
+        copy (`torch.Tensor`): Of all of them, one after the other.
+        old (`list[Blocks]`): Of each moment, a stack: views of that copy.
     """
 
-    codes: tuple[Tensor, ...]
-    absmax: tuple[Tensor, ...]
-    old: Blocks
+    parts: list[Tensor]
+    copy: Tensor
+    old: list[Blocks]
 
 
 @dataclass(frozen=True)
@@ -188,26 +188,36 @@ class BlockWise8bit:
         A loaded state may be dense, or have blocks of rows, where `spec` has neither: that of divided parameters.
         """
         codes = state[kept.key]
-        if codes.dtype is not torch.uint8:
+        if codes.dtype is not torch.uint8 or not codes.is_contiguous():
             return None
         absmax = state[kept.key + "_absmax"].shape
         return absmax if len(absmax) > 1 or codes.numel() % BLOCK_SIZE == 0 else None
 
-    def load_stack(self, states: Sequence[dict[str, Tensor]], kept: KeptMoment) -> tuple[Tensor, BlockStack]:
-        """Decoded all at once."""
-        codes, absmax, blocks, _ = zip(*(_blocks(state, kept, None) for state in states), strict=True)
-        old = Blocks(torch.stack(codes), torch.stack(absmax), blocks[0], kept.signed)
-        value = decode(old.codes, old.absmax.view(-1), old.signed, old.block)
-        return value.to(kept.dtype), BlockStack(codes, absmax, old)
+    def load_stack(
+        self, states: Sequence[dict[str, Tensor]], kept: Sequence[KeptMoment]
+    ) -> tuple[list[Tensor], BlockStack]:
+        """Decoded all at once, from one copy of the bytes of all moments."""
+        k, found = len(states), [[_blocks(state, own, None) for state in states] for own in kept]
+        parts = [blocks.codes.view(-1) for each in found for blocks in each]
+        parts += [blocks.absmax.view(torch.uint8) for each in found for blocks in each]
+        copy = torch.cat(parts)
+        firsts = [each[0] for each in found]
+        places = copy.split([k * b.codes.numel() for b in firsts] + [k * b.absmax.nbytes for b in firsts])
+        old, values = [], []
+        for first, own, codes, absmax in zip(firsts, kept, places, places[len(kept) :], strict=False):
+            stack = Blocks(codes.view(k, *first.codes.shape), absmax.view(torch.float32).view(k, -1), *first[2:])
+            values.append(decode(stack.codes, stack.absmax.view(-1), stack.signed, stack.block).to(own.dtype))
+            old.append(stack)
+        return values, BlockStack(parts, copy, old)
 
-    def store_stack(self, stored: BlockStack, value: Tensor, skip: Tensor) -> None:
-        """Encoded all at once."""
-        codes, absmax, old = stored
-        new_codes, new_absmax = encode(value.to(torch.float32), old.signed, old.block)
-        replace_(old.codes, new_codes.view_as(old.codes), skip)
-        torch.where(skip.view(-1, 1), old.absmax, new_absmax.view_as(old.absmax), out=old.absmax)
-        torch._foreach_copy_(codes, old.codes.unbind())
-        torch._foreach_copy_(absmax, old.absmax.unbind())
+    def store_stack(self, stored: BlockStack, values: Sequence[Tensor], skip: Tensor) -> None:
+        """Encoded all at once, and copied back so."""
+        for (codes, absmax, block, signed), value in zip(stored.old, values, strict=True):
+            new_codes, new_absmax = encode(value.to(torch.float32), signed, block)
+            replace_(codes, new_codes.view_as(codes), skip)
+            torch.where(skip.view(-1, 1), absmax, new_absmax.view_as(absmax), out=absmax)
+            del new_codes, new_absmax  # before the next ones
+        torch._foreach_copy_(stored.parts, stored.copy.split([part.numel() for part in stored.parts]))
 
 
 _DENSE = Dense()

@@ -70,15 +70,15 @@ def test_what_each_of_several_processes_holds(folder, capsys):
         assert "--processes is for steps from gradients" in refused(capsys, *words, *more)
 
 
-def test_readme_tells_what_each_of_eight_cards_holds():
+def test_the_page_on_distributed_training_tells_what_each_of_eight_cards_holds():
     model, told = meta_model(load_config(str(CONFIGS / "llama_7b.json")), torch.bfloat16), []
     for divide in (True, False):
         for rank in (128, 512, 1024):
             each = share(model, create_osd_optimizer(model, rank=rank), 8, divide=divide)
             told.append(f"{(each.projection + each.projection_moments) / 1e9:.2f}")
-    readme = " ".join((CONFIGS.parents[1] / "README.md").read_text().split())
-    assert "holds {} GB of P and its moments at rank 128, {} GB at 512 and {} GB at 1024".format(*told[:3]) in readme
-    assert "whole on each they are {}, {} and {} GB".format(*told[3:]) in readme
+    page = " ".join((CONFIGS.parents[1] / "docs" / "distributed.md").read_text().split())
+    assert "holds {} GB of P and its moments at rank 128, {} GB at 512 and {} GB at 1024".format(*told[:3]) in page
+    assert "whole on each they are {}, {} and {} GB".format(*told[3:]) in page
 
 
 def test_lora_has_a_rank_of_its_own(folder, capsys):

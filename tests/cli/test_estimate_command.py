@@ -93,6 +93,6 @@ def test_a_regular_expression_that_matches_nothing(capsys, tmp_path):
     ids=["generates", "classifies", "given", "adamw", "preset", "lion"],
 )
 def test_a_learning_rate_and_a_scale_to_start_from(config, words, rate, optim_args, suggested):
-    """README's "Where to start", which is AdamW's."""
+    """Those of docs/choosing.md, "Fine-tuning", which are AdamW's."""
     _, args, _ = suggested(config, *words)
     assert args.learning_rate == rate and args.optim_args == optim_args

@@ -81,13 +81,13 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     assert environment.device_name("cpu").startswith("cpu_")
 
 
-def test_a_new_result_replaces_its_table_in_the_readme(tmp_path: Path, monkeypatch):
+def test_a_new_result_replaces_its_tables_on_the_pages(tmp_path: Path, monkeypatch):
     def render(result: dict, path: Path) -> None:
-        environment.named(path, ".md").write_text(f"| {result['value']} |\n")
+        environment.named(path, ".md").write_text(f"Title\n\n| {result['value']} |\n\n| other |\n")
 
     readme = tmp_path / "README.md"
     monkeypatch.setattr(environment, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(environment, "README", readme)
+    monkeypatch.setattr(environment, "PAGES", [readme])
     readme.write_text("before\n\n| 1 |\n\nafter\n")
     path = tmp_path / "results" / "device" / "name"
     for value in (1, 2):

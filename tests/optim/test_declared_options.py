@@ -184,7 +184,7 @@ args = hf_osd.OSDTrainingArguments("out", optim="osd_sgd", osd_damping=0.5, use_
 assert hf_osd.trainer.settings.read_settings(args).options["damping"] == 0.5
 assert group_options(group)["damping"] == 0.25 and "damping" not in group_options(make().param_groups[0])
 assert restored_options([group], make().param_groups) == ["damping=0.25 (checkpoint) instead of 0.0"]
-assert "`damping` | 0 | Share that is lost. For `sgd`. |" in open("README.md").read()
+assert "`damping` | 0 | Share that is lost. For `sgd`. |" in open("docs/options.md").read()
 assert "damping (`float`, *optional*): Share that is lost. For `sgd`. Defaults to 0." in hf_osd.OSD.__doc__
 from hf_osd.hub.card.section import _rows
 from types import SimpleNamespace
@@ -202,7 +202,8 @@ def test_an_option_is_one_line_and_one_command(tmp_path: Path):
     """An option of SGD, in a copy of the package: checked, a key, a field, in files, on the card, in every text."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "hf_osd", ignore=ignored)
-    shutil.copy(PACKAGE.parent / "README.md", tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(PACKAGE.parent / "docs" / "options.md", tmp_path / "docs")
     path = tmp_path / "hf_osd" / "update_rules" / "sgd.py"
     text, line = path.read_text(), "    momentum: float = option("
     assert text.count(line) == 1

@@ -16,7 +16,10 @@ from hf_osd.estimate.trace import LiveBytes, meta_device
 
 
 BLOCK = [(512, 512)] * 4 + [(1376, 512)] * 2 + [(512, 1376)]  # of LLaMA 60M, which has 8 of them
-NO_KERNEL = ("empty", "new_empty", "promote_types", "_local_scalar_dense")
+NO_KERNEL = (
+    *("empty", "new_empty", "promote_types", "_local_scalar_dense", "_unsafe_view"),
+    *("_record_function_enter_new", "_record_function_exit"),
+)
 
 
 class Launches(LiveBytes):
@@ -52,12 +55,16 @@ def launches(dtype: torch.dtype = torch.float32, **options: Any) -> Counter[str]
         ({"weight_rule": "adamw8bit"}, 12),
         ({"weight_rule": "lion8bit"}, 12),
         ({"weight_rule": "adamw8bit", "weight_decay": 0.1}, 12),
-        ({"weight_rule": "adamw8bit", "dtype": torch.bfloat16}, 16),  # of G's precision: P twice, R, A and D
         ({"weight_rule": "adamw"}, 10),
+        *(
+            ({"weight_rule": rule, "dtype": torch.bfloat16} | more, most)
+            for rule, most in (("adamw8bit", 11.5), ("lion8bit", 11.5), ("adamw", 14))  # adamw casts R and D of each
+            for more in ({}, {"weight_decay": 0.1}, {"projection_dtype": "bfloat16"})
+        ),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
-def test_launches_for_a_weight(options: dict[str, Any], most: int):
+def test_launches_for_a_weight(options: dict[str, Any], most: float):
     found = launches(**options)
     weights = 8 * len(BLOCK)
     print(options, {name: round(count / weights, 2) for name, count in found.most_common()})

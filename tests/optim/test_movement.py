@@ -119,8 +119,8 @@ def test_loaded_moments_are_stacked_with_those_of_their_form(rule: str, monkeypa
         optimizer.load_state_dict(saved)
         load = BlockWise8bit.load_stack
 
-        def seen(own: BlockWise8bit, states: list[dict[str, Tensor]], kept: KeptMoment) -> tuple:
-            if kept.key == "exp_avg":
+        def seen(own: BlockWise8bit, states: list[dict[str, Tensor]], kept: tuple[KeptMoment, ...]) -> tuple:
+            if kept[0].key == "exp_avg":
                 stacks.append([*states[0]["exp_avg_absmax"].shape, len(states)])
             return load(own, states, kept)
 

@@ -25,7 +25,12 @@ class Tokens(Dataset):
 def make(folder: Path, dtype: torch.dtype = torch.float32, trainer: Any = {}, **options: Any) -> Trainer:  # noqa: B006
     set_seed(0)
     model = tiny_llama(attention_dropout=0.1).to(dtype)
-    defaults = {"max_steps": 6, "logging_steps": 1, "learning_rate": 1e-3, "optim_args": "rank=8,update_interval=4"}
+    defaults = {
+        "max_steps": 6,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "optim_args": "rank=8,eps=1e-3,update_interval=4",
+    }
     defaults |= {"per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none", "use_cpu": True}
     args = TrainingArguments(str(folder), optim="subzero", disable_tqdm=True, **(defaults | options))
     return Trainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens(), **trainer)

@@ -238,8 +238,10 @@ class GradientStream:
 
     @staticmethod
     def _project(weight: Any, G: Tensor, norm2: Tensor, turns: list) -> Lows:
-        check = check_of(norm2, weight.geometry.stacked)
-        return weight.project(G, check, turns) if weight.geometry.stacked else [weight.project(G, check, turns[0])]
+        stacked, dtype = weight.geometry.stacked, weight.geometry.compute_dtype
+        check = check_of(norm2, stacked)
+        lows = weight.project(G, check, turns) if stacked else [weight.project(G, check, turns[0])]
+        return [None if low is None else low.wide(dtype) for low in lows]
 
     def __getstate__(self) -> dict[str, Any]:
         """Hooks are not kept, only that they were there; nor gradients, as parameters do not keep theirs."""

@@ -1,7 +1,7 @@
 """Texts about options that people and editors read: written files, made from the declarations by `make options`.
 
-They are the signature and arguments of `OSD`, the fields of `OSDTrainingArguments` and the table of the README. Each
-stands between two lines of its file; a test fails where it is not what this module makes.
+They are the signature and arguments of `OSD`, the fields of `OSDTrainingArguments` and the table of docs/options.md.
+Each stands between two lines of its file; a test fails where it is not what this module makes.
 """
 
 import re
@@ -20,22 +20,22 @@ from .table import OPTIONS, rule_default
 
 PACKAGE = Path(__file__).parents[2]
 WIDTH = 119
-RESULTS = "examples/benchmarks/results/cpu_2_cores"
+RESULTS = "../examples/benchmarks/results/cpu_2_cores"  # from docs/
 
 
 def make_texts() -> dict[Path, str]:
-    """Every file as it should be, by its path; the README only where there is one, beside the package."""
+    """Every file as it should be, by its path; the page only where there is one, beside the package."""
     osd, arguments = PACKAGE / "optim" / "osd.py", PACKAGE / "trainer" / "arguments.py"
-    readme = PACKAGE.parent / "README.md"
+    page = PACKAGE.parent / "docs" / "options.md"
     text = osd.read_text(encoding="utf-8")
     text = _between(text, "        lr (`float`", "        maximize (`bool`", docstring())
     text = _between(text, "        # options: ", "        # end of options", signature())
     found = {osd: text}
     text = arguments.read_text(encoding="utf-8")
     found[arguments] = _between(text, "    # options: ", "    # end of options", training_fields())
-    if readme.exists():
-        text = readme.read_text(encoding="utf-8")
-        found[readme] = _between(text, "<!-- options: ", "<!-- end of options", readme_table())
+    if page.exists():
+        text = page.read_text(encoding="utf-8")
+        found[page] = _between(text, "<!-- options: ", "<!-- end of options", page_tables())
     return found
 
 
@@ -78,18 +78,23 @@ def flag(key: str) -> Any:
     return field(default=None, metadata={"help": _help(KEYS[key])})
 
 
-def readme_table() -> Iterator[str]:
-    """The table of keys."""
-    yield from ("", "| `optim_args` (as a field: `osd_...`) | default | |", "| --- | --- | --- |")
-    for key, own in KEYS.items():
-        text = own.help.partition("\n\n")[0].replace("|", "\\|")
-        yield f"| `{key}` | {_default(own)} | {_owned(own, text)} |".replace("|  |", "| |")
-    yield from ("", *preset_rows(), "")
+def page_tables() -> Iterator[str]:
+    """The tables of keys, one for each place where they are declared."""
+    titles = dict.fromkeys(NAME_OPTIONS, "Presets and single modules")
+    titles |= {name: "Of some rules only" if own.owners else "Of all optimizers" for name, own in OPTIONS.items()}
+    titles |= dict.fromkeys(MODE_OPTIONS, "How steps are made")
+    for title in dict.fromkeys(titles.values()):
+        yield from ("", f"### {title}", "", "| key | default | |", "| --- | --- | --- |")
+        for key, own in KEYS.items():
+            if titles[own.name] == title:
+                text = own.help.partition("\n\n")[0].replace("|", "\\|")
+                yield f"| `{key}` | {_default(own)} | {_owned(own, text)} |".replace("|  |", "| |")
+    yield from ("", "### What presets set", "", *preset_rows(), "")
 
 
 def preset_rows() -> Iterator[str]:
     """The table of presets: what each sets, and where it comes from."""
-    yield from ("| | sets | as of |", "| --- | --- | --- |")
+    yield from ("| preset | sets | measured in |", "| --- | --- | --- |")
     for preset, own in PRESETS.items():
         for source in dict.fromkeys(where for _, where in own.settings.values()):
             values = (
@@ -97,7 +102,7 @@ def preset_rows() -> Iterator[str]:
                 for name, (value, where) in own.settings.items()
                 if where == source
             )
-            where = source if source == PUBLISHED else f"`{RESULTS}/{source}.md`"
+            where = source if source == PUBLISHED else f"[{source}]({RESULTS}/{source}.md)"
             yield f"| `preset={preset}` | {', '.join(values)} | {where} |"
 
 

@@ -62,9 +62,8 @@ class GradientSource:
 
     def low_rank(self, G: Tensor, count: int | Tensor | None) -> LowRank:
         """R = down(G, P), and A after so many steps, or `None` where P does not move."""
-        P, A = self.P.read() if self.P.gathered is None else self.P.gathered, None
-        if P.dtype != G.dtype:
-            P = P.to(G.dtype)
+        kept, A = self.P.kept(), None
+        P = kept.to(G.dtype)
         with full_precision(G):
             R = self.op.down(G, P)
         if count is not None:
@@ -76,10 +75,12 @@ class GradientSource:
                 else:
                     b, k = self._block(G, count)
                     A = k * self._mixed(G[b], R, b) if self.rho else self.op.correlate(G[b], R[b], P, k)
-            A = A.to(self.dtype)
             if self.sharding is not None and self.P.rows is None:
-                A = self.sharding.sum(A)
-        return LowRank(R.to(self.dtype), A, G if self.keeps_G else None)
+                A = self.sharding.sum(A.to(self.dtype))
+        if self.keeps_G:
+            return LowRank(R.to(self.dtype), A, G)
+        light = A is not None and A.dtype == P.dtype and P.dtype.itemsize <= kept.dtype.itemsize
+        return LowRank(R, A, P=P if light else None)
 
     def _block(self, G: Tensor, count: int) -> tuple[Any, int]:
         """Which part of G, and of R, A is made of now, as an index, and how many of them there are."""
@@ -169,11 +170,13 @@ class ProjectedWeight(Weight):
             movements.step(Stepping(self, low, check, form))
         else:
             self.slot.state[self.moments.counter].add_(check.keep)
-            movements.add(self.move(self.moments.direction(low.R, check), low, check))
+            R = low.R.to(self.geometry.compute_dtype)
+            movements.add(self.move(self.moments.direction(R, check), low, check))
 
     def move(self, D: Tensor, low: LowRank, check: GradientCheck) -> Moving | None:
         """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S), with D = weight_rule(R); then P may move."""
-        update = Update(D, self.P.read())
+        dtype = self.factor_dtype
+        update = Update(D, low.P if low.P is not None and low.P.dtype == dtype else self.P.kept().to(dtype))
         if self.residual is not None:
             update = self.residual.extend(update, low, check)
         scale = self.group["scale"]
@@ -182,7 +185,14 @@ class ProjectedWeight(Weight):
         if low.A is None:
             return None
         self.P.count = self.count
-        return Moving(self.P, update.P, low.A, check)
+        return Moving(self.P, self.P.kept(), low.A, check)
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """What D and P are wanted in to move W: its own precision, where nothing but their product is added to it."""
+        group, dtype = self.group, self.geometry.compute_dtype
+        product = self.residual is None and not group["stochastic_rounding"] and not isinstance(group["lr"], Tensor)
+        return self.p.dtype if product else dtype
 
     def _add_(self, update: Update, rate: Any, check: GradientCheck) -> None:
         """W <- (1 - lr weight_decay) W + rate (up(D, P) + S)."""
@@ -205,10 +215,8 @@ class ProjectedWeight(Weight):
                     W.mul_(1 - decay * check.keep)
                 else:  # one launch
                     W.addcmul_(W, check.keep, value=-decay)
-            if W.dtype != P.dtype:
-                D, P = D.to(W.dtype), P.to(W.dtype)
             with full_precision(W):
-                self.op.add_up_(W, D, P, alpha=alpha)
+                self.op.add_up_(W, D.to(W.dtype), P.to(W.dtype), alpha=alpha)
             if add_rest is not None:
                 for rows in pieces(W):
                     add_rest(W[rows], rows, rate)
@@ -323,5 +331,5 @@ class ProjectedWeight(Weight):
         """Share of the gradient outside the subspace and error of P's orthogonality; `None` without a P."""
         if low is None:
             return None
-        K, sharding = self.op.gram(low.R), self.geometry.sharding
+        K, sharding = self.op.gram(low.R.to(self.geometry.compute_dtype)), self.geometry.sharding
         return observation(self.P, K if sharding is None else sharding.sum(K), check)

@@ -152,7 +152,8 @@ class DividedMovements(Movements):
         first, rows = used[0].projection, used[0].projection.rows
         sharding = first.geometry.sharding
         assert rows is not None and sharding is not None
-        A, P = (torch.stack([getattr(moving, name) for moving in used]) for name in ("A", "P"))
+        dtype = first.geometry.compute_dtype
+        A, P = (torch.stack([getattr(moving, name) for moving in used]).to(dtype) for name in ("A", "P"))
         inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in used])[:, None, None]
         part = _OfOnePart(first.geometry.op, len(rows.sizes) // sharding.copies)
         found: list[Tensor] = []

@@ -214,6 +214,7 @@ def sum_over_processes(lows: list[LowRank | None], sharding: Sharding) -> None:
     many = max(1, STACK_LIMIT // moving[0][1].A.numel()) if moving else 1  # type: ignore[union-attr]
     for start in range(0, len(moving), many):
         bucket = moving[start : start + many]
-        A = sharding.sum(torch.stack([low.A for _, low in bucket]))  # type: ignore[misc]
+        A = torch.stack([low.A for _, low in bucket])  # type: ignore[misc]
+        A = sharding.sum(A.to(torch.promote_types(A.dtype, torch.float32)))
         for (i, low), own in zip(bucket, A.unbind(), strict=True):
             lows[i] = low._replace(A=own)

@@ -66,12 +66,17 @@ class InputWeight(ProjectedWeight):
 
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
         """R itself, which is what has arrived; `None` as long as there is no P."""
-        return LowRank(G.to(self.geometry.compute_dtype), None) if self.P.started else None
+        return LowRank(G, None) if self.P.started else None
 
     def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
         """As of every matrix; the next forward pass needs the next P, see `LayerWeights.learn`."""
         super().update(low, check, movements)
         self.stepped = low is not None
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """See `ProjectedWeight`; what is added to int8 weights is rounded at random."""
+        return self.geometry.compute_dtype if isinstance(self.p, Int8Weight) else super().factor_dtype
 
     def _add_(self, update: Update, rate: Any, check: GradientCheck) -> None:
         W: Any = self.p
@@ -149,7 +154,7 @@ class InputWeight(ProjectedWeight):
                     Weight.resume(weight)  # steps that were skipped before
         elif A is not None:
             self.P.count = self.clock
-            movements.add(Moving(self.P, self.P.read(), A, check))
+            movements.add(Moving(self.P, self.P.kept(), A, check))
         if self.P.started:
             self._give(shared)
 

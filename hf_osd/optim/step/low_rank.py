@@ -6,15 +6,24 @@ Letters and shapes as in `subspace.operators`.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class LowRank(NamedTuple):
-    """All that a step needs of a gradient, so that G itself can go: it adds up over micro-batches."""
+    """All that a step needs of a gradient, so that G itself can go: it adds up over micro-batches.
+
+    R and A may be in the precision of the gradient until they are used: those of many weights are converted at once.
+    """
 
     R: Tensor  # down(G, P)
     A: Tensor | None  # correlate(G, Z, P), shaped like P; None where P does not move
     G: Tensor | None = None  # the gradient itself, where its residual is used: then nothing is added up
+    P: Tensor | None = None  # as it made R, to be used again; where both take no more memory than a wide A alone
+
+    def wide(self, dtype: torch.dtype) -> "LowRank":
+        """R and A in the precision of the computation: to be added up, scaled or kept."""
+        return LowRank(self.R.to(dtype), None if self.A is None else self.A.to(dtype), self.G)
 
 
 class Update(NamedTuple):

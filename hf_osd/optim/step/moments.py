@@ -68,7 +68,7 @@ class Moments:
         step: str = "step",
     ):
         self.rule, self.storage, self.shape, self.sharding = rule, storage, shape, sharding
-        self.slot = slot
+        self.dtype, self.slot = dtype, slot
         self.counter = prefix + step
         self._moments = rule.moments(shape)
         self.kept = [(moment.name, moment.kept(prefix, dtype)) for moment in self._moments]
@@ -81,7 +81,7 @@ class Moments:
         if not self.stackable:
             return None
         forms = tuple(self.storage.form(self.slot.state, kept) for _, kept in self.kept)
-        return None if None in forms else forms
+        return None if not forms or None in forms else forms
 
     def direction(self, G: Tensor, check: GradientCheck, piece: slice | None = None) -> Tensor:
         """D = rule(G), for the gradient `G` or for the flat piece of it that is `G`."""
@@ -186,7 +186,7 @@ def joint_steps(members: Sequence[Moments], G: Tensor, paces: Sequence[Pace]) ->
         skip, keep = (torch.stack([getattr(c, name) for c in checks]).view(apart) for name in ("skip", "keep"))
         unknown = skip.new_empty(0)
         check = GradientCheck(inv_norm2=unknown, skip=skip, found_inf=unknown, keep=keep, broken=unknown)
-        return _stacked_steps(members, G, RuleStep({}, torch.stack(counters), check, paces[0].lr))
+        return _stacked_steps(members, G, RuleStep({}, counters, check, paces[0].lr))
     steps = torch.zeros_like(G, memory_format=torch.contiguous_format)
     for moments, step, own, pace in zip(members, steps, G, paces, strict=True):
         moments.update_(step, own, pace)
@@ -196,15 +196,13 @@ def joint_steps(members: Sequence[Moments], G: Tensor, paces: Sequence[Pace]) ->
 def _stacked_steps(members: Sequence[Moments], G: Tensor, now: RuleStep) -> Tensor:
     """As `joint_steps`, of moments that are decoded for it: all of them at once."""
     first, states = members[0], [moments.slot.state for moments in members]
-    stored = []
-    for name, kept in first.kept:
-        now.moments[name], own = first.storage.load_stack(states, kept)
-        stored.append((name, own))
+    names, kept = zip(*first.kept, strict=True)
+    values, stored = first.storage.load_stack(states, kept)
+    now.moments.update(zip(names, values, strict=True))
     if first.fused:
         steps = torch.zeros_like(G, memory_format=torch.contiguous_format)
         first.rule.update_(steps, G, now)  # type: ignore[attr-defined]
     else:
         steps = first.rule.direction(G, now).mul_(-now.lr)
-    for name, own in stored:
-        first.storage.store_stack(own, now.moments[name], now.check.skip)
+    first.storage.store_stack(stored, values, now.check.skip)
     return steps

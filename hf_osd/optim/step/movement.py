@@ -18,7 +18,7 @@ from ...update_rules import GradientCheck
 from .lengths import Total, lengths
 from .low_rank import LowRank
 from .moments import Moments, Pace, joint_steps
-from .projection import LiveProjection, usable
+from .projection import LiveProjection, usable, write_all
 from .streams import SideStreams
 
 
@@ -36,8 +36,8 @@ class Moving(NamedTuple):
     """A P that is to move."""
 
     projection: LiveProjection
-    P: Tensor  # as `projection.read` gave it
-    A: Tensor  # (s, r), as `Movement` has it
+    P: Tensor  # as `projection.kept` gave it, or in the precision of the computation
+    A: Tensor  # (s, r), as `Movement` has it, or in the precision of the gradient
     check: GradientCheck
 
 
@@ -46,6 +46,10 @@ class Movable(Protocol):
 
     group: Mapping[str, Any]
     moments: Moments
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """What D is wanted in."""
 
     def move(self, D: Tensor, low: LowRank, check: GradientCheck) -> Moving | None:
         """W moves by D; then P may have to."""
@@ -80,7 +84,7 @@ class Movements:
         """Have a weight moved, now or when as many of its shape have come as may wait."""
         weight, low, _, form = stepping
         R = low.R
-        key = (id(weight.group), R.shape, R.dtype, R.device, form)
+        key = (id(weight.group), R.shape, R.dtype, R.device, form, weight.factor_dtype)
         waiting = self._steps.setdefault(key, [])
         waiting.append(stepping)
         if (len(waiting) + 1) * max(R.numel(), 0 if low.A is None else low.A.numel()) > STACK_LIMIT:
@@ -88,10 +92,13 @@ class Movements:
 
     def _step_all(self, waiting: list[Stepping]) -> None:
         """One step of each weight of one group, whose R are of one shape."""
+        first = waiting[0].weight
         members = [stepping.weight.moments for stepping in waiting]
         paces = [Pace(stepping.check, lr=-1.0, weight_decay=0.0) for stepping in waiting]
         # D = weight_rule(R)
-        directions = joint_steps(members, torch.stack([stepping.low.R for stepping in waiting]), paces)
+        R = torch.stack([stepping.low.R for stepping in waiting]).to(first.moments.dtype)
+        directions = joint_steps(members, R, paces).to(first.factor_dtype)
+        del R
         for (weight, low, check, _), D in zip(waiting, directions, strict=True):
             self.add(weight.move(D, low, check))
 
@@ -137,13 +144,17 @@ class Movements:
 
 def _move(moving: Moving) -> None:
     """One movement of one P."""
-    projection, P, A, check = moving
+    projection, kept, A, check = moving
+    dtype = projection.geometry.compute_dtype
+    P, A = kept.to(dtype), A.to(dtype)
+    moving = moving._replace(P=P, A=A)
     old = P.clone() if projection.group["carry_moments"] else None
     move = Movement(
         A, check.inv_norm2, partial(usable, check), projection.geometry.op, partial(descend, [moving], None)
     )
     projection.rule.advance_(P, move)
-    projection.write(P)
+    if P is not kept:
+        projection.write(P)
     if old is not None:
         projection.carry(P, old, check.skip)
 
@@ -153,17 +164,19 @@ def _move_all(waiting: list[Moving]) -> None:
     if len(waiting) == 1:
         _move(waiting[0])
         return
-    first, A = waiting[0], torch.stack([moving.A for moving in waiting])
+    first = waiting[0].projection
+    rule, geometry, dtype = first.rule, first.geometry, first.geometry.compute_dtype
+    A = torch.stack([moving.A for moving in waiting]).to(dtype)
     waiting[:] = [moving._replace(A=own) for moving, own in zip(waiting, A, strict=True)]  # frees the others
+    P = torch.stack([moving.P for moving in waiting]).to(dtype)
+    rounded = waiting[0].P.dtype != dtype
+    if rounded:  # else P itself moves
+        waiting[:] = [moving._replace(P=own) for moving, own in zip(waiting, P, strict=True)]
     inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in waiting])[:, None, None]
-    unusable = partial(usable, first.check)  # a stackable rule does not ask
-    rule, op = first.projection.rule, first.projection.geometry.op
-    rule.advance_(
-        torch.stack([moving.P for moving in waiting]),
-        Movement(A, inv_norm2, unusable, op, partial(descend, waiting, None)),
-    )
-    for moving in waiting:
-        moving.projection.write(moving.P)
+    unusable = partial(usable, waiting[0].check)  # a stackable rule does not ask
+    rule.advance_(P, Movement(A, inv_norm2, unusable, geometry.op, partial(descend, waiting, None)))
+    if rounded:
+        write_all([moving.projection for moving in waiting], P)
 
 
 class Step(NamedTuple):

@@ -4,7 +4,7 @@ Letters and shapes as in `subspace.operators`.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from ..options.table import decay_of_projection
 from .geometry import ProjectedGeometry
 from .gradients import EPS
 from .moments import Moments
-from .rounding import noise_of, round_into_
+from .rounding import noise_of, round_into_, rounded
 from .slot import Slot
 
 
@@ -86,10 +86,13 @@ class LiveProjection:
 
     def read(self) -> Tensor:
         """P in the precision of the computation: the tensor in the state itself where that has it."""
+        return self.kept().to(self.geometry.compute_dtype)
+
+    def kept(self) -> Tensor:
+        """P in the precision that it is kept or was gathered in."""
         if self.rule.code is not None:
             return self._expand(self.rule)
-        P = self.slot.state["projection"] if self.rows is None else self.whole()
-        return P if P.dtype == self.geometry.compute_dtype else P.to(self.geometry.compute_dtype)
+        return self.slot.state["projection"] if self.rows is None else self.whole()
 
     def whole(self) -> Tensor:
         """All of a divided P, in the precision that it is kept or was gathered in: from all processes, if need be."""
@@ -121,10 +124,14 @@ class LiveProjection:
         if P is stored:
             return
         if stored.dtype == torch.bfloat16:
-            seed = self.geometry.seed + ROUNDING_APART
-            round_into_(stored, P.float(), noise_of(P.device, seed, self.count))
+            round_into_(stored, P.float(), self.noise)
         else:
             stored.copy_(P)
+
+    @property
+    def noise(self) -> torch.Generator:
+        """What P is rounded with now."""
+        return noise_of(self.slot.state["projection"].device, self.geometry.seed + ROUNDING_APART, self.count)
 
     def make(self, G: Tensor, how: Make) -> str:
         """A new P from the gradient G, (m, n) or this process's part of it; the settled `init` it was made by."""
@@ -186,6 +193,14 @@ class LiveProjection:
     def _living(self) -> Iterator[Moments]:
         """The weights' moments; of a weight that has not been stepped yet there are none."""
         return (moments for moments in self.carried.values() if moments.slot.state)
+
+
+def write_all(projections: Sequence[LiveProjection], P: Tensor) -> None:
+    """As `write`, of a stack (k, s, r) of P that are kept in less than their precision."""
+    stored = [projection.slot.state["projection"] for projection in projections]
+    if stored[0].dtype == torch.bfloat16:
+        P = rounded(P.float(), [projection.noise for projection in projections])
+    torch._foreach_copy_(stored, P.to(stored[0].dtype).unbind())
 
 
 def usable(check: GradientCheck) -> Tensor:

@@ -99,7 +99,14 @@ def round_into_(W: Tensor, X: Tensor, noise: torch.Generator) -> None:
 
     What bfloat16 can hold is kept, infinities and NaN included.
     """
+    W.copy_(rounded(X[None], [noise])[0])
+
+
+def rounded(X: Tensor, noises: Sequence[torch.Generator]) -> Tensor:
+    """What `round_into_` leaves of each of a stack (k, ...), by numbers of its own; in float32, as X is."""
     # bfloat16 is the upper half of float32's bits: 16 random bits are added below, and the carry decides
-    bits = torch.empty(X.shape, dtype=torch.int32, device=X.device).random_(0, 1 << 16, generator=noise)
+    bits = torch.empty(X.shape, dtype=torch.int32, device=X.device)
+    for own, noise in zip(bits, noises, strict=True):
+        own.random_(0, 1 << 16, generator=noise)
     bits.add_(X.view(torch.int32)).bitwise_and_(-(1 << 16))
-    W.copy_(torch.where(X.isnan(), X, bits.view(torch.float32)))  # a carry could make a number of NaN
+    return torch.where(X.isnan(), X, bits.view(torch.float32))  # a carry could make a number of NaN
