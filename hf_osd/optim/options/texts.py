@@ -98,7 +98,7 @@ def preset_rows() -> Iterator[str]:
     for preset, own in PRESETS.items():
         for source in dict.fromkeys(where for _, where in own.settings.values()):
             values = (
-                f"`{(OPTIONS | NAME_OPTIONS)[name].key}={_literal(value)}`".replace('"', "")
+                f"`{(OPTIONS | NAME_OPTIONS)[name].key}={_code(value).strip('`')}`"
                 for name, (value, where) in own.settings.items()
                 if where == source
             )
