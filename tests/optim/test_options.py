@@ -214,9 +214,10 @@ def test_what_a_preset_sets_was_measured(preset: str):
     benchmarks = Path(__file__).parents[2] / "examples" / "benchmarks"
     for name, (value, source) in PRESETS[preset].settings.items():
         result = json.loads((benchmarks / "results" / "cpu_2_cores" / f"{source}.json").read_text())
-        flag = f"--osd_{(OPTIONS | NAME_OPTIONS)[name].key}"
-        told = [" ".join(map(str, row["arguments"])) for row in result["rows"]]
-        assert any(f"{flag} {value}" in text or f"--osd_preset {preset}" in text for text in told), (name, source)
+        value = f"{value:g}" if isinstance(value, float) else value
+        flag = f"--osd_{(OPTIONS | NAME_OPTIONS)[name].key} {value} "
+        told = [" ".join([*map(str, row["arguments"]), ""]) for row in result["rows"]]
+        assert any(flag in text or f"--osd_preset {preset} " in text for text in told), (name, source)
 
 
 @pytest.mark.parametrize(
