@@ -2,9 +2,11 @@
 
 Counted from the shapes of the model: for each weight whose layer is prepared R (m r numbers), for each input, which
 several layers may share, A and ||x||² (n r + 1), and the whole gradients of all others: embeddings, head and norms.
-DDP all-reduces all of it. FSDP2 reduce-scatters gradients, and R like them, while A and ||x||² are all-reduced, which
-is a reduce-scatter and an all-gather: they count twice. What it gathers of weights is the same with both, and left
-out. Tests of two processes count what they really exchange and find the same. Writes
+DDP all-reduces all of it. FSDP2 reduce-scatters gradients, and R like them. Where P is whole on each process
+(`divide_projection=False`) A and ||x||² are all-reduced, which is a reduce-scatter and an all-gather: they count
+twice. Where processes divide P, it is gathered in the forward pass and in the step, its gradient is reduce-scattered,
+and ||x||² all-reduced. What FSDP2 gathers of weights is the same with all of them: it is in the last column alone,
+twice those of blocks. Tests of two processes count what they really exchange and find the same. Writes
 results/<device>/ddp_exchange.json and .md.
 
 Needs: nothing beyond the package; no weights are made.
@@ -46,9 +48,21 @@ def exchanged_bytes(optimizer: hf_osd.OSD, model: nn.Module) -> tuple[int, int, 
 
 def input_bytes(model: nn.Module) -> int:
     """A and ||x||² of all inputs, in the precision of the weights: the part of it that FSDP2 does not divide."""
+    return sum((size + 1) * dtype.itemsize for size, dtype in _inputs(model))
+
+
+def gathered_bytes(model: nn.Module) -> tuple[int, int, int]:
+    """Of a P that processes divide, in a step without checkpoints: gathered, reduce-scattered, all-reduced."""
+    P = sum(size * dtype.itemsize for size, dtype in _inputs(model))
+    energies = sum(torch.promote_types(dtype, torch.float32).itemsize for _, dtype in _inputs(model))
+    return 2 * P, P, energies
+
+
+def _inputs(model: nn.Module) -> list[tuple[int, torch.dtype]]:
+    """Entries of P of each input, and the precision of the weights."""
     layers = [module.osd for module in model.modules() if isinstance(module, InSubspace)]
     inputs = {layer.input: layer.weight.dtype for layer in layers}
-    return sum((shared.P.numel() + 1) * dtype.itemsize for shared, dtype in inputs.items())
+    return [(shared.size * shared.first.rank, dtype) for shared, dtype in inputs.items()]
 
 
 def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
@@ -61,6 +75,11 @@ def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
         optimizer = hf_osd.create_osd_optimizer(model, rank=rank, source="activations")
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))  # layers meet their inputs
         exchanged, prepared, whole, matrices = exchanged_bytes(optimizer, model)
+        gathers, scattered, energies = gathered_bytes(model)
+        by_whole_p = exchanged + input_bytes(model)
+        by_divided_p = exchanged - input_bytes(model) + gathers + scattered + 2 * energies
+        blocks = sum(p.nbytes for p in model.model.layers.parameters())
+        weights = blocks + sum(p.nbytes for p in model.parameters())  # the root's are gathered once
         found.append(
             {
                 "model": model_name,
@@ -69,7 +88,9 @@ def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
                 "exchanged_bytes": exchanged,
                 "ratio": round(exchanged / whole, 4),
                 "matrices_ratio": round(prepared / matrices, 4),
-                "fsdp2_ratio": round((exchanged + input_bytes(model)) / whole, 4),
+                "fsdp2_ratio": round(by_whole_p / whole, 4),
+                "fsdp2_divided_ratio": round(by_divided_p / whole, 4),
+                "fsdp2_divided_to_whole_p": round((weights + by_divided_p) / (weights + by_whole_p), 4),
             }
         )
     return found
@@ -77,14 +98,16 @@ def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| | whole gradients | `source=activations` | ratio | of the projected matrices | FSDP2 |"]
-    lines += ["| --- " * 6 + "|"]
+    titles = ["", "whole gradients", "`source=activations`", "ratio", "of the projected matrices"]
+    titles += ["FSDP2, P whole", "FSDP2, P divided", "over P whole, weights' gathers included"]
+    lines = [f"| {' | '.join(titles).lstrip()} |", "| --- " * len(titles) + "|"]
     for row in found:
         whole, exchanged = (row[key] / 1e6 for key in ("whole_bytes", "exchanged_bytes"))
         name = row["model"].replace("llama_", "LLaMA ").upper().replace("LLAMA", "LLaMA")
         lines.append(
             f"| {name}, rank {row['rank']} | {whole:,.0f} MB | {exchanged:,.0f} MB | {row['ratio']:.3f} | "
-            f"{row['matrices_ratio']:.3f} | {row['fsdp2_ratio']:.3f} |"
+            f"{row['matrices_ratio']:.3f} | {row['fsdp2_ratio']:.3f} | {row['fsdp2_divided_ratio']:.3f} | "
+            f"{row['fsdp2_divided_to_whole_p']:.3f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -17,7 +17,8 @@ attention, weights in --dtype, one batch for each step. GaLore has the rank of o
 SubZero its default; P is with its moments, and for SubZero U and V.
 The columns are each part's most, "step" the temporaries of a parameter's step; the peak is what is there at once.
 --reserve is kept free for the driver's context, libraries and fragmentation. --processes tells what each of so many
-holds of what FSDP2 divides between steps: two buckets of P, 32 MiB or two P, come on top while it steps.
+holds of what FSDP2 divides between steps: two buckets of P, 32 MiB or two P, come on top while it steps, and with
+source=activations, while it computes, the P of two blocks, and of each input what P learns of it, as large as P whole.
 """
 RESERVE = "1GB"
 # As in `hf_osd.optim` and `hf_osd.estimate`, which take seconds to import.

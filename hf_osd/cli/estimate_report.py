@@ -2,6 +2,7 @@
 
 import argparse
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from math import prod
@@ -30,6 +31,7 @@ from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
 from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
 from ..optim.options.table import OPTIONS
 from ..optim.selection.targets import parse_modules
+from ..optim.step.sharding import INT8_NOT_SHARDED
 from ..subzero.options import OPTIONS as SUBZERO
 from ..text import format_bytes, format_count, table
 from ..trainer.settings import parse_optim_args
@@ -115,7 +117,7 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
         "parameters": sum(p.numel() for p in model.parameters()),
         "matrices": sum(prod(shape[:-2]) for shape in shapes),
         "clipped": sum(prod(shape[:-2]) for shape in shapes if arguments.rank > min(shape[-2:])),
-        **processes_report(arguments, model, optim, options, layerwise),
+        **processes_report(arguments, model, optim, options, ours),
         "projection_file_bytes": ours(arguments.rank).saved,
         "missing": missing,
         "rows": rows,
@@ -130,7 +132,11 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
 
 
 def processes_report(
-    arguments: argparse.Namespace, model: nn.Module, optim: str, options: dict[str, Any], layerwise: bool
+    arguments: argparse.Namespace,
+    model: nn.Module,
+    optim: str,
+    options: dict[str, Any],
+    ours: Callable[[int], Method],
 ) -> dict[str, Any]:
     """What each process holds, of several, with P divided among them and whole on each."""
     processes = arguments.processes
@@ -138,11 +144,17 @@ def processes_report(
         return {}
     if processes < 1:
         raise ValueError(f"--processes must be at least 1, got {processes}.")
-    if layerwise or options.get("source") == "activations":
-        raise ValueError("--processes is for steps from gradients that are not layerwise: leave one of them out.")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`rank` is")
-        optimizer = create_osd_optimizer(model, optim, rank=arguments.rank, **options)
+    prepared = ours(arguments.rank).prepared
+    if ours(arguments.rank).layerwise:
+        raise ValueError("--processes is for steps that are not layerwise, as FSDP2 has them: leave one of them out.")
+    if options.get("weight_dtype") is not None:
+        raise ValueError(INT8_NOT_SHARDED)
+    if prepared is None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`rank` is")
+            optimizer = create_osd_optimizer(model, optim, rank=arguments.rank, **options)
+    else:  # whose layers know which of them share P
+        model, optimizer = prepared
     each = {
         name: asdict(share(model, optimizer, processes, divide=name == "divided")) for name in ("divided", "whole")
     }

@@ -23,7 +23,7 @@ class Share:
 
     Attributes:
         weights (`int`): Parameters and buffers; of what is gathered for a forward pass nothing.
-        gradients (`int`): Of what is trained.
+        gradients (`int`): Of what is trained; of layers that learn from activations R.
         state (`int`): The optimizer's moments, without P's.
         projection (`int`): P, or what stands for it in the state.
         projection_moments (`int`): Of P.
@@ -46,19 +46,26 @@ def share(model: nn.Module, optimizer: OSD, processes: int, *, divide: bool) -> 
         divide (`bool`): Whether they divide P where they can (`divide_projection`).
     """
     sizes: Counter[str] = Counter()
+    layers = {} if optimizer.layers is None else optimizer.layers.by_weight()
+    stand_ins = {layer.stand_in for layer in layers.values()}
+    # what a layer stores transposed goes by its gradients there, see `layers.divided`
+    made = {p: layer.stand_in for p, layer in layers.items() if not layer.transposed}
     for group in optimizer.trained_groups:
         rules = rules_of(group)
         for p in group["params"]:
-            geometry = _sharded(optimizer.weight_of(p).geometry, group, processes, divide)
+            geometry = optimizer.weight_of(p).geometry
+            if p in layers and p not in made:
+                geometry = replace(geometry, holder=None)
+            geometry = _sharded(geometry, group, processes, divide)
             for name, entry in state_spec(geometry, rules).items():
                 shape = local_shape(name, entry, geometry)
                 if geometry.stacked:  # whole experts
                     shape = (_part(entry.shape[0], processes), *entry.shape[1:])
                 sizes[_kind(name, rules.subspace.code)] += math.prod(shape) * entry.dtype.itemsize
-    trained = [p for p in model.parameters() if p.requires_grad]
+    params = [p for p in model.parameters() if p not in stand_ins]
     return Share(
-        sum(_bytes(X, processes) for X in model.parameters()) + sum(X.nbytes for X in model.buffers()),
-        sum(_bytes(p, processes) for p in trained),
+        sum(_bytes(X, processes) for X in params) + sum(X.nbytes for X in model.buffers()),
+        sum(_bytes(made.get(p, p), processes) for p in params if p.requires_grad),
         **{name: sizes[name] for name in ("state", "projection", "projection_moments")},
     )
 

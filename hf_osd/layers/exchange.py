@@ -65,6 +65,25 @@ def share_int8(weights: Iterable[Tensor], group: Any) -> None:
             dist.broadcast(part, group=group, group_src=0)
 
 
+def add_energies(inputs: Iterable[SharedInput], group: Any) -> None:
+    """Replace ||x||² of each input by its sum over the processes, which keep A of their own tokens: one exchange.
+
+    Args:
+        inputs (`Iterable[SharedInput]`): Those whose P the processes divide.
+        group (`ProcessGroup`): The processes.
+    """
+    alike: dict[tuple, list[SharedInput]] = {}
+    for shared in inputs:
+        if shared.P is not None and shared.learns:
+            alike.setdefault((shared.P.device, shared.first.dtype), []).append(shared)
+    for (device, dtype), members in alike.items():
+        none = torch.zeros((), dtype=dtype, device=device)
+        found = torch.stack([none if shared.energy is None else shared.norm2().to(dtype) for shared in members])
+        dist.all_reduce(found, group=group)
+        for shared, energy in zip(members, found.unbind(), strict=True):
+            shared.energy = energy
+
+
 def average_inputs(inputs: Mapping[SharedInput, torch.dtype], group: Any) -> None:
     """Replace A and ||x||² of each input by their mean over the processes: one exchange for all.
 
@@ -89,3 +108,4 @@ def average_inputs(inputs: Mapping[SharedInput, torch.dtype], group: Any) -> Non
         views = iter([mean.view_as(part) for mean, part in zip(means, parts, strict=True)])
         for shared in members:
             shared.A, shared.energy = next(views).to(shared.first.dtype), next(views).to(shared.first.dtype)
+            shared.averaged = True

@@ -9,13 +9,15 @@ for its W_i. R of many weights are sent together, as soon as they are enough, an
 stand-ins when the backward pass returns. When, in which precision and by what to divide is FSDP2's to say.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
+
+from .gather import collective
 
 
 BUCKET = 2**25  # bytes of R that are sent together
@@ -25,19 +27,25 @@ ON_THE_WAY = 2  # buckets: bounds the memory that they take
 def groups_of_fsdp(model: nn.Module) -> dict[nn.Module, Any]:
     """FSDP2's group of parameters that the weight of each module is in; empty where it manages none."""
     found: dict[nn.Module, Any] = {}
+    for _, groups in modules_of_fsdp(model):
+        for group in groups:
+            for where in (managed._module_info for managed in group.fsdp_params):
+                if where.param_name == "weight":
+                    found |= dict.fromkeys([where.module, *where.shared_modules], group)
+    return found
+
+
+def modules_of_fsdp(model: nn.Module) -> Iterator[tuple[nn.Module, list[Any]]]:
+    """The modules at whose calls FSDP2 gathers weights, and the groups of parameters that it gathers there."""
     if not dist.is_available():
-        return found
+        return
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
             state: Any = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None)  # older torch has one, or none
-            for group in filter(None, [state._fsdp_param_group]) if groups is None else groups:
-                for where in (managed._module_info for managed in group.fsdp_params):
-                    if where.param_name == "weight":
-                        found |= dict.fromkeys([where.module, *where.shared_modules], group)
-    return found
+            yield module, [*filter(None, [state._fsdp_param_group])] if groups is None else list(groups)
 
 
 def keep_from_fsdp(module: nn.Module) -> None:
@@ -69,9 +77,11 @@ class RowExchange:
 
     Args:
         sharding (`Sharding`): How all of their weights lie on one mesh: by rows, on HSDP's several times.
+        end (`Callable`): Is called at the end of each backward pass.
     """
 
-    def __init__(self, sharding: Any):
+    def __init__(self, sharding: Any, end: Callable[[], None]):
+        self._end = end
         self.mesh, self.placements, self.group = sharding.mesh, sharding.placements, sharding.group
         self.layers: list[Any] = []
         self._divided, *others = sorted(range(self.mesh.ndim), key=lambda i: sharding.placements[i].is_replicate())
@@ -102,6 +112,7 @@ class RowExchange:
         self._send({layer: None for layer in ready if layer.made or _fills_up(layer)})
         while self._sent:
             self._take_in(self._sent.pop(0))
+        self._end()
 
     def _agree(self, called: list[str]) -> None:
         """Raise `ValueError` where processes have called different layers: what they exchange would not fit."""
@@ -118,7 +129,7 @@ class RowExchange:
     @torch.no_grad()
     def _send(self, layers: dict[Any, None]) -> None:
         """Reduce-scatter R of these layers, as many at once as are one bucket."""
-        reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # older torch
+        reduce_scatter = collective("reduce_scatter_single", "reduce_scatter_tensor")
         for members in _buckets(layers):
             if len(self._sent) == ON_THE_WAY:
                 self._take_in(self._sent.pop(0))

@@ -1,6 +1,7 @@
 """What a prepared layer knows, and how layers that are given the same tensor find each other."""
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from .exchange import group_of_ddp
 from .fsdp import RowExchange
 from .shared_input import SharedInput, new_handle, project_compiled
 from .start import FirstProjection
+from .wholes import Wholes
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -25,10 +27,14 @@ class Meeting:
         sharing (`bool`): Whether they may share: processes have agreed on it once the first step is made.
         group (`ProcessGroup`, *optional*): Those that average what P learns from, where there are several.
         rows ([`RowExchange`], *optional*): Theirs, where FSDP2 divides the weights.
+        wholes ([`Wholes`]): Where all of a P is, of which each process has some rows.
+
+    Args:
+        layers (`Mapping[str, LayerInfo]`): All layers by name, as they come to be.
     """
 
-    def __init__(self) -> None:
-        self.changed, self.sharing = False, True
+    def __init__(self, layers: Mapping[str, "LayerInfo"]) -> None:
+        self.changed, self.sharing, self.wholes = False, True, Wholes(layers)
         self.group: Any = None
         self.rows: RowExchange | None = None
         self._ddp: Any = lambda: None
@@ -45,7 +51,7 @@ class Meeting:
         if mesh.size() > 1:
             self.group = layer.sharding.group
         if layer.fsdp is not None:
-            self.rows = self.rows or RowExchange(layer.sharding)
+            self.rows = self.rows or RowExchange(layer.sharding, self.wholes.forget)
             if (self.rows.mesh, self.rows.placements) != (mesh, layer.sharding.placements):
                 raise ValueError(
                     f"{layer.name} lies on another mesh than other layers. With source='activations' all must lie on "
@@ -148,6 +154,14 @@ class LayerInfo:
         self._divided, self.sharding, self.fsdp = self.modules[0].weight, sharding, fsdp
         self._known_leaf = self.stand_in
         self._meeting.divide(self)
+
+    def use(self, P: Tensor, code: Tensor | None, rows: Any) -> None:
+        """Let the layers that have its input use this P of the optimizer from now on; see [`SharedInput.bind`]."""
+        shared = self.input
+        assert shared is not None
+        shared.bind(P, code, rows, None if rows is None else self._meeting.wholes)
+        if rows is not None:
+            self._meeting.wholes.add(shared, self)
 
     @property
     def made(self) -> bool:

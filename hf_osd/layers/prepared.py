@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .candidates import owners_of, zeros_like_R
 from .divided import reason_of, zeros_by_rows
-from .exchange import all_holders, average_inputs, ddp_may_come, share_int8
+from .exchange import add_energies, all_holders, average_inputs, ddp_may_come, share_int8
 from .first_pass import end_first_pass, wait_for_first_pass
 from .fsdp import groups_of_fsdp, keep_from_fsdp
 from .int8 import Int8Weight, quantize_
@@ -58,7 +58,7 @@ class PreparedLayers(nn.Module):
         self._model, self._sharding_of = (model,), sharding_of  # no child
         self.layers: dict[str, LayerInfo] = {}
         self.left: dict[str, str] = {}
-        self.meeting = Meeting()
+        self.meeting = Meeting(self.layers)
         self.installed = self.findable = self._following = False
         self._watch: Any = None
         owners = owners_of(model)
@@ -107,6 +107,7 @@ class PreparedLayers(nn.Module):
                 layer.hide()
         model.add_module(CHILD, self)
         self.installed = self.findable = True
+        self.send_ahead()
         if self._watch is None:
             self._watch = register_optimizer_step_pre_hook(_warn_of_others(self))
         if any(layer.input is None for layer in self.layers.values()):
@@ -120,6 +121,7 @@ class PreparedLayers(nn.Module):
             _make_plain(layer)
             layer.show()
         end_first_pass(self)
+        self.meeting.wholes.detach()
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
@@ -228,6 +230,7 @@ class PreparedLayers(nn.Module):
         group, meeting = self.meeting.group, self.meeting
         if meeting.rows is not None:  # what a backward pass that was broken off has left
             meeting.rows.finish()
+        meeting.wholes.forget()
         if group is None:
             for layer in self.layers.values():  # nobody else takes what requires a gradient from now on
                 layer.show()
@@ -244,7 +247,9 @@ class PreparedLayers(nn.Module):
                     rows = layer.weight.shape[0 if layer.transposed else 1]
                     layer.input.P = layer.first.draw(rows, layer.weight.device)
         layers = self.layers.values()
-        average_inputs({met: layer.weight.dtype for layer in layers if (met := layer.input) is not None}, group)
+        inputs = {met: layer.weight.dtype for layer in layers if (met := layer.input) is not None}
+        add_energies([shared for shared in inputs if shared.rows is not None], group)
+        average_inputs({shared: dtype for shared, dtype in inputs.items() if shared.rows is None}, group)
 
     @property
     def has_gradients(self) -> bool:
@@ -258,6 +263,13 @@ class PreparedLayers(nn.Module):
             shared.forget()
         for layer in self.layers.values():
             layer.forget()
+        self.meeting.wholes.forget()
+        self.send_ahead()
+
+    def send_ahead(self) -> None:
+        """Let the modules that FSDP2 gathers weights for send for each P that processes divide, from now on."""
+        if self.installed:
+            self.meeting.wholes.attach(self._model[0])
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing."""

@@ -29,13 +29,16 @@ class SharedInput:
         every (`int`): k: P learns of every k-th token.
 
     Attributes:
-        P (`torch.Tensor`, *optional*): (n, r), the optimizer's own; `None` before it is drawn.
+        P (`torch.Tensor`, *optional*):
+            (n, r), the optimizer's own; `None` before it is drawn. Where processes divide it, this one's rows of it.
+        rows (`Rows`, *optional*): How they do.
         code (`torch.Tensor`, *optional*): What the state keeps instead of P, once it does.
         started (`bool`): Whether weights are stepped by it. Before, P is a random sketch, from which it starts.
         kept (`bool`): Whether it is, or was, in the optimizer's state.
         learns (`bool`): Whether P is to move after the coming step.
         turn (`int`): Which of the k first tokens is the first that P learns of.
         energy (`torch.Tensor`, *optional*): ||x_k||², 0-dim, likewise.
+        averaged (`bool`): Whether both are those of all processes.
         handle (`torch.Tensor`): A number on the CPU that compiled functions, which are given it, find the input by.
     """
 
@@ -43,10 +46,13 @@ class SharedInput:
         self.leader, self.first, self.every = leader, first, every
         self.handle = new_handle(self)
         self.P: Tensor | None = None
+        self.rows: Any = None
+        self._wholes: Any = None
         self.restart()
         self._A: Tensor | None = None
         self._tokens: list[tuple[Tensor, Tensor]] = []  # x_k and x_k P that are not in A
         self.energy: Tensor | None = None
+        self.averaged = False
         self._outside: set[bool] = set()
         self._last: tuple[Any, int, Any] = (lambda: None, 0, None)
 
@@ -67,15 +73,25 @@ class SharedInput:
     def restart(self) -> None:
         """Be as before the first step."""
         if self.P is not None:  # the exchange of processes asks for it, whoever calls the layer next
-            self.P = self.first.draw(self.P.shape[0], self.P.device)
+            P, n, wholes = self.P, self.size, self._wholes
+            self.rows = self._wholes = None
+            self.P = self.first.draw(n, P.device)
+            if wholes is not None:
+                wholes.remove(self)
         self.code: Tensor | None = None
         self.started, self.kept = self.first.complete, False
         self.learns, self.turn = not self.first.complete or self.first.rule.moves_at(0), 0
 
+    @property
+    def size(self) -> int:
+        """n, of a P that is there."""
+        assert self.P is not None
+        return len(self.P) if self.rows is None else sum(self.rows.sizes)
+
     @torch.no_grad()
     def project(self, x: Tensor) -> Tensor:
         """The product x P, (T, r): once for all layers that are given this x."""
-        dtype = _dtype_of_products(x)
+        dtype = dtype_of_products(x.device.type, x.dtype)
         last, version, product = self._last
         seen = last() is x and version == x._version
         known = product() if seen else None
@@ -92,9 +108,11 @@ class SharedInput:
             self.P = self.first.draw(x.shape[-1], x.device)
         elif self.P.device != x.device:  # the model has been moved
             self.P = self.P.to(x.device)
+        P = self.P if self.rows is None else self._wholes.take(self)
         x = x.reshape(-1, x.shape[-1])
         with full_precision(x):
-            xP = x.to(dtype) @ self.P.to(dtype)
+            xP = x.to(dtype) @ P.to(dtype)
+        del P
         if self.learns and not seen and self._is_new(compiled):
             start = self.turn % max(min(self.every, len(x)), 1)  # a few tokens are seen at every step, too
             self._learn(x[start :: self.every], xP[start :: self.every])
@@ -135,6 +153,7 @@ class SharedInput:
     def forget(self) -> None:
         """What was seen since the last step."""
         self.A = self.energy = None
+        self.averaged = False
         self._outside.clear()
         self.forget_product()
 
@@ -147,17 +166,25 @@ class SharedInput:
         if not self.started and (self._A is not None or self._tokens):
             self.P = None
 
-    def bind(self, P: Tensor, code: Tensor | None) -> None:
-        """Use this P, the optimizer's, and what it keeps instead, from now on, and step by it."""
-        self.P, self.code, self.started, self.kept = P, code, True, True
+    def bind(self, P: Tensor, code: Tensor | None, rows: Any = None, wholes: Any = None) -> None:
+        """Use this P, the optimizer's, and what it keeps instead, from now on, and step by it.
+
+        Args:
+            P (`torch.Tensor`): As above.
+            code (`torch.Tensor`, *optional*): Likewise.
+            rows (`Rows`, *optional*): Likewise.
+            wholes ([`Wholes`], *optional*): Gives all of P, if this is not all.
+        """
+        if self.rows is not None and rows is None:
+            self._wholes.remove(self)
+        self.P, self.code, self.started, self.kept, self.rows, self._wholes = P, code, True, True, rows, wholes
         self.forget_product()
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
-    """What products of x come in: autocast may be on for one layer and off for another."""
-    kind = x.device.type
-    autocast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+def dtype_of_products(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """What products of such inputs come in: autocast may be on for one layer and off for another."""
+    autocast = dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else dtype
 
 
 _numbers = count()
@@ -188,4 +215,4 @@ def _(x: Tensor, handle: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
 
 def project_compiled(x: Tensor, handle: Tensor, rank: int) -> Tensor:
     """In a compiled function, the x P of whose handle it is."""
-    return torch.ops.hf_osd.project(x.detach(), handle, rank, _dtype_of_products(x))
+    return torch.ops.hf_osd.project(x.detach(), handle, rank, dtype_of_products(x.device.type, x.dtype))

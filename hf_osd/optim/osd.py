@@ -168,8 +168,9 @@ class OSD(SavedOptimizer):
             Whether the processes among which FSDP2 or tensor parallelism divides a weight divide its P and the moments
             of that, too, by rows. Defaults to where that is possible. Then P is gathered where it is used and its
             gradient reduce-scattered, as FSDP2 does with weights, in buckets of many. Rules that need all of P to move
-            it, or make it anew, keep it whole on every process: by default P is divided with `online_pca` on
-            gradients, without `carry_moments`. A checkpoint goes on either way.
+            it, or make it anew, keep it whole on every process: by default P is divided with `online_pca`, without
+            `carry_moments`. With source='activations' the forward pass gathers it, too. A checkpoint goes on either
+            way.
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
         selection (`Sequence[dict]`, *optional*):
             Groups that differ in what is projected, which `params` are divided into. Trainer's own arguments have it.

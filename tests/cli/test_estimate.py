@@ -66,8 +66,19 @@ def test_what_each_of_several_processes_holds(folder, capsys):
     assert re.search(
         r"each of 4 processes.*\n.*P's moments\n.*\nP divided .*\nP whole on each ", estimate(capsys, *words)
     )
-    for more in (("--layerwise",), ("--optim_args", "source=activations")):
-        assert "--processes is for steps from gradients" in refused(capsys, *words, *more)
+    assert "--processes is for steps that are not layerwise" in refused(capsys, *words, "--layerwise")
+    words += ("--optim_args", "source=activations")
+    each = report_of(capsys, *words)["each_process"]
+    (names,) = ({name for name, p in select(model).projected.items() if p.ndim == 2},)
+    led = [name for name in names if not name.split(".")[-2].startswith(("k_", "v_", "up_"))]  # q's and gate's P
+    inputs = sum(model.get_parameter(name).shape[1] for name in led)
+    assert each["whole"]["projection"] == 4 * 8 * inputs == 4 * each["divided"]["projection"]
+    R = sum(8 * model.get_parameter(name).shape[0] for name in names)
+    rest = sum(p.numel() for name, p in model.named_parameters() if name not in names)
+    assert each["divided"]["gradients"] == 2 * (R + rest) // 4
+    buffers = sum(X.nbytes for X in model.buffers())
+    assert each["divided"]["weights"] == sum(p.nbytes for p in model.parameters()) // 4 + buffers
+    assert "use DDP" in refused(capsys, *words[:-1], words[-1] + ",weight_dtype=int8")
 
 
 def test_the_page_on_distributed_training_tells_what_each_of_eight_cards_holds():

@@ -1,5 +1,6 @@
 """Scenarios of `source="activations"` on several processes: what is exchanged, tensor parallelism, what is refused."""
 
+import copy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -110,7 +111,16 @@ def called_on_some_processes(rank: int, world: int, folder: Path):
     fully_shard(model)
     model.set_reduce_scatter_unused_params(True)
     optimizer, reference = (make(m, target_modules="all-linear", rank=4) for m in (model, single))
-    for step in range(4):
+    for step in range(6):
+        if step == 4:  # a resume, after which each calls layers of its own from the first pass on
+            weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+            model = Choice()
+            fully_shard(model)
+            model.load_state_dict(weights)
+            model.set_reduce_scatter_unused_params(True)
+            optimizer = make(model, target_modules="all-linear", rank=4)
+            optimizer.load_state_dict(state)
+            assert optimizer.layers.meeting.wholes._hooks
         x = torch.randn(world, 4, 8, generator=torch.Generator().manual_seed(step)).double()
         model(x[rank], rank).square().sum().backward()
         (sum(single(x[i], i).square().sum() for i in range(world)) / world).backward()
@@ -139,28 +149,38 @@ class Exchanged(TorchDispatchMode):
 
 
 def bytes_on_the_wire(rank: int, world: int, folder: Path):
-    """A step reduces what the benchmark counts, in one bucket, and gathers what it gathers with gradients."""
-    from ddp_exchange import exchanged_bytes, input_bytes
+    """A step exchanges what the benchmark counts, P whole and divided, and as many weights as with gradients."""
+    from ddp_exchange import exchanged_bytes, gathered_bytes, input_bytes
 
-    gathered = {}
-    for source in ("activations", "gradients"):
+    gathered, calls = {}, {}
+    for way in ("gradients", "whole", "divided"):
         model = shard(make_model(inner=34), mp_policy=MixedPrecisionPolicy())
         model.gate.requires_grad_(False)  # whose row would be padded
         model.embedding.requires_grad_(False)  # 37 rows likewise
-        whole = {"divide_projection": False} if source == "gradients" else {}  # else P is gathered, too
-        optimizer = make(model, source=source, target_modules=["tall", "wide"], **whole)
+        options = {"source": "gradients"} if way == "gradients" else {}
+        # steps of P that cannot be too long, whose lengths would be added up
+        options |= {"target_modules": ["tall", "wide"], "divide_projection": way == "divided", "lr": 1e-4}
+        optimizer = make(model, **options)
         train(model, optimizer, range(2), rank, world)
-        with Exchanged() as seen:
+        with Exchanged() as seen, CommDebugMode() as counts:
             loss_of(model, 2, rank, world).backward()
             optimizer.step()
-        gathered[source] = seen.bytes["allgather_base"]
-        if source == "activations":
-            total, _, whole_bytes, _ = exchanged_bytes(optimizer, model)
-            checks = 8 * len(optimizer.trained_groups[0]["params"] + optimizer.trained_groups[1]["params"])
-            assert seen.bytes["allreduce"] == input_bytes(model) + checks and seen.calls["allreduce"] == 2
-            assert seen.bytes["reduce_scatter_base"] == total - input_bytes(model) < whole_bytes / 2
-            assert seen.calls["reduce_scatter_base"] == 3  # of each block's vectors, and of R
-    assert gathered["activations"] == gathered["gradients"] > 0
+        gathered[way] = seen.bytes["allgather_base"]
+        calls[way] = seen.calls
+        assert counts.get_total_counts() == seen.calls.total()
+        if way == "gradients":
+            continue
+        total, _, whole_bytes, _ = exchanged_bytes(optimizer, model)
+        checks = 8 * len(optimizer.trained_groups[0]["params"] + optimizer.trained_groups[1]["params"])
+        rest = total - input_bytes(model)  # R and the vectors: in three calls, for each block's are apart
+        gathers, scattered, energies = gathered_bytes(model) if way == "divided" else (0, 0, input_bytes(model))
+        assert seen.bytes["allreduce"] == energies + checks and seen.calls["allreduce"] == 2
+        assert seen.bytes["reduce_scatter_base"] == rest + scattered and rest < whole_bytes / 2
+        assert world * (gathered[way] - gathered["gradients"]) == gathers
+    assert gathered["gradients"] > 0
+    more = {name: calls["divided"][name] - calls["whole"][name] for name in calls["divided"]}
+    # one for each block in the forward pass and one bucket in the step; one of gP
+    assert more == {"allgather_base": 3, "reduce_scatter_base": 1, "allreduce": 0}
 
 
 def what_does_not_fit(rank: int, world: int, folder: Path):

@@ -65,6 +65,10 @@ def compare(rank: int, world: int, clip: float = 0.0, how=MappingProxyType({}), 
                 first = value.clone()
                 dist.broadcast(first, src=0)
                 assert torch.equal(first, value), name
+            elif name.startswith("projection"):  # each row on one process, also where two have the same part of W
+                rows = torch.tensor(len(local(value)))
+                dist.all_reduce(rows)
+                assert int(rows) == len(value) == p.shape[1] and value.device_mesh == p.device_mesh
             elif p.ndim == 2:
                 assert value.placements == p.placements and value.shape[0] == p.shape[0]
 

@@ -1,5 +1,6 @@
 """Run functions on several gloo processes, started once for many of them."""
 
+import gc
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ def run(world_size: int, scenarios: Sequence[Callable[[int, int, Path], None]], 
 
 
 def _work(rank: int, world_size: int, scenarios: Sequence[Callable], folder: Path) -> None:
+    gc.freeze()  # as in `conftest`
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     store = dist.FileStore(str(folder / f"store_{world_size}"), world_size)

@@ -4,6 +4,7 @@ On four processes in test_fsdp2_meshes.py; saved, and resumed on other numbers o
 test_fsdp2_checkpoints.py; in a stock Trainer in test_fsdp2_trainer.py.
 """
 
+import activations_divided
 import activations_exchange as exchange
 import activations_training as training
 import processes
@@ -16,7 +17,8 @@ SCENARIOS = [training.dense, training.clipped, training.accumulated, training.ch
 SCENARIOS += [training.evaluated, training.in_bfloat16, training.eight_bit, exchange.no_gradient_of_w]
 SCENARIOS += [exchange.used_otherwise_too, exchange.called_on_some_processes, exchange.bytes_on_the_wire]
 SCENARIOS += [exchange.what_does_not_fit, exchange.refused, exchange.tensor_parallel]
-SCENARIOS += [training.loaded_by_the_first_process]
+SCENARIOS += [activations_divided.shared_and_tied, activations_divided.whole_by_option]
+SCENARIOS += [activations_divided.saved_and_given, training.loaded_by_the_first_process]
 
 
 @pytest.fixture(scope="module")

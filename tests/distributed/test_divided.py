@@ -5,6 +5,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import activations_training
 import processes
 import pytest
 import torch
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from hf_osd import OSD, ProjectionState
 from hf_osd.estimate import share
 from hf_osd.optim import predicted_state_bytes, state_bytes
-from hf_osd.optim.step import algorithm, buckets, divided, moments
+from hf_osd.optim.step import algorithm, divided, moments
 from hf_osd.subspace import precision
 
 
@@ -38,10 +39,10 @@ TOLERANCE = 1e-9  # float64, see test_fsdp2.py
 
 def trains_what_one_trains(rank: int, world: int, folder: Path):
     """Dense, tied, frozen; three micro-batches a step, clipped; one bucket of all, and buckets and stacks of one."""
-    limits = buckets.BUCKET_LIMIT, divided.STACK_LIMIT
+    limits = divided.BUCKET_LIMIT, divided.STACK_LIMIT
     for few in (False, True):
         if few:
-            buckets.BUCKET_LIMIT = divided.BUCKET_LIMIT = divided.STACK_LIMIT = 150
+            divided.BUCKET_LIMIT = divided.STACK_LIMIT = 150
         single, sharded = make_model(), shard(make_model())
         reference, optimizer = make_optimizer(single, side="right"), make_optimizer(sharded)
         for step in range(4):
@@ -55,8 +56,7 @@ def trains_what_one_trains(rank: int, world: int, folder: Path):
                 own.zero_grad()
         assert_same_weights(sharded, single, TOLERANCE)
         assert_same_state(optimizer, reference, 1e-7)
-    buckets.BUCKET_LIMIT, divided.STACK_LIMIT = limits
-    divided.BUCKET_LIMIT = limits[0]
+    divided.BUCKET_LIMIT, divided.STACK_LIMIT = limits
 
 
 def bfloat16_and_8_bits(rank: int, world: int, folder: Path):
@@ -130,11 +130,16 @@ def what_is_sent(rank: int, world: int, folder: Path):
 
 def goes_on_either_way(rank: int, world: int, folder: Path):
     """Divided to whole and back, by `state_dict` and by torch.distributed.checkpoint, 8-bit moments of P included."""
-    for options in ({}, {"weight_rule": "adamw8bit", "rank": 64}):
-        sizes = {"width": 128, "inner": 130} if options else {}
+    eight_bit = {"weight_rule": "adamw8bit", "rank": 64}
+    for make, options in (
+        (make_optimizer, {}),
+        (make_optimizer, eight_bit),
+        (activations_training.make, {"lr": 1e-3}),
+    ):
+        sizes = {"width": 128, "inner": 130} if options is eight_bit else {}
         for divide in (True, False):
             model = shard(make_model(torch.float32, **sizes))
-            optimizer = make_optimizer(model, **options, divide_projection=divide)
+            optimizer = make(model, **options, divide_projection=divide)
             train(model, optimizer, range(2), rank, world)
             weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
             checkpoint = folder / f"{len(options)}_{divide}_{world}"
@@ -142,7 +147,7 @@ def goes_on_either_way(rank: int, world: int, folder: Path):
             train(model, optimizer, range(2, 4), rank, world)
             for by_dcp in (False, True):
                 again = shard(make_model(torch.float32, **sizes))
-                other = make_optimizer(again, **options, divide_projection=not divide)
+                other = make(again, **options, divide_projection=not divide)
                 again.load_state_dict(weights)
                 if by_dcp:
                     read = {"optimizer": get_optimizer_state_dict(again, other)}
@@ -153,7 +158,7 @@ def goes_on_either_way(rank: int, world: int, folder: Path):
                 P = other.state[again.blocks[0].tall.weight]["projection"]
                 assert isinstance(P, DTensor) != divide
                 train(again, other, range(2, 4), rank, world)
-                assert_same_weights(again, model, 2e-3 if options else 1e-5)
+                assert_same_weights(again, model, 2e-3 if options is eight_bit else 1e-5)
 
 
 def given_and_exported(rank: int, world: int, folder: Path):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import activations_divided
 import activations_training
 import processes
 import pytest
@@ -180,6 +181,7 @@ def hsdp_from_activations(rank: int, world: int, folder: Path):
 
 
 FOUR = [hsdp, hsdp_from_activations, part_of_the_world, fsdp_over_tensor_parallel]
+FOUR += [activations_divided.shared_and_tied]
 
 
 @pytest.fixture(scope="module")

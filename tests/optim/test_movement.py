@@ -169,6 +169,20 @@ def test_one_product_for_each_shape(limit: int, stacks: list[list[int]], monkeyp
     assert sorted(seen) == sorted(stacks)
 
 
+@pytest.mark.parametrize("exchanged", [0, 1])
+def test_a_p_that_somebody_keeps_in_another_dtype_changes_no_other(exchanged: int):
+    def trained(*others: int) -> Tensor:
+        params = [nn.Parameter(torch.zeros(64, 96, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = OSD([{"params": params, "rank": 16}], lr=1e-5, projection_dtype="bfloat16")
+        run(params, optimizer, steps=2)
+        for i in others:
+            optimizer.state[params[i]]["projection"] = optimizer.state[params[i]]["projection"].float()
+        run(params, optimizer, steps=8)
+        return optimizer.state[params[1 - exchanged]]["projection"]
+
+    assert torch.equal(trained(exchanged), trained())
+
+
 def test_a_rule_with_a_movement_of_its_own_is_not_given_stacks():
     @dataclass(frozen=True)
     class Normalised(OnlinePCA):

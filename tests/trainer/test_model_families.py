@@ -1,7 +1,6 @@
 """Every family of models: what is projected of it, two steps in a Trainer, and a resume bit for bit."""
 
 import ast
-import gc
 import itertools
 import logging
 import re
@@ -177,14 +176,6 @@ def trainer(family: Family, folder: Path, options: str = "", **more: Any) -> hf.
     )
     examples = Examples(family.inputs)
     return hf.Trainer(build(family), args, train_dataset=examples, eval_dataset=examples)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen_garbage():
-    """Trainer collects garbage at the end of each training, which is slow with all model classes imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -108,8 +108,8 @@ class Mode:
         "Whether the processes among which FSDP2 or tensor parallelism divides a weight divide its P and the moments "
         "of that, too, by rows.\n\nThen P is gathered where it is used and its gradient reduce-scattered, as FSDP2 "
         "does with weights, in buckets of many. Rules that need all of P to move it, or make it anew, keep it whole "
-        "on every process: by default P is divided with `online_pca` on gradients, without `carry_moments`. A "
-        "checkpoint goes on either way.",
+        "on every process: by default P is divided with `online_pca`, without `carry_moments`. With "
+        "source='activations' the forward pass gathers it, too. A checkpoint goes on either way.",
         check=boolean(),
         needs=(Need(lambda mode: not mode["layerwise"], "with `layerwise`, which is for one process"),),
         unset="where that is possible",
@@ -165,8 +165,6 @@ def why_whole(group: Mapping[str, Any]) -> str | None:
     A rule that asks for nothing but the gradient of Eq. 6, which is linear in A, gets its rows of the sum.
     """
     rule = rule_class(group["subspace"])
-    if group["source"] != "gradients":
-        return f"source={group['source']!r} uses P in the forward pass"
     if group["side"] == "two_sided":
         return "side='two_sided' is for one process"
     if not (rule.learns and rule.stackable):

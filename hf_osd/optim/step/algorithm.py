@@ -32,7 +32,7 @@ from ..options.rules import Rules
 from .geometry import ProjectedGeometry
 from .low_rank import LowRank, Update
 from .moments import Moments, launches
-from .movement import Movements, Moving, Stepping
+from .movement import STACK_LIMIT, Movements, Moving, Stepping
 from .observation import observation
 from .projection import LiveProjection, Make, usable
 from .residual import RESIDUALS, Residual, pieces
@@ -79,8 +79,9 @@ class GradientSource:
                 A = self.sharding.sum(A.to(self.dtype))
         if self.keeps_G:
             return LowRank(R.to(self.dtype), A, G)
-        light = A is not None and A.dtype == P.dtype and P.dtype.itemsize <= kept.dtype.itemsize
-        return LowRank(R, A, P=P if light else None)
+        # where a launch costs more than to hold P beside the wide A that is made of it
+        light = A is not None and A.dtype == P.dtype and P.dtype.itemsize <= kept.dtype.itemsize and launches(P)
+        return LowRank(R, A, P=P if light and 2 * P.numel() <= STACK_LIMIT else None)
 
     def _block(self, G: Tensor, count: int) -> tuple[Any, int]:
         """Which part of G, and of R, A is made of now, as an index, and how many of them there are."""

@@ -6,7 +6,9 @@ the gradient of Eq. 6 is linear in it:
     gP = 2 s (A (C - 2 I) + P PᵀA) + 4 lambda P (C - I)         A = sum_i A_i,   C = PᵀP
 
 so that process i makes gP_i of A_i, with lambda / processes, and the sum of these is what is exchanged: each process
-gets the rows that it has of P, and steps them. Letters and shapes as in `subspace.operators`.
+gets the rows that it has of P, and steps them. With `source="activations"` A_i is of the process's own tokens, and
+||x||² the sum over all; there `layers.wholes` gathers P for the forward pass. Letters and shapes as in
+`subspace.operators`.
 """
 
 from collections import deque
@@ -18,20 +20,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...layers.gather import BUCKET_LIMIT, Gather
 from ...subspace import LinearOperator, Movement
 from .algorithm import ProjectedWeight
-from .buckets import BUCKET_LIMIT, Gather, Reduce, total
+from .buckets import Reduce, total
 from .movement import STACK_LIMIT, Movements, Moving, Step, Stepping, descend, shorten_
 from .projection import LiveProjection, usable
 from .rows import Rows
 from .streams import SideStreams
 
 
-def with_projections(work: Sequence[tuple[Any, Any, Tensor, Any]]) -> Iterator[tuple[Any, Any, Tensor, Any]]:
-    """The weights of a step in their order, each with the whole of a divided P while it is stepped."""
+Work = Sequence[tuple[Any, Any, Tensor, Any]]  # parameter, weight, gradient and its check
+
+
+def with_projections(work: Work) -> Iterator[tuple[Any, Any, Tensor, Any]]:
+    """The weights of a step, each with the whole of a divided P while it is stepped.
+
+    In their order, but for those that use one P: they come together.
+    """
+    work = _together(work)
     waiting = deque(_buckets(work))
-    ahead = Gather(*waiting.popleft()) if waiting else None
+    ahead = _gather(*waiting.popleft()) if waiting else None
     here: Gather | None = None
+    last, whole = None, None
     for item in work:
         projection = _divided(item[1])
         if projection is None:
@@ -39,30 +50,48 @@ def with_projections(work: Sequence[tuple[Any, Any, Tensor, Any]]) -> Iterator[t
             continue
         if projection.started:
             if here is None or projection not in here:
-                here, ahead = ahead, Gather(*waiting.popleft()) if waiting else None
-            assert here is not None
-            projection.gathered = here.take(projection)
+                here, ahead = ahead, _gather(*waiting.popleft()) if waiting else None
+            if projection is not last:
+                assert here is not None
+                last, whole = projection, here.take(projection)
+            projection.gathered = whole
         try:
             yield item
         finally:
             projection.gathered = None
 
 
+def _together(work: Work) -> Work:
+    first: dict[LiveProjection, int] = {}
+    places = [
+        index if (projection := _divided(item[1])) is None else first.setdefault(projection, index)
+        for index, item in enumerate(work)
+    ]
+    return [work[index] for index in sorted(range(len(work)), key=places.__getitem__)]
+
+
+def _gather(projections: Sequence[LiveProjection], dtype: torch.dtype) -> Gather:
+    return Gather({P: (P.slot.state["projection"], P.rows) for P in projections}, dtype)
+
+
 def _divided(weight: Any) -> LiveProjection | None:
     return weight.P if isinstance(weight, ProjectedWeight) and weight.P.rows is not None else None
 
 
-def _buckets(work: Sequence[tuple[Any, Any, Tensor, Any]]) -> Iterator[tuple[list[LiveProjection], torch.dtype]]:
+def _buckets(work: Work) -> Iterator[tuple[list[LiveProjection], torch.dtype]]:
     """The P to gather, of one mesh, device and precision each: that of the product, if it is not kept in less."""
-    bucket: list[LiveProjection] = []
-    size, key = 0, None
+    dtypes: dict[LiveProjection, torch.dtype] = {}
     for _, weight, G, _ in work:
         projection = _divided(weight)
-        if projection is None or not projection.started:
-            continue
+        if projection is not None and projection.started:
+            whole = weight.residual is not None or weight.group["stochastic_rounding"]
+            dtype = projection.geometry.compute_dtype if whole else G.dtype
+            dtypes[projection] = torch.promote_types(dtype, dtypes.get(projection, dtype))
+    bucket: list[LiveProjection] = []
+    size, key = 0, None
+    for projection, dtype in dtypes.items():
         P, geometry = projection.slot.state["projection"], projection.geometry
-        whole = weight.residual is not None or weight.group["stochastic_rounding"]
-        dtype = min(P.dtype, geometry.compute_dtype if whole else G.dtype, key=lambda dtype: dtype.itemsize)
+        dtype = min(P.dtype, dtype, key=lambda dtype: dtype.itemsize)
         own, numel = (projection.rows.mesh, P.device, dtype), geometry.projection_shape[0] * geometry.rank  # type: ignore
         if bucket and (own != key or size + numel > BUCKET_LIMIT):
             yield bucket, key[-1]  # type: ignore[index]
@@ -102,7 +131,7 @@ class DividedMovements(Movements):
                 "`projection_stream` is not for P that processes divide, whose exchange is beside the steps already: "
                 "leave it out, or set `divide_projection=False`."
             )
-        self._wholes: dict[LiveProjection, Tensor] = {}  # of weights that are not moved yet
+        self._wholes: dict[Any, Tensor] = {}  # by weight that is not moved yet
         self._used: dict[tuple, list[Moving]] = {}
         self._ready: list[_Stack] = []
         self._flying: deque[tuple[list[_Stack], Reduce]] = deque()
@@ -111,15 +140,15 @@ class DividedMovements(Movements):
         """Have a weight moved, now or when as many of its shape have come as may wait."""
         projection = _divided(stepping.weight)
         if projection is not None:
-            self._wholes[projection] = projection.whole()
+            self._wholes[stepping.weight] = projection.whole()
         super().step(stepping)
 
     def _step_all(self, waiting: list[Stepping]) -> None:
-        projections = [P for stepping in waiting if (P := _divided(stepping.weight)) is not None]
-        for projection in projections:
-            projection.gathered = self._wholes.pop(projection)
+        projections = {own.weight: P for own in waiting if (P := _divided(own.weight)) is not None}
+        for weight, projection in projections.items():
+            projection.gathered = self._wholes.pop(weight)
         super()._step_all(waiting)
-        for projection in projections:
+        for projection in projections.values():
             projection.gathered = None
 
     def add(self, moving: Moving | None) -> None:
@@ -128,8 +157,10 @@ class DividedMovements(Movements):
         if moving is None or rows is None:
             super().add(moving)
             return
-        A = moving.A
-        key = (rows.mesh, id(moving.projection.group), A.shape, A.dtype, A.device)
+        projection, A = moving.projection, moving.A
+        kept = projection.slot.state["projection"].dtype
+        sums = (rows.mesh, projection.copies, projection.sent_in)
+        key = (sums, id(projection.group), A.shape, A.dtype, kept, A.device)
         used = self._used.setdefault(key, [])
         used.append(moving)
         if (len(used) + 1) * A.numel() > STACK_LIMIT:
@@ -150,12 +181,11 @@ class DividedMovements(Movements):
     def _differentiate(self, used: list[Moving]) -> None:
         """gP_i of each of a stack."""
         first, rows = used[0].projection, used[0].projection.rows
-        sharding = first.geometry.sharding
-        assert rows is not None and sharding is not None
+        assert rows is not None
         dtype = first.geometry.compute_dtype
         A, P = (torch.stack([getattr(moving, name) for moving in used]).to(dtype) for name in ("A", "P"))
         inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in used])[:, None, None]
-        part = _OfOnePart(first.geometry.op, len(rows.sizes) // sharding.copies)
+        part = _OfOnePart(first.geometry.op, len(rows.sizes) // first.copies)
         found: list[Tensor] = []
         unusable = partial(usable, used[0].check)  # a stackable rule does not ask
         first.rule.advance_(P, Movement(A, inv_norm2, unusable, part, found.append))  # type: ignore[arg-type]
@@ -163,7 +193,8 @@ class DividedMovements(Movements):
         waiting = [
             moving._replace(P=own_rows(moving.projection), A=moving.check.skip) for moving in used
         ]  # frees both
-        stack = _Stack(waiting, rows, gP.div_(sharding.copies) if sharding.copies > 1 else gP)
+        gP = gP.div_(first.copies) if first.copies > 1 else gP
+        stack = _Stack(waiting, rows, gP if first.sent_in is None else gP.to(first.sent_in))
         ready = self._ready
         if ready and (ready[0].rows.mesh, ready[0].gP.dtype, ready[0].gP.device) != (rows.mesh, gP.dtype, gP.device):
             self._send()
@@ -184,7 +215,7 @@ class DividedMovements(Movements):
         stacks, reduce = self._flying.popleft()
         made: list[Step] = []
         for own, gP in zip(stacks, reduce.take(), strict=True):
-            descend(own.waiting, made, gP)
+            descend(own.waiting, made, gP.to(own.waiting[0].P.dtype))
         long = [step for _, step, far in made if far]
         if long:
             shorten_(long, partial(total, group=stacks[0].rows.group))

@@ -1,11 +1,12 @@
 """One step of a weight whose layers make R in the backward pass, and whose P learns from their inputs.
 
 Letters and shapes as in `subspace.operators` and `layers.shared_input`. P moves once, after all weights that share it
-have been stepped with it.
+have been stepped with it: after all weights of the step, and where processes divide it with the last of its own, as
+long as all of it is there. What it learns from is then of each process's own tokens; the sum is of gP, see `divided`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,32 @@ from .sharding import local
 from .weight import Weight
 
 
+class Lesson(NamedTuple):
+    """What a divided P is to learn from.
+
+    Attributes:
+        shared ([`SharedInput`]): The input.
+        check ([`GradientCheck`]): Of ||x||², of all processes.
+        users (`set[InputWeight]`): Those that are stepped by P before, as far as they have not been.
+        observed (`bool`): Whether the step is.
+    """
+
+    shared: SharedInput
+    check: GradientCheck
+    users: set["InputWeight"]
+    observed: bool
+
+
 class InputWeight(ProjectedWeight):
     """A weight of a prepared layer.
+
+    Args:
+        p (`torch.Tensor`): W.
+        geometry ([`ProjectedGeometry`]): Its facts.
+        group (`dict`): Its group.
+        layer ([`LayerInfo`]): What its layers know.
+        given (`torch.Tensor`, *optional*): P_0, where the user gave one.
+        states (`Mapping[torch.Tensor, dict]`): Of all parameters.
 
     Attributes:
         parameter (`torch.Tensor`): W as the optimizer has it: `p` is this process's part of it.
@@ -39,6 +64,8 @@ class InputWeight(ProjectedWeight):
         given (`torch.Tensor`, *optional*): P_0, where the user gave one.
         sharing (`list[InputWeight]`): Those that use its P, if it holds one: itself and others.
         stepped (`bool`): Whether it has been, since that was last asked.
+        lesson ([`Lesson`], *optional*): Of a divided P that it holds, until that is on its way.
+        seen (`tuple`, *optional*): What was observed of it: of this process's tokens.
     """
 
     def __init__(
@@ -48,11 +75,17 @@ class InputWeight(ProjectedWeight):
         group: Mapping[str, Any],
         layer: LayerInfo,
         given: Tensor | None,
+        states: Mapping[Tensor, Mapping[str, Tensor]],
     ):
         super().__init__(local(p), geometry, group)
         self.parameter = p
         self.layer, self.leader, self.given, self.stepped = layer, self, given, False
         self.sharing = [self]
+        self.lesson: Lesson | None = None
+        self.seen: tuple[Tensor, Tensor] | None = None
+        self._states = states
+        self.P.copies = 1  # processes have tokens of their own, also where they have the same part of W
+        self.P.sent_in = None if p.dtype == geometry.compute_dtype else p.dtype  # as A of a whole P
 
     def share(self, leader: "InputWeight") -> None:
         """Use the P of another weight."""
@@ -72,6 +105,30 @@ class InputWeight(ProjectedWeight):
         """As of every matrix; the next forward pass needs the next P, see `LayerWeights.learn`."""
         super().update(low, check, movements)
         self.stepped = low is not None
+
+    def move(self, D: Tensor, low: LowRank, check: GradientCheck) -> Moving | None:
+        """As of every matrix; then a divided P moves, if this was the last weight that uses it."""
+        super().move(D, low, check)
+        lesson = self.leader.lesson
+        if lesson is None:
+            return None
+        lesson.users.discard(self)
+        return None if lesson.users else self.leader.learn_own()
+
+    def learn_own(self) -> Moving:
+        """What a divided P is to move by: of its lesson, which this ends."""
+        assert self.lesson is not None
+        (shared, check, _, observed), self.lesson = self.lesson, None
+        A, dtype = shared.A, self.geometry.compute_dtype
+        if A is None:  # of a process that has not called its layers
+            A = torch.zeros_like(self.P.kept(), dtype=dtype)
+        elif shared.averaged:  # what all have is the sum of so many equal parts
+            A = A / len(self.P.rows.sizes)  # type: ignore[union-attr]
+        shared.A, A = None, A.to(dtype)
+        if observed:
+            self.seen = observation(self.P, self.P.read().mT @ A, check)
+        self.P.count = self.clock
+        return Moving(self.P, self.P.kept(), A, check)
 
     @property
     def factor_dtype(self) -> torch.dtype:
@@ -113,8 +170,11 @@ class InputWeight(ProjectedWeight):
             Weight.resume(self)
             return
         super().resume()
+        if self.P.rows is not None:  # it may have moved while this weight did not
+            states = (self._states.get(weight.parameter, {}) for weight in self.sharing)
+            self.P.started = any("step" in state and bool(state["step"] > 0) for state in states)
         if self.P.started and self.input is not None:
-            self._give(self.input)
+            self.give()
             self.schedule(self.input)
 
     @property
@@ -128,14 +188,15 @@ class InputWeight(ProjectedWeight):
         if self.P.started or shared is None or not shared.started or shared.P is None:
             return
         if self.P.rule.code is None:
-            self.slot.state["projection"].copy_(shared.P)
+            rows = self.P.rows if shared.rows is None else None  # else it has this process's already
+            self.slot.state["projection"].copy_(shared.P if rows is None else rows.own(shared.P))
         elif shared.code is not None:  # of a state that is gone
             self.slot.state[self.P.key].copy_(shared.code)
             self.P.forget()
         else:
             self.P.make(shared.P, Make(self.group["init"], 0, first=True))
         self.P.started = True
-        self._give(shared)
+        self.give()
 
     def learn(self, shared: SharedInput, check: GradientCheck, movements: Movements) -> None:
         """Start or move P by what its input has shown since the last step; `check` is of ||x||²."""
@@ -147,7 +208,8 @@ class InputWeight(ProjectedWeight):
                 shared.P = shared.first.draw(A.shape[0], A.device)
                 return
             # P_0 = orth(xᵀ x Ω)
-            self.slot.state["projection"].copy_(torch.linalg.qr(A).Q)
+            P, rows = torch.linalg.qr(A).Q, self.P.rows
+            self.slot.state["projection"].copy_(P if rows is None else rows.own(P))
             self.P.started = True
             for weight in self.sharing:
                 if weight.mark is not None:
@@ -156,18 +218,19 @@ class InputWeight(ProjectedWeight):
             self.P.count = self.clock
             movements.add(Moving(self.P, self.P.kept(), A, check))
         if self.P.started:
-            self._give(shared)
+            self.give()
 
     def renew(self, shared: SharedInput) -> None:
         """Make P anew, without a look at anything; the moments of all that share it follow."""
         assert shared.P is not None
         none = torch.zeros((), device=shared.P.device)
         self.P.renew(shared.P, Make(self.group["init"], self.clock, first=False), check_of(none, False))
-        self._give(shared)
+        self.give()
 
-    def _give(self, shared: SharedInput) -> None:
-        """P for the next forward pass."""
-        shared.bind(self.projection, None if self.P.rule.code is None else self.slot.state[self.P.key])
+    def give(self) -> None:
+        """P for the next forward pass, or this process's rows of it."""
+        rows, code = self.P.rows, None if self.P.rule.code is None else self.slot.state[self.P.key]
+        self.layer.use(self.slot.state["projection"] if rows is not None else self.projection, code, rows)
 
     def schedule(self, shared: SharedInput) -> None:
         """Whether P is to learn in the next forward pass, and of which tokens."""

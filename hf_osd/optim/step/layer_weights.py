@@ -1,7 +1,7 @@
 """The weights of a model with prepared layers, which make R in the backward pass, and P's of their inputs."""
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from ...update_rules import GradientCheck
 from ..options.rules import rules_of
 from .geometry import Geometry, ProjectedGeometry
 from .gradients import check_of
-from .input_weight import InputWeight
+from .input_weight import InputWeight, Lesson
 from .movement import Movements
 from .sharding import INT8_NOT_SHARDED, is_sharded, local
 from .state import held_elsewhere
@@ -67,7 +67,27 @@ class LayerWeights(Weights):
         if self.layers.meeting.changed or not self._weights:
             self.meet()
             self.layers.meeting.changed = False
-        return super().with_gradients()
+        work = super().with_gradients()
+        self._set_lessons([weight for _, weight, _, _ in work if isinstance(weight, InputWeight)])
+        return work
+
+    def _set_lessons(self, stepped: list[InputWeight]) -> None:
+        """Let the last weight that is stepped by a P that processes divide have it move."""
+        users: dict[InputWeight, set[InputWeight]] = {}
+        for weight in stepped:
+            users.setdefault(weight.leader, set()).add(weight)
+        seen: list[tuple[InputWeight, SharedInput]] = []
+        for weight in self._leaders():
+            weight.lesson = weight.seen = None
+            shared = weight.input
+            if weight.P.rows is not None and weight.P.started and shared is not None and shared.energy is not None:
+                seen.append((weight, shared))
+        for weight, shared, check in _checked(seen):
+            weight.lesson = Lesson(shared, check, users.get(weight, set()), self.observing)
+
+    def _leaders(self) -> list[InputWeight]:
+        """Those that hold a P, and have met their input."""
+        return [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is w and w.input]
 
     def _bind(self, weight: AnyWeight, p: Tensor, state: dict[str, Tensor]) -> None:
         super()._bind(weight, p, state)
@@ -85,7 +105,7 @@ class LayerWeights(Weights):
         layer = self.layer_of.get(p)
         if layer is None or not isinstance(geometry, ProjectedGeometry):
             return weight
-        return InputWeight(p, geometry, group, layer, self.given.get(geometry.name))
+        return InputWeight(p, geometry, group, layer, self.given.get(geometry.name), self.state)
 
     def share_given(self) -> None:
         """Let prepared layers that were given one and the same P share it; each other given P is one layer's own."""
@@ -198,18 +218,23 @@ class LayerWeights(Weights):
             `list[InputWeight]`: Those that have been given their state.
         """
         movements.finish()  # all weights have used P, and which were skipped is counted
-        leaders = [w for w in self._weights.values() if isinstance(w, InputWeight) and w.leader is w and w.input]
+        leaders = self._leaders()
+        taught = [w for w in leaders if w.P.rows is not None and w.P.started]
         opened: list[InputWeight] = []
-        seen = [(w, w.input) for w in leaders if w.input is not None and w.input.energy is not None]
-        if seen:
-            norms2 = torch.stack([shared.norm2() for _, shared in seen])
-            checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
-            for (weight, shared), check in zip(seen, checks, strict=True):
-                self.ready(weight.parameter)
-                opened += self._open(weight) if not weight.P.started else [weight]
-                self._observe_input(weight, shared, check)
-                weight.learn(shared, check, movements)
-                shared.A = None
+        for weight in taught:
+            self.ready(weight.parameter)
+            opened.append(weight)
+            if weight.lesson is not None:  # no weight has been stepped by it
+                movements.add(weight.learn_own())
+            weight.give()
+        self._share_seen(taught)
+        rest = [(w, w.input) for w in leaders if w.P.rows is None or not w.P.started]
+        for weight, shared, check in _checked([(w, met) for w, met in rest if met and met.energy is not None]):
+            self.ready(weight.parameter)
+            opened += self._open(weight) if not weight.P.started else [weight]
+            self._observe_input(weight, shared, check)
+            weight.learn(shared, check, movements)
+            shared.A = None
         for weight in leaders:
             stepped = any(own.stepped for own in weight.sharing)
             if stepped and weight.rules.subspace.refresh_due(weight.clock):
@@ -233,14 +258,41 @@ class LayerWeights(Weights):
         """Let the layers use the P of a state that has been loaded: the forward pass comes before the step."""
         for weight in list(self):  # its making has given it
             if isinstance(weight, InputWeight) and weight.leader is weight and weight.input:
+                if not weight.P.started and self.of(weight.parameter).mark is not None and weight.P.found():
+                    weight.give()  # one that was given, and saved before any step
+                weight.release()
                 if weight.P.started:
                     weight.schedule(weight.input)
                 else:
                     weight.input.restart()
+        self.layers.send_ahead()
 
     def _observe_input(self, leader: InputWeight, shared: SharedInput, check: GradientCheck) -> None:
-        seen = leader.observe_input(shared, check) if self.observing else None
+        self._note(leader, leader.observe_input(shared, check) if self.observing else None)
+
+    def _note(self, leader: InputWeight, seen: tuple[Tensor, Tensor] | None) -> None:
         if seen is not None:
-            for weight in self._weights.values():
-                if isinstance(weight, InputWeight) and weight.leader is leader:
-                    self.observations[weight] = seen
+            for weight in leader.sharing:
+                self.observations[weight] = seen
+
+    def _share_seen(self, taught: list[InputWeight]) -> None:
+        """Put together what processes have observed, each of its own tokens, of P that they divide."""
+        found = [(weight, *weight.seen) for weight in taught if weight.seen is not None]
+        if not found:
+            return
+        group, processes = found[0][0].P.rows.group, len(found[0][0].P.rows.sizes)  # type: ignore[union-attr]
+        # all lie on one mesh. The loss is 1 and a sum over tokens: 1 - sum_i (1 - loss_i)
+        losses = torch.stack([loss for _, loss, _ in found])
+        torch.distributed.all_reduce(losses, group=group)
+        for (weight, _, error), loss in zip(found, (losses - (processes - 1)).unbind(), strict=True):
+            self._note(weight, (loss, error))
+
+
+def _checked(
+    seen: list[tuple[InputWeight, SharedInput]],
+) -> Iterator[tuple[InputWeight, SharedInput, GradientCheck]]:
+    """With what has been seen of inputs its check, made for all at once."""
+    if seen:
+        norms2 = torch.stack([shared.norm2() for _, shared in seen])
+        checks = map(GradientCheck._make, zip(*map(torch.unbind, check_of(norms2, True)), strict=True))
+        yield from ((weight, shared, check) for (weight, shared), check in zip(seen, checks, strict=True))

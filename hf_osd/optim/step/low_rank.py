@@ -19,7 +19,7 @@ class LowRank(NamedTuple):
     R: Tensor  # down(G, P)
     A: Tensor | None  # correlate(G, Z, P), shaped like P; None where P does not move
     G: Tensor | None = None  # the gradient itself, where its residual is used: then nothing is added up
-    P: Tensor | None = None  # as it made R, to be used again; where both take no more memory than a wide A alone
+    P: Tensor | None = None  # as it made R, where that is worth being held until W moves
 
     def wide(self, dtype: torch.dtype) -> "LowRank":
         """R and A in the precision of the computation: to be added up, scaled or kept."""

@@ -116,7 +116,7 @@ class Movements:
                 self._move([moving])
             return
         form = None if projection.moments is None else projection.moments.form
-        key = (id(group), A.shape, A.dtype, A.device, form)
+        key = (id(group), A.shape, A.dtype, moving.P.dtype, A.device, form)
         waiting = self._waiting.setdefault(key, [])
         waiting.append(moving)
         if (len(waiting) + 1) * A.numel() > STACK_LIMIT:

@@ -56,11 +56,15 @@ class LiveProjection:
         expanded (`torch.Tensor`, *optional*): P beside the state, where the rule keeps it there.
         rows ([`Rows`], *optional*): How processes divide P, where they do: the state has this one's rows.
         gathered (`torch.Tensor`, *optional*): The whole of such a P, while it is here.
+        copies (`int`): On how many processes each part of what such a P learns from is.
+        sent_in (`torch.dtype`, *optional*): Precision in which the gradient of such a P is sent, if not its own.
     """
 
     def __init__(self, geometry: ProjectedGeometry, group: Mapping[str, Any], slot: Slot):
         self.geometry, self.group, self.slot = geometry, group, slot
         self.rows = geometry.rows
+        self.sent_in: torch.dtype | None = None
+        self.copies = 1 if geometry.sharding is None else geometry.sharding.copies
         self.started, self.count = False, 0
         self.carried: dict[str, Moments] = {}  # of each weight by name: what lives in P's coordinates
         self.forget()
