@@ -11,7 +11,7 @@ What it needs: `pip install "hf_osd[examples]"`. Data is `nyu-mll/glue` from the
 `<task>/train.jsonl` and so on. The first command takes minutes on a laptop, the second one wants a GPU.
 
     python examples/finetune_glue.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --task mrpc \
-        --method osd --rank 8 --osd_scale 4 --learning_rate 3e-4 --max_train_samples 1000 --num_train_epochs 2 \
+        --method osd --rank 128 --osd_preset finetune --learning_rate 1e-4 --num_train_epochs 2 \
         --output_dir runs/mrpc
 
     python examples/finetune_glue.py --model_name_or_path FacebookAI/roberta-base \

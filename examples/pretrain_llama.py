@@ -121,6 +121,14 @@ class PretrainingArguments:
         },
     )
 
+    embedding_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "With adamw_torch_fused: learning rate of embeddings and head over that of the rest, like "
+            "osd_embedding_lr_ratio."
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--dtype must be float32 or bfloat16, got {self.dtype}.")
@@ -204,15 +212,31 @@ def _projections(output_dir: str) -> list[str]:
     ]
 
 
-def scaled_adamw(model: LlamaForCausalLM, scale: float, args: OSDTrainingArguments) -> torch.optim.AdamW:
-    """AdamW with `scale` times the learning rate for the blocks' matrices: what OSD would be without a subspace."""
+def scaled_adamw(
+    model: LlamaForCausalLM, scale: float | None, ratio: float | None, args: OSDTrainingArguments
+) -> torch.optim.AdamW | None:
+    """AdamW with multiples of the learning rate for matrices: what OSD would be without a subspace.
+
+    Args:
+        model (`LlamaForCausalLM`): The model.
+        scale (`float`, *optional*): Of the blocks' matrices; defaults to 1.
+        ratio (`float`, *optional*): Of embeddings and head; defaults to 1.
+        args (`OSDTrainingArguments`): The run's arguments.
+
+    Returns:
+        `None` without either, for then it is Trainer's own.
+    """
+    if scale is None and ratio is None:
+        return None
     if args.optim != "adamw_torch_fused":
-        raise ValueError(f"--block_scale {scale} is for --optim adamw_torch_fused, not for {args.optim}.")
-    scaled = {name for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name}
-    groups = [
-        {"params": [p for name, p in model.named_parameters() if (name in scaled) == inside], "lr": rate}
-        for inside, rate in ((True, scale * args.learning_rate), (False, args.learning_rate))
-    ]
+        raise ValueError(
+            f"--block_scale and --embedding_ratio are for --optim adamw_torch_fused, not for {args.optim}."
+        )
+    by_rate: dict[float, list[torch.nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        times = 1 if p.ndim != 2 else scale if ".layers." in name else ratio
+        by_rate.setdefault(1 if times is None else times, []).append(p)
+    groups = [{"params": params, "lr": times * args.learning_rate} for times, params in by_rate.items()]
     betas = (args.adam_beta1, args.adam_beta2)
     return torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True)
 
@@ -239,7 +263,7 @@ def build_trainer(
 
     set_seed(training_args.seed)  # before the weights are drawn
     model = LlamaForCausalLM(config).to(getattr(torch, args.dtype))
-    own = scaled_adamw(model, args.block_scale, training_args) if args.block_scale is not None else None
+    own = scaled_adamw(model, args.block_scale, args.embedding_ratio, training_args)
     return Trainer(
         model=model,
         args=training_args,

@@ -58,16 +58,26 @@ class Runner:
 
     def __call__(self, name: str, arguments: list[str]) -> dict[str, Any]:
         """The run's results.json, from disk where the same run has finished before."""
-        folder = self.work_dir / name
-        results, command_file = folder / "results.json", folder / "command.json"
-        argv = [*self.common, *arguments, "--output_dir", str(folder)]
-        if not (results.is_file() and command_file.is_file() and json.loads(command_file.read_text()) == argv):
+        found = self.finished(name, arguments)
+        if found is None:
+            folder = self.work_dir / name
             folder.mkdir(parents=True, exist_ok=True)
-            self.pool.submit(finetune, argv, folder / "log.txt").result()
-            command_file.write_text(json.dumps(argv))
-        found = json.loads(results.read_text())
+            self.pool.submit(finetune, self._command(name, arguments), folder / "log.txt").result()
+            (folder / "command.json").write_text(json.dumps(self._command(name, arguments)))
+            found = self.finished(name, arguments)
         print(f"{name}: {found['runs'][0]['score']:.2f}", flush=True)
         return found
+
+    def finished(self, name: str, arguments: list[str]) -> dict[str, Any] | None:
+        """The same from disk alone; `None` where it has not finished."""
+        results, command_file = (self.work_dir / name / file for file in ("results.json", "command.json"))
+        if not (results.is_file() and command_file.is_file()):
+            return None
+        same = json.loads(command_file.read_text()) == self._command(name, arguments)
+        return json.loads(results.read_text()) if same else None
+
+    def _command(self, name: str, arguments: list[str]) -> list[str]:
+        return [*self.common, *arguments, "--output_dir", str(self.work_dir / name)]
 
 
 def compare_task(

@@ -3,8 +3,8 @@
 Reads experiments/<name>.json: arguments common to all runs, and for each method its arguments, where `{scale}` stands
 for the value of an option called scale, and its grid: the learning rates and the values of those options. With
 `starts`, a method walks its grid: from the best of them to a neighbour (one option one value up or down) that is
-better, until there is none. Without, all of the grid is run. This is done with the first of the experiment's seeds;
-the best setting is then run with the others.
+better, until there is none. Without, all of the grid is run. This is done with the first of the experiment's seeds,
+or of the method's own; the best setting is then run with the others.
 
 Every run is one call of examples/pretrain_llama.py in its own process. Finished runs are kept in `--work_dir` and
 not repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json, .md, .png.
@@ -74,7 +74,7 @@ def _read(name: str, method: dict[str, Any], experiment: dict[str, Any], extra: 
         common=(*experiment["common"], *extra),
         grid=grid,
         starts=tuple(tuple(start[option] for option in grid) for start in method.get("starts", [])),
-        seeds=tuple(experiment["seeds"]),
+        seeds=tuple(method.get("seeds", experiment["seeds"])),
     )
 
 

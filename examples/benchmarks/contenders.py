@@ -222,7 +222,7 @@ OURS = [
     for name, rule in OPTIM_NAMES.items()
     if not name.endswith(LAYERWISE_SUFFIX)
 ]
-OURS += [Contender(f"osd_adamw, preset {name}", osd(**options)) for name, options in PRESETS.items()]
+OURS += [Contender(f"osd_adamw, preset {name}", osd(**preset.options)) for name, preset in PRESETS.items()]
 OURS += [
     Contender(f"osd_adamw, subspace {name}", osd(subspace=name), renews="update_interval" in subspace_options(name))
     for name in SUBSPACES

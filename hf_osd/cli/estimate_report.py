@@ -25,7 +25,7 @@ from ..estimate import (
     share,
     subzero,
 )
-from ..optim import ALL_LINEAR, create_osd_optimizer, resolve, select
+from ..optim import ALL_LINEAR, PRESETS, create_osd_optimizer, resolve, select
 from ..optim.options.full_size import by_size
 from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
 from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
@@ -38,6 +38,7 @@ from ..trainer.settings import parse_optim_args
 from .suggestion import start_of, suggestion
 
 
+DEFAULT_OPTIM = "osd_adamw8bit"
 # Of `optim_args`, what has an option of its own here, or nothing to do with memory.
 NOT_HERE = {
     **{own.key: "it takes no memory" for own in (*MODE_OPTIONS.values(), OPTIONS["init"], OPTIONS["seed"])},
@@ -188,19 +189,29 @@ def available(work: Workload, batch: int) -> tuple[set[tuple[str, bool]], list[s
 
 def _optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]]:
     """Our optimizer's name without `_layerwise`, whether it is, and options of `create_osd_optimizer`."""
+    optim = _take_preset(arguments) or DEFAULT_OPTIM
     given = parse_optim_args(arguments.optim_args)
     for key in given:
         if key in NOT_HERE:
             raise ValueError(f"{key!r} has no effect in --optim_args of an estimate: {NOT_HERE[key]}.")
     own_names = {KEYS[key].name: value for key, value in given.items() if key not in NAME_OPTIONS}
-    settings = resolve(arguments.preset, own_names, given.get("preset"), "--optim_args")
+    settings = resolve(optim, own_names, given.get("preset"), "--optim_args")
     by_size(settings, given.get("full_size_optim"), "--optim_args", ARGUMENT_OF)  # which refuses
     keywords = {own.key: keyword for keyword, own in KEYWORDS.items()}
     options: dict[str, Any] = {keywords[key]: value for key, value in given.items()}
     words = arguments.target_modules or [ALL_LINEAR]
     options["target_modules"] = parse_modules(words[0] if len(words) == 1 else words)
-    layerwise = arguments.layerwise or arguments.preset.endswith(LAYERWISE_SUFFIX)
-    return arguments.preset.removesuffix(LAYERWISE_SUFFIX), layerwise, options
+    layerwise = arguments.layerwise or optim.endswith(LAYERWISE_SUFFIX)
+    return optim.removesuffix(LAYERWISE_SUFFIX), layerwise, options
+
+
+def _take_preset(arguments: argparse.Namespace) -> str | None:
+    """Put `--preset` into `--optim_args`, and return the optimizer's name, which `--preset` also was once."""
+    preset = arguments.preset
+    if preset is None or (preset not in PRESETS and arguments.optim is None):
+        return arguments.optim or preset
+    arguments.optim_args = ",".join(filter(None, [f"preset={preset}", arguments.optim_args]))
+    return arguments.optim
 
 
 def _shares(each: dict[str, dict[str, int]]) -> str:

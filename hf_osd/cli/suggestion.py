@@ -23,7 +23,7 @@ def suggestion(report: dict[str, Any], modules: Any, start: tuple[float, float])
     """What to run of ours: as asked, else with checkpointing, a smaller batch or, last, a smaller rank.
 
     Where none of that fits, forward passes alone. `start` is a learning rate and a scale, for AdamW alone: there are
-    no runs to take other rules' from.
+    no runs to take other rules' from. A preset has a scale, and goes with AdamW's learning rates.
     """
     ours = [row for row in report["rows"] if row["method"].startswith("osd_")]
     rank, batch = report["rank"], report["batch"]
@@ -36,9 +36,10 @@ def suggestion(report: dict[str, Any], modules: Any, start: tuple[float, float])
         else:
             return _forward_only(report)
     checkpointing = found["gradient_checkpointing"]
-    known = "adamw" in found["method"]
     given = report["optim_args"] or ""
-    scale = f"scale={start[1]:g}" if known and "scale" not in parse_optim_args(given) else ""
+    keys = parse_optim_args(given)
+    known = "adamw" in found["method"] and "preset" not in keys
+    scale = f"scale={start[1]:g}" if known and "scale" not in keys else ""
     optim_args = ",".join(filter(None, [f"rank={rank}", scale, given]))
     words = [*_command(report), "--optim", found["method"]]
     words += ["--learning_rate", f"{start[0]:g}"] if known else []

@@ -16,10 +16,11 @@ from .groups import by_name
 from .options.full_size import by_size
 from .options.general import DEFAULT_RANK
 from .options.mode import MODE_DEFAULTS, mode_of
-from .options.presets import BY_NAME, KEYWORD_OF, KEYWORDS, resolve
+from .options.presets import BY_NAME, KEYWORD_OF, KEYWORDS, embedding_lr_ratio, resolve
 from .options.table import LR_MULTIPLE
 from .osd import OSD
 from .selection.adapters import module_names
+from .selection.blocks import embeddings
 from .selection.patterns import RANKS, RATES
 from .selection.targets import ALL_LINEAR, Selection, select
 from .selection.wrappers import plain_name, unwrapped
@@ -93,6 +94,7 @@ def osd_kwargs(
     rank_given: bool = True,
     lr_pattern: str | Mapping[str, float] | None = None,
     full_size: Mapping[str, Any] | None = None,
+    embedding_lr_ratio: float = 1.0,
 ) -> dict[str, Any]:
     """What [`OSD`] is constructed with besides parameters, learning rate and mode: options and what they go for.
 
@@ -104,6 +106,7 @@ def osd_kwargs(
         rank_given (`bool`, *optional*, defaults to `True`): Whether a P in `init` must have the rank of `settings`.
         lr_pattern (`str` or `Mapping[str, float]`, *optional*): See [`create_osd_optimizer`].
         full_size (`dict`, *optional*): What groups at full size have instead, as `full_size.by_size` gives it.
+        embedding_lr_ratio (`float`, *optional*, defaults to 1): Learning rate of embeddings and heads over the rest's.
     """
     unload(model)
     whole, model = model, unwrapped(model)
@@ -125,8 +128,12 @@ def osd_kwargs(
     everywhere = model.named_parameters(remove_duplicate=False)
     shared = {name: first[p] for name, p in everywhere if first.setdefault(p, name) != name}
     ranks = RANKS.values(usual, pattern, plain_modules, shared)
+    known = embeddings(model) if embedding_lr_ratio != 1 else set()
+    looked_up = [name for name, p in selection.full_size.items() if p in known]
+    if embedding_lr_ratio != 1 and not looked_up:
+        raise ValueError("No embedding or head is trained at full size: give `embedding_lr_ratio` 1, or leave it out.")
     trained = dict.fromkeys([*selection.projected, *selection.full_size], 1.0)
-    rates = RATES.values(trained, multiples, plain_modules, shared)
+    rates = RATES.values(trained | dict.fromkeys(looked_up, embedding_lr_ratio), multiples, plain_modules, shared)
     if full_size and not selection.full_size:
         raise ValueError("`full_size_optim` has no effect: all that is trained is projected. Leave it out.")
     if settings["source"] == "activations":
@@ -187,7 +194,8 @@ def create_osd_optimizer(
         lr (`float` or `torch.Tensor`, *optional*, defaults to 1e-3): Learning rate, see [`OSD`].
         rank (`int`, *optional*): r. Defaults to that of each P in `init`, else to 128.
         target_modules, exclude_modules: What is projected, see [`~optim.selection.targets.select`].
-        preset (`str`, *optional*): `"reference"` takes the settings of the paper's published code.
+        preset (`str`, *optional*):
+            Options for a purpose, which those given beside it win over: [`~optim.options.preset_table.PRESETS`].
         init (`str`, `ProjectionState` or `Mapping[str, torch.Tensor]`, *optional*, defaults to `"auto"`):
             P_0, see [`OSD`]; with a [`ProjectionState`], the subspaces that another run has learned.
         options:
@@ -198,7 +206,8 @@ def create_osd_optimizer(
             multiples of `lr` for parameters, projected or not; P's learning rate goes with its weights'. They become
             groups with an `lr` of their own, which schedules scale as others (but OneCycleLR and CyclicLR set rates:
             they need lists, one per group); from activations, layers of one input share a P within a group.
-            `full_size_optim` (`str`) is the update rule of what is not projected.
+            `full_size_optim` (`str`) is the update rule of what is not projected, and `embedding_lr_ratio` (`float`)
+            the multiple of `lr` that embeddings and heads have where `lr_pattern` names none.
 
     Raises:
         ValueError: For an unknown name or option, with the nearest one, or an empty selection.
@@ -220,7 +229,7 @@ def create_osd_optimizer(
     refuse_unknown(options, [*KEYWORDS, "lr", "target_modules", "exclude_modules"], where)
     given = {KEYWORDS[name].name: plain(value) for name, value in options.items()}
     rank_pattern, lr_pattern = given.pop("rank_pattern", None), given.pop("lr_pattern", None)
-    full_size_optim = given.pop("full_size_optim", None)
+    full_size_optim, multiple = given.pop("full_size_optim", None), embedding_lr_ratio(given, preset, where)
     mode = mode_of(optim, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
     learned = learned_rank(init) or DEFAULT_RANK
     settings = resolve(optim, {"rank": learned if rank is None else plain(rank), "init": init, **given}, preset, where)
@@ -229,11 +238,10 @@ def create_osd_optimizer(
     settings, full_size = by_size(settings, full_size_optim, where, KEYWORD_OF)
     if mode["layerwise"]:
         warn_compiled(model)
-    kwargs = osd_kwargs(
-        model, settings, target_modules, exclude_modules, rank_pattern, rank is not None, lr_pattern, full_size
-    )
+    chosen = target_modules, exclude_modules, rank_pattern, rank is not None, lr_pattern, full_size, multiple
+    kwargs = osd_kwargs(model, settings, *chosen)
     optimizer = OSD(decay_groups(model, settings["weight_decay"]), lr=lr, **mode, **kwargs)
     if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured
-        announce_summary(optimizer, model)
+        announce_summary(optimizer, model, preset)
         optimizer.weights.let_go()
     return optimizer

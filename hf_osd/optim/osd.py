@@ -80,7 +80,7 @@ class OSD(SavedOptimizer):
         scale (`float` or `str`, *optional*, defaults to 1.0):
             Factor on the projected update (GaLore's 0.25; the paper's text has none), or `auto`: sqrt(s/r) of each
             weight, s its projected dimension, by which updates have the root mean square of those at full size. On
-            both sides sqrt(m n)/r. The residual is scaled by it, too.
+            both sides sqrt(m n)/r. The residual is scaled by it, too; signs, whose size is AdamW's, not by `auto`.
         weight_decay (`float`, *optional*, defaults to 0.0): Decoupled weight decay.
         init (`str` or `Sequence[Tensor]` or `Mapping[str, Tensor]`, *optional*, defaults to `"auto"`):
             P's start: `svd` or `randomized_svd` of the first gradient, `auto`: one of them by size, `orthonormal`, or

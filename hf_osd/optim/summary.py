@@ -1,6 +1,8 @@
 """The one line that says what is projected, what is not, and what that saves."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 from weakref import WeakSet
 
 import torch.distributed as dist
@@ -18,10 +20,10 @@ KINDS_SHOWN = 8
 _SUMMARIZED: WeakSet[OSD] = WeakSet()
 
 
-def announce_summary(optimizer: OSD, model: object) -> None:
+def announce_summary(optimizer: OSD, model: object, preset: str | None = None) -> None:
     """Say the line once for an optimizer, on the main process: where it is made for a model, or Trainer trains."""
     if optimizer not in _SUMMARIZED and _is_main_process():
-        announce(summary(optimizer, model))
+        announce(summary(optimizer, model, preset))
     _SUMMARIZED.add(optimizer)
 
 
@@ -31,17 +33,18 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"  # of a launcher, before the processes have met
 
 
-def summary(optimizer: OSD, model: object = None) -> str:
-    """What is projected, by the names of the layers, and what that saves.
+def summary(optimizer: OSD, model: object = None, preset: str | None = None) -> str:
+    """What is projected, by the names of the layers, what that saves, and how large first updates are.
 
     Args:
         optimizer ([`OSD`]): The optimizer.
         model (`nn.Module`, *optional*): The model, to tell of what is frozen in it, too; anything else tells nothing.
+        preset (`str`, *optional*): The preset that its options are from.
 
     Example:
         `OSD: 28 matrices projected to rank 8 (1.2M parameters: q_proj, o_proj), 0.3M parameters at full size
         (embed_tokens, 5 vectors); optimizer state 0.4 MB, AdamW's 12.0 MB; first updates 0.14 of AdamW's (root mean
-        square)`. With `source="activations"`:
+        square)`. With a preset: `OSD (preset finetune): ...`. With `source="activations"`:
         `...; 26 learn from activations, 2 from gradients (no plain linear layer: experts.down_proj); optimizer state
         at most 0.4 MB, ...`, which ends when layers have met their inputs.
     """
@@ -64,7 +67,8 @@ def summary(optimizer: OSD, model: object = None) -> str:
     projected_kinds, whole_kinds = (shortened(kinds[projected], KINDS_SHOWN) for projected in (True, False))
     whole = ", ".join(filter(None, [whole_kinds, f"{vectors} vectors" if vectors else ""]))
     return (
-        f"OSD: {matrices} matrices projected to {rank} ({format_count(numel[True], 'M')} parameters"
+        f"OSD{f' (preset {preset})' if preset else ''}: "
+        f"{matrices} matrices projected to {rank} ({format_count(numel[True], 'M')} parameters"
         f"{f': {projected_kinds}' if projected_kinds else ''}), "
         f"{format_count(numel[False], 'M')} parameters at full size{f' ({whole})' if whole else ''}"
         f"{_frozen(model) if isinstance(model, nn.Module) else ''}{_sources(optimizer, matrices)}"
@@ -91,24 +95,31 @@ def _sources(optimizer: OSD, matrices: int) -> str:
 def _first_updates(optimizer: OSD) -> str:
     """Their root mean square over AdamW's, whose entries are lr.
 
-    Those of a D are, too, and up(D) has sqrt(r/s) of that.
+    Those of a D are, too, and up(D) has sqrt(r/s) of that. Entries of `residual="sign"` are 1, and all but orthogonal
+    to up(D). What `scaled` adds is known from the gradient alone.
     """
-    squares, numel, residual = 0.0, 0, False
+    squares, numel, scaled = 0.0, 0, False
     for group in optimizer.trained_groups:
         if group["rank"] is None or group["weight_rule"] == "sgd":
             continue
-        residual |= group["residual"] != "none"
+        scaled |= group["residual"] == "scaled"
         for p in group["params"]:
             geometry = optimizer.weight_of(p).geometry
             if isinstance(geometry, ProjectedGeometry):
-                full = geometry.full_scale  # the length of P's columns where they are `unbiased`
-                scale = full if "auto" == group["scale"] else group["scale"] * (full if group["unbiased"] else 1)
-                squares += p.numel() * (scale / full) ** 2
+                squares += p.numel() * _first_mean_square(group, geometry.full_scale)
                 numel += p.numel()
     if not numel:
         return ""
     size = f"{(squares / numel) ** 0.5:.2g} of AdamW's (root mean square)"
-    return f"; first updates {'before the residual ' * residual}{size}"
+    return f"; first updates {'before the residual ' * scaled}{size}"
+
+
+def _first_mean_square(group: Mapping[str, Any], full: float) -> float:
+    """Of the first update of a weight over lr; `full` is sqrt(s/r), the length of P's columns if `unbiased`."""
+    auto = group["scale"] == "auto"
+    scale = full if auto else group["scale"] * (full if group["unbiased"] else 1)
+    signs = group["residual_scale"] * (1 if auto else group["scale"]) if group["residual"] == "sign" else 0
+    return (scale / full) ** 2 + signs**2
 
 
 def _other_groups(optimizer: OSD) -> str:

@@ -77,6 +77,7 @@ class OSDTrainingArguments(TrainingArguments):
     osd_rank_pattern: str | None = flag("rank_pattern")
     osd_lr_pattern: str | None = flag("lr_pattern")
     osd_full_size_optim: str | None = flag("full_size_optim")
+    osd_embedding_lr_ratio: float | None = flag("embedding_lr_ratio")
     osd_preset: str | None = flag("preset")
     # end of options
 

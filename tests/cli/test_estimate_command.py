@@ -87,9 +87,10 @@ def test_a_regular_expression_that_matches_nothing(capsys, tmp_path):
         (BertConfig(**SMALL, architectures=["BertForSequenceClassification"]), (), 3e-4, "rank=8,scale=4"),
         (LlamaConfig(**SMALL), ("--optim_args", "scale=0.25"), 2e-4, "rank=8,scale=0.25"),
         (LlamaConfig(**SMALL), ("--preset", "osd_adamw"), 2e-4, "rank=8,scale=1"),
-        (LlamaConfig(**SMALL), ("--preset", "osd_lion"), TrainingArguments.learning_rate, "rank=8"),
+        (LlamaConfig(**SMALL), ("--preset", "pretrain"), TrainingArguments.learning_rate, "rank=8,preset=pretrain"),
+        (LlamaConfig(**SMALL), ("--optim", "osd_lion"), TrainingArguments.learning_rate, "rank=8"),
     ],
-    ids=["generates", "classifies", "given", "adamw", "lion"],
+    ids=["generates", "classifies", "given", "adamw", "preset", "lion"],
 )
 def test_a_learning_rate_and_a_scale_to_start_from(config, words, rate, optim_args, suggested):
     """Those of docs/choosing.md, "Fine-tuning", which are AdamW's."""

@@ -107,8 +107,9 @@ def test_committed_experiments_are_commands_of_the_script(file, tmp_path):
 
     experiment = json.loads(file.read_text())
     for task, of_task in experiment["tasks"].items():
+        of_task = of_task["arguments"] if isinstance(of_task, dict) else of_task
         for method in experiment["methods"].values():
-            rates = method["learning_rates"]
+            rates = method.get("learning_rates", experiment.get("learning_rates"))
             rates = experiment["methods"][rates]["learning_rates"] if isinstance(rates, str) else rates
             assert isinstance(rates[task] if isinstance(rates, dict) else rates, list)
             given = ["--model_name_or_path", "x", "--task", task, "--output_dir", str(tmp_path), "--use_cpu", "true"]

@@ -44,6 +44,9 @@ def test_every_parameter_has_its_multiple(source: str):
     assert optimizer.param_groups[0]["lr"] == 0.01  # what Trainer logs
     as_mapping = rates_by_parameter(create_osd_optimizer(tiny_llama(), rank=4, lr=0.01, lr_pattern=RATES))
     assert as_mapping.items() <= rates.items()
+    given = {"rank": 4, "lr": 0.01, "embedding_lr_ratio": 8, "lr_pattern": "lm_head:2"}
+    for name, rate in rates_by_parameter(create_osd_optimizer(tiny_llama(), **given)).items():
+        assert rate == pytest.approx(0.01 * ({"lm_head": 2, "embed_tokens": 8}.get(name.split(".")[-2], 1))), name
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     before = [group["lr"] for group in optimizer.param_groups]
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
@@ -141,6 +144,7 @@ def test_what_is_wrong_or_has_no_effect_is_refused():
         ({"lr_pattern": "q_proj:0"}, "`lr_pattern` must name modules and their multiples of the learning rate"),
         ({"lr_pattern": "q_proj:1e400"}, "must name modules"),
         ({"lr_pattern": {"q_proj": -1}}, "must name modules"),
+        ({"embedding_lr_ratio": 0}, "`embedding_lr_ratio` of create_osd_optimizer must be a number > 0, got 0"),
         ({"full_size_optim": "sdg"}, "`full_size_optim` of .* must be one of .*did you mean 'sgd'"),
         ({"full_size_optim": "lion", "momentum": 0.5}, "`momentum` .* no effect with the update rule adamw"),
     ):
@@ -152,6 +156,8 @@ def test_what_is_wrong_or_has_no_effect_is_refused():
         create_osd_optimizer(tiny_llama(tie_word_embeddings=True), rank=4, lr_pattern="lm_head:4")
     with pytest.raises(ValueError, match="`full_size_optim` has no effect: all that is trained is projected"):
         create_osd_optimizer(nn.Sequential(nn.Linear(6, 5, bias=False)), rank=4, full_size_optim="sgd")
+    with pytest.raises(ValueError, match="No embedding or head is trained at full size: give `embedding_lr_ratio` 1"):
+        create_osd_optimizer(nn.Sequential(nn.Linear(6, 5, bias=False)), rank=4, embedding_lr_ratio=2)
 
 
 class Tokens(Dataset):

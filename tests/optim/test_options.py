@@ -1,5 +1,7 @@
 """Wrong options are refused where they are given, with the reason and the way out."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_osd import OSD
-from hf_osd.optim.options.presets import OPTIM_NAMES, PRESETS, RSO_NAMES, resolve
+from hf_osd.optim.options.presets import NAME_OPTIONS, OPTIM_NAMES, PRESETS, RSO_NAMES, resolve
 from hf_osd.optim.options.table import DEFAULTS, OPTIONS, PROJECTED, validate
 
 
@@ -170,6 +172,10 @@ def test_options_with_an_effect_pass(given):
 @pytest.mark.parametrize("name", [name for name in OPTIM_NAMES if name not in RSO_NAMES])
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_resolve_is_complete_and_valid(name, preset):
+    if preset in ("finetune", "pretrain") and OPTIM_NAMES[name] == "sgd":
+        with pytest.raises(ValueError, match=f"preset='{preset}' of a test is for steps of AdamW's size"):
+            resolve(name, {"rank": 4}, preset, "a test")
+        return
     settings = resolve(name, {"rank": 4}, preset, "a test")
     assert settings.keys() == DEFAULTS.keys()
     assert settings["weight_rule"] == OPTIM_NAMES[name] and settings["rank"] == 4
@@ -188,6 +194,32 @@ def test_what_is_given_wins_over_the_preset():
     assert alpha == {**plain, "alpha": 7.0, "projection_lr": None}
 
 
+def test_a_preset_beside_other_choices():
+    tuned = resolve("osd_adamw", {}, "finetune", "a test")
+    assert (tuned["scale"], tuned["residual"], tuned["residual_scale"]) == ("auto", "sign", 1.0)
+    plain = resolve("osd_adamw", {"residual": "none"}, "finetune", "a test")  # whose scale goes with it
+    assert plain == {**resolve("osd_adamw", {}, None, "a test"), "scale": "auto"}
+    resolve("osd_adamw", {"residual": "none", "source": "activations"}, "finetune", "a test")
+    with pytest.raises(ValueError, match="sets `residual`, which has no effect with source='activations'.*residual=n"):
+        resolve("osd_adamw", {"source": "activations"}, "finetune", "a test")
+    with pytest.raises(ValueError, match="sets `projection_optim`, which has no effect with subspace='svd'"):
+        resolve("osd_adamw", {"subspace": "svd"}, "reference", "a test")
+    with pytest.raises(ValueError, match="preset='finetune' is for the `osd_` names"):
+        resolve("rso_adamw", {}, "finetune", "a test")
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"reference"}))
+def test_what_a_preset_sets_was_measured(preset: str):
+    """Every value is in arguments of the experiment that it is said to come from, whose result is committed."""
+    benchmarks = Path(__file__).parents[2] / "examples" / "benchmarks"
+    for name, (value, source) in PRESETS[preset].settings.items():
+        result = json.loads((benchmarks / "results" / "cpu_2_cores" / f"{source}.json").read_text())
+        value = f"{value:g}" if isinstance(value, float) else value
+        flag = f"--osd_{(OPTIONS | NAME_OPTIONS)[name].key} {value} "
+        told = [" ".join([*map(str, row["arguments"]), ""]) for row in result["rows"]]
+        assert any(flag in text or f"--osd_preset {preset} " in text for text in told), (name, source)
+
+
 @pytest.mark.parametrize(
     ("name", "given", "preset", "message"),
     [
@@ -199,7 +231,7 @@ def test_what_is_given_wins_over_the_preset():
             "osd_adamw",
             {},
             "referense",
-            "`preset` of a test must be one of reference .did you mean 'reference'.*got 'referense'",
+            "`preset` of a test must be one of reference, .* .did you mean 'reference'.*got 'referense'",
         ),
     ],
 )

@@ -140,8 +140,9 @@ def test_moments_are_carried_where_p_moves_by_its_momentum_alone(shape: tuple[in
         ((12, 30), {}),
         ((12, 30), {"side": "two_sided", "init": "orthonormal"}),
         ((3, 30, 12), {"weight_rule": "lion"}),
+        ((120, 80), {"residual": "sign", "residual_scale": 0.5}),
     ],
-    ids=["right", "left", "two_sided", "experts"],
+    ids=["right", "left", "two_sided", "experts", "sign"],
 )
 def test_with_scale_auto_first_updates_have_the_size_of_adamws(shape: tuple[int, ...], options: dict, tmp_path):
     W = nn.Parameter(torch.randn(shape, dtype=torch.float64))
@@ -150,7 +151,9 @@ def test_with_scale_auto_first_updates_have_the_size_of_adamws(shape: tuple[int,
     W.grad = torch.randn_like(W)
     optimizer.step()
     size = ((W - before) / lr).square().mean(dim=(-2, -1)).sqrt()
-    torch.testing.assert_close(size, torch.ones_like(size), rtol=1e-5, atol=0)  # eps, and P's own orthogonality
+    signs = options.get("residual_scale", 0)  # all but orthogonal to the inside
+    expected, rtol = torch.full_like(size, (1 + signs**2) ** 0.5), 0.02 if signs else 1e-5
+    torch.testing.assert_close(size, expected, rtol=rtol, atol=0)  # eps, and P's own orthogonality
     ProjectionState.from_optimizer(optimizer).save_pretrained(tmp_path)
     assert ProjectionState.from_pretrained(tmp_path).config["scale"] == "auto"
 

@@ -76,7 +76,7 @@ MISTAKES = [
     ({"optim_args": "unbiased=false"}, "unbiased=False .* contradicts"),
     ({"osd_restart_moments": False}, "restart_moments=False .* contradicts"),
     ({"osd_alpha": 3.0}, "`alpha` of the training arguments has no effect with subspace='random'"),
-    ({"osd_preset": "reference"}, "cannot be combined with subspace='random'"),
+    ({"osd_preset": "reference"}, "is for the `osd_` names"),
     ({"optim_args": "interval=3"}, "Unknown option `interval`.*Did you mean `update_interval`"),
     ({"optim_args": "eta=3"}, "Unknown option `eta`"),
     ({"fsdp": "full_shard", "fsdp_config": {"version": 1}}, "cannot be used with FSDP1"),

@@ -73,6 +73,8 @@ MISTAKES = [
     ("init=runs/a=b", "got 'init=runs/a=b' .* such as `osd_init`"),
     ("subspace=online_pc", "must be one of .*did you mean 'online_pca'"),
     ("init=svdd", "`init` .* must be one of .*did you mean 'svd'"),
+    ("preset=pretrain,source=activations", "sets `residual`, which has no effect with .*residual=none"),
+    ("preset=finetune,subspace=svd,embedding_lr_ratio=0", "`embedding_lr_ratio` .* must be a number > 0, got 0"),
     ("preset=referense", "`preset` of the training arguments must be one of reference"),
     ("subspace=svd,alpha=3", "`alpha` .* no effect with subspace='svd'"),
     ("update_interval=10", "`update_interval` .* no effect with subspace='online_pca'"),
@@ -124,7 +126,7 @@ def test_the_keys_are_these():
     keys += " projection_weight_decay projection_dtype moment_dtype update_interval projection_interval distribution"
     keys += " mixing carry_moments residual residual_scale momentum stochastic_rounding seed layerwise_clipping"
     keys += " source projection_sample unbiased restart_moments weight_dtype lr_pattern full_size_optim capturable"
-    keys += " divide_projection"
+    keys += " divide_projection embedding_lr_ratio"
     keys += " projection_stream"
     assert set(keys.split()) == KEYS.keys()
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}

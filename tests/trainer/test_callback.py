@@ -206,8 +206,11 @@ def test_the_summary_of_a_known_model():
         "OSD: 2 matrices projected to rank 10 (1.0M parameters), 0.3M parameters at full size; optimizer state "
         "2.7 MB, AdamW's 10.4 MB; first updates 0.14 of AdamW's (root mean square)"
     )
-    same = OSD([{"params": matrices, "rank": 10}, {"params": [plain]}], scale="auto", residual="sign")
+    same = OSD([{"params": matrices, "rank": 10}, {"params": [plain]}], scale="auto", residual="scaled")
     assert summary(same).endswith("; first updates before the residual 1 of AdamW's (root mean square)")
+    signs = OSD([{"params": matrices, "rank": 10}], scale="auto", residual="sign", residual_scale=0.5)
+    assert summary(signs, preset="finetune").startswith("OSD (preset finetune): 2 matrices projected to rank 10 ")
+    assert summary(signs).endswith("; first updates 1.1 of AdamW's (root mean square)")
     assert summary(OSD([{"params": matrices, "rank": 10}], weight_rule="sgd")).endswith("MB")
     ranks = OSD([{"params": [matrices[0]], "rank": 10}, {"params": [matrices[1]], "rank": 20}])
     assert "2 matrices projected to ranks 10 to 20 (1.0M" in summary(ranks)

@@ -48,7 +48,7 @@ def push(name, kind=Trainer, readme=None, hub=None, optim="osd_adamw", checkpoin
     config = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
     rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
     args = TrainingArguments(
-        name, optim=optim, optim_args="rank=4,preset=reference" if optim.startswith("osd") else None, max_steps=2,
+        name, optim=optim, optim_args="rank=4,preset=pretrain" if optim.startswith("osd") else None, max_steps=2,
         logging_steps=1, eval_strategy="steps", eval_steps=1, save_strategy="no", report_to="none", use_cpu=True,
         disable_tqdm=True,
     )
@@ -105,8 +105,9 @@ def test_a_stock_trainer_pushes_its_own_card_with_our_section(pushed):
     assert set(data["tags"]) == {"generated_from_trainer", "online-subspace-descent", "hf_osd"}
     assert data["datasets"] == ["some/data"] and data["metrics"] == ["perplexity"]
     assert data["model-index"][0]["results"][0]["metrics"][0]["type"] == "perplexity"
-    assert "| steps | 2 |" in card and "| preset | `reference` |" in card and "| optimizer | `osd_adamw` |" in card
+    assert "| steps | 2 |" in card and "| preset | `pretrain` |" in card and "| optimizer | `osd_adamw` |" in card
     assert '.from_pretrained("tester/stock")' in card
+    assert "| embeddings' over it | 16 |" in card and "embedding_lr_ratio=16" in card
     assert pushed.files["stock"][PICTURE_NAME].startswith(b"\x89PNG")
     assert {"model.safetensors", "config.json", "training_args.bin"} < set(pushed.files["stock"])
     assert not any(name.startswith("_") for name in pushed.files["stock"])

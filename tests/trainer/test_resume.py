@@ -142,7 +142,7 @@ def test_every_schedule_resumes_exactly(tmp_path: Path, schedule: str):
         "subspace=static",
         "preset=reference",
         "residual=scaled,carry_moments=true",
-        "projection_interval=2,residual=sign,residual_scale=0.1",
+        "preset=pretrain,projection_interval=2,residual_scale=0.1",
         "side=two_sided,residual=scaled",
         "subspace=random,update_interval=2,carry_moments=true",
         "subspace=random,distribution=gaussian,update_interval=5,side=two_sided",

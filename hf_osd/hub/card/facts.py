@@ -54,6 +54,7 @@ class CardFacts:
     init: str | None  # where P started from, if that was asked for
     lr_pattern: str | None  # as in the training arguments
     full_size_optim: str | None  # likewise
+    embedding_lr_ratio: float  # likewise, or as the preset says
     train_loss: float | None  # the last one that was logged
     eval_loss: float | None  # the last one
     perplexity: float | None  # exp(eval_loss), where that is the mean loss of a causal language model
@@ -79,6 +80,7 @@ class CardFacts:
         init: str | None = None,
         lr_pattern: str | None = None,
         full_size_optim: str | None = None,
+        embedding_lr_ratio: float = 1.0,
     ) -> "CardFacts":
         """Read the facts from what a Trainer holds.
 
@@ -92,6 +94,7 @@ class CardFacts:
                 Names of the data. Those of the form `user/name` get into the metadata as data sets on the Hub.
             repo_id (`str`, *optional*): Defaults to `args.hub_model_id`, or a placeholder with the folder's name.
             preset, init, lr_pattern, full_size_optim (`str`, *optional*): As the training arguments ask for them.
+            embedding_lr_ratio (`float`, *optional*, defaults to 1): Likewise, or as the preset does.
         """
         osd = osd_of(optimizer)
         if osd is None:
@@ -131,6 +134,7 @@ class CardFacts:
             init=init,
             lr_pattern=lr_pattern,
             full_size_optim=full_size_optim,
+            embedding_lr_ratio=embedding_lr_ratio,
             train_loss=_last(state, "loss"),
             eval_loss=eval_loss,
             perplexity=_perplexity(eval_loss) if _is_causal_lm(model) and _loss_is_nll(args) else None,

@@ -89,6 +89,7 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("at full size", f"{format_count(facts.full_size_parameters)} parameters"),
         ("rule at full size", f"`{facts.full_size_optim}`" if facts.full_size_optim else ""),
         ("learning rate", scheduled),
+        ("embeddings' over it", f"{facts.embedding_lr_ratio:g}" if facts.embedding_lr_ratio != 1 else ""),
         ("multiples of it", _cell(facts.lr_pattern) if facts.lr_pattern else ""),
         ("weight decay", _joined(decays)),
         ("data", ", ".join(_cell(name) for name in facts.datasets)),
@@ -142,6 +143,7 @@ def _arguments(facts: CardFacts) -> list[str]:
         found["projection_optim"] = given["projection_rule"]
     found["update_interval"] = given.get("update_interval")
     found |= {"lr_pattern": facts.lr_pattern, "full_size_optim": facts.full_size_optim}
+    found["embedding_lr_ratio"] = facts.embedding_lr_ratio if facts.embedding_lr_ratio != 1 else None
     arguments = [
         f"{name}_={_literal(value)}" if iskeyword(name) else f"{name}={_literal(value)}"
         for name, value in found.items()

@@ -116,7 +116,7 @@ class Options:
         1.0,
         "Factor on the projected update (GaLore's 0.25; the paper's text has none), or `auto`: sqrt(s/r) of each "
         "weight, s its projected dimension, by which updates have the root mean square of those at full size.\n\n"
-        "On both sides sqrt(m n)/r. The residual is scaled by it, too.",
+        "On both sides sqrt(m n)/r. The residual is scaled by it, too; signs, whose size is AdamW's, not by `auto`.",
         check=number_or("auto", 0, open_below=True),
         needs=(RANK,),
     )

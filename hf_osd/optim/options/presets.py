@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any
 
-from ...declare import Check, Option, check_values, one_of, option, options_of, refuse_unknown
-from ...subspace import is_rule, rule_class
+from ...declare import Check, Option, check_values, number, one_of, option, options_of, refuse_unknown
 from .general import DEFAULT_RANK, names_in_code
 from .mode import LAYERWISE_SUFFIX, MODE_OPTIONS
+from .preset_table import PRESETS, options_of_preset
 from .table import DEFAULTS, OPTIONS, RULES
 
 
@@ -24,20 +24,6 @@ OPTIM_NAMES |= RSO_NAMES
 # before it draws the next P. With one P it is the same to do so at every step.
 RSO: dict[str, Any] = {"source": "activations", "subspace": "random", "unbiased": True, "restart_moments": True}
 RSO_DEFAULTS = {"distribution": "gaussian"}
-
-# `preset` -> options that replace the defaults; options given beside it win over it.
-PRESETS: dict[str, dict[str, Any]] = {
-    # The settings of the paper's published code, which differ from its text: no orthogonality term, P stepped by
-    # AdamW with its own decay and a learning rate that follows the schedule but not the learning rate, scale 1/4.
-    "reference": {
-        "projection_rule": "adamw",
-        "projection_lr": 0.005,
-        "lambda_": 0.0,
-        "projection_weight_decay": 0.01,
-        "projection_sample": 1,
-        "scale": 0.25,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -64,9 +50,17 @@ class NameOptions:
         check=one_of(RULES),
         unset="the weights' own",
     )
+    embedding_lr_ratio: float | None = option(
+        None,
+        "Learning rate of embeddings and output heads over that of the rest, where `lr_pattern` names no other. Not "
+        "of those that are projected.",
+        check=number(0, open_below=True),
+        unset="1",
+    )
     preset: str | None = option(
         None,
-        "`reference`: the settings of the paper's published code, which differ from its text.",
+        "; ".join(f"`{name}`: {preset.help}" for name, preset in PRESETS.items())
+        + ". What is given beside it wins over it.",
         check=one_of(PRESETS),
     )
 
@@ -93,13 +87,29 @@ KEYWORD_OF = {own.name: keyword for keyword, own in KEYWORDS.items()}
 ARGUMENT_OF = {own.name: own.argument or own.key for own in OPTIONS.values()}
 
 
+def embedding_lr_ratio(given: dict[str, Any], preset: str | None, where: str) -> float:
+    """Take `embedding_lr_ratio` out of what was given; what is not is the preset's.
+
+    Args:
+        given (`dict`): Options by name, those that the user gave. Changed in place.
+        preset (`str`, *optional*): As of `resolve`, which refuses others.
+        where (`str`): What an error message calls the place where they were given.
+    """
+    name = "embedding_lr_ratio"
+    value = given.pop(name, None)
+    check_values({name: NAME_OPTIONS[name]}, {name: value}, where)
+    if value is None and preset in PRESETS:
+        value = PRESETS[preset].of_name.get(name)
+    return 1.0 if value is None else float(value)
+
+
 def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str) -> dict[str, Any]:
     """All options for an `optim` name: defaults, then the preset, then what was given.
 
     Args:
         name (`str`): A key of `OPTIM_NAMES`.
         given (`dict`): Options by their names in groups, those that the user gave and no others.
-        preset (`str`, *optional*): A key of `PRESETS`.
+        preset (`str`, *optional*): A key of [`~optim.options.preset_table.PRESETS`].
         where (`str`): What an error message calls the place where they were given.
 
     Returns:
@@ -112,7 +122,8 @@ def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str)
         raise ValueError(f"Unknown optimizer {name!r}.{hint} Known: {', '.join(OPTIM_NAMES)}.")
     refuse_unknown(given, DEFAULTS.keys() - {"weight_rule"}, where)
     check_values({"preset": NAME_OPTIONS["preset"]}, {"preset": preset}, where)
-    settings = dict(PRESETS[preset]) if preset else {}
+    if preset and name in RSO_NAMES:
+        raise ValueError(f"preset={preset!r} is for the `osd_` names, not for optim={name!r}: leave it out.")
     if name in RSO_NAMES:
         for key in RSO.keys() & given.keys():
             if given[key] != RSO[key]:
@@ -121,11 +132,6 @@ def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str)
                     f"it out, or choose optim={name.replace('rso', 'osd')!r}."
                 )
         given = RSO_DEFAULTS | RSO | dict(given)
-    subspace = given.get("subspace", DEFAULTS["subspace"])
-    if settings and is_rule(subspace) and not rule_class(subspace).learns:
-        raise ValueError(
-            f"preset={preset!r} is about how P is learned: it cannot be combined with subspace={subspace!r}."
-        )
-    if "alpha" in given:  # both set P's learning rate; the user's word counts
-        settings.pop("projection_lr", None)
-    return {**DEFAULTS, "rank": DEFAULT_RANK, **settings, **given, "weight_rule": OPTIM_NAMES[name]}
+    complete = {"rank": DEFAULT_RANK, **given, "weight_rule": OPTIM_NAMES[name]}
+    settings = options_of_preset(preset, complete, where) if preset else {}
+    return {**DEFAULTS, **settings, **complete}

@@ -13,12 +13,14 @@ from typing import Any
 
 from ...declare import Option
 from .mode import MODE_OPTIONS
+from .preset_table import PRESETS, PUBLISHED
 from .presets import KEYS, NAME_OPTIONS
 from .table import OPTIONS, rule_default
 
 
 PACKAGE = Path(__file__).parents[2]
 WIDTH = 119
+RESULTS = "../examples/benchmarks/results/cpu_2_cores"  # from docs/
 
 
 def make_texts() -> dict[Path, str]:
@@ -87,7 +89,21 @@ def page_tables() -> Iterator[str]:
             if titles[own.name] == title:
                 text = own.help.partition("\n\n")[0].replace("|", "\\|")
                 yield f"| `{key}` | {_default(own)} | {_owned(own, text)} |".replace("|  |", "| |")
-    yield ""
+    yield from ("", "### What presets set", "", *preset_rows(), "")
+
+
+def preset_rows() -> Iterator[str]:
+    """The table of presets: what each sets, and where it comes from."""
+    yield from ("| preset | sets | measured in |", "| --- | --- | --- |")
+    for preset, own in PRESETS.items():
+        for source in dict.fromkeys(where for _, where in own.settings.values()):
+            values = (
+                f"`{(OPTIONS | NAME_OPTIONS)[name].key}={_code(value).strip('`')}`"
+                for name, (value, where) in own.settings.items()
+                if where == source
+            )
+            where = source if source == PUBLISHED else f"[{source}]({RESULTS}/{source}.md)"
+            yield f"| `preset={preset}` | {', '.join(values)} | {where} |"
 
 
 def _help(own: Option, whole: bool = False) -> str:

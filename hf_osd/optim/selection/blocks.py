@@ -74,6 +74,18 @@ def given_heads(model: nn.Module) -> set[nn.Module]:
     return heads
 
 
+def embeddings(model: nn.Module) -> set[nn.Parameter]:
+    """The matrices that tokens and positions are looked up in, and those of the heads that the model tells of."""
+    heads = given_heads(model)
+    return {
+        p
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or module in heads
+        for p in module.parameters(recurse=False)
+        if p.ndim == 2
+    }
+
+
 def _flat(found: object) -> Iterator[nn.Module]:
     if isinstance(found, nn.Module):
         yield found

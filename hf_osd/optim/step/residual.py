@@ -11,7 +11,8 @@ and added to up(D). It takes no product with G: up(D) + S = up(D - phi R) + phi 
 there phi is one number for the whole matrix.
 
 `sign` (FRUGAL, Zmushko et al. 2024, arXiv 2411.07837): the residual takes a step of signSGD, sign(G - P R). That is
-one product more, and worked out a few rows at a time.
+one product more, and worked out a few rows at a time. Its entries have the size of AdamW's as they are, so that
+`scale="auto"`, which gives up(D) that size, leaves them alone: they are `residual_scale` of AdamW's at every rank.
 
 Letters and shapes as in `subspace.operators`.
 """
@@ -123,8 +124,9 @@ class Sign(Residual):
     def extend(self, update: Update, low: LowRank, check: GradientCheck) -> Update:
         """The update with S in it."""
         D, P, _ = update
-        R, G, op, scale = low.R, low.G, self.geometry.op, self.group["residual_scale"]
+        R, G, op = low.R, low.G, self.geometry.op
         assert G is not None
+        scale = self.group["residual_scale"] / (self.geometry.full_scale if self.group["scale"] == "auto" else 1.0)
         some = (self._outside(low, P) > 0) & ~check.skip
 
         def add_rest(X: Tensor, rows: slice, rate: float | Tensor) -> None:

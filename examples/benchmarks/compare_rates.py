@@ -1,0 +1,193 @@
+"""Fine-tunes the same model on GLUE tasks with several methods, each at the same learning rates: AdamW's usual ones.
+
+For someone who changes the optimizer and keeps the rate. Reads experiments/<name>.json, as compare_finetuning.py does:
+`learning_rates` are those of every method that has none of its own, and a task's `methods`, if it has any, are the
+ones that run on it. Every method runs at every rate with every seed, each run one call of examples/finetune_glue.py
+in a process of its own. Finished runs are kept in `--work_dir` and not repeated. Writes results/<device>/<name>.json,
+.md and .png; with `--finished` of what has finished, without running anything: cells tell where seeds are missing.
+
+Needs: the `examples` extra. Model and data come from the Hub, or from `--model` and `--data_dir`.
+
+    python examples/benchmarks/compare_rates.py glue_presets --tasks sst2 --methods full finetune-r8 --use_cpu
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from compare_finetuning import PRELOADED, PROCESSES, Runner
+from environment import describe, load_experiment, named, results_folder, save
+
+
+BASELINE = "full"  # whose best rate the others are held against
+Get = Callable[[str, list[str]], dict[str, Any] | None]  # a run's results by its name and arguments, if it has any
+
+
+def planned(experiment: dict[str, Any]) -> Iterator[tuple[str, str, float, int, str, list[str]]]:
+    """Task, method, rate, seed, name and arguments of every run, the first seeds first."""
+    for seed in experiment["seeds"]:
+        for task, own in experiment["tasks"].items():
+            for method in own.get("methods", experiment["methods"]):
+                entry = experiment["methods"][method]
+                for rate in entry.get("learning_rates", experiment["learning_rates"]):
+                    extra = ["--task", task, "--learning_rate", str(rate), "--seed", str(seed)]
+                    arguments = [*entry["arguments"], *own["arguments"], *extra]
+                    yield task, method, rate, seed, f"{task}-{method}-lr{rate:g}-seed{seed}", arguments
+
+
+def chosen(experiment: dict[str, Any], tasks: list[str] | None, methods: list[str] | None) -> dict[str, Any]:
+    """The experiment with these tasks and methods alone."""
+    for asked, known in ((tasks or [], experiment["tasks"]), (methods or [], experiment["methods"])):
+        if set(asked) - set(known):
+            raise SystemExit(f"Unknown: {', '.join(set(asked) - set(known))}; there are {', '.join(known)}.")
+    found = {task: own for task, own in experiment["tasks"].items() if not tasks or task in tasks}
+    for task, own in found.items():
+        kept = [name for name in own.get("methods", experiment["methods"]) if not methods or name in methods]
+        found[task] = own | {"methods": kept}
+    return experiment | {"tasks": found}
+
+
+def compare(experiment: dict[str, Any], get: Get) -> list[dict[str, Any]]:
+    """One row a task and method, with the scores and validation losses of each rate, by seed."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for task, method, rate, seed, name, arguments in planned(experiment):
+        found = get(name, arguments)
+        if found is None:
+            continue
+        (run,) = found["runs"]
+        row = rows.setdefault(
+            (task, method),
+            {
+                "task": task,
+                "method": method,
+                "label": experiment["methods"][method]["label"],
+                "arguments": experiment["methods"][method]["arguments"],
+                "steps": run["steps"],
+                "optimizer_state_bytes": run["optimizer_state_bytes"],
+                "trained_parameters": run["trained_parameters"],
+                "scores": {},
+                "losses": {},
+            },
+        )
+        row["scores"].setdefault(f"{rate:g}", {})[str(seed)] = run["score"]
+        row["losses"].setdefault(f"{rate:g}", {})[str(seed)] = run["metrics"]["eval_loss"]
+    order = {name: place for place, name in enumerate(experiment["methods"])}
+    tasks = list(experiment["tasks"])
+    return sorted(rows.values(), key=lambda row: (tasks.index(row["task"]), order[row["method"]]))
+
+
+def best(row: dict[str, Any]) -> str:
+    """The rate at which a method has its best mean score, of those that all seeds have run at if there are such."""
+    most = max(map(len, row["scores"].values()))
+    return max(
+        (rate for rate, scores in row["scores"].items() if len(scores) == most), key=lambda rate: mean(row, rate)
+    )
+
+
+def mean(row: dict[str, Any], rate: str) -> float:
+    """Over seeds."""
+    return statistics.fmean(row["scores"][rate].values())
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: a table for each task, with how far each rate is from the baseline at its best."""
+    seeds = len(result["seeds"])
+    parts = []
+    for task in dict.fromkeys(row["task"] for row in result["rows"]):
+        own = [row for row in result["rows"] if row["task"] == task]
+        rates = sorted({rate for row in own for rate in row["scores"]}, key=float)
+        baseline = next((row for row in own if row["method"] == BASELINE), None)
+        level = None if baseline is None else mean(baseline, best(baseline))
+        lines = [
+            f"| {task}, {own[0]['steps']} steps | {' | '.join(rates)} | optimizer state |",
+            "| --- |" + " --- |" * (len(rates) + 1),
+        ]
+        for row in own:
+            cells = [_cell(row["scores"].get(rate), seeds, None if row is baseline else level) for rate in rates]
+            size = f"{row['optimizer_state_bytes'] / 2**20:.1f} MiB"
+            lines.append(f"| {row['label']} | {' | '.join(cells)} | {size} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _cell(scores: dict[str, float] | None, seeds: int, level: float | None) -> str:
+    """`80.5 ± 0.5 (-0.2)`: mean and deviation over seeds, and the distance to the baseline's best."""
+    if not scores:
+        return "-"
+    values = list(scores.values())
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    away = "" if level is None else f" ({statistics.fmean(values) - level:+.1f})"
+    told = "" if len(values) == seeds else f", {len(values)} seed{'s' * (len(values) > 1)}"
+    return f"{statistics.fmean(values):.1f}{spread}{away}{told}"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Scores against learning rates, a panel for each task: a dot for each seed, a line through their means."""
+    tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
+    figure = Figure(figsize=(4.6 * len(tasks) + 2.2, 4.4), dpi=130, layout="constrained")
+    figure.suptitle(result["title"], x=0.01, ha="left", fontsize=11)
+    colors = {name: f"C{place % 10}" for place, name in enumerate(dict.fromkeys(r["method"] for r in result["rows"]))}
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    lines: dict[str, Any] = {}
+    for axes, task in zip(panels, tasks, strict=True):
+        own = [row for row in result["rows"] if row["task"] == task]
+        for row in own:
+            rates = sorted(row["scores"], key=float)
+            points = [(float(rate), score) for rate in rates for score in row["scores"][rate].values()]
+            axes.plot(*zip(*points, strict=True), "o", color=colors[row["method"]], markersize=3, alpha=0.4)
+            means = [mean(row, rate) for rate in rates]
+            style = {"linewidth": 2.2 if row["method"] == BASELINE else 1.2, "label": row["label"]}
+            (lines[row["label"]],) = axes.plot(
+                list(map(float, rates)), means, "o-", color=colors[row["method"]], markersize=5, **style
+            )
+        every = sorted({float(rate) for row in own for rate in row["scores"]})
+        axes.set_xscale("log")
+        axes.set_xticks(every, [f"{rate:g}" for rate in every], fontsize=8)
+        axes.minorticks_off()
+        axes.set_title(f"{task}, {own[0]['steps']} steps", fontsize=10)
+        axes.set_xlabel("learning rate")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("score")
+    figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
+def render(result: dict[str, Any], path: Path) -> None:
+    """Writes tables and picture of a result."""
+    named(path, ".md").write_text(table(result), encoding="utf-8")
+    draw(result, named(path, ".png"))
+
+
+def main() -> None:
+    """Run, summarise, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", help="name of a file in experiments/")
+    parser.add_argument("--tasks", nargs="+", help="only these; nothing is written to results/ then")
+    parser.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
+    parser.add_argument("--finished", action="store_true", help="run nothing: write what has finished")
+    parser.add_argument("--model", help="folder of the model, where there is no Hub")
+    parser.add_argument("--data_dir", help="folder of the data, where there is no Hub")
+    parser.add_argument("--use_cpu", action="store_true", help="needed for bf16 without a GPU")
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
+    arguments = parser.parse_args()
+    experiment = load_experiment(arguments.experiment)
+    common = ["--model_name_or_path", arguments.model or experiment["model"], *experiment["common"]]
+    common += ["--data_dir", arguments.data_dir] if arguments.data_dir else []
+    common += ["--use_cpu", "true"] if arguments.use_cpu else []
+    run = Runner(arguments.work_dir / arguments.experiment, common)
+    some = chosen(experiment, arguments.tasks, arguments.methods)
+    result = {"environment": describe(), **{key: experiment[key] for key in ("title", "model", "common", "seeds")}}
+    result |= {"tasks": some["tasks"], "rows": compare(some, run.finished if arguments.finished else run)}
+    print("\n" + table(result))
+    if not (arguments.tasks or arguments.methods):
+        save(results_folder() / arguments.experiment, result, render)
+
+
+if __name__ == "__main__":
+    PROCESSES.set_forkserver_preload(PRELOADED)
+    main()

@@ -1,0 +1,67 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+
+import compare_rates  # noqa: E402
+
+
+EXPERIMENT = {
+    "title": "A title",
+    "seeds": [1, 2],
+    "learning_rates": [2e-5, 5e-5],
+    "tasks": {"rte": {"arguments": ["--epochs", "2"]}, "sst2": {"arguments": [], "methods": ["full"]}},
+    "methods": {
+        "full": {"label": "AdamW", "arguments": ["--method", "full"]},
+        "a": {"label": "A", "learning_rates": [5e-5], "arguments": ["--method", "osd"]},
+    },
+}
+
+
+def get(name: str, arguments: list[str]):
+    """Scores of 50 or 80, 1 more at the higher rate and 1 more with seed 2, which `a` has not run with."""
+    seed = int(name[-1])
+    if "-a-" in name and seed == 2:
+        return None
+    score = (50 if name.startswith("rte") else 80) + ("5e-05" in name) + seed - 1
+    metrics = {"eval_loss": 0.5}
+    return {
+        "runs": [
+            {"score": score, "metrics": metrics, "steps": 9, "optimizer_state_bytes": 2**20, "trained_parameters": 7}
+        ]
+    }
+
+
+def test_every_rate_and_seed_and_how_far_from_the_baseline_at_its_best(tmp_path: Path):
+    runs = list(compare_rates.planned(EXPERIMENT))
+    assert [name for *_, name, _ in runs] == [
+        *("rte-full-lr2e-05-seed1", "rte-full-lr5e-05-seed1", "rte-a-lr5e-05-seed1"),
+        *("sst2-full-lr2e-05-seed1", "sst2-full-lr5e-05-seed1", "rte-full-lr2e-05-seed2", "rte-full-lr5e-05-seed2"),
+        *("rte-a-lr5e-05-seed2", "sst2-full-lr2e-05-seed2", "sst2-full-lr5e-05-seed2"),
+    ]
+    arguments = ["--method", "osd", "--epochs", "2", "--task", "rte", "--learning_rate", "5e-05", "--seed", "1"]
+    assert runs[2][-1] == arguments
+    result = {"title": "A title", "seeds": [1, 2], "rows": compare_rates.compare(EXPERIMENT, get)}
+    assert compare_rates.table(result) == (
+        "| rte, 9 steps | 2e-05 | 5e-05 | optimizer state |\n"
+        "| --- | --- | --- | --- |\n"
+        "| AdamW | 50.5 ± 0.7 | 51.5 ± 0.7 | 1.0 MiB |\n"
+        "| A | - | 51.0 (-0.5), 1 seed | 1.0 MiB |\n"
+        "\n"
+        "| sst2, 9 steps | 2e-05 | 5e-05 | optimizer state |\n"
+        "| --- | --- | --- | --- |\n"
+        "| AdamW | 80.5 ± 0.7 | 81.5 ± 0.7 | 1.0 MiB |\n"
+    )
+    compare_rates.render(json.loads(json.dumps(result)), tmp_path / "result")
+    assert (tmp_path / "result.png").stat().st_size > 5000
+
+
+def test_some_tasks_and_methods():
+    some = compare_rates.chosen(EXPERIMENT, None, ["a"])
+    assert [name for *_, name, _ in compare_rates.planned(some)] == ["rte-a-lr5e-05-seed1", "rte-a-lr5e-05-seed2"]
+    with pytest.raises(SystemExit, match="Unknown: b; there are full, a"):
+        compare_rates.chosen(EXPERIMENT, None, ["b"])
