@@ -88,6 +88,11 @@ def test_what_fits_a_card_was_computed_and_int8_weights_counted():
     assert (RESULTS / "memory_int8.md").read_text(encoding="utf-8") in page("docs/low_precision.md")
 
 
+@pytest.mark.parametrize("name", ["pretrain_presets_text", "glue_presets"])
+def test_the_presets_were_measured(name: str):
+    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip() in page("docs/choosing.md")
+
+
 def test_what_choosing_says_was_measured():
     text, best = text_of("docs/choosing.md"), {row["method"]: row for row in rows_of("family_text")}
     adamw, blocks, osd = (f"{best[name]['best_perplexity']:.1f}" for name in ("adamw", "adamw_scaled", "online_pca"))
