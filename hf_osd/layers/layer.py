@@ -210,7 +210,7 @@ class LayerInfo:
             return project_compiled(x, handle, self.first.rank), self._known_leaf, None
         if not self.met:
             self.meet(x, W)
-        xP, kept = self.input.project(x, self.name if self._meeting.late else None)  # type: ignore[union-attr]
+        xP, kept = self.input.project(x, self._meeting.late)  # type: ignore[union-attr]
         return xP, self._leaf(W), kept
 
     def product(self, x: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:

@@ -36,7 +36,7 @@ class SubspaceProduct(torch.autograd.Function):
         kept: Seen | None = None,
     ) -> Tensor:
         """Plain product: neither P nor B has a part in it."""
-        ctx.learner, seen = kept or (None, ())
+        ctx.take, seen = kept or (None, ())
         ctx.save_for_backward(W, xP, *seen)
         ctx.transposed = transposed
         V = plain(W)  # freed on return, and made again in the backward pass
@@ -48,7 +48,7 @@ class SubspaceProduct(torch.autograd.Function):
         """Of x as of any linear layer, of b if there is one, and R."""
         (dY,), (W, xP, *seen), needs = gradients, ctx.saved_tensors, ctx.needs_input_grad
         if seen:
-            ctx.learner.take(seen)
+            ctx.take(seen)
         dx = None
         if needs[0]:
             V = plain(W).to(dY.dtype)  # autocast's copy in half precision is not kept since the forward pass

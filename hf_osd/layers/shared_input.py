@@ -13,6 +13,8 @@ checkpoint drops it, and makes it again.
 """
 
 import weakref
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -23,11 +25,34 @@ from ..subspace.precision import full_precision, reduced_precision
 from .start import FirstProjection
 
 
-class Seen(NamedTuple):
-    """What an input has to learn of a forward pass, in the backward pass: x_k and x_k P, or A and ||x_k||²."""
+class Lesson:
+    """What P is to learn late of one x: once, in whichever backward pass of the layers that were given it is first.
 
-    input: "SharedInput"
+    Which that is nobody knows before: of a layer whose output the loss does not use none comes.
+    """
+
+    learned = False
+
+
+class Seen(NamedTuple):
+    """What each of them keeps for that, the same tensors, x_k and x_k P or A and ||x_k||², and what takes these."""
+
+    take: Callable[[tuple[Tensor, Tensor]], None]
     seen: tuple[Tensor, Tensor]
+
+
+class Last(NamedTuple):
+    """The x that an input has seen last. References are weak: what becomes of them is autograd's to decide."""
+
+    x: Callable[[], Any] = lambda: None
+    version: int = 0
+    product: Callable[[], Any] = lambda: None
+    lesson: Lesson = Lesson()
+    kept: tuple[Callable[[], Any], ...] = ()
+
+
+# What was kept last, of any input: a checkpoint drops it at once, and the other layers of that x would make it again.
+_newest: list[Tensor] = []
 
 
 class SharedInput:
@@ -64,8 +89,7 @@ class SharedInput:
         self.energy: Tensor | None = None
         self.averaged = False
         self._outside: set[bool] = set()
-        self._last: tuple[Any, int, Any] = (lambda: None, 0, None)
-        self._teacher: str | None = None
+        self._last = Last()
 
     @property
     def A(self) -> Tensor | None:
@@ -100,24 +124,27 @@ class SharedInput:
         return len(self.P) if self.rows is None else sum(self.rows.sizes)
 
     @torch.no_grad()
-    def project(self, x: Tensor, late: str | None = None) -> tuple[Tensor, Seen | None]:
+    def project(self, x: Tensor, late: bool = False) -> tuple[Tensor, Seen | None]:
         """The product x P, (T, r): once for all layers that are given this x.
 
-        Layers that have P learn `late`, in the backward pass, give their name. What there is to learn goes with the
-        first that has been called since the last step: checkpoints count on it that a pass repeated keeps the same.
+        Where P learns `late`, in the backward pass, with what each of them keeps for it: all do, since checkpoints
+        count on it that a pass repeated keeps the same.
         """
-        dtype = dtype_of_products(x.device.type, x.dtype)
-        last, version, product = self._last
-        seen = last() is x and version == x._version
-        known = product() if seen else None
-        if known is not None and known.dtype == dtype:
-            xP = known
-        else:  # that seen is gone where a checkpoint keeps nothing
-            xP = self.product(x, dtype, learn=not seen and late is None)
-            self._last = weakref.ref(x), x._version, weakref.ref(xP)
-        self._teacher = self._teacher or late
-        teaches = late is not None and self.learns and self._teacher == late
-        return xP, Seen(self, self._kept_of(x, xP)) if teaches else None
+        dtype, last = dtype_of_products(x.device.type, x.dtype), self._last
+        seen = last.x() is x and last.version == x._version
+        xP = last.product() if seen else None
+        if xP is None or xP.dtype != dtype:  # that seen is gone where a checkpoint keeps nothing
+            xP = self.product(x, dtype, learn=not seen and not late)
+            lesson, kept = (last.lesson, last.kept) if seen else (Lesson(), ())
+            self._last = last = Last(weakref.ref(x), x._version, weakref.ref(xP), lesson, kept)
+        if not late or not self.learns:
+            return xP, None
+        known = [reference() for reference in last.kept]
+        if not known or any(part is None for part in known):
+            known = list(self._kept_of(x, xP))
+            self._last = last._replace(kept=tuple(map(weakref.ref, known)))
+            _newest[:] = known
+        return xP, Seen(partial(self.take, last.lesson), (known[0], known[1]))
 
     @torch.no_grad()
     def product(self, x: Tensor, dtype: torch.dtype, compiled: bool = False, learn: bool = True) -> Tensor:
@@ -152,8 +179,12 @@ class SharedInput:
         x, xP = self._part_of(x.reshape(-1, x.shape[-1]), xP)
         return (x.clone(), xP.clone()) if self._few((x, xP)) else (self._product_of(x, xP), self._energy_of(x))
 
-    def take(self, seen: tuple[Tensor, Tensor]) -> None:
-        """Learn of that."""
+    def take(self, lesson: Lesson, seen: tuple[Tensor, Tensor]) -> None:
+        """Learn of that, if it has not been."""
+        _newest.clear()
+        if lesson.learned:
+            return
+        lesson.learned = True
         if seen[1].ndim:
             self._learn(*seen)
             return
@@ -198,14 +229,15 @@ class SharedInput:
 
     def forget(self) -> None:
         """What was seen since the last step."""
-        self.A = self.energy = self._teacher = None
+        self.A = self.energy = None
         self.averaged = False
         self._outside.clear()
         self.forget_product()
 
     def forget_product(self) -> None:
         """Forget x P of the last x: P moves, and whoever keeps that x and its outputs would be given it again."""
-        self._last = (lambda: None, 0, None)
+        self._last = Last()
+        _newest.clear()
 
     def make_room(self) -> None:
         """Drop the sketch, of which A tells all, before P is made of that. A itself is made in its turn."""

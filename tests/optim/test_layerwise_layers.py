@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_osd
 from hf_osd.layers.int8 import Int8Weight
+from hf_osd.layers.shared_input import SharedInput
 from reference import nets_in_layers as plain_nets
 from reference.nets_in_layers import N, Other, batch, distance, loss_of
 
@@ -112,6 +113,49 @@ def test_each_is_stepped_before_the_layer_below_it():
     hidden.register_hook(arrived)
     loss_of(net[1](hidden)).backward()
     assert seen == [(False, False, True)]
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+@pytest.mark.parametrize("alone", [False, True])
+def test_p_learns_of_all_inputs_whichever_layer_the_loss_uses(alone, reentrant):
+    """The layer that is called first, whose name P has, has no backward pass, or not of each input."""
+
+    def block(a, b, x):
+        aside, y = a(x), b(x)
+        return b(torch.cos(y)) + aside if alone else y
+
+    def use(layers, x):
+        given = layers["a"], layers["b"], torch.tanh(layers["body"](x))
+        return block(*given) if reentrant is None else checkpoint(block, *given, use_reentrant=reentrant)
+
+    def make():
+        return Other(use, body=nn.Linear(N, N), a=nn.Linear(N, N), b=nn.Linear(N, N))
+
+    nets = pair(make, 8, run=run_plain)
+    assert distance(*nets) < 1e-13
+    assert distance(nets[1], make()) > 0.05
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_layers_of_one_input_make_what_p_learns_of_once(reentrant, monkeypatch):
+    """In a checkpoint once more, when that computes again; so these layers keep one A then, and not one each."""
+    made, product_of = [], SharedInput._product_of
+
+    def counted(shared, x, xP):
+        made.append(product_of(shared, x, xP))
+        return made[-1]
+
+    monkeypatch.setattr(SharedInput, "_product_of", counted)
+    net = Blocks(reentrant)
+    optimizer = optimizer_of(net, layerwise=True, **LAYERS)
+    for step in range(3):
+        made.clear()
+        x = torch.randn(200, 24, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        net(x.requires_grad_()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        inputs = 6 if net.calls % 2 else 4  # of two blocks
+        assert len(made) == inputs * (1 if reentrant is None else 2)
 
 
 @pytest.mark.parametrize("first", [False, True])
