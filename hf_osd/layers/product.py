@@ -47,8 +47,6 @@ class SubspaceProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of x as of any linear layer, of b if there is one, and R."""
         (dY,), (W, xP, *seen), needs = gradients, ctx.saved_tensors, ctx.needs_input_grad
-        if seen:
-            ctx.take(seen)
         dx = None
         if needs[0]:
             V = plain(W).to(dY.dtype)  # autocast's copy in half precision is not kept since the forward pass
@@ -59,4 +57,7 @@ class SubspaceProduct(torch.autograd.Function):
             with full_precision(dY):
                 xP = xP.to(dY.dtype)
                 R = xP.t() @ dY if ctx.transposed else dY.t() @ xP
-        return dx, None, dY.sum(0) if needs[2] else None, R, None, None, None
+        db = dY.sum(0) if needs[2] else None
+        if seen:  # last: a pass that has failed before leaves nothing
+            ctx.take(seen)
+        return dx, None, db, R, None, None, None

@@ -219,6 +219,22 @@ def test_a_second_backward_pass_is_refused_and_can_be_forgotten():
     plain_nets.train(net, optimizer, range(2))
 
 
+def test_a_product_that_fails_teaches_nothing(monkeypatch):
+    """Whose R is not made, so that nothing tells `zero_grad` of a backward pass."""
+    net = nn.Sequential(nn.Linear(N, 24), nn.Linear(24, N)).double()
+    optimizer = optimizer_of(net, layerwise=True, **LAYERS)
+    plain_nets.train(net, optimizer, range(2))
+    loss = loss_of(net(batch(2)))
+
+    def out_of_memory(W):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr("hf_osd.layers.product.plain", out_of_memory)
+        loss.backward()
+    assert all(shared.A is None and shared.energy is None for shared in optimizer.layers.inputs())
+
+
 @pytest.mark.parametrize("clipping", ["parameter", "previous_norm"])
 def test_clipping_is_that_of_r(clipping):
     ordinary, layerwise = plain_nets.Net(), plain_nets.Net()
