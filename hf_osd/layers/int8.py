@@ -80,22 +80,28 @@ class Int8Weight(Tensor):
             self.scale.copy_(W.scale)
             return
         for rows in self.pieces():
-            X = W[rows].to(self.device, self.scale.dtype, copy=True)
-            most = X.abs().amax(1)
-            self.scale[rows] = s = torch.where(most > 0, most / MOST, 1.0)
-            self.int_data[rows] = X.div_(s[:, None]).round_()
+            self.int_data[rows], self.scale[rows] = _nearest(W[rows].to(self.device, self.scale.dtype, copy=True))
 
     @torch.no_grad()
     def become_(self, W: "Int8Weight") -> bool:
-        """Be W, bit for bit, if this is W after it was read and rounded to nearest; whether it is."""
-        near = all(
-            bool(((own - other).abs() <= 1.1 * W.scale[rows, None]).all())
-            for rows in self.pieces()
-            for own, other in [(self.rows(rows), W.rows(rows))]
-        )
-        if near:
+        """Be W, bit for bit, if this is W after it was read and rounded to nearest, or is W; whether it is."""
+        same = all(self._is(W, rows) or self._is_rounded(W, rows) for rows in self.pieces())
+        if same:
             self.copy_rows_(W)
-        return near
+        return same
+
+    def _is(self, W: "Int8Weight", rows: slice) -> bool:
+        return torch.equal(self.int_data[rows], W.int_data[rows]) and torch.equal(self.scale[rows], W.scale[rows])
+
+    def _is_rounded(self, W: "Int8Weight", rows: slice) -> bool:
+        K, s = _nearest(W.rows(rows).to(W.dtype).to(self.scale.dtype, copy=True))
+        last = 4 * torch.finfo(s.dtype).eps  # a GPU divides by 127 otherwise than a CPU
+        return torch.equal(self.int_data[rows], K.to(torch.int8)) and torch.allclose(self.scale[rows], s, last, 0)
+
+    @torch.no_grad()
+    def reads_as(self, W: Tensor) -> bool:
+        """Whether W, plain, is what this is read as, or was, before it was given another dtype."""
+        return all(torch.equal(self.rows(rows).to(self.dtype).to(W), W[rows]) for rows in self.pieces())
 
     def rows(self, rows: slice) -> Tensor:
         """Some rows, in the precision of the scales."""
@@ -134,6 +140,13 @@ class Int8Weight(Tensor):
         bits = words.random_(-(1 << 63), None, generator=noise).view(torch.int16)[: X.numel()].view_as(X)
         X.add_(bits.to(X.dtype), alpha=2**-16).add_(0.5 + 2**-17).floor_()
         self.int_data[rows] = X.clamp_(-MOST, MOST)
+
+
+def _nearest(X: Tensor) -> tuple[Tensor, Tensor]:
+    """K, in the dtype of X, and s of rows X, (.., n), rounded to nearest. Changes X."""
+    most = X.abs().amax(1)
+    s = torch.where(most > 0, most / MOST, 1.0)
+    return X.div_(s[:, None]).round_(), s
 
 
 def plain(W: Any) -> Any:

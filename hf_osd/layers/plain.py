@@ -51,8 +51,9 @@ def make_plain(layer: LayerInfo) -> Int8Weight | None:
 def quantize_again(layer: LayerInfo, kept: Int8Weight) -> None:
     """Give a layer the int8 weight again that `make_plain` told of: to the bit, unless it has changed since."""
     W: Any = layer.modules[0].weight
+    same = kept.reads_as(W)
     kept.convert_(W)
-    if not Int8Weight.from_float(W).become_(kept):
+    if not same:
         kept.copy_rows_(W.detach())
     kept.requires_grad_(W.requires_grad)
     give_weight(layer.modules, kept)

@@ -207,6 +207,38 @@ def test_after_floats_training_goes_on_to_the_bit():
     assert type(W) is Int8Weight and (W == 3.0).all() and any(W is p for p in optimizer.param_groups[0]["params"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_changes_of_less_than_a_unit_of_the_integers_stay(dtype, caplog):
+    """Of floats that are made int8 again, and of weights that are loaded with a state of later ones."""
+
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(20, 33)).to(dtype)
+        return net, make(net, weight_dtype="int8")
+
+    (net, optimizer), (other, own) = build(), build()
+    net(batch(0).to(dtype)).square().mean().backward()
+    optimizer.step()
+    early = net.state_dict()
+    hf_osd.unload(net)
+    with torch.no_grad():
+        W = net[0].weight
+        W.mul_(torch.where(W.abs() < W.abs().amax(1, keepdim=True) / 2, 1.01, 1.0).to(dtype))  # by half a unit at most
+    later = Int8Weight.from_float(net[0].weight.detach())
+    optimizer.attach()
+    assert torch.equal(net[0].weight + 0, later + 0)
+    other.load_state_dict(early)
+    own.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other[0].weight + 0, Int8Weight.from_float(early["0.weight"]) + 0)
+    assert "is not the weight that was saved" in caplog.text
+    net.load_state_dict(early)
+    before = net[0].weight.int_data.clone(), net[0].weight.scale.clone()
+    caplog.clear()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # of the very weights
+    assert torch.equal(net[0].weight.int_data, before[0]) and torch.equal(net[0].weight.scale, before[1])
+    assert not caplog.text
+
+
 def test_put_into_the_model_again_they_stay():
     """As a Trainer does when it begins."""
     net, optimizer = int8_net()
