@@ -43,6 +43,7 @@ class PreparedLayers(nn.Module):
         left (`dict[str, str]`): What could not be prepared, and why.
         meeting ([`Meeting`]): Where they find those that are given the same tensor.
         installed (`bool`): Whether the layers are in the model.
+        owner (`Callable`): Gives the optimizer while it is there, whose hooks (`stream`), if any, go with the layers.
         findable (`bool`): Whether a loop is being made: DDP, and who lists what to clip, must find the stand-ins.
     """
 
@@ -59,6 +60,7 @@ class PreparedLayers(nn.Module):
         self.left: dict[str, str] = {}
         self.meeting = Meeting(self.layers)
         self.installed = self.findable = self._following = False
+        self.owner: Callable[[], Any] = lambda: None
         self._watch: Any = None
         owners = owners_of(model)
         whole = (sharding_of(model.get_parameter(name), name) is None for name in ranks)
@@ -118,8 +120,10 @@ class PreparedLayers(nn.Module):
             wait_for_first_pass(self)
 
     def remove(self) -> None:
-        """Make all layers plain again."""
-        (model,) = self._model
+        """Make all layers plain again, and take the optimizer's hooks off, by which others would be stepped still."""
+        (model,), stream = self._model, getattr(self.owner(), "stream", None)
+        if stream is not None:
+            stream.remove()
         for layer in self.layers.values():
             kept = make_plain(layer)
             if kept is not None:

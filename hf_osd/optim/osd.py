@@ -12,6 +12,7 @@ from ..layers import CHILD, PreparedLayers
 from ..subspace import SubspaceRule
 from ..subspace.precision import own_precision
 from .arrival.clipping import CLIP_NORM2
+from .arrival.hooks import release
 from .arrival.stream import GradientStream
 from .groups import (
     divided,
@@ -273,12 +274,14 @@ class OSD(SavedOptimizer):
             self._layer_weights.share_given()
             self.weights.let_go()
             self.attach()
+            layers.owner = weakref.ref(self)
             weakref.finalize(self, layers.remove).atexit = False  # nobody else would step what the layers make
         if self.mode.layerwise:
             if layers is not None:
                 layers.meeting.late = not self.mode.gradient_accumulation
             self._stream = GradientStream(self._weights_now(), self.mode)
             self._stream.attach()
+        release((p for group in self.trained_groups for p in group["params"]), keep=self._stream)
 
     def _quantize(self, layers: PreparedLayers) -> None:
         """Keep the weights of layers in the dtype that their groups say, one after the other."""

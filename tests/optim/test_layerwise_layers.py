@@ -294,6 +294,33 @@ def test_plain_layers_copies_and_other_optimizers():
         optimizer.step()
 
 
+def test_unload_takes_the_hooks_off_and_attach_puts_them_on_again():
+    net, twin = plain_nets.Net(), plain_nets.Net()
+    optimizer, own = (optimizer_of(model, layerwise=True, **LAYERS) for model in (net, twin))
+    plain_nets.train(net, optimizer, range(3))
+    plain_nets.train(twin, own, range(3))
+    hf_osd.unload(net)
+    loss_of(net(batch(9))).backward()  # steps nothing: no bias either
+    assert distance(net, twin) == 0 and all(p.grad is not None for p in net.layers[0].parameters())
+    net.zero_grad()
+    optimizer.attach()
+    plain_nets.train(net, optimizer, range(3, 6))
+    plain_nets.train(twin, own, range(3, 6))
+    assert distance(net, twin) == 0
+
+
+@pytest.mark.parametrize("options", [{"target_modules": "all-linear"}, LAYERS], ids=str)
+def test_an_optimizer_of_the_ordinary_mode_takes_the_hooks_off(options):
+    net, twin = plain_nets.Net(), plain_nets.Net()
+    before = optimizer_of(net, layerwise=True, **options)
+    own, other = (optimizer_of(model, target_modules="all-linear") for model in (net, twin))
+    plain_nets.train(net, own, range(3))
+    plain_nets.train(twin, other, range(3))
+    assert distance(net, twin) == 0
+    with pytest.raises(ValueError, match=r"call `attach\(\)`"):
+        before.step()
+
+
 def test_compiled():
     def make():
         torch.manual_seed(0)
