@@ -48,6 +48,16 @@ def modules_of_fsdp(model: nn.Module) -> Iterator[tuple[nn.Module, list[Any]]]:
             yield module, [*filter(None, [state._fsdp_param_group])] if groups is None else list(groups)
 
 
+def may_differ(group: Any) -> bool:
+    """Whether processes may differ in the layers of a group that they call."""
+    return getattr(group, "reduce_scatter_unused_params", False)
+
+
+def backward_of(group: Any) -> bool:
+    """Whether the backward pass is in the module of a group, for which FSDP2 has its weights gathered."""
+    return getattr(getattr(group, "_training_state", None), "name", None) == "PRE_BACKWARD"
+
+
 def keep_from_fsdp(module: nn.Module) -> None:
     """Let `fully_shard` leave the parameters of a module alone, as it leaves those that are replicated."""
     if dist.is_available():
@@ -175,8 +185,8 @@ class RowExchange:
 
 
 def _fills_up(layer: Any) -> bool:
-    """Whether processes may differ in the layers that they call: zeros are sent for those that were not."""
-    return getattr(layer.fsdp, "reduce_scatter_unused_params", False) and layer.weight.requires_grad
+    """Whether zeros are sent for a layer that was not called here, for others may have."""
+    return may_differ(layer.fsdp) and layer.weight.requires_grad
 
 
 def _dtype(layer: Any) -> torch.dtype:

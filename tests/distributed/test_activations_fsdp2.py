@@ -6,6 +6,7 @@ test_fsdp2_checkpoints.py; in a stock Trainer in test_fsdp2_trainer.py.
 
 import activations_divided
 import activations_exchange as exchange
+import activations_gathers as gathers
 import activations_training as training
 import processes
 import pytest
@@ -18,6 +19,7 @@ SCENARIOS += [training.evaluated, training.in_bfloat16, training.eight_bit, exch
 SCENARIOS += [exchange.used_otherwise_too, exchange.called_on_some_processes, exchange.bytes_on_the_wire]
 SCENARIOS += [exchange.what_does_not_fit, exchange.refused, exchange.tensor_parallel]
 SCENARIOS += [activations_divided.shared_and_tied, activations_divided.whole_by_option]
+SCENARIOS += [gathers.where_autocast_is_off, gathers.freed_and_gathered_once, gathers.recomputed_on_some_processes]
 SCENARIOS += [activations_divided.saved_and_given, training.loaded_by_the_first_process]
 
 

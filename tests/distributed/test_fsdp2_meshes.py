@@ -111,7 +111,7 @@ def refused(rank: int, world: int, folder: Path):
     make_optimizer(model, side="right")
     with pytest.raises(ValueError, match=r"(gate|tall|wide).*sharded in the dimension.*'left'"):
         make_optimizer(model, side="left")
-    with pytest.raises(ValueError, match="these are sharded.*source='activations' instead"):
+    with pytest.raises(ValueError, match="these are sharded.*Leave it out; with source='activations'"):
         make_optimizer(model, layerwise=True)
     with pytest.raises(ValueError, match="source='activations'"):
         make_optimizer(make_model(), layerwise=True)
