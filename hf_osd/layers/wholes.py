@@ -138,6 +138,8 @@ class Wholes:
         """A pass has ended, or P is to move: free what is here."""
         for unit in self._units.values():
             unit.drop()
+        for wrong in self._ahead.values():
+            self._after.pop(wrong, None)
         self._ahead.clear()
         self._calls.clear()
         self._now = None
