@@ -66,6 +66,15 @@ def test_the_readmes_table_of_quality_is_of_the_committed_results():
         assert f"{row['tokens_seen']:,} tokens" in text_of("README.md") and len(row["seeds"]) == 2
 
 
+def test_the_time_of_int8_weights_is_the_committed_one():
+    (row,) = rows_of("training_step_int8")
+    floats, int8 = (row["seconds"][f"osd_adamw:source=activations{more}"] for more in ("", ",weight_dtype=int8"))
+    ratios = {part: int8[part]["median"] / floats[part]["median"] for part in ("whole", "forward", "backward")}
+    text = text_of("docs/benchmarks.md")
+    assert f"a step with int8 weights takes {ratios['whole']:.2f} times as long" in text
+    assert f"make float weights, {ratios['forward']:.2f} and {ratios['backward']:.2f} times" in text
+
+
 def test_the_quickstarts_output_is_the_committed_run():
     run, readme = json.loads((RESULTS / "make_quickstart.json").read_text()), page("README.md")
     assert f"validation perplexity  {run['perplexity']:.2f} after {run['tokens_seen']:,} tokens" in readme
