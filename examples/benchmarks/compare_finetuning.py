@@ -175,27 +175,39 @@ def _spread(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def main() -> None:
-    """Run, summarise, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """What a comparison is asked on its command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", help="name of a file in experiments/")
     parser.add_argument("--tasks", nargs="+", help="only these; nothing is written to results/ then")
     parser.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
-    parser.add_argument("--add", action="store_true", help="put the rows of --methods into the result that there is")
     parser.add_argument("--model", help="folder of the model, where there is no Hub")
     parser.add_argument("--data_dir", help="folder of the data, where there is no Hub")
     parser.add_argument("--use_cpu", action="store_true", help="needed for bf16 without a GPU")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
-    arguments = parser.parse_args()
-    experiment = load_experiment(arguments.experiment)
-    tasks, methods = arguments.tasks or list(experiment["tasks"]), arguments.methods or list(experiment["methods"])
-    for asked, known in ((tasks, experiment["tasks"]), (methods, experiment["methods"])):
-        if set(asked) - set(known):
-            raise SystemExit(f"Unknown: {', '.join(set(asked) - set(known))}; there are {', '.join(known)}.")
+    return parser
+
+
+def runner_of(arguments: argparse.Namespace, experiment: dict[str, Any]) -> Runner:
+    """What makes the runs that were asked for."""
+    for asked, known in ((arguments.tasks, experiment["tasks"]), (arguments.methods, experiment["methods"])):
+        unknown = set(asked or ()) - set(known)
+        if unknown:
+            raise SystemExit(f"Unknown: {', '.join(unknown)}; there are {', '.join(known)}.")
     common = ["--model_name_or_path", arguments.model or experiment["model"], *experiment["common"]]
     common += ["--data_dir", arguments.data_dir] if arguments.data_dir else []
     common += ["--use_cpu", "true"] if arguments.use_cpu else []
-    run = Runner(arguments.work_dir / arguments.experiment, common)
+    return Runner(arguments.work_dir / arguments.experiment, common)
+
+
+def main() -> None:
+    """Run, summarise, write."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--add", action="store_true", help="put the rows of --methods into the result that there is")
+    arguments = parser.parse_args()
+    experiment = load_experiment(arguments.experiment)
+    run = runner_of(arguments, experiment)
+    tasks, methods = arguments.tasks or list(experiment["tasks"]), arguments.methods or list(experiment["methods"])
     rows = [row for task in tasks for row in compare_task(task, experiment, methods, run)]
     print("\n" + report(rows))
     if arguments.tasks or (arguments.methods and not arguments.add):

@@ -11,7 +11,6 @@ Needs: the `examples` extra. Model and data come from the Hub, or from `--model`
     python examples/benchmarks/compare_rates.py glue_presets --tasks sst2 --methods full finetune-r8 --use_cpu
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from compare_finetuning import PRELOADED, PROCESSES, Runner
+from compare_finetuning import PRELOADED, PROCESSES, parser_of, runner_of
 from environment import describe, load_experiment, named, results_folder, save
 
 
@@ -41,9 +40,6 @@ def planned(experiment: dict[str, Any]) -> Iterator[tuple[str, str, float, int, 
 
 def chosen(experiment: dict[str, Any], tasks: list[str] | None, methods: list[str] | None) -> dict[str, Any]:
     """The experiment with these tasks and methods alone."""
-    for asked, known in ((tasks or [], experiment["tasks"]), (methods or [], experiment["methods"])):
-        if set(asked) - set(known):
-            raise SystemExit(f"Unknown: {', '.join(set(asked) - set(known))}; there are {', '.join(known)}.")
     found = {task: own for task, own in experiment["tasks"].items() if not tasks or task in tasks}
     for task, own in found.items():
         kept = [name for name in own.get("methods", experiment["methods"]) if not methods or name in methods]
@@ -165,21 +161,11 @@ def render(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Run, summarise, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", help="name of a file in experiments/")
-    parser.add_argument("--tasks", nargs="+", help="only these; nothing is written to results/ then")
-    parser.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
+    parser = parser_of(__doc__)
     parser.add_argument("--finished", action="store_true", help="run nothing: write what has finished")
-    parser.add_argument("--model", help="folder of the model, where there is no Hub")
-    parser.add_argument("--data_dir", help="folder of the data, where there is no Hub")
-    parser.add_argument("--use_cpu", action="store_true", help="needed for bf16 without a GPU")
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.experiment)
-    common = ["--model_name_or_path", arguments.model or experiment["model"], *experiment["common"]]
-    common += ["--data_dir", arguments.data_dir] if arguments.data_dir else []
-    common += ["--use_cpu", "true"] if arguments.use_cpu else []
-    run = Runner(arguments.work_dir / arguments.experiment, common)
+    run = runner_of(arguments, experiment)
     some = chosen(experiment, arguments.tasks, arguments.methods)
     result = {"environment": describe(), **{key: experiment[key] for key in ("title", "model", "common", "seeds")}}
     result |= {"tasks": some["tasks"], "rows": compare(some, run.finished if arguments.finished else run)}

@@ -25,13 +25,13 @@ from ..subspace.precision import full_precision, reduced_precision
 from .start import FirstProjection
 
 
-class Lesson:
-    """What P is to learn late of one x: once, in whichever backward pass of the layers that were given it is first.
+class Once:
+    """Whether P has learned late of one x: in the first backward pass of the layers that were given it.
 
     Which that is nobody knows before: of a layer whose output the loss does not use none comes.
     """
 
-    learned = False
+    done = False
 
 
 class Seen(NamedTuple):
@@ -47,7 +47,7 @@ class Last(NamedTuple):
     x: Callable[[], Any] = lambda: None
     version: int = 0
     product: Callable[[], Any] = lambda: None
-    lesson: Lesson = Lesson()
+    once: Once = Once()
     kept: tuple[Callable[[], Any], ...] = ()
 
 
@@ -135,8 +135,8 @@ class SharedInput:
         xP = last.product() if seen else None
         if xP is None or xP.dtype != dtype:  # that seen is gone where a checkpoint keeps nothing
             xP = self.product(x, dtype, learn=not seen and not late)
-            lesson, kept = (last.lesson, last.kept) if seen else (Lesson(), ())
-            self._last = last = Last(weakref.ref(x), x._version, weakref.ref(xP), lesson, kept)
+            once, kept = (last.once, last.kept) if seen else (Once(), ())
+            self._last = last = Last(weakref.ref(x), x._version, weakref.ref(xP), once, kept)
         if not late or not self.learns:
             return xP, None
         known = [reference() for reference in last.kept]
@@ -144,7 +144,7 @@ class SharedInput:
             known = list(self._kept_of(x, xP))
             self._last = last._replace(kept=tuple(map(weakref.ref, known)))
             _newest[:] = known
-        return xP, Seen(partial(self.take, last.lesson), (known[0], known[1]))
+        return xP, Seen(partial(self.take, last.once), (known[0], known[1]))
 
     @torch.no_grad()
     def product(self, x: Tensor, dtype: torch.dtype, compiled: bool = False, learn: bool = True) -> Tensor:
@@ -179,12 +179,12 @@ class SharedInput:
         x, xP = self._part_of(x.reshape(-1, x.shape[-1]), xP)
         return (x.clone(), xP.clone()) if self._few((x, xP)) else (self._product_of(x, xP), self._energy_of(x))
 
-    def take(self, lesson: Lesson, seen: tuple[Tensor, Tensor]) -> None:
+    def take(self, once: Once, seen: tuple[Tensor, Tensor]) -> None:
         """Learn of that, if it has not been."""
         _newest.clear()
-        if lesson.learned:
+        if once.done:
             return
-        lesson.learned = True
+        once.done = True
         if seen[1].ndim:
             self._learn(*seen)
             return

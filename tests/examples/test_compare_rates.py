@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 
 import compare_rates  # noqa: E402
+from compare_finetuning import parser_of, runner_of  # noqa: E402
 
 
 EXPERIMENT = {
@@ -63,5 +64,6 @@ def test_every_rate_and_seed_and_how_far_from_the_baseline_at_its_best(tmp_path:
 def test_some_tasks_and_methods():
     some = compare_rates.chosen(EXPERIMENT, None, ["a"])
     assert [name for *_, name, _ in compare_rates.planned(some)] == ["rte-a-lr5e-05-seed1", "rte-a-lr5e-05-seed2"]
+    arguments = parser_of(None).parse_args(["presets", "--methods", "b"])
     with pytest.raises(SystemExit, match="Unknown: b; there are full, a"):
-        compare_rates.chosen(EXPERIMENT, None, ["b"])
+        runner_of(arguments, EXPERIMENT)

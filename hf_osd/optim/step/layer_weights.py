@@ -69,7 +69,8 @@ class LayerWeights(SavedWeights):
     def with_gradients(self) -> list[tuple[Tensor, AnyWeight, Tensor, GradientCheck]]:  # noqa: D102
         self.catch_up()
         work = super().with_gradients()
-        self._set_lessons([weight for _, weight, _, _ in work if isinstance(weight, InputWeight)])
+        if self.divided:
+            self._set_lessons([weight for _, weight, _, _ in work if isinstance(weight, InputWeight)])
         return work
 
     def _set_lessons(self, stepped: list[InputWeight]) -> None:
