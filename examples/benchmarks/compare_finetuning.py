@@ -2,9 +2,11 @@
 
 Reads experiments/<name>.json: arguments common to all runs, those of each task, and for each method its arguments and
 learning rates, which may differ by task, or the name of a method whose best rates it takes over. For each task and
-method, every rate of the grid runs with the first seed; the best one runs with the other seeds too. Every run is one
-call of examples/finetune_glue.py in a process of its own. Finished runs are kept in `--work_dir` and not repeated, so
-an interrupted comparison continues. Writes results/<device>/<name>.json and .md.
+method, every rate of the grid runs with the first seed; the best one runs with the other seeds too. The best has the
+highest score or, with `"best": "train_loss"`, the lowest training loss, which leaves the validation split alone. Where
+there is a `start`, the arguments of a run, every method begins with the model that this run has made of the same task
+and seed. Every run is one call of examples/finetune_glue.py in a process of its own. Finished runs are kept in
+`--work_dir` and not repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json and .md.
 
 Needs: the `examples` extra. The small command takes minutes, the committed one two hours on one core. Both take model
 and data from the Hub, or from `--model` and `--data_dir`.
@@ -21,6 +23,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from q_galore_weights import obeyed
 
 HERE = Path(__file__).parent
 PROCESSES = multiprocessing.get_context("forkserver")  # imports PRELOADED once, then forks for each run
+SAVED = ["--save_strategy", "steps", "--save_only_model", "true"]  # at the end too
 PRELOADED = ["hf_osd", "datasets"]  # what is installed: before Python 3.13 the server lacks our sys.path
 
 
@@ -76,8 +80,21 @@ class Runner:
         same = json.loads(command_file.read_text()) == self._command(name, arguments)
         return json.loads(results.read_text()) if same else None
 
+    def start(self, task: str, arguments: list[str], seed: int) -> tuple[dict[str, Any], Path]:
+        """A run whose model others begin with, and the model's folder; with other arguments it is another folder."""
+        digest = blake2b(json.dumps([self.common, arguments]).encode(), digest_size=4).hexdigest()
+        name = f"{task}-start-{digest}-seed{seed}"
+        found = self(name, [*arguments, "--task", task, "--seed", str(seed), *SAVED])
+        return found, self.work_dir / name / task / f"seed-{seed}"
+
     def _command(self, name: str, arguments: list[str]) -> list[str]:
         return [*self.common, *arguments, "--output_dir", str(self.work_dir / name)]
+
+
+def better(found: dict[str, Any], by: str) -> float:
+    """What is highest for the best rate: the score, or the loss over all steps with its sign turned."""
+    (run,) = found["runs"]
+    return run["score"] if by == "score" else -next(entry[by] for entry in run["log_history"] if by in entry)
 
 
 def compare_task(
@@ -86,6 +103,15 @@ def compare_task(
     """One row a method: its grid with the first seed, and all seeds at the best rate."""
     rows: dict[str, dict[str, Any]] = {}
     first, *others = experiment["seeds"]
+    of_task, start = experiment["tasks"][task], experiment.get("start")
+    models: dict[int, list[str]] = {}
+    if start is not None:
+        rate = start["learning_rate"]
+        arguments = [*start["arguments"], *of_task, "--learning_rate", str(rate)]
+        made = {seed: run.start(task, arguments, seed) for seed in experiment["seeds"]}
+        models = {seed: ["--model_name_or_path", str(folder)] for seed, (_, folder) in made.items()}
+        found = [entry for entry, _ in made.values()]
+        rows["start"] = row_of(task, "start", start, {rate: found[0]}, rate, found)
     for name in methods:
         method = experiment["methods"][name]
         rates = method["learning_rates"]
@@ -97,31 +123,37 @@ def compare_task(
             rates = rates[task]
 
         def result(rate: float, seed: int, name: str = name, arguments: list[str] = method["arguments"]) -> dict:
-            extra = ["--task", task, "--learning_rate", str(rate), "--seed", str(seed)]
-            return run(f"{task}-{name}-lr{rate:g}-seed{seed}", [*arguments, *experiment["tasks"][task], *extra])
+            extra = ["--task", task, "--learning_rate", str(rate), "--seed", str(seed), *models.get(seed, [])]
+            return run(f"{task}-{name}-lr{rate:g}-seed{seed}", [*arguments, *of_task, *extra])
 
         grid = {rate: result(rate, first) for rate in rates}
-        best = max(rates, key=lambda rate: grid[rate]["runs"][0]["score"])
-        found = [grid[best], *(result(best, seed) for seed in others)]
-        runs = [entry["runs"][0] for entry in found]
-        rows[name] = {
-            "task": task,
-            "method": name,
-            "label": method["label"],
-            "arguments": method["arguments"],
-            "grid": {f"{rate:g}": entry["runs"][0]["score"] for rate, entry in grid.items()},
-            "best_learning_rate": best,
-            "scores": [entry["score"] for entry in runs],
-            "extracted": [entry["extracted"] for entry in runs],
-            "metrics": [entry["metrics"] for entry in runs],
-            "metrics_from": runs[0]["metrics_from"],
-            "steps": runs[0]["steps"],
-            "trained_parameters": runs[0]["trained_parameters"],
-            "optimizer_state_bytes": runs[0]["optimizer_state_bytes"],
-            "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in found),
-            "seconds": statistics.fmean(entry["seconds"] for entry in runs),
-        }
+        best = max(rates, key=lambda rate: better(grid[rate], experiment.get("best", "score")))
+        rows[name] = row_of(task, name, method, grid, best, [grid[best], *(result(best, seed) for seed in others)])
     return list(rows.values())
+
+
+def row_of(
+    task: str, name: str, method: dict[str, Any], grid: dict[float, dict], best: float, found: list[dict]
+) -> dict[str, Any]:
+    """What is kept of a method's runs: `found` at the best rate, one of each seed, and `grid` with the first."""
+    runs = [entry["runs"][0] for entry in found]
+    return {
+        "task": task,
+        "method": name,
+        "label": method["label"],
+        "arguments": method["arguments"],
+        "grid": {f"{rate:g}": entry["runs"][0]["score"] for rate, entry in grid.items()},
+        "best_learning_rate": best,
+        "scores": [entry["score"] for entry in runs],
+        "extracted": [entry["extracted"] for entry in runs],
+        "metrics": [entry["metrics"] for entry in runs],
+        "metrics_from": runs[0]["metrics_from"],
+        "steps": runs[0]["steps"],
+        "trained_parameters": runs[0]["trained_parameters"],
+        "optimizer_state_bytes": runs[0]["optimizer_state_bytes"],
+        "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in found),
+        "seconds": statistics.fmean(entry["seconds"] for entry in runs),
+    }
 
 
 def average(rows: list[dict[str, Any]]) -> tuple[float, float | None]:
