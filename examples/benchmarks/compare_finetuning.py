@@ -3,9 +3,9 @@
 Reads experiments/<name>.json: arguments common to all runs, those of each task, and for each method its arguments and
 learning rates, which may differ by task, or the name of a method whose best rates it takes over. For each task and
 method, every rate of the grid runs with the first seed; the best one runs with the other seeds too. The best has the
-highest score or, with `"best": "train_loss"`, the lowest training loss, which leaves the validation split alone. Where
-there is a `start`, the arguments of a run, every method begins with the model that this run has made of the same task
-and seed. Every run is one call of examples/finetune_glue.py in a process of its own. Finished runs are kept in
+highest score or, with `"best": "loss"`, the lowest training loss in the second half, whatever the validation split says.
+Where there is a `start`, a run with no method of its own, all methods begin with the model that it has made of the same
+task and seed. Every run is one call of examples/finetune_glue.py in a process of its own. Finished runs are kept in
 `--work_dir` and not repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json and .md.
 
 Needs: the `examples` extra. The small command takes minutes, the committed one two hours on one core. Both take model
@@ -91,10 +91,13 @@ class Runner:
         return [*self.common, *arguments, "--output_dir", str(self.work_dir / name)]
 
 
-def better(found: dict[str, Any], by: str) -> float:
-    """What is highest for the best rate: the score, or the loss over all steps with its sign turned."""
+def goodness(found: dict[str, Any], by: str) -> float:
+    """What is highest at the best rate: the score, or by `"loss"` minus the training loss of the second half."""
     (run,) = found["runs"]
-    return run["score"] if by == "score" else -next(entry[by] for entry in run["log_history"] if by in entry)
+    if by == "score":
+        return run["score"]
+    losses = [entry["loss"] for entry in run["log_history"] if "loss" in entry]
+    return -statistics.fmean(losses[len(losses) // 2 :])
 
 
 def compare_task(
@@ -127,7 +130,7 @@ def compare_task(
             return run(f"{task}-{name}-lr{rate:g}-seed{seed}", [*arguments, *of_task, *extra])
 
         grid = {rate: result(rate, first) for rate in rates}
-        best = max(rates, key=lambda rate: better(grid[rate], experiment.get("best", "score")))
+        best = max(rates, key=lambda rate: goodness(grid[rate], experiment.get("best", "score")))
         rows[name] = row_of(task, name, method, grid, best, [grid[best], *(result(best, seed) for seed in others)])
     return list(rows.values())
 

@@ -70,7 +70,7 @@ def test_the_grid_runs_with_one_seed_and_the_best_rate_with_all():
 
 
 def test_methods_begin_with_the_model_of_the_start_and_are_chosen_by_training_loss(tmp_path):
-    calls, losses = [], {"0.1": 0.5, "0.2": 0.7}
+    calls, losses = [], {"0.1": [2.0, 0.5, 0.7], "0.2": [0.1, 0.7, 0.7]}
     run = compare_finetuning.Runner(tmp_path, ["--bf16", "true"])
 
     def finetune(argv, log):
@@ -78,12 +78,12 @@ def test_methods_begin_with_the_model_of_the_start_and_are_chosen_by_training_lo
         calls.append(argv)
         rate = argv[argv.index("--learning_rate") + 1]
         found = fake_run([])("", argv)
-        found["runs"][0]["log_history"] = [{"loss": 1.0}, {"train_loss": losses.get(rate, 1.0)}, {"eval_loss": 0.1}]
+        found["runs"][0]["log_history"] = [{"loss": loss} for loss in losses.get(rate, [1.0])] + [{"eval_loss": 0.1}]
         (folder / "results.json").write_text(json.dumps(found))
 
     run.pool.submit = lambda _, argv, log: type("Done", (), {"result": lambda self: finetune(argv, log)})()
     start = {"label": "the start", "arguments": ["--method", "head"], "learning_rate": 0.01}
-    experiment = EXPERIMENT | {"start": start, "best": "train_loss"}
+    experiment = EXPERIMENT | {"start": start, "best": "loss"}
     first, a = compare_finetuning.compare_task("rte", experiment, ["a"], run)
     assert (first["method"], first["label"], first["scores"]) == ("start", "the start", [1.1, 2.1, 3.1])
     assert (a["best_learning_rate"], a["scores"]) == (0.1, [2.0, 3.0, 4.0]) and len(calls) == 3 + 4
