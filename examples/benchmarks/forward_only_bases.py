@@ -138,8 +138,8 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     state = saved_projection(start, source, given.rank)
     result: dict[str, Any] = {"before": evaluate(start, docs), "rows": []}
     print(f"before: {result['before']:.3f}", flush=True)
-    for method, options in METHODS.items():
-        own = {key: state if key == "init" else value for key, value in options.items()}
+    for method in given.methods:
+        own = {key: state if key == "init" else value for key, value in METHODS[method].items()}
         own |= {} if "perturbation" in own else {"rank": given.rank, "update_interval": given.update_interval}
         runs = [finetune(start, docs, own, lr, 1, given.steps, given.batch) for lr in given.rates]
         best = min(runs, key=lambda run: run["loss"])["lr"]
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of two forward passes")
     parser.add_argument("--batch", type=int, default=8, help="sequences of 64 bytes")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3], help="that are tried")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output_dir", type=Path, help="default: results/<device>/")
     given = parser.parse_args()
