@@ -70,17 +70,19 @@ class FollowingWeight(LowRankWeight):
         if self.A is not None:  # on the first process alone
             A = self.A.div_(self.A.norm().clamp(min=torch.finfo(self.dtype).tiny))
             V = torch.linalg.qr(A.add_(V, alpha=SHIFT)).Q.to(V.dtype)
-        self.basis, self.A = V.contiguous(), None
+        self.basis, self.A = V.clone(memory_format=torch.contiguous_format), None
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(self.basis, 0)
         self._use()
 
     def _use(self) -> None:
-        """Let V be what follows, with its mu."""
-        if self.basis is not None:
-            right = self.side == "right"
-            self.U, self.V = (self.U, self.basis) if right else (self.basis, self.V)
-            self.mu = (self.W.shape[0 if right else 1] / self.rank) ** 0.5
+        """Let V be what follows, with its mu, or what is drawn."""
+        (m, n), right = self.W.shape, self.side == "right"
+        if self.basis is None:
+            self.mu = (m * n) ** 0.5 / self.rank
+            return
+        self.U, self.V = (self.U, self.basis) if right else (self.basis, self.V)
+        self.mu = ((m if right else n) / self.rank) ** 0.5
 
     @property
     def A_bytes(self) -> int:

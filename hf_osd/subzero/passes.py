@@ -76,7 +76,7 @@ class Perturbed(TorchFunctionMode):
         self.seen.add(weight.name)
         return weight
 
-    def observe(self, weight: LowRankWeight | None, x: Tensor) -> None:
+    def observe(self, weight: LowRankWeight, x: Tensor) -> None:
         """Show inputs to a weight whose V follows them: once a step, which has two passes or more."""
         if self.observes and isinstance(weight, FollowingWeight):
             weight.observe(x, self.step)
@@ -104,8 +104,10 @@ def _linear(mode: Perturbed, args: tuple, kwargs: dict[str, Any]) -> Tensor | No
     """`functional.linear(x, W, bias)`."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     weight, x = mode.low_rank(given["weight"]), mode.replaced(given["input"])
+    if weight is None:
+        return None
     mode.observe(weight, x)
-    if weight is None or weight.is_made_for(x.numel() // max(1, x.shape[-1])):
+    if weight.is_made_for(x.numel() // max(1, x.shape[-1])):
         return None
     y = mode.plainly(functional.linear, (x,), {"weight": given["weight"].detach(), "bias": given.get("bias")})
     with _as_it_is(y):
@@ -115,9 +117,11 @@ def _linear(mode: Perturbed, args: tuple, kwargs: dict[str, Any]) -> Tensor | No
 def _addmm(mode: Perturbed, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     """`torch.addmm(bias, x, W)`, as GPT-2's layers call it."""
     weight = mode.low_rank(args[2]) if len(args) == 3 and not kwargs else None
+    if weight is None:
+        return None
     x = mode.replaced(args[1])
     mode.observe(weight, x)
-    if weight is None or weight.is_made_for(x.shape[0]):
+    if weight.is_made_for(x.shape[0]):
         return None
     y = mode.plainly(torch.addmm, (args[0], x, args[2].detach()), {})
     with _as_it_is(y):

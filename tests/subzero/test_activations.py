@@ -134,6 +134,10 @@ def test_resume_is_exact_within_an_interval_too():
         assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), net.parameters(), strict=True))
         with pytest.raises(ValueError, match="saved with source=activations"):
             SubZero(net, **options | {"source": "random"}).load_state_dict(saved)
+    at_first = SubZero(Net(), **options).state_dict()
+    again.load_state_dict(at_first)
+    again.weights.begin(0)
+    assert {weight.mu for weight in again.weights.following} == {(16 * 24) ** 0.5 / 4, (12 * 16) ** 0.5 / 4}
     few = SubZero(Net(), target_modules=["up"], **options)
     few.step(lambda: few.model.loss(ids()))
     with pytest.raises(ValueError, match=r"no V of down.weight: give the `target_modules`"):
