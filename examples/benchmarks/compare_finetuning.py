@@ -1,7 +1,8 @@
 """Fine-tunes the same model on GLUE tasks with several methods, each at its best learning rate of a grid.
 
-Reads experiments/<name>.json: arguments common to all runs, those of each task, and for each method its arguments and
-learning rates, which may differ by task, or the name of a method whose best rates it takes over. For each task and
+Reads experiments/<name>.json: arguments common to all runs, those of each task, perhaps with the `methods` that run on
+it, and for each method its arguments and learning rates, which may differ by task, or the name of a method whose best
+rates it takes over. For each task and
 method, every rate of the grid runs with the first seed; the best one runs with the other seeds too. The best has the
 highest score or, with `"best": "loss"`, the lowest training loss in the second half, whatever the validation says.
 Where there is a `start`, a run, all methods begin with the model that it has made of the same task and seed. Every run
@@ -103,10 +104,13 @@ def goodness(found: dict[str, Any], by: str) -> float:
 def compare_task(
     task: str, experiment: dict[str, Any], methods: list[str], run: Callable[[str, list[str]], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One row a method: its grid with the first seed, and all seeds at the best rate."""
+    """One row a method of the task: its grid with the first seed, and all seeds at the best rate."""
     rows: dict[str, dict[str, Any]] = {}
     first, *others = experiment["seeds"]
     of_task, start = experiment["tasks"][task], experiment.get("start")
+    if isinstance(of_task, dict):
+        methods = [name for name in methods if name in of_task.get("methods", methods)]
+        of_task = of_task["arguments"]
     models: dict[int, list[str]] = {}
     if start is not None:
         rate = start["learning_rate"]
@@ -173,10 +177,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| --- |" + " --- |" * (len(tasks) + 4),
     ]
     for method in methods:
-        own = [row for row in rows if row["method"] == method]
-        cells = [_score(statistics.fmean(row["scores"]), _spread(row["scores"])) for row in own]
-        cells = [f"{cell} ({row['best_learning_rate']:g})" for cell, row in zip(cells, own, strict=True)]
-        cells = [own[0]["label"], *cells, _score(*average(own)), f"{own[0]['trained_parameters']:,}"]
+        own = {row["task"]: row for row in rows if row["method"] == method}
+        cells = [_cell(own[task]) if task in own else "-" for task in tasks]
+        own = list(own.values())
+        mean = _score(*average(own)) if len(own) == len(tasks) else "-"
+        cells = [own[0]["label"], *cells, mean, f"{own[0]['trained_parameters']:,}"]
         cells.append(f"{own[0]['optimizer_state_bytes'] / 2**20:.1f} MiB")
         cells.append(f"{max(row['peak_memory_bytes'] for row in own) / 2**30:.2f} GiB")
         lines.append(f"| {' | '.join(cells)} |")
@@ -200,6 +205,10 @@ def adapters(rows: list[dict[str, Any]]) -> str:
 
     own = [row for row in rows if row["method"] == rows[0]["method"]]
     return adapter_table({row["task"]: (row["scores"], row["extracted"]) for row in own})
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{_score(statistics.fmean(row['scores']), _spread(row['scores']))} ({row['best_learning_rate']:g})"
 
 
 def _score(mean: float, spread: float | None) -> str:

@@ -116,6 +116,13 @@ def test_the_table_has_a_row_for_each_method():
     assert head == "| method | rte | average | trained parameters | optimizer state | peak memory |"
     assert a == "| A | 4.0 ± 1.0 (0.2) | 4.0 ± 1.0 | 1,000 | 1.0 MiB | 3.00 GiB |" and b.startswith("| B |")
     assert compare_finetuning.adapters(rows) == ""
+    task = {"arguments": [], "methods": ["b", "c"]}
+    experiment = {**EXPERIMENT, "tasks": {"mrpc": task}}
+    experiment["methods"] = {"b": EXPERIMENT["methods"]["a"], "c": EXPERIMENT["methods"]["a"]}
+    rows += compare_finetuning.compare_task("mrpc", experiment, ["a", "b", "c"], fake_run([]))
+    *_, a, b, c = compare_finetuning.table(rows).splitlines()
+    assert [line.split(" | ")[2] for line in (a, b)] == ["-", "4.0 ± 1.0 (0.2)"]  # a does not run on this task
+    assert [line.split(" | ")[3] for line in (a, b, c)] == ["-", "4.0 ± 1.0", "-"]
 
 
 def test_finished_runs_are_not_repeated(tmp_path):
