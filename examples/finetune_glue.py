@@ -3,9 +3,9 @@ r"""Fine-tunes a classifier on GLUE with OSD, GaLore, LoRA, full AdamW or forwar
 What it does: for each task and seed, fine-tunes a sequence-classification model in an ordinary `Trainer`, evaluates it
 with the benchmark's metrics, and writes `results.json` and `results.md` (mean and spread over seeds, trained
 parameters, optimizer state, peak memory, time) to `--output_dir`. `--method osd|galore|full` trains all weights,
-`lora` adapters, `head` the classifier, and `subzero|mezo` all weights without a backward pass. Everything else is an
-argument of Trainer (early stopping: `--early_stopping_patience 3 --load_best_model_at_end true --eval_strategy steps
---save_strategy steps`) or of OSD.
+`lora` adapters, `head` the classifier, and `subzero|mezo` all weights without a backward pass; `--trained pooler
+classifier` keeps all weights of other names as they are. Everything else is an argument of Trainer (early stopping:
+`--early_stopping_patience 3 --load_best_model_at_end true --eval_strategy steps --save_strategy steps`) or of OSD.
 
 What it needs: `pip install "hf_osd[examples]"`. Data is `nyu-mll/glue` from the Hub, or `--data_dir` with
 `<task>/train.jsonl` and so on. The first command takes minutes on a laptop, the second one wants a GPU.

@@ -130,6 +130,9 @@ def test_only_parameters_of_these_names_are_trained(finetune, tmp_path):
     model = tmp_path / "out" / "rte" / "seed-42"
     head = finetune(method="mezo", trained="classifier", model_name_or_path=model)["runs"][0]
     assert head["trained_parameters"] == 24 * 2 + 2
+    osd = finetune(rank=4, **options)["runs"][0]
+    assert osd["trained_parameters"] == trained
+    assert [group["tensors"] for group in osd["parameter_groups"] if group.get("rank")] == [1]
 
 
 def test_extracted_adapters_are_evaluated(finetune, tmp_path):
