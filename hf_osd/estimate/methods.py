@@ -25,8 +25,9 @@ from ..subzero import NAME
 from ..subzero.options import Options
 from ..subzero.selection import trained_weights
 from ..subzero.weights import DenseWeight, LowRankWeight, Weight, Weights
+from .live_bytes import LiveBytes, meta_device
 from .models import explained, inputs_of
-from .trace import LiveBytes, loss_of, meta_device
+from .trace import loss_of
 
 
 TOKENS = 16  # with which layers meet their inputs
