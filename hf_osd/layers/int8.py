@@ -1,5 +1,7 @@
 """Weights in 8 bits: integers and one scale for each row (torchao's layout, `torchao.prototype.quantized_training`).
 
+P of a weight is kept so, too: its scales are those of its rows, each of which is one feature of what is projected.
+
     W = diag(s) K            K (m, n) int8, the largest of each row 127 in size; s (m,) float32
 
 To read a `Int8Weight` is to dequantise it, for as long as the result is held. What changes it is the optimizer's step
@@ -120,11 +122,21 @@ class Int8Weight(Tensor):
         starts = range(0, m, step)
         return [slice(start, min(start + step, m)) for start in (starts[:1] if self.is_meta else starts)]
 
-    def plain(self) -> Tensor:
-        """All of it, as a plain tensor."""
+    def plain(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All of it, as a plain tensor, of its own `dtype` if of no other."""
         # rounded once: divided by the scales it is K again
-        W = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return torch.mul(self.int_data, self.scale[:, None], out=W)
+        W = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
+        # on a CPU a product of two dtypes has temporaries
+        for rows in self.pieces() if self.is_cpu else (slice(None),):
+            torch.mul(self.int_data[rows], self.scale[rows, None], out=W[rows])
+        return W
+
+    def move_(self, X: Tensor, noise: torch.Generator) -> None:
+        """Be X (m, n), rounded at random such that the mean is X; what X has not changed stays the same to the bit."""
+        for rows in self.pieces():
+            own = self.rows(rows)
+            K = torch.sub(X[rows], own, out=own).div_(self.scale[rows, None]).add_(self.int_data[rows])
+            self.round_rows_(K, rows, noise)
 
     def round_rows_(self, X: Tensor, rows: slice, noise: torch.Generator) -> None:
         """Rows of K <- X, (.., n) in units of their old scales, at random such that the mean is X; s as X needs it.
@@ -152,6 +164,11 @@ def _nearest(X: Tensor) -> tuple[Tensor, Tensor]:
 def plain(W: Any) -> Any:
     """A plain tensor instead of an int8 weight; anything else itself."""
     return W.plain() if isinstance(W, Int8Weight) else W
+
+
+def to_float(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """X in this precision, plain: X itself where it is so."""
+    return X.plain(dtype) if isinstance(X, Int8Weight) else X.to(dtype)
 
 
 def parts_of(X: Tensor) -> tuple[Tensor, ...]:

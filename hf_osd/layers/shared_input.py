@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..subspace.precision import full_precision, reduced_precision
+from .int8 import to_float
 from .start import FirstProjection
 
 
@@ -65,7 +66,8 @@ class SharedInput:
 
     Attributes:
         P (`torch.Tensor`, *optional*):
-            (n, r), the optimizer's own; `None` before it is drawn. Where processes divide it, this one's rows of it.
+            (n, r), the optimizer's own, maybe in int8; `None` before it is drawn. Where processes divide it, this
+            one's rows of it.
         rows (`Rows`, *optional*): How they do.
         code (`torch.Tensor`, *optional*): What the state keeps instead of P, once it does.
         started (`bool`): Whether weights are stepped by it. Before, P is a random sketch, from which it starts.
@@ -156,7 +158,7 @@ class SharedInput:
         P = self.P if self.rows is None else self._wholes.take(self)
         x = x.reshape(-1, x.shape[-1])
         with full_precision(x):
-            xP = x.to(dtype) @ P.to(dtype)
+            xP = x.to(dtype) @ to_float(P, dtype)
         del P
         if learn and self.learns and self._is_new(compiled):
             self._learn(*self._part_of(x, xP))
