@@ -26,7 +26,7 @@ class Int8Weight(Tensor):
     Args:
         int_data (`torch.Tensor`): K.
         scale (`torch.Tensor`): s.
-        dtype (`torch.dtype`): What it is read as.
+        dtype (`torch.dtype`): What it is read as. One that says `torch.int8` is read as what `to` is told.
     """
 
     int_data: Tensor
@@ -58,6 +58,8 @@ class Int8Weight(Tensor):
         if func in _COPIES:
             W = args[0]
             return cls(func(W.int_data), func(W.scale), W.dtype)
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.int8:
+            return args[0].plain(kwargs.get("dtype")).to(device=kwargs.get("device"))
         if func is torch.ops.aten.copy_.default and isinstance(args[0], cls):
             args[0].copy_rows_(args[1])
             return args[0]
@@ -123,9 +125,10 @@ class Int8Weight(Tensor):
         return [slice(start, min(start + step, m)) for start in (starts[:1] if self.is_meta else starts)]
 
     def plain(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All of it, as a plain tensor, of its own `dtype` if of no other."""
+        """All of it, as a plain tensor; in the precision of the scales where no floating-point dtype is known."""
+        dtype = dtype or self.dtype
         # rounded once: divided by the scales it is K again
-        W = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
+        W = torch.empty(self.shape, dtype=dtype if dtype.is_floating_point else self.scale.dtype, device=self.device)
         # on a CPU a product of two dtypes has temporaries
         for rows in self.pieces() if self.is_cpu else (slice(None),):
             torch.mul(self.int_data[rows], self.scale[rows, None], out=W[rows])
@@ -164,11 +167,6 @@ def _nearest(X: Tensor) -> tuple[Tensor, Tensor]:
 def plain(W: Any) -> Any:
     """A plain tensor instead of an int8 weight; anything else itself."""
     return W.plain() if isinstance(W, Int8Weight) else W
-
-
-def to_float(X: Tensor, dtype: torch.dtype) -> Tensor:
-    """X in this precision, plain: X itself where it is so."""
-    return X.plain(dtype) if isinstance(X, Int8Weight) else X.to(dtype)
 
 
 def parts_of(X: Tensor) -> tuple[Tensor, ...]:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..subspace.precision import full_precision, reduced_precision
-from .int8 import to_float
 from .start import FirstProjection
 
 
@@ -158,7 +157,7 @@ class SharedInput:
         P = self.P if self.rows is None else self._wholes.take(self)
         x = x.reshape(-1, x.shape[-1])
         with full_precision(x):
-            xP = x.to(dtype) @ to_float(P, dtype)
+            xP = x.to(dtype) @ P.to(dtype)
         del P
         if learn and self.learns and self._is_new(compiled):
             self._learn(*self._part_of(x, xP))

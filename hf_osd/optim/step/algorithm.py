@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...layers.int8 import Int8Weight, to_float
 from ...subspace import SubspaceRule
 from ...subspace.precision import full_precision, reduced_precision
 from ...update_rules import GradientCheck
@@ -64,7 +63,7 @@ class GradientSource:
     def low_rank(self, G: Tensor, count: int | Tensor | None) -> LowRank:
         """R = down(G, P), and A after so many steps, or `None` where P does not move."""
         kept, A = self.P.kept(), None
-        P = to_float(kept, G.dtype)
+        P = kept.to(G.dtype)
         with full_precision(G):
             R = self.op.down(G, P)
         if count is not None:
@@ -81,7 +80,6 @@ class GradientSource:
         if self.keeps_G:
             return LowRank(R.to(self.dtype), A, G)
         light = A is not None and A.dtype == P.dtype and P.dtype.itemsize <= kept.dtype.itemsize
-        light = light and not isinstance(kept, Int8Weight)
         # on a GPU a launch costs more than to hold a small P beside the wide A
         return LowRank(R, A, P=P if light and not P.is_cpu and 2 * P.numel() <= STACK_LIMIT else None)
 
@@ -179,7 +177,7 @@ class ProjectedWeight(Weight):
     def move(self, D: Tensor, low: LowRank, check: GradientCheck) -> Moving | None:
         """W <- (1 - lr weight_decay) W - lr scale (up(D, P) + S), with D = weight_rule(R); then P may move."""
         dtype, kept = self.factor_dtype, self.P.kept()
-        update = Update(D, low.P if low.P is not None and low.P.dtype == dtype else to_float(kept, dtype))
+        update = Update(D, low.P if low.P is not None and low.P.dtype == dtype else kept.to(dtype))
         if self.residual is not None:
             update = self.residual.extend(update, low, check)
         scale = self.group["scale"]

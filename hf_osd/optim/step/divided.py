@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...layers.gather import BUCKET_LIMIT, Gather
-from ...layers.int8 import to_float
+from ...layers.gather import BUCKET_LIMIT, Gather, narrower
 from ...subspace import LinearOperator, Movement
 from .algorithm import ProjectedWeight
 from .buckets import Reduce, total
@@ -92,7 +91,7 @@ def _buckets(work: Work) -> Iterator[tuple[list[LiveProjection], torch.dtype]]:
     size, key = 0, None
     for projection, dtype in dtypes.items():
         P, geometry = projection.stored, projection.geometry
-        dtype = min(P.dtype, dtype, key=lambda dtype: dtype.itemsize)
+        dtype = narrower(P, dtype)
         own, numel = (projection.rows.mesh, P.device, dtype), geometry.projection_shape[0] * geometry.rank  # type: ignore
         if bucket and (own != key or size + numel > BUCKET_LIMIT):
             yield bucket, key[-1]  # type: ignore[index]
@@ -228,4 +227,4 @@ class DividedMovements(Movements):
 
 def own_rows(projection: LiveProjection) -> Tensor:
     """The rows of this process in the precision of the computation: those in the state, where these have that."""
-    return to_float(projection.stored, projection.geometry.compute_dtype)
+    return projection.stored.to(projection.geometry.compute_dtype)

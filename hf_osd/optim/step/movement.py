@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from ...layers.int8 import Int8Weight, to_float
 from ...subspace import Movement
 from ...update_rules import GradientCheck
 from .lengths import Total, lengths
@@ -117,7 +116,7 @@ class Movements:
                 self._move([moving])
             return
         form = None if projection.moments is None else projection.moments.form
-        key = (id(group), A.shape, A.dtype, type(moving.P), moving.P.dtype, A.device, form)
+        key = (id(group), A.shape, A.dtype, moving.P.dtype, A.device, form)
         waiting = self._waiting.setdefault(key, [])
         waiting.append(moving)
         if (len(waiting) + 1) * A.numel() > STACK_LIMIT:
@@ -147,7 +146,7 @@ def _move(moving: Moving) -> None:
     """One movement of one P."""
     projection, kept, A, check = moving
     dtype = projection.geometry.compute_dtype
-    P, A = to_float(kept, dtype), A.to(dtype)
+    P, A = kept.to(dtype), A.to(dtype)
     moving = moving._replace(P=P, A=A)
     old = P.clone() if projection.group["carry_moments"] else None
     move = Movement(
@@ -170,7 +169,7 @@ def _move_all(waiting: list[Moving]) -> None:
     A = torch.stack([moving.A for moving in waiting]).to(dtype)
     waiting[:] = [moving._replace(A=own) for moving, own in zip(waiting, A, strict=True)]  # frees the others
     P = torch.stack([moving.P for moving in waiting]).to(dtype)
-    rounded = waiting[0].P.dtype != dtype or isinstance(waiting[0].P, Int8Weight)
+    rounded = waiting[0].P.dtype != dtype
     if rounded:  # else P itself moves
         waiting[:] = [moving._replace(P=own) for moving, own in zip(waiting, P, strict=True)]
     inv_norm2 = torch.stack([moving.check.inv_norm2 for moving in waiting])[:, None, None]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...layers.int8 import Int8Weight, to_float
+from ...layers.int8 import Int8Weight
 from ...subspace import OPERATORS, Start, SubspaceRule, choose_init
 from ...update_rules import GradientCheck
 from ..options.rules import Rules
@@ -92,20 +92,23 @@ class LiveProjection:
 
     def read(self) -> Tensor:
         """P in the precision of the computation: the tensor in the state itself where that has it."""
-        return to_float(self.kept(), self.geometry.compute_dtype)
+        return self.kept().to(self.geometry.compute_dtype)
 
     def kept(self) -> Tensor:
-        """P as it is kept, maybe an [`Int8Weight`], or in the precision that it was gathered in."""
+        """P as it is kept or was gathered: an int8 one is read by `to`."""
         if self.rule.code is not None:
             return self._expand(self.rule)
-        return self.stored if self.rows is None else self.whole()
+        if self.rows is not None:
+            return self.whole()
+        P = self.slot.state["projection"]
+        return P if P.dtype != torch.int8 else self.stored
 
     @property
     def stored(self) -> Tensor:
         """P in the state, or this process's rows of it: to copy into it is to round to nearest."""
         state = self.slot.state
         P = state["projection"]
-        return P if P.dtype != torch.int8 else Int8Weight(P, state[P_SCALE], self.geometry.compute_dtype)
+        return P if P.dtype != torch.int8 else Int8Weight(P, state[P_SCALE], torch.int8)
 
     def whole(self) -> Tensor:
         """All of a divided P, in the precision that it is kept or was gathered in: from all processes, if need be."""
@@ -113,7 +116,8 @@ class LiveProjection:
         if self.gathered is not None:
             return self.gathered
         own = self.stored
-        return self.rows.full(to_float(own, own.dtype), self.geometry.projection_shape)
+        own = own if own.is_floating_point() else own.to(self.geometry.compute_dtype)
+        return self.rows.full(own, self.geometry.projection_shape)
 
     def _expand(self, rule: SubspaceRule) -> Tensor:
         if self.expanded is not None:
