@@ -59,7 +59,7 @@ class Int8Weight(Tensor):
             W = args[0]
             return cls(func(W.int_data), func(W.scale), W.dtype)
         if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.int8:
-            return args[0].plain(kwargs.get("dtype")).to(device=kwargs.get("device"))
+            return args[0].plain(dtype=kwargs.get("dtype")).to(device=kwargs.get("device"))
         if func is torch.ops.aten.copy_.default and isinstance(args[0], cls):
             args[0].copy_rows_(args[1])
             return args[0]
@@ -127,11 +127,12 @@ class Int8Weight(Tensor):
     def plain(self, dtype: torch.dtype | None = None) -> Tensor:
         """All of it, as a plain tensor; in the precision of the scales where no floating-point dtype is known."""
         dtype = dtype or self.dtype
-        # rounded once: divided by the scales it is K again
         W = torch.empty(self.shape, dtype=dtype if dtype.is_floating_point else self.scale.dtype, device=self.device)
-        # on a CPU a product of two dtypes has temporaries
-        for rows in self.pieces() if self.is_cpu else (slice(None),):
-            torch.mul(self.int_data[rows], self.scale[rows, None], out=W[rows])
+        # rounded once: divided by the scales it is K again
+        if not self.is_cpu:
+            return torch.mul(self.int_data, self.scale[:, None], out=W)
+        for rows in self.pieces():  # a product of two dtypes would be one of float copies of all
+            W[rows] = self.rows(rows)
         return W
 
     def move_(self, X: Tensor, noise: torch.Generator) -> None:

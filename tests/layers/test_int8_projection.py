@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from test_int8_training import Floats
 from torch import nn
