@@ -209,6 +209,18 @@ def test_forward_passes_alone():
     }
     said = f"takes {ratio['SubZero']:.2f} times the memory of an evaluation, MeZO {ratio['MeZO']:.2f} times"
     assert said in text
+    result = json.loads((RESULTS / "forward_only_bases.json").read_text())
+    losses = {}
+    for row in result["rows"]:
+        runs = [run for run in row["runs"] if run["lr"] == row["lr"]]
+        losses[row["method"]] = mean(run["loss"] for run in runs)
+        losses[row["method"], "kept"] = mean(run["kept"] or 1 for run in runs)
+    follows, random = "V follows the inputs", "random V"
+    shares = [f"{100 * losses[name, 'kept']:.0f}%" for name in (follows, random)]
+    assert f"(loss {result['before']:.3f} before them) V keeps {shares[0]} of the gradient, a random one" in text
+    assert f"a random one {shares[1]}" in text
+    said = f"{losses[follows]:.3f} with it, {losses[random]:.3f} with a random V, {losses['MeZO']:.3f} with MeZO, "
+    assert said + f"{losses['a saved P as V']:.3f} with a saved P as V" in text
 
 
 @cache

@@ -26,7 +26,11 @@ from stopwatch import in_turn
 from whole_models import load_config, random_model
 
 
-METHODS: dict[str, dict[str, Any]] = {"SubZero": {}, "MeZO": {"perturbation": "dense"}}
+METHODS: dict[str, dict[str, Any]] = {
+    "SubZero": {},
+    "SubZero, source=activations": {"source": "activations"},
+    "MeZO": {"perturbation": "dense"},
+}
 
 
 def prepared(model_name: str, batch: int, sequence: int, device: str) -> tuple[torch.nn.Module, Callable[[], Tensor]]:

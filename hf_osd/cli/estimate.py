@@ -14,7 +14,7 @@ DESCRIPTION = """Estimate the memory of training a model, from its config alone:
 
 A step is run on the meta device, where tensors have shapes and no memory, and what is alive is counted: with fused
 attention, weights in --dtype, one batch for each step. GaLore has the rank of ours, LoRA too without --lora_rank,
-SubZero its default; P is with its moments, and for SubZero U and V.
+SubZero that of --subzero_args; P is with its moments, and for SubZero U and V.
 The columns are each part's most, "step" the temporaries of a parameter's step; the peak is what is there at once.
 --reserve is kept free for the driver's context, libraries and fragmentation. --processes tells what each of so many
 holds of what FSDP2 divides between steps: two buckets of P, 32 MiB or two P, come on top while it steps, and with
@@ -42,6 +42,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--lora_rank", type=int, metavar="R", help="of LoRA's row (default: the same)")
     parser.add_argument("--layerwise", action="store_true", help="step in the backward pass, as osd_*_layerwise")
     parser.add_argument("--optim_args", metavar="K=V,...", help="other options of our optimizer, as for a Trainer")
+    parser.add_argument("--subzero_args", metavar="K=V,...", help="options of SubZero, such as source=activations")
     parser.add_argument(
         "--target_modules",
         nargs="+",

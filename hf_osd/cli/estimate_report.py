@@ -32,7 +32,8 @@ from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
 from ..optim.options.table import OPTIONS
 from ..optim.selection.targets import parse_modules
 from ..optim.step.sharding import INT8_NOT_SHARDED
-from ..subzero.options import OPTIONS as SUBZERO
+from ..subzero.options import KEYS as SUBZERO_KEYS
+from ..subzero.options import Options as SubZeroOptions
 from ..text import format_bytes, format_count, table
 from ..trainer.settings import parse_optim_args
 from .suggestion import start_of, suggestion
@@ -49,8 +50,8 @@ LABELS = {
     "adamw_torch_fused": "AdamW",
     "adamw_bnb_8bit": "AdamW 8-bit",
     "galore_adamw": "GaLore",
-    "lora": "LoRA {rank}, AdamW",
-    "subzero": f"SubZero {SUBZERO['rank'].default}, forward only",
+    "lora": "LoRA {lora_rank}, AdamW",
+    "subzero": "SubZero {subzero_rank}, forward only",
 }
 COLUMNS = {
     "weights": "weights",
@@ -77,6 +78,7 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
         if number < 1:
             raise ValueError(f"--{name} must be at least 1, got {number}.")
     optim, layerwise, options = _optimizer(arguments)
+    forward_only = SubZeroOptions(**parse_optim_args(arguments.subzero_args, SUBZERO_KEYS))
     config = load_config(arguments.model, arguments.revision)
     work = Workload(config, DTYPES[arguments.dtype], arguments.seq, lora_rank)
     with explained(f"no model can be made of {arguments.model!r}"):
@@ -94,7 +96,7 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
     kinds, missing = available(work, arguments.batch)
     methods = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules)]
     methods += [lora(work.model("lora"))] if ("lora", False) in kinds else []
-    methods += [subzero(model, SUBZERO["rank"].default), ours(arguments.rank)]
+    methods += [subzero(model, forward_only), ours(arguments.rank)]
     rows: list[dict[str, Any]] = []
     for checkpointing in (False, True):
         for method in methods:
@@ -112,8 +114,12 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
                         highest // unit,
                     )
     report: dict[str, Any] = {
-        **{key: getattr(arguments, key) for key in ("model", "rank", "batch", "seq", "dtype", "optim_args")},
+        **{
+            key: getattr(arguments, key)
+            for key in ("model", "rank", "batch", "seq", "dtype", "optim_args", "subzero_args")
+        },
         "lora_rank": lora_rank,
+        "subzero_rank": forward_only.rank,
         "parameters": sum(p.numel() for p in model.parameters()),
         "matrices": sum(prod(shape[:-2]) for shape in shapes),
         "clipped": sum(prod(shape[:-2]) for shape in shapes if arguments.rank > min(shape[-2:])),
@@ -239,7 +245,7 @@ def report_text(report: dict[str, Any]) -> str:
             continue
         lines = [
             [
-                LABELS.get(row["method"], row["method"]).format(rank=report["lora_rank"]),
+                LABELS.get(row["method"], row["method"]).format(**report),
                 *(format_bytes(row["bytes"][key], 2, "MB") if row["bytes"][key] else "-" for key in COLUMNS),
                 *(["yes" if row["fits"] else "no", str(row["largest_batch"])] if limit else []),
             ]

@@ -55,7 +55,8 @@ def _forward_only(report: dict[str, Any]) -> dict[str, Any] | None:
     if row is None:
         return None
     batch = min(report["batch"], row["largest_batch"])
-    words = [*_command(report), "--optim", NAME, "--per_device_train_batch_size", str(batch)]
+    own = ["--optim_args", report["subzero_args"]] if report["subzero_args"] else []
+    words = [*_command(report), "--optim", NAME, *own, "--per_device_train_batch_size", str(batch)]
     return {"rank": None, "batch": batch, "gradient_checkpointing": False, "command": shlex.join(words)}
 
 

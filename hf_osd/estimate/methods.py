@@ -24,8 +24,9 @@ from ..optim.step.movement import STACK_LIMIT
 from ..optim.step.state import P_SCALE
 from ..subzero import NAME
 from ..subzero.options import Options
-from ..subzero.selection import trained_weights
-from ..subzero.weights import DenseWeight, LowRankWeight, Weight, Weights
+from ..subzero.selection import input_sides, trained_weights
+from ..subzero.weight import DenseWeight, LowRankWeight, Weight
+from ..subzero.weights import Weights
 from .models import explained, inputs_of
 from .trace import LiveBytes, loss_of, meta_device
 
@@ -131,9 +132,10 @@ def galore(model: nn.Module, rank: int, target_modules: Any) -> Method:
     return method
 
 
-def subzero(model: nn.Module, rank: int) -> Method:
+def subzero(model: nn.Module, options: Options) -> Method:
     """Forward passes alone: U and V of every matrix, and what the update of a parameter allocates."""
-    weights = Weights(*trained_weights(model, None), Options(rank=rank), {})
+    trained, matrices = trained_weights(model, None)
+    weights = Weights(trained, matrices, options, {}, input_sides(options, model, trained, matrices))
     alike: dict[tuple, int] = {}
     temporaries = {}
     for name, weight in weights.weights.items():

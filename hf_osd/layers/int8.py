@@ -8,6 +8,7 @@ To read a `Int8Weight` is to dequantise it, for as long as the result is held. W
 ([`round_rows_`]), and `copy_`, as `load_state_dict` calls it, which rounds to nearest.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class Int8Weight(Tensor):
 
     def rows(self, rows: slice) -> Tensor:
         """Some rows, in the precision of the scales."""
-        return self.int_data[rows] * self.scale[rows, None]
+        return self.int_data[rows].to(self.scale.dtype).mul_(self.scale[rows, None])
 
     def convert_(self, like: Tensor) -> None:
         """Be on the device of another tensor, and read as its dtype."""
@@ -124,10 +125,11 @@ class Int8Weight(Tensor):
         starts = range(0, m, step)
         return [slice(start, min(start + step, m)) for start in (starts[:1] if self.is_meta else starts)]
 
-    def plain(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All of it, as a plain tensor; in the precision of the scales where no floating-point dtype is known."""
+    def plain(self, memory: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """All of it, as a plain tensor, which may be given; in the scales' precision where no float dtype is known."""
         dtype = dtype or self.dtype
-        W = torch.empty(self.shape, dtype=dtype if dtype.is_floating_point else self.scale.dtype, device=self.device)
+        dtype = dtype if dtype.is_floating_point else self.scale.dtype
+        W = torch.empty(self.shape, dtype=dtype, device=self.device) if memory is None else memory
         # rounded once: divided by the scales it is K again
         if not self.is_cpu:
             return torch.mul(self.int_data, self.scale[:, None], out=W)
@@ -147,15 +149,15 @@ class Int8Weight(Tensor):
 
         With X = K both stay the same to the bit. Changes X.
         """
-        most = X.abs().amax(1)
+        most = torch.maximum(X.amax(1), X.amin(1).neg_())
         factor = torch.where(most > 0, MOST / most, 1.0)
         X.mul_(factor[:, None])
         self.scale[rows] = self.scale[rows] / factor
-        # K = floor(X + u), u uniform in steps of 2^-16, of which float32 has two more at 127
+        # K = round(X + u), -1/2 < u < 1/2 an odd multiple of 2^-16, whose mean is 0; float32 has 2^-17 at 127
         words = torch.empty(-(-X.numel() // 4), dtype=torch.int64, device=X.device)
-        bits = words.random_(-(1 << 63), None, generator=noise).view(torch.int16)[: X.numel()].view_as(X)
-        X.add_(bits.to(X.dtype), alpha=2**-16).add_(0.5 + 2**-17).floor_()
-        self.int_data[rows] = X.clamp_(-MOST, MOST)
+        words.random_(-(1 << 63), None, generator=noise).bitwise_or_(0x0001_0001_0001_0001)
+        bits = words.view(torch.int16)[: X.numel()].view_as(X)
+        self.int_data[rows] = X.add_(bits.to(X.dtype), alpha=2**-16).round_()
 
 
 def _nearest(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,6 +170,37 @@ def _nearest(X: Tensor) -> tuple[Tensor, Tensor]:
 def plain(W: Any) -> Any:
     """A plain tensor instead of an int8 weight; anything else itself."""
     return W.plain() if isinstance(W, Int8Weight) else W
+
+
+class _Memory(threading.local):
+    """For one float weight, of the largest that this thread has read since the last step."""
+
+    held: Tensor | None = None
+
+    def like(self, W: Int8Weight) -> Tensor:
+        size = W.numel() * W.dtype.itemsize
+        if self.held is None or self.held.numel() < size:
+            self.held = torch.empty(size, dtype=torch.uint8)
+        return self.held[:size].view(W.dtype).view(W.shape)
+
+
+_memory = _Memory()
+
+
+def lent(W: Any) -> Any:
+    """`plain`, until the next call of this.
+
+    Between activations that stay, malloc would give each on a CPU pages that are new, which take as long to get as it
+    takes to fill them.
+    """
+    if not isinstance(W, Int8Weight) or type(W.int_data) is not Tensor or torch.compiler.is_compiling():
+        return plain(W)  # what is traced has no memory
+    return W.plain(_memory.like(W) if W.is_cpu else None)
+
+
+def end_lending() -> None:
+    """Free what `lent` has in this thread."""
+    _memory.held = None
 
 
 def parts_of(X: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,8 @@ from .log_file import FILE, read_log, write_log
 from .optimizer import SubZero, subzero_of
 from .options import Options
 from .selection import given_bases
-from .weights import LowRankWeight, Weights, fingerprint
+from .weight import LowRankWeight
+from .weights import Weights, fingerprint
 
 
 logger = logging.getLogger("hf_osd")
@@ -44,11 +45,13 @@ class SubZeroLog:
         """A copy of what an optimizer has done so far; accelerate's wrapper is looked through.
 
         Raises:
-            ValueError: For another optimizer, and before the first step.
+            ValueError: For another optimizer, before the first step, and where V follows inputs.
         """
         own = subzero_of(optimizer)
         if own is None or not own.steps:
             raise ValueError("A SubZeroLog needs an optimizer `SubZero` that has made a step.")
+        if own.weights.following:
+            raise ValueError("source='activations' leaves no SubZeroLog, which cannot tell V: save the model instead.")
         rho, lr = own.history()
         return cls(rho.cpu(), lr, _config(own))
 
@@ -164,7 +167,7 @@ def _weights_of(model: nn.Module, config: Mapping[str, Any], init: Any) -> Weigh
     options = Options(**{**config["options"], "init": init})
     trained = {name: named[name] for name in config["parameters"]}
     matrices = {name for name, entry in config["parameters"].items() if entry["low_rank"]}
-    weights = Weights(trained, matrices, options, given_bases(options, trained, matrices))
+    weights = Weights(trained, matrices, options, given_bases(options, trained, matrices), {})
     if weights.bases != config["bases"]:
         raise ValueError("`init` is another one than the run's.")
     return weights

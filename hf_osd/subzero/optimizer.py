@@ -15,7 +15,7 @@ from ..optim.options.table import check_lr
 from ..optim.selection.wrappers import unwrapped
 from .options import OPTIONS, Options
 from .passes import RandomState, loss_at, without_dropout
-from .selection import given_bases, trained_weights
+from .selection import given_bases, input_sides, trained_weights
 from .weights import Weights, fingerprint
 
 
@@ -47,8 +47,8 @@ class SubZero(torch.optim.Optimizer):
         weight_decay (`float`, *optional*, defaults to 0): Decoupled, not of biases and norms.
         options:
             `rank` (24), `eps` (1e-3), `update_interval` (1000: steps between new U and V), `queries` (1),
-            `perturbation` (`"subspace"`), `init` (a [`ProjectionState`], folder or repository, in whose P U or V are
-            drawn) and `seed` (0).
+            `perturbation` (`"subspace"`), `source` (`"random"`, or `"activations"`: V follows the inputs of linear
+            layers), `init` (a [`ProjectionState`], folder or repository, in whose P U or V are drawn) and `seed` (0).
 
     Raises:
         ValueError: For options that are unknown, wrong or without effect, float16 or sharded weights, and models whose
@@ -82,7 +82,8 @@ class SubZero(torch.optim.Optimizer):
         self.model = unwrapped(model)
         trained, matrices = trained_weights(self.model, target_modules)
         given = given_bases(self.options, trained, matrices)
-        self.weights = Weights(trained, matrices, self.options, given)
+        sides = input_sides(self.options, self.model, trained, matrices)
+        self.weights = Weights(trained, matrices, self.options, given, sides)
         dtype = max((torch.promote_types(p.dtype, torch.float32) for p in trained.values()), key=lambda d: d.itemsize)
         device = next(iter(trained.values())).device
         self.direction = nn.Parameter(torch.zeros(self.options.queries, dtype=dtype, device=device))
@@ -166,6 +167,7 @@ class SubZero(torch.optim.Optimizer):
         self._warn_unused()
         self._note(rho, tuple(rates))
         self.weights.update_(rho, *self.by_name(rates))
+        self.weights.follow_(self.steps)
         return loss
 
     def by_name(self, rates: Iterable[float]) -> tuple[dict[str, float], dict[str, float]]:
@@ -180,9 +182,11 @@ class SubZero(torch.optim.Optimizer):
         return self._rho[: self.steps].clone(), rates
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every optimizer; the state is the list of rho and learning rates."""
+        """As of every optimizer; the state is the list of rho and learning rates, and what follows the inputs."""
         rho, rates = self.history()
         self.state[self.direction] = {"rho": rho, "lr": rates}
+        for weight in self.weights.following:
+            self.state[self.direction] |= weight.state()
         saved = super().state_dict()
         self.state.clear()
         return saved
@@ -202,8 +206,14 @@ class SubZero(torch.optim.Optimizer):
         if saved["seed"] != own["seed"]:
             warnings.warn(f"The saved seed {saved['seed']} replaces {own['seed']}.", stacklevel=2)
             self.options = self.weights.options = replace(self.options, seed=saved["seed"])
+        kept = state_dict["state"][saved["params"][0]]
+        if len(kept["lr"]):
+            for weight in self.weights.following:
+                weight.check(kept)
         super().load_state_dict(state_dict)
         state = self.state.pop(self.direction)
+        for weight in self.weights.following:
+            weight.load_(state)
         self._rho, self._rates = state["rho"], [tuple(row) for row in state["lr"].tolist()]
         self.weights.forget()
 

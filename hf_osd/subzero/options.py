@@ -21,6 +21,7 @@ from ..declare import (
 
 NAME = "subzero"  # of `TrainingArguments(optim=...)`
 PERTURBATIONS = ("subspace", "dense")
+SOURCES = ("random", "activations")
 SUBSPACE = Need(lambda given: given["perturbation"] == "subspace", "with perturbation='dense'")
 
 
@@ -50,9 +51,15 @@ class Options:
     perturbation: str = option(
         "subspace", "`subspace`, or `dense`: all of N(0, 1), which is MeZO.", check=one_of(PERTURBATIONS)
     )
+    source: str = option(
+        "random",
+        "`random` U and V, or `activations`: the V of linear layers follows their inputs.",
+        check=one_of(SOURCES),
+        needs=(SUBSPACE,),
+    )
     init: Any = option(
         None,
-        "A saved P, in which U or V are drawn: a `ProjectionState`, folder or repository.",
+        "A saved P, in which U or V are drawn, or V that follows starts: a `ProjectionState`, folder or repository.",
         check=Check("a ProjectionState, folder or repository", _is_saved, str),
         needs=(SUBSPACE,),
     )

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .weights import LowRankWeight, Weights
+from .activations import FollowingWeight, is_observer
+from .weight import LowRankWeight
+from .weights import Weights
 
 
 VALUES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})  # attributes that are no mere descriptions
@@ -43,6 +45,7 @@ class Perturbed(TorchFunctionMode):
     def __init__(self, weights: Weights, query: int, scale: float, seen: set[str]):
         super().__init__()
         self.by_id, self.query, self.scale, self.seen = weights.by_id, query, scale, seen
+        self.step, self.observes = weights.step, query == 0 and scale > 0 and is_observer()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Call the function with what it is to see."""
@@ -73,6 +76,11 @@ class Perturbed(TorchFunctionMode):
         self.seen.add(weight.name)
         return weight
 
+    def observe(self, weight: LowRankWeight, x: Tensor) -> None:
+        """Show inputs to a weight whose V follows them: once a step, which has two passes or more."""
+        if self.observes and isinstance(weight, FollowingWeight):
+            weight.observe(x, self.step)
+
     def _is_trained(self, value: Any) -> bool:
         if isinstance(value, (tuple, list)):
             return any(id(one) in self.by_id for one in value)
@@ -96,7 +104,10 @@ def _linear(mode: Perturbed, args: tuple, kwargs: dict[str, Any]) -> Tensor | No
     """`functional.linear(x, W, bias)`."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     weight, x = mode.low_rank(given["weight"]), mode.replaced(given["input"])
-    if weight is None or weight.is_made_for(x.numel() // max(1, x.shape[-1])):
+    if weight is None:
+        return None
+    mode.observe(weight, x)
+    if weight.is_made_for(x.numel() // max(1, x.shape[-1])):
         return None
     y = mode.plainly(functional.linear, (x,), {"weight": given["weight"].detach(), "bias": given.get("bias")})
     with _as_it_is(y):
@@ -106,9 +117,12 @@ def _linear(mode: Perturbed, args: tuple, kwargs: dict[str, Any]) -> Tensor | No
 def _addmm(mode: Perturbed, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     """`torch.addmm(bias, x, W)`, as GPT-2's layers call it."""
     weight = mode.low_rank(args[2]) if len(args) == 3 and not kwargs else None
-    if weight is None or weight.is_made_for(args[1].shape[0]):
+    if weight is None:
         return None
     x = mode.replaced(args[1])
+    mode.observe(weight, x)
+    if weight.is_made_for(x.shape[0]):
+        return None
     y = mode.plainly(torch.addmm, (args[0], x, args[2].detach()), {})
     with _as_it_is(y):
         return weight.add_transposed_(y, x, mode.query, mode.scale)

@@ -70,3 +70,31 @@ def given_bases(
     if not found:
         raise ValueError("`init` has no P for any matrix of this model: leave it out.")
     return found
+
+
+def input_sides(
+    options: Options, model: nn.Module, trained: Mapping[str, nn.Parameter], matrices: Collection[str]
+) -> dict[str, str]:
+    """With `source="activations"` the side of the inputs, `"right"` or `"left"`, of the matrices whose V follows them.
+
+    They are of plain linear layers alone: of a subclass nobody knows what it does, and of a weight that is tied to an
+    embedding rows are looked up as well.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if options.source != "activations":
+        return {}
+    from transformers.pytorch_utils import Conv1D
+
+    sides = {nn.Linear: "right", Conv1D: "left"}
+    uses: dict[nn.Parameter, set[str | None]] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                uses.setdefault(p, set()).add(sides.get(type(module)) if name == "weight" else None)
+    inputs = {name: uses[trained[name]] for name in matrices if min(trained[name].shape) > options.rank}
+    followed = {name: side for name, (side, *others) in inputs.items() if side and not others}
+    if not followed:
+        raise ValueError("source='activations' needs linear layers with min(m, n) > `rank`: this model trains none.")
+    return followed

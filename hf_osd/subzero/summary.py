@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from ..text import announce, format_bytes, format_count
 from .optimizer import SubZero
-from .weights import LowRankWeight
+from .weight import LowRankWeight
 
 
 def announce_summary(optimizer: SubZero) -> None:
@@ -22,9 +22,10 @@ def summary(optimizer: SubZero) -> str:
     low_rank = [weight.W for weight in weights if isinstance(weight, LowRankWeight)]
     dense = [weight.W for weight in weights if not isinstance(weight, LowRankWeight)]
     counts = [format_count(sum(W.numel() for W in group), "M") for group in (low_rank, dense)]
-    rank = optimizer.options.rank
+    rank, following = optimizer.options.rank, len(optimizer.weights.following)
     matrices = f"{len(low_rank)} matrices in subspaces of rank {rank} ({counts[0]} parameters), " if low_rank else ""
     return (
         f"SubZero: {matrices}{counts[1]} parameters densely; {2 * optimizer.options.queries} forward passes a step, "
         f"no gradients; U and V {format_bytes(optimizer.weights.basis_bytes, smallest='MB')}"
+        + (f"; V of {following} matrices follows their inputs, which no log can tell" if following else "")
     )

@@ -139,6 +139,8 @@ def begin_training(own: SubZero | None) -> None:
 
 
 def save_log(own: SubZero | None, folder: Path, args: TrainingArguments) -> None:
-    """Put the list of rho beside the model."""
-    if own is not None and own.steps and args.should_save and folder.is_dir():
+    """Put the list of rho beside the model, where it tells all."""
+    if own is None or not own.steps or own.weights.following:
+        return
+    if args.should_save and folder.is_dir():
         SubZeroLog.from_optimizer(own).save_pretrained(folder)

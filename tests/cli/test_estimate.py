@@ -147,6 +147,9 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
     assert f"--per_device_train_batch_size {found['batch']}" in found["command"]
     if expected["rank"] is None:  # forward passes alone
         assert "--optim subzero" in found["command"] and "osd_" not in found["command"]
+        more = ("--subzero_args", "rank=8,source=activations")
+        followed = report_of(capsys, *words[:-4], "--gpu", gpu, "--reserve", "0KB", *more)
+        assert "--optim subzero --optim_args rank=8,source=activations" in followed["suggestion"]["command"]
         return
     assert ("--gradient_checkpointing" in found["command"]) == found["gradient_checkpointing"]
     assert "--optim osd_adamw8bit --learning_rate 0.0002 --optim_args rank=8,scale=1 --optim_t" in found["command"]

@@ -11,6 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, GPT2Config, LlamaConfig, Qwen3Mo
 from hf_osd import OSD, SubZero
 from hf_osd.estimate import Workload, subzero
 from hf_osd.optim import select
+from hf_osd.subzero.options import Options
 from hf_osd.update_rules.blockwise import encode
 
 
@@ -100,24 +101,24 @@ def test_stepping_layers_as_their_gradients_come(family: str):
     assert told["gradients"] < memory.predicted(work, name.format(""), True, settings_of())["gradients"] / 2
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_forward_passes_alone(dtype: str):
-    """U and V beside the weights, no gradient, and of activations what one layer needs."""
+@pytest.mark.parametrize(("dtype", "source"), [("fp32", "random"), ("bf16", "random"), ("bf16", "activations")])
+def test_forward_passes_alone(dtype: str, source: str):
+    """U and V, and what V is to follow, beside the weights, no gradient, and of activations what one layer needs."""
     work = Workload(FAMILIES["llama"], memory.DTYPES[dtype], 64, 8)
-    told = work.parts(subzero(work.model(), 8), False, 2)
+    told = work.parts(subzero(work.model(), Options(rank=8, source=source)), False, 2)
     ids = torch.randint(300, (2, 64))
     with counted("cpu") as (phase, seen):
         with phase("model"):
             model = memory.random_model(FAMILIES["llama"], memory.DTYPES[dtype], "cpu")
-        optimizer = SubZero(model, rank=8)
-        for step in range(2):
+        optimizer = SubZero(model, rank=8, source=source)
+        for step in range(3):
             with phase(f"step {step}"):
                 optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
     assert told.weights == pytest.approx(seen["model"].end - seen["model"].start, rel=0.01) and not told.gradients
-    assert told.projection == sum(
-        w.U.nbytes + w.V.nbytes for w in optimizer.weights.weights.values() if hasattr(w, "U")
-    )
-    assert told.peak == pytest.approx(seen["step 1"].peak - seen["model"].start, rel=0.15)
+    low_rank = [weight for weight in optimizer.weights.weights.values() if hasattr(weight, "U")]
+    seen_of = [weight.A.nbytes for weight in optimizer.weights.following]  # moved after step 1, sees step 2
+    assert told.projection == sum(weight.U.nbytes + weight.V.nbytes for weight in low_rank) + sum(seen_of)
+    assert told.peak == pytest.approx(seen["step 2"].peak - seen["model"].start, rel=0.15)
 
 
 @pytest.mark.parametrize(

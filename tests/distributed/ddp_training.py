@@ -118,7 +118,9 @@ class Recorded(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer(folder: str, optim: str = "osd_adamw", text: str = "", **given: Any) -> tuple[nn.Module, OSD, list]:
+def trainer(
+    folder: str, optim: str = "osd_adamw", text: str = "", resume: Path | None = None, **given: Any
+) -> tuple[nn.Module, OSD, list]:
     """A Trainer on the same data; returns its log as well."""
     set_seed(0)
     config = LlamaConfig(
@@ -146,7 +148,7 @@ def trainer(folder: str, optim: str = "osd_adamw", text: str = "", **given: Any)
     }
     args = TrainingArguments(folder, optim=optim, optim_args=f"rank=8{text}", **(defaults | given))
     own = Recorded(model, args, train_dataset=Tokens())
-    own.train()
+    own.train(resume_from_checkpoint=resume and str(resume))
     buckets = own.model_wrapped.reducer._get_zeros_like_grad_buckets() if optim == "subzero" and processes > 1 else ()
     own.optimizer.optimizer.gradient_bytes = sum(bucket.buffer().nbytes for bucket in buckets)
     return model, own.optimizer.optimizer, own.state.log_history
@@ -196,6 +198,9 @@ TRAINERS: dict[str, dict[str, Any]] = {
 SUBZERO: dict[str, Any] = {"optim": "subzero", "max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
 
 
+FOLLOWING = {"text": ",source=activations,update_interval=5"}
+
+
 def main(folder: Path) -> None:
     """Everything that the tests ask of several processes, in one start."""
     results: dict[str, Any] = {}
@@ -209,6 +214,11 @@ def main(folder: Path) -> None:
     model, subzero, log = trainer(str(folder / "subzero"), **SUBZERO)
     results["subzero"] = {"weights": {name: p.detach() for name, p in model.named_parameters()}, "log": log}
     results["subzero"] |= {"rho": subzero.history()[0], "gradient_bytes": subzero.gradient_bytes}
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    for name, resume in {"following": None, "following_resumed": folder / "following" / "checkpoint-3"}.items():
+        model, subzero, _ = trainer(str(folder / "following"), resume=resume, **SUBZERO | FOLLOWING | saving)
+        results[name] = {"weights": {name: p.detach() for name, p in model.named_parameters()}}
+        results[name]["basis"] = {weight.name: weight.basis for weight in subzero.weights.following}
     results["accelerate"] = state_of(*accelerate_loop())
     results["refusals"] = refusals()
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")

@@ -104,6 +104,15 @@ def test_subzero_exchanges_rho_alone(ranks: list[dict[str, Any]], tmp_path: Path
     assert norms[0] == norms[1] == pytest.approx(norms[2], abs=2e-3) and max(norms[0]) > 0.5
 
 
+def test_v_follows_the_first_process_on_all_and_resumes_exactly(ranks: list[dict[str, Any]]):
+    runs = [rank[name] for rank in ranks for name in ("following", "following_resumed")]
+    for key in ("weights", "basis"):
+        assert all(torch.equal(value, run[key][name]) for run in runs for name, value in runs[0][key].items())
+    assert len(runs[0]["basis"]) > 7
+    for V in runs[0]["basis"].values():
+        torch.testing.assert_close(V.T @ V, torch.eye(8, dtype=V.dtype), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["layerwise", "accumulated"])
 def test_layerwise_is_refused_and_told_what_takes_its_place(ranks: list[dict[str, Any]], name: str):
     for rank in ranks:

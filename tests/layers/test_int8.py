@@ -5,6 +5,9 @@ import torch
 from torch import nn
 
 from hf_osd.layers.int8 import PIECE, Int8Weight
+from hf_osd.optim.step.low_rank import Update
+from hf_osd.optim.step.rounding import Rounding, add_to_int8_
+from hf_osd.subspace.operators import Left, Right
 from reference.nets_in_layers import batch, make
 
 
@@ -88,6 +91,25 @@ def test_tiny_steps_arrive():
         own.round_rows_(X, slice(None), random)
     moved = own.int_data[:, 1:].double() - 50
     assert abs(moved.mean() - 1) < 5 / 12800**0.5 and abs(moved.var() - 1) < 0.1  # a sum of 1,000 rare ones: Poisson
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("op", [Left(), Right()], ids=["left", "right"])
+def test_the_product_of_a_step_arrives_in_the_mean(op, dtype):
+    """Of a bfloat16 weight up to the rounding of its factors and their product, 2^-8 of each."""
+    own, random, trials = weight(dtype=dtype), noise(6), 2000
+    K, s = own.int_data.clone(), own.scale.clone()
+    P, D = (torch.randn(30, 4), torch.randn(4, 17)) if op.long_dim else (torch.randn(17, 4), torch.randn(30, 4))
+    step = 1e-3 * op.up(D.double(), P.double()) / s[:, None]
+    total = torch.zeros(30, 17, dtype=torch.float64)
+    for _ in range(trials):
+        own.int_data.copy_(K)
+        own.scale.copy_(s)
+        add_to_int8_(own, op, Update(D, P), 1e-3, Rounding(random, None))
+        total += own.int_data * own.scale[:, None].double() / s[:, None]
+    error = total / trials - K - step
+    assert error.square().mean().sqrt() < 0.5 / trials**0.5 + 2**-8 * step.square().mean().sqrt()
+    assert abs((error * step).sum() / step.square().sum()) < 5 * 0.5 / trials**0.5 / step.norm() + 2**-9
 
 
 def test_what_would_change_it_is_refused():

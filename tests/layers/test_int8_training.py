@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_osd
+from hf_osd.layers import int8
 from hf_osd.layers.int8 import Int8Weight
 from reference.nets_in_layers import Net, batch, distance, loss_of, make, train
 
@@ -82,7 +83,9 @@ class Floats(TorchDispatchMode):
         return len({ref().untyped_storage().data_ptr() for ref in self.alive if ref() is not None})
 
 
-def test_no_float_copy_of_a_weight_is_left_alive():
+def test_no_float_copy_of_a_weight_is_left_alive(monkeypatch):
+    """One at a time is read, into memory that goes with the step."""
+    monkeypatch.setattr(int8, "PIECE", 400)
     net = nn.Sequential(*(nn.Linear(40, 40) for _ in range(4))).bfloat16()
     optimizer = make(net, weight_dtype="int8")
     x = torch.randn(7, 40, dtype=torch.bfloat16)
@@ -93,9 +96,10 @@ def test_no_float_copy_of_a_weight_is_left_alive():
         with Floats({40 * 40}) as backward:
             loss.backward()
             assert backward.count() == 0 and backward.most == 1
+        assert int8._memory.held.nbytes == 2 * 40 * 40
         with Floats({40 * 40}) as step:
             optimizer.step()
-        assert step.count() == 0
+        assert step.count() == 0 and int8._memory.held is None
         optimizer.zero_grad()
 
 

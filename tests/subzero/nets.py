@@ -48,7 +48,10 @@ def directions(optimizer: SubZero, query: int = 0) -> dict[str, Tensor]:
     for name, weight in optimizer.weights.weights.items():
         if hasattr(weight, "U"):
             (m, n), r = weight.W.shape, weight.rank
-            found[name] = (m * n) ** 0.5 / r * weight.U @ weight.Z[query].to(weight.U.dtype) @ weight.V.T
+            mu = (m * n) ** 0.5 / r
+            if getattr(weight, "basis", None) is not None:  # V follows the inputs, or U
+                mu = ((m if weight.side == "right" else n) / r) ** 0.5
+            found[name] = mu * weight.U @ weight.Z[query].to(weight.U.dtype) @ weight.V.T
         else:
             found[name] = torch.cat(list(weight._drawn(query))).reshape(weight.W.shape).to(weight.W.dtype)
     return found

@@ -6,7 +6,7 @@ from nets import Net, directions, ids, slope
 from torch import nn
 
 from hf_osd.subzero import SubZero
-from hf_osd.subzero.weights import DRAWN_ON_CPU, DenseWeight, LowRankWeight
+from hf_osd.subzero.weight import DRAWN_ON_CPU, DenseWeight, LowRankWeight
 
 
 @pytest.mark.parametrize("perturbation", ["subspace", "dense"])

@@ -163,6 +163,22 @@ def test_typed_options_of_osd_are_refused_and_others_work(tmp_path: Path):
     assert len(low_rank) == 2 and all("q_proj" in name for name in low_rank)
 
 
+def test_v_that_follows_inputs_resumes_exactly_and_leaves_no_log(tmp_path: Path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "max_steps": 8}
+    options["optim_args"] = "rank=8,update_interval=6,source=activations"
+    whole, resumed, random = (make(tmp_path / str(i), torch.bfloat16, **options) for i in range(3))
+    random.args.optim_args = "rank=8,update_interval=6"
+    with caplog.at_level("INFO", "hf_osd"):
+        whole.train()
+    assert "V of 15 matrices follows their inputs, which no log can tell" in caplog.text
+    resumed.train(resume_from_checkpoint=str(tmp_path / "0" / "checkpoint-3"))  # moved after 1 and 2, goes on after 4
+    random.train()
+    assert all(torch.equal(p, q) for p, q in zip(weights(whole), weights(resumed), strict=True))
+    assert logged(whole, "loss") == logged(resumed, "loss") != logged(random, "loss")
+    logs = [sorted(path.parent.name for path in folder.rglob("subzero_log*")) for folder in sorted(tmp_path.iterdir())]
+    assert logs == [[], [], ["checkpoint-3", "checkpoint-6", "checkpoint-8"]]
+
+
 def test_subspaces_of_another_run(tmp_path: Path):
     osd = make(tmp_path, optim_args="rank=8")
     osd.args.optim, osd.args.optim_args = "osd_adamw", "rank=8"

@@ -81,16 +81,23 @@ def pieces(W: Tensor) -> Iterator[slice]:
 def add_to_int8_(W: Int8Weight, op: LinearOperator, update: Update, alpha: float, rounding: Rounding) -> None:
     """W <- round(decay W + alpha up(D, P)), rounded once, with float32 temporaries of a few rows.
 
-    Of the rows of W = diag(s) K, in units of their scales s: X = decay K + alpha diag(1/s) up(D, P).
+    Of the rows of W = diag(s) K, in units of their scales s: X = decay K + diag(alpha / s) up(D, P). Where W is read
+    in bfloat16 so are the factors, as for a bfloat16 W: 0.3% of a step, without bias, is far below what rounding adds.
     """
     D, P, _ = update
+    left, right = (P, D) if op.long_dim else (D, P.t())
+    narrow = W.dtype == torch.bfloat16
+    right = right.to(torch.bfloat16) if narrow else right
     for rows in W.pieces():
         X = W.int_data[rows].to(D.dtype)
         if rounding.decay is not None:
             X.mul_(rounding.decay)
-        left, right = (P[rows], D) if op.long_dim else (D[rows], P.t())
-        with full_precision(X):
-            X.addmm_(left / W.scale[rows, None], right, alpha=alpha)
+        own = left[rows] * (alpha / W.scale[rows, None])
+        if narrow:
+            X.add_(own.to(torch.bfloat16) @ right)
+        else:
+            with full_precision(X):
+                X.addmm_(own, right)
         W.round_rows_(X, rows, rounding.noise)
 
 
