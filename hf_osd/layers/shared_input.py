@@ -64,7 +64,8 @@ class SharedInput:
 
     Attributes:
         P (`torch.Tensor`, *optional*):
-            (n, r), the optimizer's own; `None` before it is drawn. Where processes divide it, this one's rows of it.
+            (n, r), the optimizer's own, maybe in int8; `None` before it is drawn. Where processes divide it, this
+            one's rows of it.
         rows (`Rows`, *optional*): How they do.
         code (`torch.Tensor`, *optional*): What the state keeps instead of P, once it does.
         started (`bool`): Whether weights are stepped by it. Before, P is a random sketch, from which it starts.

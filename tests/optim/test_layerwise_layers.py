@@ -36,7 +36,7 @@ def run_plain(net, optimizer, steps, micro=1):
     "options",
     [
         {},
-        {"weight_dtype": "int8"},
+        {"weight_dtype": "int8", "projection_dtype": "int8"},
         {"init": "orthonormal", "projection_sample": 1},
         {"subspace": "power", "projection_interval": 2},
         {"subspace": "random", "update_interval": 3, "restart_moments": True},
