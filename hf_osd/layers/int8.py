@@ -1,5 +1,7 @@
 """Weights in 8 bits: integers and one scale for each row (torchao's layout, `torchao.prototype.quantized_training`).
 
+P of a weight is kept so, too: its scales are those of its rows, each of which is one feature of what is projected.
+
     W = diag(s) K            K (m, n) int8, the largest of each row 127 in size; s (m,) float32
 
 To read a `Int8Weight` is to dequantise it, for as long as the result is held. What changes it is the optimizer's step
@@ -25,7 +27,7 @@ class Int8Weight(Tensor):
     Args:
         int_data (`torch.Tensor`): K.
         scale (`torch.Tensor`): s.
-        dtype (`torch.dtype`): What it is read as.
+        dtype (`torch.dtype`): What it is read as. One that says `torch.int8` is read as what `to` is told.
     """
 
     int_data: Tensor
@@ -57,6 +59,8 @@ class Int8Weight(Tensor):
         if func in _COPIES:
             W = args[0]
             return cls(func(W.int_data), func(W.scale), W.dtype)
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.int8:
+            return args[0].plain(dtype=kwargs.get("dtype")).to(device=kwargs.get("device"))
         if func is torch.ops.aten.copy_.default and isinstance(args[0], cls):
             args[0].copy_rows_(args[1])
             return args[0]
@@ -121,15 +125,24 @@ class Int8Weight(Tensor):
         starts = range(0, m, step)
         return [slice(start, min(start + step, m)) for start in (starts[:1] if self.is_meta else starts)]
 
-    def plain(self, memory: Tensor | None = None) -> Tensor:
-        """All of it, as a plain tensor, which may be given."""
-        W = torch.empty(self.shape, dtype=self.dtype, device=self.device) if memory is None else memory
+    def plain(self, memory: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """All of it, as a plain tensor, which may be given; in the scales' precision where no float dtype is known."""
+        dtype = dtype or self.dtype
+        dtype = dtype if dtype.is_floating_point else self.scale.dtype
+        W = torch.empty(self.shape, dtype=dtype, device=self.device) if memory is None else memory
         # rounded once: divided by the scales it is K again
         if not self.is_cpu:
             return torch.mul(self.int_data, self.scale[:, None], out=W)
         for rows in self.pieces():  # a product of two dtypes would be one of float copies of all
             W[rows] = self.rows(rows)
         return W
+
+    def move_(self, X: Tensor, noise: torch.Generator) -> None:
+        """Be X (m, n), rounded at random such that the mean is X; what X has not changed stays the same to the bit."""
+        for rows in self.pieces():
+            own = self.rows(rows)
+            K = torch.sub(X[rows], own, out=own).div_(self.scale[rows, None]).add_(self.int_data[rows])
+            self.round_rows_(K, rows, noise)
 
     def round_rows_(self, X: Tensor, rows: slice, noise: torch.Generator) -> None:
         """Rows of K <- X, (.., n) in units of their old scales, at random such that the mean is X; s as X needs it.

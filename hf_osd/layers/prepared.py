@@ -217,7 +217,7 @@ class PreparedLayers(nn.Module):
         for name, holder in self.shareable(holders).items():
             first = self.layers[holder]
             if holder not in known:
-                known[holder] = SharedInput(holder, first.first, first.every)
+                known[holder] = SharedInput(holder, first.first, first.every, self.meeting.newest)
             self.layers[name].input = known[holder]
             self.meeting.changed = True
 
