@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 
 MOST = 127
+LEAST = 2.0**-100  # scale: a float32 quotient by it stays finite, and so does what a row that was 0 may become
 PIECE = 1 << 20  # entries worked on at a time: bounds float32 temporaries to 4 MiB, which caches hold
 _COPIES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default)
 
@@ -147,10 +148,10 @@ class Int8Weight(Tensor):
     def round_rows_(self, X: Tensor, rows: slice, noise: torch.Generator) -> None:
         """Rows of K <- X, (.., n) in units of their old scales, at random such that the mean is X; s as X needs it.
 
-        With X = K both stay the same to the bit. Changes X.
+        With X = K both stay the same to the bit. What is below 2^-16 of a unit is lost. Changes X.
         """
         most = torch.maximum(X.amax(1), X.amin(1).neg_())
-        factor = torch.where(most > 0, MOST / most, 1.0)
+        factor = torch.where(most > 0, MOST / most, 1.0).clamp_(max=self.scale[rows] / LEAST)
         X.mul_(factor[:, None])
         self.scale[rows] = self.scale[rows] / factor
         # K = round(X + u), -1/2 < u < 1/2 an odd multiple of 2^-16, whose mean is 0; float32 has 2^-17 at 127
@@ -163,7 +164,7 @@ class Int8Weight(Tensor):
 def _nearest(X: Tensor) -> tuple[Tensor, Tensor]:
     """K, in the dtype of X, and s of rows X, (.., n), rounded to nearest. Changes X."""
     most = X.abs().amax(1)
-    s = torch.where(most > 0, most / MOST, 1.0)
+    s = torch.where(most > 0, (most / MOST).clamp_(min=LEAST), 1.0)
     return X.div_(s[:, None]).round_(), s
 
 
@@ -217,10 +218,13 @@ def quantize_(p: nn.Parameter, name: str) -> None:
     """Let a parameter be an int8 weight from now on, for all who hold it.
 
     Raises:
-        ValueError: For one that somebody refers to weakly, as an optimizer of ours does that is still there.
+        ValueError: For one that somebody refers to weakly, as an optimizer of ours does that is still there, and for
+            one that is not finite.
     """
     if isinstance(p, Int8Weight):
         return
+    if not p.is_meta and not torch.stack(p.detach().aminmax()).isfinite().all():
+        raise ValueError(f"{name} holds nan or infinity, which 8 bits cannot: load the model anew.")
     try:
         torch.utils.swap_tensors(p, nn.Parameter(Int8Weight.from_float(p), p.requires_grad))
     except RuntimeError as error:

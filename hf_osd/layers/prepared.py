@@ -130,6 +130,7 @@ class PreparedLayers(nn.Module):
                 self._given_back[layer] = kept
             layer.show()
         end_first_pass(self)
+        end_lending()
         self.meeting.wholes.detach()
         if self._watch is not None:
             self._watch.remove()
