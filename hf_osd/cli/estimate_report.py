@@ -264,7 +264,7 @@ def report_text(report: dict[str, Any]) -> str:
             f"each of {report['processes']} processes of FSDP2, between steps",
             _shares(report["each_process"]),
         ]
-    text += ["", f"P in checkpoints and on the Hub: {format_bytes(report['projection_file_bytes'], 2, 'MB')}"]
+    text += ["", f"P on the Hub: {format_bytes(report['projection_file_bytes'], 2, 'MB')}"]
     text += [f"not estimated: {name}" for name in report["missing"]]
     if limit:
         found = report["suggestion"]

@@ -21,13 +21,15 @@ from ..optim.options.mode import LAYERWISE_SUFFIX
 from ..optim.options.rules import rules_of
 from ..optim.step.geometry import ProjectedGeometry
 from ..optim.step.movement import STACK_LIMIT
+from ..optim.step.state import P_SCALE
 from ..subzero import NAME
 from ..subzero.options import Options
 from ..subzero.selection import input_sides, trained_weights
 from ..subzero.weight import DenseWeight, LowRankWeight, Weight
 from ..subzero.weights import Weights
+from .live_bytes import LiveBytes, meta_device
 from .models import explained, inputs_of
-from .trace import LiveBytes, loss_of, meta_device
+from .trace import loss_of
 
 
 TOKENS = 16  # with which layers meet their inputs
@@ -42,7 +44,7 @@ class Method:
         name (`str`): As `TrainingArguments.optim` has it, or `lora`.
         state (`int`): Bytes of its state, P and what belongs to P aside.
         projection (`int`): Bytes of P and of its own moments.
-        saved (`int`): Bytes of P alone, or of what stands for it, as checkpoints and the Hub hold it.
+        saved (`int`): Bytes of P alone, or of what stands for it, as the Hub holds it: of an int8 P its floats.
         temporaries (`dict[str, int]`): For each trained parameter what its step allocates, beside the state.
         layerwise (`bool`): Whether parameters are stepped in the backward pass and gradients freed at once.
         model (`str`):
@@ -184,7 +186,10 @@ def _of_state(name: str, optimizer: OSD, temporaries: dict[str, int]) -> Method:
     sizes = predicted_entry_bytes(optimizer)
     projection = sum(size for name, size in sizes.items() if name.startswith("projection"))
     names = {rules_of(group).subspace.code or "projection" for group in optimizer.trained_groups if group["rank"]}
-    return Method(name, sizes.total() - projection, projection, temporaries, saved=sum(sizes[name] for name in names))
+    saved = sum(sizes[name] for name in names)
+    if P_SCALE in sizes:
+        saved *= torch.float32.itemsize
+    return Method(name, sizes.total() - projection, projection, temporaries, saved=saved)
 
 
 def _two_steps(prepared: Prepared) -> int:

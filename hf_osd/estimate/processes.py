@@ -13,7 +13,7 @@ from ..optim.options.rules import rules_of
 from ..optim.step.geometry import Geometry, ProjectedGeometry
 from ..optim.step.rows import Rows
 from ..optim.step.sharding import Sharding
-from ..optim.step.state import local_shape, state_spec
+from ..optim.step.state import P_ENTRIES, local_shape, state_spec
 from ..subspace import choose_side
 
 
@@ -61,7 +61,7 @@ def share(model: nn.Module, optimizer: OSD, processes: int, *, divide: bool) -> 
                 shape = local_shape(name, entry, geometry)
                 if geometry.stacked:  # whole experts
                     shape = (_part(entry.shape[0], processes), *entry.shape[1:])
-                sizes[_kind(name, rules.subspace.code)] += math.prod(shape) * entry.dtype.itemsize
+                sizes[_kind(name)] += math.prod(shape) * entry.dtype.itemsize
     params = [p for p in model.parameters() if p not in stand_ins]
     return Share(
         sum(_bytes(X, processes) for X in params) + sum(X.nbytes for X in model.buffers()),
@@ -70,8 +70,8 @@ def share(model: nn.Module, optimizer: OSD, processes: int, *, divide: bool) -> 
     )
 
 
-def _kind(name: str, code: str | None) -> str:
-    if name in ("projection", code):
+def _kind(name: str) -> str:
+    if name in P_ENTRIES:
         return "projection"
     return "projection_moments" if name.startswith("projection_") else "state"
 

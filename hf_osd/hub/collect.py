@@ -9,7 +9,7 @@ from ..optim.step.algorithm import ProjectedWeight
 from ..optim.step.experts import ExpertWeights
 from ..optim.step.full_weight import FullWeight
 from ..optim.step.sharding import local
-from ..optim.step.state import create_state
+from ..optim.step.state import P_ENTRIES, create_state
 from .projection import Projection
 
 
@@ -52,7 +52,7 @@ def _copy(weight: ProjectedWeight | ExpertWeights, include_moments: bool, shared
         include_moments (`bool`): Whether to copy all other entries of its state.
         shared (`dict[str, torch.Tensor]`): Copies of P that others use, by the name of the weight that holds it.
     """
-    own = {"projection", weight.rules.subspace.code}
+    own = P_ENTRIES | {weight.rules.subspace.code}
     kept = {name: value for name, value in weight.slot.state.items() if include_moments and name not in own}
     values = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
     geometry = weight.geometry

@@ -7,7 +7,7 @@ import torch
 from ..optim.options import table as options
 from ..optim.options.rules import rules_of
 from ..optim.step.geometry import ProjectedGeometry, geometry_of
-from ..optim.step.state import state_spec
+from ..optim.step.state import P_ENTRIES, state_spec
 from ..subspace import choose_side
 from ..update_rules import TensorSpec
 
@@ -33,7 +33,8 @@ def projection_bytes(
         rank (`int`): r; clipped to min(m, n) for each.
         include_moments (`bool`, *optional*, defaults to `False`): Add all other state of the projected weights.
         side (`str`, *optional*, defaults to `"auto"`): As in [`OSD`].
-        projection_dtype (`str`, *optional*, defaults to `"float32"`): `float32` or `bfloat16`.
+        projection_dtype (`str`, *optional*, defaults to `"float32"`): `float32`, `bfloat16` or
+            `int8`, which is saved as `float32`.
         weight_rule, projection_rule, subspace: As in [`OSD`]; they matter with `include_moments` only.
 
     Raises:
@@ -65,8 +66,9 @@ def projection_bytes(
         geometry = geometry_of(own, 0, torch.empty(shape, device="meta"), 0)
         assert isinstance(geometry, ProjectedGeometry)
         spec = state_spec(geometry, rules)
-        P = TensorSpec((geometry.matrices, *geometry.projection_shape), geometry.projection_dtype)
-        others = [entry for name, entry in spec.items() if name not in ("projection", rules.subspace.code)]
+        dtype = geometry.compute_dtype if geometry.projection_dtype == torch.int8 else geometry.projection_dtype
+        P = TensorSpec((geometry.matrices, *geometry.projection_shape), dtype)
+        others = [entry for name, entry in spec.items() if name not in P_ENTRIES]
         entries = [P, *others] if include_moments else [P]
         total += sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)
     return total

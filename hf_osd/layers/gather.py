@@ -75,6 +75,11 @@ class Gather:
         )
 
 
+def narrower(P: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What P is gathered in to be used in this precision: its own if that is less, but for int8, whose floats go."""
+    return P.dtype if P.is_floating_point() and P.dtype.itemsize < dtype.itemsize else dtype
+
+
 def collective(name: str, before: str) -> Any:
     """A function of torch.distributed, by its name since torch 2.13 or the one that it had."""
     return getattr(dist, name, None) or getattr(dist, before)

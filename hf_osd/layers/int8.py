@@ -1,5 +1,7 @@
 """Weights in 8 bits: integers and one scale for each row (torchao's layout, `torchao.prototype.quantized_training`).
 
+P of a weight is kept so, too: its scales are those of its rows, each of which is one feature of what is projected.
+
     W = diag(s) K            K (m, n) int8, the largest of each row 127 in size; s (m,) float32
 
 To read a `Int8Weight` is to dequantise it, for as long as the result is held. What changes it is the optimizer's step
@@ -15,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 
 MOST = 127
+LEAST = 2.0**-100  # scale: a float32 quotient by it stays finite, and so does what a row that was 0 may become
 PIECE = 1 << 20  # entries worked on at a time: bounds float32 temporaries to 4 MiB, which caches hold
 _COPIES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default)
 
@@ -25,7 +28,7 @@ class Int8Weight(Tensor):
     Args:
         int_data (`torch.Tensor`): K.
         scale (`torch.Tensor`): s.
-        dtype (`torch.dtype`): What it is read as.
+        dtype (`torch.dtype`): What it is read as. One that says `torch.int8` is read as what `to` is told.
     """
 
     int_data: Tensor
@@ -57,6 +60,8 @@ class Int8Weight(Tensor):
         if func in _COPIES:
             W = args[0]
             return cls(func(W.int_data), func(W.scale), W.dtype)
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.int8:
+            return args[0].plain(dtype=kwargs.get("dtype")).to(device=kwargs.get("device"))
         if func is torch.ops.aten.copy_.default and isinstance(args[0], cls):
             args[0].copy_rows_(args[1])
             return args[0]
@@ -121,9 +126,11 @@ class Int8Weight(Tensor):
         starts = range(0, m, step)
         return [slice(start, min(start + step, m)) for start in (starts[:1] if self.is_meta else starts)]
 
-    def plain(self, memory: Tensor | None = None) -> Tensor:
-        """All of it, as a plain tensor, which may be given."""
-        W = torch.empty(self.shape, dtype=self.dtype, device=self.device) if memory is None else memory
+    def plain(self, memory: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """All of it, as a plain tensor, which may be given; in the scales' precision where no float dtype is known."""
+        dtype = dtype or self.dtype
+        dtype = dtype if dtype.is_floating_point else self.scale.dtype
+        W = torch.empty(self.shape, dtype=dtype, device=self.device) if memory is None else memory
         # rounded once: divided by the scales it is K again
         if not self.is_cpu:
             return torch.mul(self.int_data, self.scale[:, None], out=W)
@@ -131,13 +138,20 @@ class Int8Weight(Tensor):
             W[rows] = self.rows(rows)
         return W
 
+    def move_(self, X: Tensor, noise: torch.Generator) -> None:
+        """Be X (m, n), rounded at random such that the mean is X; what X has not changed stays the same to the bit."""
+        for rows in self.pieces():
+            own = self.rows(rows)
+            K = torch.sub(X[rows], own, out=own).div_(self.scale[rows, None]).add_(self.int_data[rows])
+            self.round_rows_(K, rows, noise)
+
     def round_rows_(self, X: Tensor, rows: slice, noise: torch.Generator) -> None:
         """Rows of K <- X, (.., n) in units of their old scales, at random such that the mean is X; s as X needs it.
 
-        With X = K both stay the same to the bit. Changes X.
+        With X = K both stay the same to the bit. What is below 2^-16 of a unit is lost. Changes X.
         """
         most = torch.maximum(X.amax(1), X.amin(1).neg_())
-        factor = torch.where(most > 0, MOST / most, 1.0)
+        factor = torch.where(most > 0, MOST / most, 1.0).clamp_(max=self.scale[rows] / LEAST)
         X.mul_(factor[:, None])
         self.scale[rows] = self.scale[rows] / factor
         # K = round(X + u), -1/2 < u < 1/2 an odd multiple of 2^-16, whose mean is 0; float32 has 2^-17 at 127
@@ -150,7 +164,7 @@ class Int8Weight(Tensor):
 def _nearest(X: Tensor) -> tuple[Tensor, Tensor]:
     """K, in the dtype of X, and s of rows X, (.., n), rounded to nearest. Changes X."""
     most = X.abs().amax(1)
-    s = torch.where(most > 0, most / MOST, 1.0)
+    s = torch.where(most > 0, (most / MOST).clamp_(min=LEAST), 1.0)
     return X.div_(s[:, None]).round_(), s
 
 
@@ -204,10 +218,13 @@ def quantize_(p: nn.Parameter, name: str) -> None:
     """Let a parameter be an int8 weight from now on, for all who hold it.
 
     Raises:
-        ValueError: For one that somebody refers to weakly, as an optimizer of ours does that is still there.
+        ValueError: For one that somebody refers to weakly, as an optimizer of ours does that is still there, and for
+            one that is not finite.
     """
     if isinstance(p, Int8Weight):
         return
+    if not p.is_meta and not torch.stack(p.detach().aminmax()).isfinite().all():
+        raise ValueError(f"{name} holds nan or infinity, which 8 bits cannot: load the model anew.")
     try:
         torch.utils.swap_tensors(p, nn.Parameter(Int8Weight.from_float(p), p.requires_grad))
     except RuntimeError as error:

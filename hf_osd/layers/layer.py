@@ -29,6 +29,7 @@ class Meeting:
         rows ([`RowExchange`], *optional*): Theirs, where FSDP2 divides the weights.
         late (`bool`): Whether P learns in the backward pass, in which it moves.
         wholes ([`Wholes`]): Where all of a P is, of which each process has some rows.
+        newest (`list[torch.Tensor]`): See [`SharedInput`].
 
     Args:
         layers (`Mapping[str, LayerInfo]`): All layers by name, as they come to be.
@@ -39,6 +40,7 @@ class Meeting:
         self.group: Any = None
         self.rows: RowExchange | None = None
         self._ddp: Any = lambda: None
+        self.newest: list[Tensor] = []
         self._seen: list[tuple[Any, int, Any, SharedInput]] = []
 
     def find_ddp(self) -> None:
@@ -76,7 +78,7 @@ class Meeting:
         for known, version, kind, shared in self._seen:
             if self.sharing and known() is x and version == x._version and kind == layer.kind:
                 return shared
-        shared = SharedInput(layer.name, layer.first, layer.every)
+        shared = SharedInput(layer.name, layer.first, layer.every, self.newest)
         self._seen.append((weakref.ref(x), x._version, layer.kind, shared))
         return shared
 

@@ -130,6 +130,7 @@ class PreparedLayers(nn.Module):
                 self._given_back[layer] = kept
             layer.show()
         end_first_pass(self)
+        end_lending()
         self.meeting.wholes.detach()
         if self._watch is not None:
             self._watch.remove()
@@ -217,7 +218,7 @@ class PreparedLayers(nn.Module):
         for name, holder in self.shareable(holders).items():
             first = self.layers[holder]
             if holder not in known:
-                known[holder] = SharedInput(holder, first.first, first.every)
+                known[holder] = SharedInput(holder, first.first, first.every, self.meeting.newest)
             self.layers[name].input = known[holder]
             self.meeting.changed = True
 

@@ -51,10 +51,6 @@ class Last(NamedTuple):
     kept: tuple[Callable[[], Any], ...] = ()
 
 
-# What was kept last, of any input: a checkpoint drops it at once, and the other layers of that x would make it again.
-_newest: list[Tensor] = []
-
-
 class SharedInput:
     """The subspace of one input, which all layers that are given it use.
 
@@ -62,10 +58,14 @@ class SharedInput:
         leader (`str`): Name of the weight that holds P in the optimizer's state: of the layer that was called first.
         first ([`FirstProjection`]): How P starts.
         every (`int`): k: P learns of every k-th token.
+        newest (`list[torch.Tensor]`):
+            What any input of the model has kept last, which its inputs share: a checkpoint drops it at once, and the
+            other layers of that x would make it again.
 
     Attributes:
         P (`torch.Tensor`, *optional*):
-            (n, r), the optimizer's own; `None` before it is drawn. Where processes divide it, this one's rows of it.
+            (n, r), the optimizer's own, maybe in int8; `None` before it is drawn. Where processes divide it, this
+            one's rows of it.
         rows (`Rows`, *optional*): How they do.
         code (`torch.Tensor`, *optional*): What the state keeps instead of P, once it does.
         started (`bool`): Whether weights are stepped by it. Before, P is a random sketch, from which it starts.
@@ -77,8 +77,8 @@ class SharedInput:
         handle (`torch.Tensor`): A number on the CPU that compiled functions, which are given it, find the input by.
     """
 
-    def __init__(self, leader: str, first: FirstProjection, every: int):
-        self.leader, self.first, self.every = leader, first, every
+    def __init__(self, leader: str, first: FirstProjection, every: int, newest: list[Tensor]):
+        self.leader, self.first, self.every, self._newest = leader, first, every, newest
         self.handle = new_handle(self)
         self.P: Tensor | None = None
         self.rows: Any = None
@@ -143,7 +143,7 @@ class SharedInput:
         if not known or any(part is None for part in known):
             known = list(self._kept_of(x, xP))
             self._last = last._replace(kept=tuple(map(weakref.ref, known)))
-            _newest[:] = known
+            self._newest[:] = known
         return xP, Seen(partial(self.take, last.once), (known[0], known[1]))
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ class SharedInput:
 
     def take(self, once: Once, seen: tuple[Tensor, Tensor]) -> None:
         """Learn of that, if it has not been."""
-        _newest.clear()
+        self._newest.clear()
         if once.done:
             return
         once.done = True
@@ -237,7 +237,7 @@ class SharedInput:
     def forget_product(self) -> None:
         """Forget x P of the last x: P moves, and whoever keeps that x and its outputs would be given it again."""
         self._last = Last()
-        _newest.clear()
+        self._newest.clear()
 
     def make_room(self) -> None:
         """Drop the sketch, of which A tells all, before P is made of that. A itself is made in its turn."""

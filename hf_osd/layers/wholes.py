@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .fsdp import backward_of, may_differ, modules_of_fsdp
-from .gather import BUCKET_LIMIT, Gather
+from .gather import BUCKET_LIMIT, Gather, narrower
 from .shared_input import SharedInput
 
 
@@ -261,5 +261,5 @@ def _before_backward(reference: Any, key: Any, _: Any) -> None:
 
 def _dtype(shared: SharedInput, layer: Any) -> torch.dtype:
     """FSDP2's for W, on all processes alike. Autocast may be on for one layer and off for another."""
-    P, policy = shared.P, None if layer.fsdp is None else layer.fsdp.mp_policy.param_dtype
-    return min(policy or layer.weight.dtype, P.dtype, key=lambda dtype: dtype.itemsize)  # type: ignore[union-attr]
+    policy = None if layer.fsdp is None else layer.fsdp.mp_policy.param_dtype
+    return narrower(shared.P, policy or layer.weight.dtype)  # type: ignore[arg-type]

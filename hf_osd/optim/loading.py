@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..subspace import SUBSPACES
 from ..update_rules import TensorSpec
 from .differences import counted, differences, table, traits
 from .options.rules import rules_of
@@ -19,7 +18,7 @@ from .options.table import DEFAULTS, LR_MULTIPLE, OPTIONS, in_effect, spell_out
 from .selection.wrappers import plain_names
 from .step.geometry import Geometry, geometry_of, names_of
 from .step.sharding import is_sharded
-from .step.state import divided_specs, held_elsewhere, state_spec
+from .step.state import P_ENTRIES, divided_specs, held_elsewhere, state_spec
 
 
 State = dict[Tensor, dict[str, Tensor]]
@@ -32,7 +31,6 @@ FORMER: dict[str, tuple[Any, ...]] = {
     "residual_limit": (None, 1.01),
     "projection_schedule": (None, "lr"),
 }
-P_KEYS = {"projection", *(rule.code for rule in SUBSPACES.values())}  # entries that hold P, or what it is made of
 
 
 def match_state(
@@ -117,7 +115,7 @@ def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str]:
     for group in groups:
         keys.update(zip(names_of(group, len(keys)), group["params"], strict=True))
     states = {name: state_dict["state"].get(key, {}) for name, key in keys.items()}
-    started = {name for name, own in states.items() if any(own[key].any() for key in own if key in P_KEYS)}
+    started = {name for name, own in states.items() if any(own[key].any() for key in own if key in P_ENTRIES)}
     return {name: holder for name, holder in _holders(groups).items() if states[name] and holder in started}
 
 

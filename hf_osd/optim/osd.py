@@ -105,8 +105,9 @@ class OSD(SavedOptimizer):
             left), or tokens of the activations. A, the only product that is there for P alone, costs as much less, and
             is without bias the same.
         projection_dtype (`str`, *optional*):
-            How P is kept: `float32` or `bfloat16`. Defaults to `float32`. In bfloat16 P is rounded at random, so that
-            small steps add up. Float64 parameters have float64 unless told.
+            How P is kept: `float32`, `bfloat16`, or `int8` with a scale for each row. Defaults to `float32`. In less
+            than float32 P is rounded at random, so that small steps add up. Float64 parameters have float64 unless
+            told.
         weight_dtype (`str`, *optional*):
             How projected weights are kept: `int8`, with a scale for each row, stepped by stochastic rounding
             (Q-GaLore, arXiv 2407.08296, keeps them so). Defaults to the model's own. They are read in the dtype that

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..subspace.table import SUBSPACES
+from ..optim.step.state import P_ENTRIES
 from ..trainer.statistics_file import number
 
 
 WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 OPTIMIZER_NAME = "optimizer.pt"
-PROJECTION_ENTRIES = {"projection"} | {rule.code for rule in SUBSPACES.values() if rule.code}  # a code stands for P
 PARTS = ("weights", "moments", "projections P", "moments of P", "optimizer state")  # in the order of the bars
 
 
@@ -85,6 +84,6 @@ def _state_parts(path: Path) -> dict[str, int]:
 
 
 def _part(name: str) -> str:
-    if name in PROJECTION_ENTRIES:
+    if name in P_ENTRIES:
         return "projections P"
     return "moments of P" if str(name).startswith("projection_") else "moments"

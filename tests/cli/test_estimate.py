@@ -170,6 +170,8 @@ def test_options_of_the_optimizer_count(folder, capsys):
     assert halved["projection"] == pytest.approx(
         base["projection"] / 2, rel=0.01
     )  # P 2 bytes and one moment of 4 of 12
+    quarter = size("--optim_args", "projection_dtype=int8,projection_optim=sgd,momentum=0")
+    assert quarter["projection"] == pytest.approx(static["projection"] * (1 + 4 / 16) / 4, abs=1000)
     random = size("--optim_args", "subspace=random")  # which keeps P beside a seed
     assert random["projection"] == pytest.approx(static["projection"], abs=1000)
     assert size("--optim_args", "residual=scaled")["peak"]
@@ -197,7 +199,7 @@ def test_other_architectures(config, capsys, tmp_path):
 
 def test_our_config_files_and_a_large_rank(capsys):
     text = estimate(capsys, str(CONFIGS / "llama_quickstart.json"), "--rank", "192", "--seq", "64")
-    assert re.search(r"P in checkpoints and on the Hub: [\d.]+ MB", text) and "fits" not in text
+    assert re.search(r"P on the Hub: [\d.]+ MB", text) and "fits" not in text
 
 
 @pytest.mark.parametrize(

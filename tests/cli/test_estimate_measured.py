@@ -121,7 +121,9 @@ def test_forward_passes_alone(dtype: str, source: str):
     assert told.peak == pytest.approx(seen["step 2"].peak - seen["model"].start, rel=0.15)
 
 
-@pytest.mark.parametrize("options", ["projection_dtype=bfloat16", "subspace=static", "init=orthonormal"])
+@pytest.mark.parametrize(
+    "options", ["projection_dtype=bfloat16", "projection_dtype=int8", "subspace=static", "init=orthonormal"]
+)
 def test_other_ways_to_learn_from_activations(options: str):
     check(*both(FAMILIES["llama"], f"osd_adamw:source=activations,{options}", False))
 

@@ -156,6 +156,7 @@ def whole_by_option(rank: int, world: int, folder: Path):
         (torch.float32, eight_bit),
         (torch.float32, dict(eight_bit)),
         (torch.float32, {"projection_dtype": "bfloat16"}),
+        (torch.float32, {"projection_dtype": "int8"}),
         (torch.bfloat16, {"optim": "osd_sgd", "lr": 0.1}),
     ):
         # as on GPUs, where weights of one shape are stepped together, later than they are met

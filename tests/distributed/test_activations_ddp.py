@@ -67,6 +67,7 @@ def trained(wrap=lambda net: net, parts=1, reset_after=None, **options):
 
 OPTIONS = [{}, {"projection_sample": 1}, {"subspace": "power"}, {"subspace": "random", "update_interval": 3}]
 OPTIONS += [{"reset_after": 3}]
+INT8 = {"weight_dtype": "int8", "projection_dtype": "int8", "optim": "osd_sgd"}
 
 
 def same_everywhere(net, optimizer):
@@ -91,7 +92,7 @@ def as_one_process(rank: int, world_size: int, folder: Path) -> None:
 def int8(rank: int, world_size: int, folder: Path) -> None:
     """A rounding off one process's weights, whose sums are of another order; the same bits on both."""
     for wrap in (DistributedDataParallel, lambda net: DistributedDataParallel(Wrapped(net))):
-        net, optimizer = trained(wrap, weight_dtype="int8", optim="osd_sgd")
+        net, optimizer = trained(wrap, **INT8)
         same_everywhere(net, optimizer)
         whole = Net()
         whole.load_state_dict(torch.load(folder / "int8.pt"))
@@ -247,7 +248,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("activations")
     for number, options in enumerate(OPTIONS):
         torch.save(trained(**options)[0].state_dict(), folder / f"net_{number}.pt")
-    torch.save(trained(weight_dtype="int8", optim="osd_sgd")[0].state_dict(), folder / "int8.pt")
+    torch.save(trained(**INT8)[0].state_dict(), folder / "int8.pt")
     return processes.run(2, SCENARIOS, folder)
 
 

@@ -241,6 +241,8 @@ def test_the_share_of_a_change_in_the_subspace(side):
 def test_the_size_follows_from_shapes():
     assert projection_bytes([(4096, 11008), (32, 16)], rank=128) == 4 * (4096 * 128 + 16 * 16)
     assert projection_bytes([(8, 12)], rank=2, side="right", projection_dtype="bfloat16") == 2 * 12 * 2
+    saved_as_floats = projection_bytes([(8, 12)], rank=2, projection_dtype="int8", include_moments=True)
+    assert saved_as_floats == projection_bytes([(8, 12)], rank=2, include_moments=True)
     assert projection_bytes([], rank=2) == 0
     with pytest.raises(ValueError, match="`rank` of projection_bytes must be an integer >= 1"):
         projection_bytes([(8, 12)], rank=0)

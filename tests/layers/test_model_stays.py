@@ -121,6 +121,7 @@ OPTIONS = [
     {"subspace": "static"},
     {"init": "orthonormal"},
     {"projection_dtype": "bfloat16"},
+    {"projection_dtype": "int8"},
     {"projection_interval": 2},
 ]
 

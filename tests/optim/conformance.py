@@ -41,6 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "online_pca_carry": CARRY,
     "online_pca_carry_8bit": CARRY | {"weight_rule": "adamw8bit"},
     "online_pca_low_precision": CARRY | {"projection_dtype": "bfloat16", "moment_dtype": "bfloat16"},
+    "online_pca_low_precision_int8": {"projection_dtype": "int8"},
     "svd": EVERY_3,
     "svd_randomized_two_sided": EVERY_3 | TWO_SIDED | {"init": "randomized_svd", "weight_rule": "sgd"},
     "svd_two_sided_restart": EVERY_3 | TWO_SIDED | {"restart_moments": True, "weight_rule": "adafactor"},

@@ -105,6 +105,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "whole": {"projection_sample": 1, "alpha": 500.0},  # steps of P that are cut
     "static": {"subspace": "static", "init": "orthonormal"},
     "bfloat16": {"subspace": "static", "projection_dtype": "bfloat16", "moment_dtype": "bfloat16"},
+    "int8": {"subspace": "static", "projection_dtype": "int8"},
     "bfloat16_moments": {"moment_dtype": "bfloat16"},
 }
 
@@ -163,6 +164,7 @@ def test_a_recording_refuses_a_question():
         ({"projection_interval": 2}, "the host counts the steps of projection_interval=2"),
         ({"carry_moments": True}, "carry_moments decomposes"),
         ({"projection_dtype": "bfloat16"}, "projection_dtype='bfloat16' rounds P by noise that the host seeds"),
+        ({"projection_dtype": "int8"}, "projection_dtype='int8' rounds P by noise that the host seeds"),
         ({"stochastic_rounding": True}, "stochastic_rounding seeds its noise on the host"),
         ({"layerwise": True}, "`capturable` of OSD has no effect with `layerwise`"),
         ({"lr": torch.tensor(0.1, dtype=torch.float64)}, "float64 on cpu: with `capturable` it must be float32"),

@@ -26,6 +26,7 @@ from conformance import (
 from torch import nn
 
 from hf_osd import OSD
+from hf_osd.layers.int8 import Int8Weight
 from hf_osd.optim import predicted_state_bytes, state_bytes
 from hf_osd.optim.options.general import RESIDUALS
 from hf_osd.optim.options.rules import rules_of
@@ -62,7 +63,7 @@ def test_dtypes_shapes_gradients_and_declared_bytes(row: str, dtype: torch.dtype
         assert p.dtype == dtype and p.shape == start.shape and p.isfinite().all() and not torch.equal(p, start)
         assert torch.equal(p.grad, G)
     assert state_bytes(optimizer) == declared
-    asked = {torch.bfloat16} if "bfloat16" in options_of(row).values() else set()
+    asked = {getattr(torch, name) for name in {"bfloat16", "int8"}.intersection(map(str, options_of(row).values()))}
     dtypes = set()
     for state in state_of(optimizer):
         assert all(type(value) is torch.Tensor for value in state.values())
@@ -230,8 +231,9 @@ def test_layerwise_clipping_is_clipping(row: str):
 
 @every_row
 def test_stacked_experts_are_matrices_of_their_own(row: str, monkeypatch: pytest.MonkeyPatch):
-    # a step without tokens is one, by which a P in bfloat16 is rounded by other random numbers
+    # a step without tokens is one, by which a P in bfloat16 or int8 is rounded by other random numbers
     monkeypatch.setattr(projection, "round_into_", lambda P, X, noise: P.copy_(X))
+    monkeypatch.setattr(Int8Weight, "move_", lambda P, X, noise: P.copy_(X))
     (shape, _), rank = shapes_of(row)
     experts = 3
     stack = nn.Parameter(torch.randn(experts, *shape, generator=torch.Generator().manual_seed(5)))

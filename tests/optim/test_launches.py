@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_osd import OSD
-from hf_osd.estimate.trace import LiveBytes, meta_device
+from hf_osd.estimate.live_bytes import LiveBytes, meta_device
 
 
 BLOCK = [(512, 512)] * 4 + [(1376, 512)] * 2 + [(512, 1376)]  # of LLaMA 60M, which has 8 of them

@@ -36,7 +36,7 @@ def run_plain(net, optimizer, steps, micro=1):
     "options",
     [
         {},
-        {"weight_dtype": "int8"},
+        {"weight_dtype": "int8", "projection_dtype": "int8"},
         {"init": "orthonormal", "projection_sample": 1},
         {"subspace": "power", "projection_interval": 2},
         {"subspace": "random", "update_interval": 3, "restart_moments": True},
@@ -156,6 +156,28 @@ def test_layers_of_one_input_make_what_p_learns_of_once(reentrant, monkeypatch):
         optimizer.zero_grad()
         inputs = 6 if net.calls % 2 else 4  # of two blocks
         assert len(made) == inputs * (1 if reentrant is None else 2)
+
+
+def test_a_model_makes_what_p_learns_of_once_whatever_another_does_meanwhile(monkeypatch):
+    """Both with checkpoints: a layer of the other is called between the layers of one input."""
+    net, other, made, kept_of = Blocks(False), Blocks(False), [], SharedInput._kept_of
+
+    def counted(shared, x, xP):
+        made.append(shared)
+        return kept_of(shared, x, xP)
+
+    monkeypatch.setattr(SharedInput, "_kept_of", counted)
+    optimizers = [optimizer_of(one, layerwise=True, **LAYERS) for one in (net, other)]
+
+    def meanwhile(*call):
+        other.blocks[0][0](call[-1])
+
+    net.blocks[0][0].register_forward_hook(meanwhile)
+    net(torch.randn(5, 24, dtype=torch.float64, requires_grad=True)).backward()
+    assert sum(shared in made for shared in optimizers[1].layers.inputs()) == 1
+    mine = [made.count(shared) for shared in optimizers[0].layers.inputs()]
+    assert mine == [2] * 6  # computed, and computed again
+    optimizers[0].step()
 
 
 @pytest.mark.parametrize("first", [False, True])

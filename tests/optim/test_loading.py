@@ -35,6 +35,7 @@ def run(params: list[nn.Parameter], optimizer: OSD, steps: range) -> None:
         ({"subspace": "static"}, "subspace: online_pca.*subspace: static"),
         ({"moment_dtype": "bfloat16"}, "moment_dtype: float32.*moment_dtype: bfloat16"),
         ({"projection_dtype": "bfloat16"}, "projection_dtype: float32.*projection_dtype: bfloat16"),
+        ({"projection_dtype": "int8"}, "projection_dtype: float32.*projection_dtype: int8"),
     ],
 )
 def test_another_setting_is_refused_with_a_table(changed: dict, told: str):

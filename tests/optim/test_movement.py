@@ -169,14 +169,15 @@ def test_one_product_for_each_shape(limit: int, stacks: list[list[int]], monkeyp
     assert sorted(seen) == sorted(stacks)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("exchanged", [0, 1])
-def test_a_p_that_somebody_keeps_in_another_dtype_changes_no_other(exchanged: int):
+def test_a_p_that_somebody_keeps_in_another_dtype_changes_no_other(exchanged: int, dtype: str):
     def trained(*others: int) -> Tensor:
         params = [nn.Parameter(torch.zeros(64, 96, dtype=torch.bfloat16)) for _ in range(2)]
-        optimizer = OSD([{"params": params, "rank": 16}], lr=1e-5, projection_dtype="bfloat16")
+        optimizer = OSD([{"params": params, "rank": 16}], lr=1e-5, projection_dtype=dtype)
         run(params, optimizer, steps=2)
         for i in others:
-            optimizer.state[params[i]]["projection"] = optimizer.state[params[i]]["projection"].float()
+            optimizer.state[params[i]]["projection"] = optimizer.weight_of(params[i]).P.read()
         run(params, optimizer, steps=8)
         return optimizer.state[params[1 - exchanged]]["projection"]
 

@@ -200,9 +200,10 @@ class Options:
     )
     projection_dtype: str | None = option(
         None,
-        "How P is kept: `float32` or `bfloat16`.\n\n"
-        "In bfloat16 P is rounded at random, so that small steps add up. Float64 parameters have float64 unless told.",
-        check=one_of(FLOAT_DTYPES),
+        "How P is kept: `float32`, `bfloat16`, or `int8` with a scale for each row.\n\n"
+        "In less than float32 P is rounded at random, so that small steps add up. Float64 parameters have float64 "
+        "unless told.",
+        check=one_of((*FLOAT_DTYPES, "int8")),
         needs=(RANK, Need(_rule(lambda rule: rule.code is None), in_subspace(", which keeps no P"))),
         state=True,
         card="dtype of P",

@@ -25,6 +25,7 @@ from ...subspace import SubspaceRule, build_subspace, rule_class
 
 CLIPPINGS = ("parameter", "previous_norm")
 LAYERWISE_SUFFIX = "_layerwise"
+ROUNDED = ("bfloat16", "int8")  # what P is rounded at random to
 
 _LAYERWISE = Need(
     lambda mode: mode["layerwise"], "without `layerwise`", ", or choose a name that ends in `_layerwise`"
@@ -182,8 +183,8 @@ def _uncapturable(group: Mapping[str, Any]) -> str | None:
         return f"subspace={group['subspace']!r} asks the host, or decomposes matrices"
     if rule.stride > 1:
         return f"the host counts the steps of projection_interval={rule.stride}"
-    if group["projection_dtype"] == "bfloat16" and type(rule).moves_at is not SubspaceRule.moves_at:
-        return "projection_dtype='bfloat16' rounds P by noise that the host seeds, at each step"
+    if group["projection_dtype"] in ROUNDED and type(rule).moves_at is not SubspaceRule.moves_at:
+        return f"projection_dtype={group['projection_dtype']!r} rounds P by noise that the host seeds, at each step"
     return "carry_moments decomposes matrices" if group["carry_moments"] else None
 
 

@@ -319,9 +319,7 @@ class ProjectedWeight(Weight):
     @property
     def projection(self) -> Tensor:
         """P as the state keeps it, whole, or as it is made of what the state keeps instead."""
-        if self.rules.subspace.code is not None:
-            return self.P.read()
-        return self.P.slot.state["projection"] if self.P.rows is None else self.P.whole()
+        return self.P.read() if self.rules.subspace.code is not None else self.P.kept()
 
     @property
     def steps(self) -> int:

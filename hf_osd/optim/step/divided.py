@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...layers.gather import BUCKET_LIMIT, Gather
+from ...layers.gather import BUCKET_LIMIT, Gather, narrower
 from ...subspace import LinearOperator, Movement
 from .algorithm import ProjectedWeight
 from .buckets import Reduce, total
@@ -71,7 +71,7 @@ def _together(work: Work) -> Work:
 
 
 def _gather(projections: Sequence[LiveProjection], dtype: torch.dtype) -> Gather:
-    return Gather({P: (P.slot.state["projection"], P.rows) for P in projections}, dtype)
+    return Gather({P: (P.stored, P.rows) for P in projections}, dtype)
 
 
 def _divided(weight: Any) -> LiveProjection | None:
@@ -90,8 +90,8 @@ def _buckets(work: Work) -> Iterator[tuple[list[LiveProjection], torch.dtype]]:
     bucket: list[LiveProjection] = []
     size, key = 0, None
     for projection, dtype in dtypes.items():
-        P, geometry = projection.slot.state["projection"], projection.geometry
-        dtype = min(P.dtype, dtype, key=lambda dtype: dtype.itemsize)
+        P, geometry = projection.stored, projection.geometry
+        dtype = narrower(P, dtype)
         own, numel = (projection.rows.mesh, P.device, dtype), geometry.projection_shape[0] * geometry.rank  # type: ignore
         if bucket and (own != key or size + numel > BUCKET_LIMIT):
             yield bucket, key[-1]  # type: ignore[index]
@@ -227,4 +227,4 @@ class DividedMovements(Movements):
 
 def own_rows(projection: LiveProjection) -> Tensor:
     """The rows of this process in the precision of the computation: those in the state, where these have that."""
-    return projection.slot.state["projection"].to(projection.geometry.compute_dtype)
+    return projection.stored.to(projection.geometry.compute_dtype)

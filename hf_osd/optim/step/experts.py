@@ -18,7 +18,7 @@ from .geometry import ProjectedGeometry
 from .low_rank import LowRank
 from .movement import STACK_LIMIT, Movements
 from .sharding import Sharding
-from .state import state_spec
+from .state import P_SCALE, state_spec
 from .weight import Weight
 
 
@@ -137,7 +137,7 @@ class ExpertWeights(Weight):
     @property
     def projection(self) -> Tensor:
         """P of all experts, zero of those that have none yet, as `ProjectedWeight.projection`."""
-        if self.rules.subspace.code is None:
+        if self.rules.subspace.code is None and P_SCALE not in self.slot.state:
             return self.slot.state["projection"]
         self._open()
         geometry = self.geometry
@@ -147,6 +147,12 @@ class ExpertWeights(Weight):
             if expert.started:
                 own.copy_(expert.P.read())
         return P
+
+    def keep(self, P: Tensor) -> None:
+        """Start from these P (E, s, r), of all experts; zero is none."""
+        self._open()
+        for expert, own in zip(self.experts, P[list(self.geometry.experts)], strict=True):
+            expert.P.stored.copy_(own)
 
     def project(
         self,

@@ -189,7 +189,7 @@ class InputWeight(ProjectedWeight):
             return
         if self.P.rule.code is None:
             rows = self.P.rows if shared.rows is None else None  # else it has this process's already
-            self.slot.state["projection"].copy_(shared.P if rows is None else rows.own(shared.P))
+            self.P.stored.copy_(shared.P if rows is None else rows.own(shared.P))
         elif shared.code is not None:  # of a state that is gone
             self.slot.state[self.P.key].copy_(shared.code)
             self.P.forget()
@@ -209,7 +209,7 @@ class InputWeight(ProjectedWeight):
                 return
             # P_0 = orth(xᵀ x Ω)
             P, rows = torch.linalg.qr(A).Q, self.P.rows
-            self.slot.state["projection"].copy_(P if rows is None else rows.own(P))
+            self.P.stored.copy_(P if rows is None else rows.own(P))
             self.P.started = True
             for weight in self.sharing:
                 if weight.mark is not None:
@@ -230,7 +230,7 @@ class InputWeight(ProjectedWeight):
     def give(self) -> None:
         """P for the next forward pass, or this process's rows of it."""
         rows, code = self.P.rows, None if self.P.rule.code is None else self.slot.state[self.P.key]
-        self.layer.use(self.slot.state["projection"] if rows is not None else self.projection, code, rows)
+        self.layer.use(self.P.stored if rows is not None else self.projection, code, rows)
 
     def schedule(self, shared: SharedInput) -> None:
         """Whether P is to learn in the next forward pass, and of which tokens."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...layers.int8 import Int8Weight
 from ...subspace import OPERATORS, Start, SubspaceRule, choose_init
 from ...update_rules import GradientCheck
 from ..options.rules import Rules
@@ -19,6 +20,7 @@ from .gradients import EPS
 from .moments import Moments
 from .rounding import noise_of, round_into_, rounded
 from .slot import Slot
+from .state import P_SCALE
 
 
 ROUNDING_APART = 32_452_843  # between the seeds of rounding a weight and its P
@@ -93,17 +95,29 @@ class LiveProjection:
         return self.kept().to(self.geometry.compute_dtype)
 
     def kept(self) -> Tensor:
-        """P in the precision that it is kept or was gathered in."""
+        """P as it is kept or was gathered: an int8 one is read by `to`."""
         if self.rule.code is not None:
             return self._expand(self.rule)
-        return self.slot.state["projection"] if self.rows is None else self.whole()
+        if self.rows is not None:
+            return self.whole()
+        P = self.slot.state["projection"]
+        return P if P.dtype != torch.int8 else self.stored
+
+    @property
+    def stored(self) -> Tensor:
+        """P in the state, or this process's rows of it: to copy into it is to round to nearest."""
+        state = self.slot.state
+        P = state["projection"]
+        return P if P.dtype != torch.int8 else Int8Weight(P, state[P_SCALE], torch.int8)
 
     def whole(self) -> Tensor:
         """All of a divided P, in the precision that it is kept or was gathered in: from all processes, if need be."""
         assert self.rows is not None
         if self.gathered is not None:
             return self.gathered
-        return self.rows.full(self.slot.state["projection"], self.geometry.projection_shape)
+        own = self.stored
+        own = own if own.is_floating_point() else own.to(self.geometry.compute_dtype)
+        return self.rows.full(own, self.geometry.projection_shape)
 
     def _expand(self, rule: SubspaceRule) -> Tensor:
         if self.expanded is not None:
@@ -122,12 +136,14 @@ class LiveProjection:
     def write(self, P: Tensor) -> None:
         """Keep a P that has moved; nothing to do where it is the tensor in the state.
 
-        In bfloat16 it is rounded at random: most steps are too small for it, and so add up.
+        In bfloat16 and int8 it is rounded at random: most steps are too small for it, and so add up.
         """
-        stored = self.slot.state["projection"]
+        stored = self.stored
         if P is stored:
             return
-        if stored.dtype == torch.bfloat16:
+        if isinstance(stored, Int8Weight):
+            stored.move_(P, self.noise)
+        elif stored.dtype == torch.bfloat16:
             round_into_(stored, P.float(), self.noise)
         else:
             stored.copy_(P)
@@ -143,7 +159,7 @@ class LiveProjection:
         init = choose_init(*geometry.size, geometry.rank, how.init) if rule.uses_init else how.init
         if geometry.sharding is not None and init != "orthonormal" and rule.reads_gradient:
             G = geometry.sharding.full(G, geometry.shape)
-        stored = self.slot.state[self.key]
+        stored = self.stored if rule.code is None else self.slot.state[self.key]
         olds = None if how.first or rule.code is None else stored.unbind() if geometry.two_sided else (stored,)
         sides = tuple(OPERATORS) if geometry.two_sided else (geometry.side,)
         # Orthonormal factors of a square weight must not be the same; singular vectors must be drawn in pairs.
@@ -163,7 +179,7 @@ class LiveProjection:
         stored.copy_(new if self.rows is None else self.rows.own(new))
         self.forget()
         if self.rows is not None:
-            self.gathered = new.to(stored.dtype)
+            self.gathered = _as_kept(new, stored)
         return init
 
     def found(self) -> bool:
@@ -201,10 +217,19 @@ class LiveProjection:
 
 def write_all(projections: Sequence[LiveProjection], P: Tensor) -> None:
     """As `write`, of a stack (k, s, r) of P that are kept in less than their precision."""
-    stored = [projection.slot.state["projection"] for projection in projections]
+    stored = [projection.stored for projection in projections]
+    if isinstance(stored[0], Int8Weight):
+        for projection, own in zip(projections, P, strict=True):
+            projection.write(own)
+        return
     if stored[0].dtype == torch.bfloat16:
         P = rounded(P.float(), [projection.noise for projection in projections])
     torch._foreach_copy_(stored, P.to(stored[0].dtype).unbind())
+
+
+def _as_kept(P: Tensor, stored: Tensor) -> Tensor:
+    """What becomes of P where it is copied into what is kept so."""
+    return Int8Weight.from_float(P).plain() if isinstance(stored, Int8Weight) else P.to(stored.dtype)
 
 
 def usable(check: GradientCheck) -> Tensor:

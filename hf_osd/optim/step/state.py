@@ -8,10 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...subspace import SUBSPACES
 from ...update_rules import MIN_8BIT_SIZE, MIN_BLOCK_SIZE, BlockWise8bit, MomentStorage, TensorSpec, UpdateRule
 from ..options.rules import Rules
 from .geometry import Geometry, ProjectedGeometry
 from .sharding import Sharding, divided
+
+
+P_SCALE = "projection_scale"  # beside an int8 P, one for each row
+P_ENTRIES = {"projection", P_SCALE} | {rule.code for rule in SUBSPACES.values() if rule.code}  # a code stands for P
 
 
 def state_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
@@ -57,6 +62,8 @@ def _matrix_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
     if rules.subspace.code is None:
         rows = None if geometry.rows is None else 0
         spec["projection"] = TensorSpec(geometry.projection_shape, geometry.projection_dtype, rows)
+        if geometry.projection_dtype == torch.int8:
+            spec[P_SCALE] = TensorSpec(geometry.projection_shape[:1], geometry.compute_dtype, rows)
     else:
         shape, dtype = rules.subspace.code_spec(geometry.rank)
         spec[rules.subspace.code] = TensorSpec((2, *shape) if geometry.two_sided else shape, dtype)

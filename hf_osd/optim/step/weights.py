@@ -131,10 +131,11 @@ class Weights:
         if given is None:  # it was used, and the state that it went into is gone
             logger.warning("%s starts P anew: the P given as `init` was used.", weight.geometry.name)
         else:
-            if isinstance(weight, ExpertWeights):
-                given = given[list(weight.geometry.experts)]
             rows = weight.geometry.rows
-            weight.slot.state["projection"].copy_(given if rows is None else rows.own(given))
+            if isinstance(weight, ExpertWeights):
+                weight.keep(given)
+            elif isinstance(weight, ProjectedWeight):
+                weight.P.stored.copy_(given if rows is None else rows.own(given))
             weight.resume()
             if rows is not None and isinstance(weight, ProjectedWeight):
                 weight.P.started = bool(given.any())
