@@ -8,7 +8,6 @@ To read a `Int8Weight` is to dequantise it, for as long as the result is held. W
 ([`round_rows_`]), and `copy_`, as `load_state_dict` calls it, which rounds to nearest.
 """
 
-import threading
 from typing import Any
 
 import torch
@@ -126,15 +125,15 @@ class Int8Weight(Tensor):
         starts = range(0, m, step)
         return [slice(start, min(start + step, m)) for start in (starts[:1] if self.is_meta else starts)]
 
-    def plain(self, memory: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """All of it, as a plain tensor, which may be given; in the scales' precision where no float dtype is known."""
+    def plain(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All of it, as a plain tensor; in the scales' precision where no float dtype is known."""
         dtype = dtype or self.dtype
         dtype = dtype if dtype.is_floating_point else self.scale.dtype
-        W = torch.empty(self.shape, dtype=dtype, device=self.device) if memory is None else memory
+        W = torch.empty(self.shape, dtype=dtype, device=self.device)
         # rounded once: divided by the scales it is K again
         if not self.is_cpu:
             return torch.mul(self.int_data, self.scale[:, None], out=W)
-        for rows in self.pieces():  # a product of two dtypes would be one of float copies of all
+        for rows in self.pieces():  # twice as fast there as a product of two dtypes
             W[rows] = self.rows(rows)
         return W
 
@@ -171,37 +170,6 @@ def _nearest(X: Tensor) -> tuple[Tensor, Tensor]:
 def plain(W: Any) -> Any:
     """A plain tensor instead of an int8 weight; anything else itself."""
     return W.plain() if isinstance(W, Int8Weight) else W
-
-
-class _Memory(threading.local):
-    """For one float weight, of the largest that this thread has read since the last step."""
-
-    held: Tensor | None = None
-
-    def like(self, W: Int8Weight) -> Tensor:
-        size = W.numel() * W.dtype.itemsize
-        if self.held is None or self.held.numel() < size:
-            self.held = torch.empty(size, dtype=torch.uint8)
-        return self.held[:size].view(W.dtype).view(W.shape)
-
-
-_memory = _Memory()
-
-
-def lent(W: Any) -> Any:
-    """`plain`, until the next call of this.
-
-    Between activations that stay, malloc would give each on a CPU pages that are new, which take as long to get as it
-    takes to fill them.
-    """
-    if not isinstance(W, Int8Weight) or type(W.int_data) is not Tensor or torch.compiler.is_compiling():
-        return plain(W)  # what is traced has no memory
-    return W.plain(_memory.like(W) if W.is_cpu else None)
-
-
-def end_lending() -> None:
-    """Free what `lent` has in this thread."""
-    _memory.held = None
 
 
 def parts_of(X: Tensor) -> tuple[Tensor, ...]:
