@@ -252,7 +252,7 @@ def test_a_product_that_fails_teaches_nothing(monkeypatch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
-        patched.setattr("hf_osd.layers.product.lent", out_of_memory)
+        patched.setattr("hf_osd.layers.product.plain", out_of_memory)
         loss.backward()
     assert all(shared.A is None and shared.energy is None for shared in optimizer.layers.inputs())
 
