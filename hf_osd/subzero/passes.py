@@ -153,13 +153,19 @@ def _as_it_is(y: Tensor) -> Any:
 
 @contextmanager
 def without_dropout(model: nn.Module, but: nn.Module | None = None) -> Iterator[None]:
-    """All modules in evaluation mode, `but` one whose flag somebody asks for what is going on."""
-    training = [module for module in model.modules() if module.training and module is not but]
+    """All modules in evaluation mode, `but` one, whose flag a loss may ask for what is going on, in its forward alone."""
+    training = [module for module in model.modules() if module.training]
+    hooks: list[Any] = []
     try:
         for module in training:
-            module.training = False
+            module.training = module is but
+            if module is but:
+                hooks.append(module.register_forward_pre_hook(lambda own, x: setattr(own, "training", False)))
+                hooks.append(module.register_forward_hook(lambda own, x, y: setattr(own, "training", True), always_call=True))
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for module in training:
             module.training = True
 

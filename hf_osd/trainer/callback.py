@@ -54,13 +54,13 @@ class OSDCallback(TrainerCallback):
         self._statistics: StatisticsFile | None = None  # of the main process
 
     def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
     ) -> None:
         """Refuse wrong arguments before any data is read."""
         if not isinstance(args, TrainingArguments):  # some trainers show callbacks arguments of another class
             return
         check_arguments(args)
-        check_subzero(args)
+        check_subzero(args, optimizer)
 
     def on_train_begin(
         self,
@@ -79,7 +79,9 @@ class OSDCallback(TrainerCallback):
             release(model.parameters(), keep=None if osd is None else osd.stream)
             if osd is None or osd.layers is None:
                 unload(model)  # another optimizer's: this one would get no gradients
-        begin_training(subzero_of(optimizer))
+        if subzero_of(optimizer) is not None:
+            check_subzero(args, optimizer)  # one that a subclass has made
+            begin_training(subzero_of(optimizer))
         if osd is None:
             return
         refuse_ignored_by_mode(osd, args)
