@@ -122,8 +122,8 @@ def replay(
     weights = _weights_of(unwrapped(model), log.config, init)
     if fingerprint(weights) != log.config["start"]:
         raise ValueError(
-            "The weights are not those that the run started from: load its base model, in its dtype, or the checkpoint "
-            "that it went on from without the optimizer's state."
+            "The weights are not those that the run started from: load its base model, in its dtype, or the "
+            "checkpoint that it went on from without the optimizer's state."
         )
     start, parameters = means(weights), log.config["parameters"]
     decays = {name: entry["weight_decay"] for name, entry in parameters.items()}
@@ -137,7 +137,7 @@ def replay(
 
 
 def _tell_how_far(weights: Weights, *few: list[float]) -> None:
-    """Warn of weights that end near the run's, and raise for others; `few` are means of the start and the run's end."""
+    """Warn of weights that end near the run's, raise for others; `few` are means of its start and end."""
     here, start, end = (torch.tensor(values, dtype=torch.float64) for values in (means(weights), *few))
     off, way = (here - end).norm().item(), (end - start).norm().item()
     if off <= FAR * way:

@@ -16,12 +16,11 @@ from ..optim.selection.wrappers import unwrapped
 from .options import OPTIONS, Options, refuse_targets
 from .passes import RandomState, loss_at, without_dropout
 from .selection import given_bases, input_sides, trained_weights
+from .state import AGREE, checked_seed
 from .weights import Weights, fingerprint
 
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-# What a state must agree in beside the options.
-AGREE = {"matrices": "other matrices in subspaces (`target_modules`)", "bases": "another `init`"}
 
 
 class SubZero(torch.optim.Optimizer):
@@ -34,9 +33,10 @@ class SubZero(torch.optim.Optimizer):
 
     with the mean of rho over micro-batches and processes, and of rho Zt over queries. E[rho²] is about the squared
     norm of the gradient, as which Trainer logs and clips it. The passes only read the weights; bfloat16 ones are
-    rounded at random by the update. In the passes dropout is off, and other random numbers are the same in all of
-    them. A rho that is not finite counts as 0, each query's of each micro-batch by itself. In bfloat16, norms and biases are perturbed where eps Zt exceeds their
-    rounding; what is in subspaces always is, for there the perturbation is added to products.
+    rounded at random by the update. In the passes dropout is off, nothing is compiled, and other random numbers are
+    the same in all. A rho that is not finite counts as 0, each query's of each micro-batch by itself. In bfloat16,
+    norms and biases are perturbed where eps Zt exceeds their rounding; what is in subspaces always is, for there the
+    perturbation is added to products.
 
     A Trainer needs `optim="subzero"` alone. In a loop of your own a step is `optimizer.step(lambda: loss)`, without
     DDP; several micro-batches are several `optimizer.forward(lambda: loss / k).backward()` before `optimizer.step()`.
@@ -89,8 +89,8 @@ class SubZero(torch.optim.Optimizer):
         self.weights = Weights(trained, matrices, self.options, given, sides)
         if self.options.perturbation == "subspace" and not self.weights.low_rank:
             warnings.warn(
-                f"No matrix is in a subspace: none has min(m, n) > rank={self.options.rank}, so all is perturbed densely, "
-                "as by MeZO. Give a lower `rank`.",
+                f"No matrix is in a subspace: none has min(m, n) > rank={self.options.rank}, so all is perturbed "
+                "densely, as by MeZO. Give a lower `rank`.",
                 stacklevel=2,
             )
         dtype = max((torch.promote_types(p.dtype, torch.float32) for p in trained.values()), key=lambda d: d.itemsize)
@@ -212,7 +212,9 @@ class SubZero(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse, for random numbers go by the objects of the model."""
-        raise TypeError("SubZero is neither copied nor pickled: make one for the model's copy, and load `state_dict()`.")
+        raise TypeError(
+            "SubZero is neither copied nor pickled: make one for the model's copy, and load `state_dict()`."
+        )
 
     def by_name(self, rates: Iterable[float]) -> tuple[dict[str, float], dict[str, float]]:
         """Learning rate and weight decay of each parameter, of the rates of the groups."""
@@ -241,24 +243,10 @@ class SubZero(torch.optim.Optimizer):
         Raises:
             ValueError: If it was saved with other options, matrices in subspaces, `init` or parameters.
         """
-        saved, own = state_dict["param_groups"][-1], self.options.plain()
-        if own.keys() - saved.keys():
-            raise ValueError("This state is none of SubZero's: load the one that was saved with it.")
-        other = [f"{name}={saved[name]}" for name in own if name != "seed" and saved[name] != own[name]]
-        here = self.param_groups[-1]
-        other += [text for name, text in AGREE.items() if saved.get(name, here[name]) != here[name]]
-        if other:
-            raise ValueError(f"This state was saved with {', '.join(other)}: give the same.")
-        names = [[group.get("param_names") for group in groups] for groups in (state_dict["param_groups"], self.param_groups)]
-        if names[0] != names[1]:
-            raise ValueError("This state is of other parameters: freeze and decay the same ones (`weight_decay`).")
-        if saved["seed"] != own["seed"]:
-            warnings.warn(f"The saved seed {saved['seed']} replaces {own['seed']}.", stacklevel=2)
-            self.options = self.weights.options = replace(self.options, seed=saved["seed"])
-        kept = state_dict["state"][saved["params"][0]]
-        if len(kept["lr"]):
-            for weight in self.weights.following:
-                weight.check(kept)
+        seed = checked_seed(state_dict, self.param_groups, self.options)
+        if seed != self.options.seed:
+            warnings.warn(f"The saved seed {seed} replaces {self.options.seed}.", stacklevel=2)
+            self.options = self.weights.options = replace(self.options, seed=seed)
         super().load_state_dict(state_dict)
         state = self.state.pop(self.direction)
         for weight in self.weights.following:

@@ -153,7 +153,7 @@ def _as_it_is(y: Tensor) -> Any:
 
 @contextmanager
 def without_dropout(model: nn.Module, but: nn.Module | None = None) -> Iterator[None]:
-    """All modules in evaluation mode, `but` one, whose flag a loss may ask for what is going on, in its forward alone."""
+    """All modules in evaluation mode; `but` one, whose flag a loss may ask for, in its own forward pass alone."""
     training = [module for module in model.modules() if module.training]
     hooks: list[Any] = []
     try:
@@ -161,7 +161,9 @@ def without_dropout(model: nn.Module, but: nn.Module | None = None) -> Iterator[
             module.training = module is but
             if module is but:
                 hooks.append(module.register_forward_pre_hook(lambda own, x: setattr(own, "training", False)))
-                hooks.append(module.register_forward_hook(lambda own, x, y: setattr(own, "training", True), always_call=True))
+                hooks.append(
+                    module.register_forward_hook(lambda own, x, y: setattr(own, "training", True), always_call=True)
+                )
         yield
     finally:
         for hook in hooks:
@@ -190,6 +192,7 @@ class RandomState:
 
 def loss_at(weights: Weights, query: int, scale: float, compute_loss: Callable[[], Tensor], seen: set[str]) -> Tensor:
     """The loss at W + scale Zt, 0-dim."""
-    with torch.no_grad(), Perturbed(weights, query, scale, seen):
+    # what is compiled would keep the Z that it was compiled with
+    with torch.compiler.set_stance("force_eager"), torch.no_grad(), Perturbed(weights, query, scale, seen):
         loss = compute_loss()
     return loss.detach().mean()  # of several devices' losses, as Trainer does

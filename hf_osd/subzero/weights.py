@@ -66,9 +66,9 @@ class Weights:
 
     @property
     def matrices(self) -> str:
-        """A hash of which are perturbed in subspaces."""
-        names = " ".join(sorted(weight.name for weight in self.low_rank))
-        return blake2b(names.encode(), digest_size=16).hexdigest()
+        """A hash of which are perturbed in subspaces, and of the side of those that follow inputs."""
+        names = sorted(f"{weight.name} {getattr(weight, 'side', '')}" for weight in self.low_rank)
+        return blake2b(",".join(names).encode(), digest_size=16).hexdigest()
 
     @property
     def low_rank(self) -> list[LowRankWeight]:

@@ -76,7 +76,9 @@ def check_subzero(args: TrainingArguments, optimizer: Any = None) -> None:
     if args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise ValueError(f"optim={NAME!r} has to see the model's functions: leave `torch_compile` out.")
     if args.neftune_noise_alpha is not None:
-        raise ValueError(f"`neftune_noise_alpha` has no effect with optim={NAME!r}, which evaluates. Leave it out.")
+        raise ValueError(
+            f"`neftune_noise_alpha` has no effect with optim={NAME!r}, in which no layer trains. Leave it out."
+        )
     if getattr(args, "loss_type", None) == "dft":
         raise ValueError("loss_type='dft' is no loss that two of its values could tell the slope of: use 'nll'.")
 
