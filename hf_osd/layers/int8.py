@@ -8,7 +8,6 @@ To read a `Int8Weight` is to dequantise it, for as long as the result is held. W
 ([`round_rows_`]), and `copy_`, as `load_state_dict` calls it, which rounds to nearest.
 """
 
-import threading
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 
 MOST = 127
+LEAST = 2.0**-100  # scale: a float32 quotient by it stays finite, and so does what a row that was 0 may become
 PIECE = 1 << 20  # entries worked on at a time: bounds float32 temporaries to 4 MiB, which caches hold
 _COPIES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default)
 
@@ -125,15 +125,15 @@ class Int8Weight(Tensor):
         starts = range(0, m, step)
         return [slice(start, min(start + step, m)) for start in (starts[:1] if self.is_meta else starts)]
 
-    def plain(self, memory: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """All of it, as a plain tensor, which may be given; in the scales' precision where no float dtype is known."""
+    def plain(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All of it, as a plain tensor; in the scales' precision where no float dtype is known."""
         dtype = dtype or self.dtype
         dtype = dtype if dtype.is_floating_point else self.scale.dtype
-        W = torch.empty(self.shape, dtype=dtype, device=self.device) if memory is None else memory
+        W = torch.empty(self.shape, dtype=dtype, device=self.device)
         # rounded once: divided by the scales it is K again
         if not self.is_cpu:
             return torch.mul(self.int_data, self.scale[:, None], out=W)
-        for rows in self.pieces():  # a product of two dtypes would be one of float copies of all
+        for rows in self.pieces():  # twice as fast there as a product of two dtypes
             W[rows] = self.rows(rows)
         return W
 
@@ -147,10 +147,10 @@ class Int8Weight(Tensor):
     def round_rows_(self, X: Tensor, rows: slice, noise: torch.Generator) -> None:
         """Rows of K <- X, (.., n) in units of their old scales, at random such that the mean is X; s as X needs it.
 
-        With X = K both stay the same to the bit. Changes X.
+        With X = K both stay the same to the bit. What is below 2^-16 of a unit is lost. Changes X.
         """
         most = torch.maximum(X.amax(1), X.amin(1).neg_())
-        factor = torch.where(most > 0, MOST / most, 1.0)
+        factor = torch.where(most > 0, MOST / most, 1.0).clamp_(max=self.scale[rows] / LEAST)
         X.mul_(factor[:, None])
         self.scale[rows] = self.scale[rows] / factor
         # K = round(X + u), -1/2 < u < 1/2 an odd multiple of 2^-16, whose mean is 0; float32 has 2^-17 at 127
@@ -163,44 +163,13 @@ class Int8Weight(Tensor):
 def _nearest(X: Tensor) -> tuple[Tensor, Tensor]:
     """K, in the dtype of X, and s of rows X, (.., n), rounded to nearest. Changes X."""
     most = X.abs().amax(1)
-    s = torch.where(most > 0, most / MOST, 1.0)
+    s = torch.where(most > 0, (most / MOST).clamp_(min=LEAST), 1.0)
     return X.div_(s[:, None]).round_(), s
 
 
 def plain(W: Any) -> Any:
     """A plain tensor instead of an int8 weight; anything else itself."""
     return W.plain() if isinstance(W, Int8Weight) else W
-
-
-class _Memory(threading.local):
-    """For one float weight, of the largest that this thread has read since the last step."""
-
-    held: Tensor | None = None
-
-    def like(self, W: Int8Weight) -> Tensor:
-        size = W.numel() * W.dtype.itemsize
-        if self.held is None or self.held.numel() < size:
-            self.held = torch.empty(size, dtype=torch.uint8)
-        return self.held[:size].view(W.dtype).view(W.shape)
-
-
-_memory = _Memory()
-
-
-def lent(W: Any) -> Any:
-    """`plain`, until the next call of this.
-
-    Between activations that stay, malloc would give each on a CPU pages that are new, which take as long to get as it
-    takes to fill them.
-    """
-    if not isinstance(W, Int8Weight) or type(W.int_data) is not Tensor or torch.compiler.is_compiling():
-        return plain(W)  # what is traced has no memory
-    return W.plain(_memory.like(W) if W.is_cpu else None)
-
-
-def end_lending() -> None:
-    """Free what `lent` has in this thread."""
-    _memory.held = None
 
 
 def parts_of(X: Tensor) -> tuple[Tensor, ...]:
@@ -217,10 +186,13 @@ def quantize_(p: nn.Parameter, name: str) -> None:
     """Let a parameter be an int8 weight from now on, for all who hold it.
 
     Raises:
-        ValueError: For one that somebody refers to weakly, as an optimizer of ours does that is still there.
+        ValueError: For one that somebody refers to weakly, as an optimizer of ours does that is still there, and for
+            one that is not finite.
     """
     if isinstance(p, Int8Weight):
         return
+    if not p.is_meta and not torch.stack(p.detach().aminmax()).isfinite().all():
+        raise ValueError(f"{name} holds nan or infinity, which 8 bits cannot: load the model anew.")
     try:
         torch.utils.swap_tensors(p, nn.Parameter(Int8Weight.from_float(p), p.requires_grad))
     except RuntimeError as error:

@@ -14,7 +14,7 @@ from .divided import reason_of, zeros_by_rows
 from .exchange import add_energies, all_holders, average_inputs, ddp_may_come, share_int8
 from .first_pass import end_first_pass, wait_for_first_pass
 from .fsdp import groups_of_fsdp, keep_from_fsdp
-from .int8 import Int8Weight, end_lending, quantize_
+from .int8 import Int8Weight, quantize_
 from .layer import LayerInfo, Meeting, plain_class
 from .linear import prepared_classes
 from .plain import CHILD, make_plain, quantize_again, unload_others
@@ -273,7 +273,6 @@ class PreparedLayers(nn.Module):
         for layer in self.layers.values():
             layer.forget()
         self.meeting.wholes.forget()
-        end_lending()
         self.send_ahead()
 
     def send_ahead(self) -> None:

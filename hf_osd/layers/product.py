@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..subspace.precision import full_precision
-from .int8 import lent
+from .int8 import plain
 from .shared_input import Seen
 
 
@@ -39,7 +39,7 @@ class SubspaceProduct(torch.autograd.Function):
         ctx.take, seen = kept or (None, ())
         ctx.save_for_backward(W, xP, *seen)
         ctx.transposed = transposed
-        V = lent(W)  # made again in the backward pass
+        V = plain(W)  # freed on return, and made again in the backward pass
         return F.linear(x, V.t() if transposed else V, b)
 
     @staticmethod
@@ -49,7 +49,7 @@ class SubspaceProduct(torch.autograd.Function):
         (dY,), (W, xP, *seen), needs = gradients, ctx.saved_tensors, ctx.needs_input_grad
         dx = None
         if needs[0]:
-            V = lent(W).to(dY.dtype)  # autocast's copy in half precision is not kept since the forward pass
+            V = plain(W).to(dY.dtype)  # autocast's copy in half precision is not kept since the forward pass
             dx = dY @ (V.t() if ctx.transposed else V)
         dY = dY.reshape(-1, dY.shape[-1])
         R = None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_osd.layers.int8 import PIECE, Int8Weight
+from hf_osd.layers.int8 import PIECE, Int8Weight, quantize_
 from hf_osd.optim.step.low_rank import Update
 from hf_osd.optim.step.rounding import Rounding, add_to_int8_
 from hf_osd.subspace.operators import Left, Right
@@ -39,6 +39,29 @@ def test_read_in_half_precision_it_is_known_again_by_its_scales(dtype):
     assert torch.equal((own.plain().float() / s[:, None]).round().to(torch.int8), K)
     again = Int8Weight.from_float(own.plain())
     assert again.become_(own) and torch.equal(again.int_data, K) and torch.equal(again.scale, s)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-35])
+def test_a_row_of_next_to_nothing_grows_as_any_other(size: float):
+    """Its scale is not one whose reciprocal, or whose quotients, are beyond float32."""
+    W = torch.randn(6, 17, generator=noise())
+    W[3] = size
+    own = Int8Weight.from_float(W)
+    faded = Int8Weight.from_float(torch.randn(6, 17, generator=noise()))
+    for _ in range(30):
+        faded.move_(faded.plain() * 1e-5, noise())
+    for weight in (own, faded):
+        X = torch.randn(6, 17, generator=noise(1))
+        weight.move_(X, noise())
+        unit = X.abs().amax(1, keepdim=True) / 127
+        assert ((weight.plain() - X).abs() <= unit * 1.0001).all()
+
+
+def test_what_is_not_finite_is_refused():
+    for value in (torch.nan, torch.inf):
+        p = nn.Parameter(torch.full((4, 3), value))
+        with pytest.raises(ValueError, match="w holds nan or infinity"):
+            quantize_(p, "w")
 
 
 def test_another_weight_is_not_taken():

@@ -84,7 +84,7 @@ class Floats(TorchDispatchMode):
 
 
 def test_no_float_copy_of_a_weight_is_left_alive(monkeypatch):
-    """One at a time is read, into memory that goes with the step."""
+    """One at a time, read in pieces, which are of less rows than it has as those of a real weight are."""
     monkeypatch.setattr(int8, "PIECE", 400)
     net = nn.Sequential(*(nn.Linear(40, 40) for _ in range(4))).bfloat16()
     optimizer = make(net, weight_dtype="int8")
@@ -96,10 +96,9 @@ def test_no_float_copy_of_a_weight_is_left_alive(monkeypatch):
         with Floats({40 * 40}) as backward:
             loss.backward()
             assert backward.count() == 0 and backward.most == 1
-        assert int8._memory.held.nbytes == 2 * 40 * 40
         with Floats({40 * 40}) as step:
             optimizer.step()
-        assert step.count() == 0 and int8._memory.held is None
+        assert step.count() == 0
         optimizer.zero_grad()
 
 
