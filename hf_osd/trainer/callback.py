@@ -79,9 +79,7 @@ class OSDCallback(TrainerCallback):
             release(model.parameters(), keep=None if osd is None else osd.stream)
             if osd is None or osd.layers is None:
                 unload(model)  # another optimizer's: this one would get no gradients
-        if subzero_of(optimizer) is not None:
-            check_subzero(args, optimizer)  # one that a subclass has made
-            begin_training(subzero_of(optimizer))
+        begin_training(subzero_of(optimizer))
         if osd is None:
             return
         refuse_ignored_by_mode(osd, args)

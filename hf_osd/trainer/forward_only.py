@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..optim.selection.targets import parse_modules
 from ..subzero import NAME, SubZero, SubZeroLog, subzero_of
@@ -70,15 +71,13 @@ def check_subzero(args: TrainingArguments, optimizer: Any = None) -> None:
     engine = engine_of(args) or ("FSDP" if args.fsdp or told_by_launcher("ACCELERATE_USE_FSDP") else None)
     if engine is not None:
         forget_engine(args)
-        raise ValueError(f"optim={NAME!r} cannot be used with {engine}, which divides the weights: use DDP.")
+        raise ValueError(f"SubZero cannot be used with {engine}, which divides the weights: use DDP.")
     if args.fp16 or getattr(args, "mixed_precision", None) == "fp16":  # the launcher's
-        raise ValueError(f"optim={NAME!r} has no gradients for fp16's GradScaler: use bf16=True.")
+        raise ValueError(f"SubZero has no gradients for fp16's GradScaler: use bf16=True.")
     if args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise ValueError(f"optim={NAME!r} has to see the model's functions: leave `torch_compile` out.")
+        raise ValueError(f"SubZero has to see the model's functions: leave `torch_compile` out.")
     if args.neftune_noise_alpha is not None:
-        raise ValueError(
-            f"`neftune_noise_alpha` has no effect with optim={NAME!r}, in which no layer trains. Leave it out."
-        )
+        raise ValueError(f"`neftune_noise_alpha` has no effect with SubZero, in which no layer trains. Leave it out.")
     if getattr(args, "loss_type", None) == "dft":
         raise ValueError("loss_type='dft' is no loss that two of its values could tell the slope of: use 'nll'.")
 
@@ -124,15 +123,19 @@ def grad_norm(original: Callable, self: Trainer, model: nn.Module, grad_norm: An
 
 
 def wrap_model(original: Callable, self: Trainer, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """`Trainer._wrap_model`, before which DDP is told of one small weight only: it would hold gradients of all."""
+    """`Trainer._wrap_model`, before which DDP is told of one small weight only: it would hold gradients of all.
+
+    Not of one for an evaluation: the mark would stay on the model, and another optimizer's DDP would see it.
+    """
     own = subzero_of(self.optimizer)
     given = inspect.signature(original).bind(self, model, *args, **kwargs).arguments
     if own is not None and given.get("training", True):
+        check_subzero(self.args, self.optimizer)  # one that a subclass has made
         if self.args.n_gpu > 1:
-            raise ValueError(f"optim={NAME!r} needs a process for each GPU: start it with torchrun or accelerate.")
+            raise ValueError(f"SubZero needs a process for each GPU: start it with torchrun or accelerate.")
         for kind in type(self).__mro__:
             if kind.__name__ in SURROGATES:
-                raise ValueError(f"optim={NAME!r} cannot train with {kind.__name__}, whose loss tells no slope.")
+                raise ValueError(f"SubZero cannot train with {kind.__name__}, whose loss tells no slope.")
         trained = [(p.numel(), name) for name, p in own.model.named_parameters() if p.requires_grad]
         trained.sort(key=lambda entry: (entry[0] == 0, *entry))
         setattr(own.model, IGNORED_BY_DDP, [name for _, name in trained[1:]])
@@ -156,15 +159,19 @@ def begin_training(own: SubZero | None) -> None:
     announce_summary(own)
 
 
-def resume_without_state(own: SubZero, checkpoint: str) -> None:
-    """Say that the optimizer begins anew from the weights of a checkpoint, and let it."""
+def resume(own: SubZero | None, checkpoint: str | None) -> None:
+    """Where a checkpoint has no state that Trainer would load, begin anew from its weights, and say so."""
+    if own is None or checkpoint is None:
+        return
+    if all(Path(checkpoint, name).is_file() for name in (OPTIMIZER_NAME, SCHEDULER_NAME)):
+        return
     logger.warning("%s has no state of the optimizer: directions, schedule and the log start anew.", checkpoint)
     own.restart()
 
 
 def save_log(own: SubZero | None, folder: Path, args: TrainingArguments) -> None:
     """Put the list of rho beside the model, where it tells all."""
-    if own is None or not own.steps or own.weights.following:
+    if own is None or not own.steps or own.weights.following or own.replaced:
         return
     if args.should_save and folder.is_dir():
         SubZeroLog.from_optimizer(own).save_pretrained(folder)

@@ -133,9 +133,7 @@ def _save_divided(original: Callable, self: Any, output_dir: str, *args: Any, **
 
 
 def _load_states(original: Callable, self: Trainer, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
-    subzero = subzero_of(self.optimizer)
-    if subzero is not None and checkpoint is not None and not Path(checkpoint, SCHEDULER_NAME).is_file():
-        forward_only.resume_without_state(subzero, checkpoint)
+    forward_only.resume(subzero_of(self.optimizer), checkpoint)
     if osd_of(self.optimizer) is not None and checkpoint is not None:
         if has_state(checkpoint):
             return _fit_schedule(_load_divided, self, checkpoint)

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_osd import OSDTrainingArguments, ProjectionState, SubZero
 from hf_osd.subzero import SubZeroLog, replay, subzero_of
-from hf_osd.trainer.forward_only import IGNORED_BY_DDP
+from hf_osd.trainer.forward_only import IGNORED_BY_DDP, save_log
 from reference.tiny_models import tiny_llama
 
 
@@ -162,6 +162,11 @@ def test_what_would_not_work_is_refused_for_an_optimizer_of_ones_own(tmp_path: P
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
     with pytest.raises(ValueError, match="use bf16=True" if "fp16" in options else "leave `torch_comp|has no effect"):
         Trainer(model, args, train_dataset=Tokens(), optimizers=(SubZero(model, rank=8), None))
+    if options.get("neftune_noise_alpha"):
+        trainer = Trainer(model, args, train_dataset=Tokens())
+        trainer.create_optimizer = lambda: setattr(trainer, "optimizer", SubZero(model, rank=8))
+        with pytest.raises(ValueError, match="has no effect"):
+            trainer.train()
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -280,6 +285,8 @@ def test_a_log_is_of_the_weights_that_it_says(tmp_path: Path, caplog):
     assert best is not None and not best.endswith("-3")
     with pytest.raises(ValueError, match=r"use SubZeroLog.from_pretrained\(trainer.state.best_model_checkpoint\)"):
         SubZeroLog.from_optimizer(trainer.optimizer)
+    save_log(subzero_of(trainer.optimizer), tmp_path / "checkpoint-3", trainer.args)  # as a push does
+    replay(tiny_llama(attention_dropout=0.1), tmp_path / "checkpoint-3")  # which is of its own weights still
     again = tiny_llama(attention_dropout=0.1)
     replay(again, best)
     assert all(torch.equal(p, q) for p, q in zip(weights(trainer), again.parameters(), strict=True))
