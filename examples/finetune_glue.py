@@ -3,9 +3,9 @@ r"""Fine-tunes a classifier on GLUE with OSD, GaLore, LoRA, full AdamW or forwar
 What it does: for each task and seed, fine-tunes a sequence-classification model in an ordinary `Trainer`, evaluates it
 with the benchmark's metrics, and writes `results.json` and `results.md` (mean and spread over seeds, trained
 parameters, optimizer state, peak memory, time) to `--output_dir`. `--method osd|galore|full` trains all weights,
-`lora` adapters, `head` the classifier, and `subzero|mezo` all weights without a backward pass. Everything else is an
-argument of Trainer (early stopping: `--early_stopping_patience 3 --load_best_model_at_end true --eval_strategy steps
---save_strategy steps`) or of OSD.
+`lora` adapters, `head` the classifier, and `subzero|mezo` all weights without a backward pass; `--trained pooler
+classifier` keeps all weights of other names as they are. Everything else is an argument of Trainer (early stopping:
+`--early_stopping_patience 3 --load_best_model_at_end true --eval_strategy steps --save_strategy steps`) or of OSD.
 
 What it needs: `pip install "hf_osd[examples]"`. Data is `nyu-mll/glue` from the Hub, or `--data_dir` with
 `<task>/train.jsonl` and so on. The first command takes minutes on a laptop, the second one wants a GPU.
@@ -74,6 +74,10 @@ class GlueArguments:
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Layers that are projected or get adapters: names, or all-linear.", "nargs": "+"},
     )
+    trained: list[str] | None = field(
+        default=None,
+        metadata={"help": "Train only parameters whose names hold one of these, as encoder.", "nargs": "+"},
+    )
     data_dir: str | None = field(default=None, metadata={"help": "Folder with <task>/<split>.jsonl or .parquet."})
     validation_split: str | None = field(
         default=None, metadata={"help": "Labelled split to validate on, instead of the benchmark's."}
@@ -103,6 +107,8 @@ class GlueArguments:
             raise ValueError(f"Unknown --task {', '.join(unknown)}; there are {', '.join(TASKS)}.")
         if self.lora_alpha is not None and self.method != "lora":
             raise ValueError(f"--lora_alpha has no effect with --method {self.method}.")
+        if self.trained is not None and self.method in ("head", "lora"):
+            raise ValueError(f"--trained has no effect with --method {self.method}, which says itself what it trains.")
         if self.extract_lora and self.method == "lora":
             raise ValueError("--extract_lora is for methods that train the weights themselves, not for lora.")
         if self.dtype not in ("float32", "bfloat16"):
@@ -181,7 +187,13 @@ def run_task(name: str, args: GlueArguments, training_args: OSDTrainingArguments
         model = load_model(args.model_name_or_path, task, args.dtype)
         base = copy.deepcopy(model) if args.extract_lora else None
         model = prepare_model(
-            model, args.method, own, rank=args.rank, lora_alpha=args.lora_alpha, target_modules=args.target_modules
+            model,
+            args.method,
+            own,
+            rank=args.rank,
+            lora_alpha=args.lora_alpha,
+            target_modules=args.target_modules,
+            trained=args.trained,
         )
         clock = TrainingClock()
         patience = args.early_stopping_patience

@@ -83,6 +83,7 @@ def prepare_model(
     rank: int | None,
     lora_alpha: int | None,
     target_modules: str | list[str],
+    trained: list[str] | None = None,
 ) -> nn.Module:
     """Choose the layers, the same for every method: they are projected, or get adapters.
 
@@ -93,13 +94,23 @@ def prepare_model(
         rank (`int`, *optional*): r; defaults to 8.
         lora_alpha (`int`, *optional*): LoRA's updates are scaled by `lora_alpha / rank`; defaults to `2 * rank`.
         target_modules (`str` or `list[str]`): As `optim_target_modules`.
+        trained (`list[str]`, *optional*): Parameters without any of these in their names are frozen.
 
     Returns:
         `nn.Module`: The model to train; a `PeftModel` for LoRA.
+
+    Raises:
+        ValueError: If one of `trained` is in no name.
     """
     if method == "head":
-        for p in model.base_model.parameters():
-            p.requires_grad = False
+        model.base_model.requires_grad_(False)
+    if trained is not None:
+        names = dict(model.named_parameters())
+        for part in trained:
+            if not any(part in name for name in names):
+                raise ValueError(f"--trained {part}: no parameter has it in its name, as {next(iter(names))}.")
+        for name, p in names.items():
+            p.requires_grad = any(part in name for part in trained)
     if method in ("full", "head", "mezo") or (method == "subzero" and target_modules == ALL_LINEAR):
         return model  # of SubZero that is every matrix, embeddings and heads as well
     if method in ("osd", "subzero"):

@@ -223,6 +223,31 @@ def test_forward_passes_alone():
     assert said + f"{losses['a saved P as V']:.3f} with a saved P as V" in text
 
 
+def test_quality_of_forward_passes_alone():
+    tasks: dict[str, dict] = {}
+    for row in rows_of("glue_forward_only"):
+        tasks.setdefault(row["label"], {})[row["task"]] = row
+    for label, of in tasks.items():
+        cells = []
+        for row in (of.get("sst2"), of.get("mrpc")):
+            if row is None:
+                cells += ["-", "-"]
+                continue
+            losses = [metrics["eval_loss"] for metrics in row["metrics"]]
+            cells.append(f"{mean(row['scores']):.1f} ± {stdev(row['scores']):.1f}")
+            cells.append(f"{mean(losses):.3f} ± {stdev(losses):.3f}")
+        assert f"| {label} | {' | '.join(cells)} |\n" in page("docs/forward_only.md")
+    text = text_of("docs/forward_only.md")
+    start, subzero, mezo = (tasks[name]["sst2"] for name in (next(iter(tasks)), "SubZero, rank 8", "MeZO"))
+    same = tasks["MeZO at SubZero's rate"]["sst2"]
+    assert same["best_learning_rate"] == subzero["best_learning_rate"]
+    losses = [[metrics["eval_loss"] for metrics in row["metrics"]] for row in (same, subzero)]
+    assert all(low < high for low, high in zip(*losses, strict=True))  # "the lower one with every seed"
+    falls = f"MeZO falls from {start['scores'][0]:.1f} to {mezo['grid']['0.0003']:.1f}"
+    assert f"{falls} and SubZero stays at {subzero['grid']['0.0003']:.1f}" in text
+    assert f"({mezo['trained_parameters'] / 1e6:.1f}M parameters)" in text
+
+
 @cache
 def llama(name: str) -> LlamaForCausalLM:
     config = LlamaConfig.from_json_file(ROOT / "examples" / "llama_configs" / f"llama_{name}.json")

@@ -1,10 +1,13 @@
 """Fine-tunes the same model on GLUE tasks with several methods, each at its best learning rate of a grid.
 
-Reads experiments/<name>.json: arguments common to all runs, those of each task, and for each method its arguments and
-learning rates, which may differ by task, or the name of a method whose best rates it takes over. For each task and
-method, every rate of the grid runs with the first seed; the best one runs with the other seeds too. Every run is one
-call of examples/finetune_glue.py in a process of its own. Finished runs are kept in `--work_dir` and not repeated, so
-an interrupted comparison continues. Writes results/<device>/<name>.json and .md.
+Reads experiments/<name>.json: arguments common to all runs, those of each task, perhaps with the `methods` that run on
+it, and for each method its arguments and learning rates, which may differ by task, or the name of a method whose best
+rates it takes over. For each task and
+method, every rate of the grid runs with the first seed; the best one runs with the other seeds too. The best has the
+highest score or, with `"best": "loss"`, the lowest training loss in the second half, whatever the validation says.
+Where there is a `start`, a run, all methods begin with the model that it has made of the same task and seed. Every run
+is one call of examples/finetune_glue.py in a process of its own. Finished runs are kept in `--work_dir` and not
+repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json and .md.
 
 Needs: the `examples` extra. The small command takes minutes, the committed one two hours on one core. Both take model
 and data from the Hub, or from `--model` and `--data_dir`.
@@ -21,6 +24,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from q_galore_weights import obeyed
 
 HERE = Path(__file__).parent
 PROCESSES = multiprocessing.get_context("forkserver")  # imports PRELOADED once, then forks for each run
+SAVED = ["--save_strategy", "steps", "--save_only_model", "true"]  # at the end too
 PRELOADED = ["hf_osd", "datasets"]  # what is installed: before Python 3.13 the server lacks our sys.path
 
 
@@ -76,16 +81,44 @@ class Runner:
         same = json.loads(command_file.read_text()) == self._command(name, arguments)
         return json.loads(results.read_text()) if same else None
 
+    def start(self, task: str, arguments: list[str], seed: int) -> tuple[dict[str, Any], Path]:
+        """A run whose model others begin with, and the model's folder; with other arguments it is another folder."""
+        digest = blake2b(json.dumps([self.common, arguments]).encode(), digest_size=4).hexdigest()
+        name = f"{task}-start-{digest}-seed{seed}"
+        found = self(name, [*arguments, "--task", task, "--seed", str(seed), *SAVED])
+        return found, self.work_dir / name / task / f"seed-{seed}"
+
     def _command(self, name: str, arguments: list[str]) -> list[str]:
         return [*self.common, *arguments, "--output_dir", str(self.work_dir / name)]
+
+
+def goodness(found: dict[str, Any], by: str) -> float:
+    """What is highest at the best rate: the score, or by `"loss"` minus the training loss of the second half."""
+    (run,) = found["runs"]
+    if by == "score":
+        return run["score"]
+    losses = [entry["loss"] for entry in run["log_history"] if "loss" in entry]
+    return -statistics.fmean(losses[len(losses) // 2 :])
 
 
 def compare_task(
     task: str, experiment: dict[str, Any], methods: list[str], run: Callable[[str, list[str]], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One row a method: its grid with the first seed, and all seeds at the best rate."""
+    """One row a method of the task: its grid with the first seed, and all seeds at the best rate."""
     rows: dict[str, dict[str, Any]] = {}
     first, *others = experiment["seeds"]
+    of_task, start = experiment["tasks"][task], experiment.get("start")
+    if isinstance(of_task, dict):
+        methods = [name for name in methods if name in of_task.get("methods", methods)]
+        of_task = of_task["arguments"]
+    models: dict[int, list[str]] = {}
+    if start is not None:
+        rate = start["learning_rate"]
+        arguments = [*start["arguments"], *of_task, "--learning_rate", str(rate)]
+        made = {seed: run.start(task, arguments, seed) for seed in experiment["seeds"]}
+        models = {seed: ["--model_name_or_path", str(folder)] for seed, (_, folder) in made.items()}
+        found = [entry for entry, _ in made.values()]
+        rows["start"] = row_of(task, "start", start, {rate: found[0]}, rate, found)
     for name in methods:
         method = experiment["methods"][name]
         rates = method["learning_rates"]
@@ -97,31 +130,37 @@ def compare_task(
             rates = rates[task]
 
         def result(rate: float, seed: int, name: str = name, arguments: list[str] = method["arguments"]) -> dict:
-            extra = ["--task", task, "--learning_rate", str(rate), "--seed", str(seed)]
-            return run(f"{task}-{name}-lr{rate:g}-seed{seed}", [*arguments, *experiment["tasks"][task], *extra])
+            extra = ["--task", task, "--learning_rate", str(rate), "--seed", str(seed), *models.get(seed, [])]
+            return run(f"{task}-{name}-lr{rate:g}-seed{seed}", [*arguments, *of_task, *extra])
 
         grid = {rate: result(rate, first) for rate in rates}
-        best = max(rates, key=lambda rate: grid[rate]["runs"][0]["score"])
-        found = [grid[best], *(result(best, seed) for seed in others)]
-        runs = [entry["runs"][0] for entry in found]
-        rows[name] = {
-            "task": task,
-            "method": name,
-            "label": method["label"],
-            "arguments": method["arguments"],
-            "grid": {f"{rate:g}": entry["runs"][0]["score"] for rate, entry in grid.items()},
-            "best_learning_rate": best,
-            "scores": [entry["score"] for entry in runs],
-            "extracted": [entry["extracted"] for entry in runs],
-            "metrics": [entry["metrics"] for entry in runs],
-            "metrics_from": runs[0]["metrics_from"],
-            "steps": runs[0]["steps"],
-            "trained_parameters": runs[0]["trained_parameters"],
-            "optimizer_state_bytes": runs[0]["optimizer_state_bytes"],
-            "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in found),
-            "seconds": statistics.fmean(entry["seconds"] for entry in runs),
-        }
+        best = max(rates, key=lambda rate: goodness(grid[rate], experiment.get("best", "score")))
+        rows[name] = row_of(task, name, method, grid, best, [grid[best], *(result(best, seed) for seed in others)])
     return list(rows.values())
+
+
+def row_of(
+    task: str, name: str, method: dict[str, Any], grid: dict[float, dict], best: float, found: list[dict]
+) -> dict[str, Any]:
+    """What is kept of a method's runs: `found` at the best rate, one of each seed, and `grid` with the first."""
+    runs = [entry["runs"][0] for entry in found]
+    return {
+        "task": task,
+        "method": name,
+        "label": method["label"],
+        "arguments": method["arguments"],
+        "grid": {f"{rate:g}": entry["runs"][0]["score"] for rate, entry in grid.items()},
+        "best_learning_rate": best,
+        "scores": [entry["score"] for entry in runs],
+        "extracted": [entry["extracted"] for entry in runs],
+        "metrics": [entry["metrics"] for entry in runs],
+        "metrics_from": runs[0]["metrics_from"],
+        "steps": runs[0]["steps"],
+        "trained_parameters": runs[0]["trained_parameters"],
+        "optimizer_state_bytes": runs[0]["optimizer_state_bytes"],
+        "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in found),
+        "seconds": statistics.fmean(entry["seconds"] for entry in runs),
+    }
 
 
 def average(rows: list[dict[str, Any]]) -> tuple[float, float | None]:
@@ -138,10 +177,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| --- |" + " --- |" * (len(tasks) + 4),
     ]
     for method in methods:
-        own = [row for row in rows if row["method"] == method]
-        cells = [_score(statistics.fmean(row["scores"]), _spread(row["scores"])) for row in own]
-        cells = [f"{cell} ({row['best_learning_rate']:g})" for cell, row in zip(cells, own, strict=True)]
-        cells = [own[0]["label"], *cells, _score(*average(own)), f"{own[0]['trained_parameters']:,}"]
+        own = {row["task"]: row for row in rows if row["method"] == method}
+        cells = [_cell(own[task]) if task in own else "-" for task in tasks]
+        own = list(own.values())
+        mean = _score(*average(own)) if len(own) == len(tasks) else "-"
+        cells = [own[0]["label"], *cells, mean, f"{own[0]['trained_parameters']:,}"]
         cells.append(f"{own[0]['optimizer_state_bytes'] / 2**20:.1f} MiB")
         cells.append(f"{max(row['peak_memory_bytes'] for row in own) / 2**30:.2f} GiB")
         lines.append(f"| {' | '.join(cells)} |")
@@ -165,6 +205,10 @@ def adapters(rows: list[dict[str, Any]]) -> str:
 
     own = [row for row in rows if row["method"] == rows[0]["method"]]
     return adapter_table({row["task"]: (row["scores"], row["extracted"]) for row in own})
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{_score(statistics.fmean(row['scores']), _spread(row['scores']))} ({row['best_learning_rate']:g})"
 
 
 def _score(mean: float, spread: float | None) -> str:

@@ -73,11 +73,11 @@ def check_subzero(args: TrainingArguments, optimizer: Any = None) -> None:
         forget_engine(args)
         raise ValueError(f"SubZero cannot be used with {engine}, which divides the weights: use DDP.")
     if args.fp16 or getattr(args, "mixed_precision", None) == "fp16":  # the launcher's
-        raise ValueError(f"SubZero has no gradients for fp16's GradScaler: use bf16=True.")
+        raise ValueError("SubZero has no gradients for fp16's GradScaler: use bf16=True.")
     if args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise ValueError(f"SubZero has to see the model's functions: leave `torch_compile` out.")
+        raise ValueError("SubZero has to see the model's functions: leave `torch_compile` out.")
     if args.neftune_noise_alpha is not None:
-        raise ValueError(f"`neftune_noise_alpha` has no effect with SubZero, in which no layer trains. Leave it out.")
+        raise ValueError("`neftune_noise_alpha` has no effect with SubZero, in which no layer trains. Leave it out.")
     if getattr(args, "loss_type", None) == "dft":
         raise ValueError("loss_type='dft' is no loss that two of its values could tell the slope of: use 'nll'.")
 
@@ -132,7 +132,7 @@ def wrap_model(original: Callable, self: Trainer, model: nn.Module, *args: Any, 
     if own is not None and given.get("training", True):
         check_subzero(self.args, self.optimizer)  # one that a subclass has made
         if self.args.n_gpu > 1:
-            raise ValueError(f"SubZero needs a process for each GPU: start it with torchrun or accelerate.")
+            raise ValueError("SubZero needs a process for each GPU: start it with torchrun or accelerate.")
         for kind in type(self).__mro__:
             if kind.__name__ in SURROGATES:
                 raise ValueError(f"SubZero cannot train with {kind.__name__}, whose loss tells no slope.")

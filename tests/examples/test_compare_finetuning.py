@@ -69,6 +69,36 @@ def test_the_grid_runs_with_one_seed_and_the_best_rate_with_all():
     assert (b["seconds"], b["peak_memory_bytes"]) == (2, 3 << 30)
 
 
+def test_methods_begin_with_the_model_of_the_start_and_are_chosen_by_training_loss(tmp_path):
+    calls, losses = [], {"0.1": [2.0, 0.5, 0.7], "0.2": [0.1, 0.7, 0.7]}
+    run = compare_finetuning.Runner(tmp_path, ["--bf16", "true"])
+
+    def finetune(argv, log):
+        (folder := Path(argv[-1])).mkdir(exist_ok=True)
+        calls.append(argv)
+        rate = argv[argv.index("--learning_rate") + 1]
+        found = fake_run([])("", argv)
+        found["runs"][0]["log_history"] = [{"loss": loss} for loss in losses.get(rate, [1.0])] + [{"eval_loss": 0.1}]
+        (folder / "results.json").write_text(json.dumps(found))
+
+    run.pool.submit = lambda _, argv, log: type("Done", (), {"result": lambda self: finetune(argv, log)})()
+    start = {"label": "the start", "arguments": ["--method", "head"], "learning_rate": 0.01}
+    experiment = EXPERIMENT | {"start": start, "best": "loss"}
+    first, a = compare_finetuning.compare_task("rte", experiment, ["a"], run)
+    assert (first["method"], first["label"], first["scores"]) == ("start", "the start", [1.1, 2.1, 3.1])
+    assert (a["best_learning_rate"], a["scores"]) == (0.1, [2.0, 3.0, 4.0]) and len(calls) == 3 + 4
+    for argv in calls[3:]:
+        seed = argv[argv.index("--seed") + 1]
+        folder = Path(argv[argv.index("--model_name_or_path") + 1])
+        own = next(call for call in calls if folder == Path(call[-1], "rte", f"seed-{seed}"))
+        assert own[:4] == ["--bf16", "true", "--method", "head"] and own[-8:-2] == ["--seed", seed, *own[-6:-2]]
+    compare_finetuning.compare_task("rte", experiment, ["a"], run)
+    assert len(calls) == 7  # all had finished
+    experiment["start"] = start | {"learning_rate": 0.02}
+    compare_finetuning.compare_task("rte", experiment, ["a"], run)
+    assert len(calls) == 14  # another start, and runs that begin with it
+
+
 def test_rates_of_a_method_that_has_not_run_are_refused():
     with pytest.raises(SystemExit, match="b takes the learning rates of a, which must run before it"):
         compare_finetuning.compare_task("rte", EXPERIMENT, ["b"], fake_run([]))
@@ -86,6 +116,13 @@ def test_the_table_has_a_row_for_each_method():
     assert head == "| method | rte | average | trained parameters | optimizer state | peak memory |"
     assert a == "| A | 4.0 ± 1.0 (0.2) | 4.0 ± 1.0 | 1,000 | 1.0 MiB | 3.00 GiB |" and b.startswith("| B |")
     assert compare_finetuning.adapters(rows) == ""
+    task = {"arguments": [], "methods": ["b", "c"]}
+    experiment = {**EXPERIMENT, "tasks": {"mrpc": task}}
+    experiment["methods"] = {"b": EXPERIMENT["methods"]["a"], "c": EXPERIMENT["methods"]["a"]}
+    rows += compare_finetuning.compare_task("mrpc", experiment, ["a", "b", "c"], fake_run([]))
+    *_, a, b, c = compare_finetuning.table(rows).splitlines()
+    assert [line.split(" | ")[2] for line in (a, b)] == ["-", "4.0 ± 1.0 (0.2)"]  # a does not run on this task
+    assert [line.split(" | ")[3] for line in (a, b, c)] == ["-", "4.0 ± 1.0", "-"]
 
 
 def test_finished_runs_are_not_repeated(tmp_path):

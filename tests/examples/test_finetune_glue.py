@@ -122,6 +122,19 @@ def test_one_plain_name_selects_its_layers(finetune, method):
         assert sum(group["tensors"] for group in run["parameter_groups"] if group.get("rank")) == 2
 
 
+def test_only_parameters_of_these_names_are_trained(finetune, tmp_path):
+    options = {"trained": ["classifier", "layer.1.output"], "save_strategy": "steps"}
+    run = finetune(method="subzero", rank=4, **options)["runs"][0]
+    trained = 24 * 2 + 2 + 24 * 40 + 3 * 24
+    assert run["trained_parameters"] == trained
+    model = tmp_path / "out" / "rte" / "seed-42"
+    head = finetune(method="mezo", trained="classifier", model_name_or_path=model)["runs"][0]
+    assert head["trained_parameters"] == 24 * 2 + 2
+    osd = finetune(rank=4, **options)["runs"][0]
+    assert osd["trained_parameters"] == trained
+    assert [group["tensors"] for group in osd["parameter_groups"] if group.get("rank")] == [1]
+
+
 def test_extracted_adapters_are_evaluated(finetune, tmp_path):
     run = finetune(task="stsb", rank=4, extract_lora=[2, 24], learning_rate=1e-2, max_steps=6)["runs"][0]
     found = {(entry["rank"], entry["carry"]): entry for entry in run["extracted"]}
@@ -218,6 +231,8 @@ def test_test_splits_without_labels_are_refused(tmp_path):
         ({"optim": "galore_adamw"}, "--method osd does not go with --optim galore_adamw"),
         ({"method": "full", "optim": "osd_adamw"}, "--method full does not go with --optim osd_adamw"),
         ({"osd_rank": 8}, "use --rank"),
+        ({"trained": "encodr"}, "--trained encodr: no parameter has it in its name, as bert.embeddings"),
+        ({"trained": "encoder", "method": "head"}, "--trained has no effect with --method head"),
         ({"lora_alpha": 8}, "--lora_alpha has no effect with --method osd"),
         ({"method": "lora", "osd_alpha": 2}, "osd_alpha"),
         ({"task": "stsb", "class_weights": "balanced"}, "stsb is a regression"),
