@@ -51,7 +51,7 @@ LABELS = {
     "adamw_bnb_8bit": "AdamW 8-bit",
     "galore_adamw": "GaLore",
     "lora": "LoRA {lora_rank}, AdamW",
-    "subzero": "SubZero {subzero_rank}, forward only",
+    "subzero": "{subzero}, forward only",
 }
 COLUMNS = {
     "weights": "weights",
@@ -78,7 +78,7 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
         if number < 1:
             raise ValueError(f"--{name} must be at least 1, got {number}.")
     optim, layerwise, options = _optimizer(arguments)
-    forward_only = SubZeroOptions(**parse_optim_args(arguments.subzero_args, SUBZERO_KEYS))
+    forward_only = SubZeroOptions(**parse_optim_args(arguments.subzero_args, SUBZERO_KEYS, "`--subzero_args`"))
     config = load_config(arguments.model, arguments.revision)
     work = Workload(config, DTYPES[arguments.dtype], arguments.seq, lora_rank)
     with explained(f"no model can be made of {arguments.model!r}"):
@@ -119,7 +119,7 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
             for key in ("model", "rank", "batch", "seq", "dtype", "optim_args", "subzero_args")
         },
         "lora_rank": lora_rank,
-        "subzero_rank": forward_only.rank,
+        "subzero": "MeZO" if forward_only.perturbation == "dense" else f"SubZero {forward_only.rank}",
         "parameters": sum(p.numel() for p in model.parameters()),
         "matrices": sum(prod(shape[:-2]) for shape in shapes),
         "clipped": sum(prod(shape[:-2]) for shape in shapes if arguments.rank > min(shape[-2:])),

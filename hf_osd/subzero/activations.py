@@ -94,11 +94,6 @@ class FollowingWeight(LowRankWeight):
         found = {"basis": self.basis, "A": None if self.A is None else self.A.clone()}
         return {f"{key}.{self.name}": value for key, value in found.items() if value is not None}
 
-    def check(self, state: Mapping[str, Tensor]) -> None:
-        """Raise `ValueError` for a state in which there is no V of this weight."""
-        if f"basis.{self.name}" not in state:
-            raise ValueError(f"This state has no V of {self.name}: give the `target_modules` that it was saved with.")
-
     def load_(self, state: Mapping[str, Tensor]) -> None:
         """Take them from there."""
         basis, A = (state.get(f"{key}.{self.name}") for key in ("basis", "A"))

@@ -20,7 +20,10 @@ from .optimizer import SubZero, subzero_of
 from .options import Options
 from .selection import given_bases
 from .weight import LowRankWeight
-from .weights import Weights, fingerprint
+from .weights import Weights, fingerprint, means
+
+
+FAR = 0.1  # of a run's way: what is no rounding
 
 
 logger = logging.getLogger("hf_osd")
@@ -45,13 +48,19 @@ class SubZeroLog:
         """A copy of what an optimizer has done so far; accelerate's wrapper is looked through.
 
         Raises:
-            ValueError: For another optimizer, before the first step, and where V follows inputs.
+            ValueError: For another optimizer, before the first step, where V follows inputs, and after
+                `load_best_model_at_end` has given the model other weights.
         """
         own = subzero_of(optimizer)
         if own is None or not own.steps:
             raise ValueError("A SubZeroLog needs an optimizer `SubZero` that has made a step.")
         if own.weights.following:
             raise ValueError("source='activations' leaves no SubZeroLog, which cannot tell V: save the model instead.")
+        if own.replaced:
+            raise ValueError(
+                "The model has no longer the weights of the last step (`load_best_model_at_end`): use "
+                "SubZeroLog.from_pretrained(trainer.state.best_model_checkpoint)."
+            )
         rho, lr = own.history()
         return cls(rho.cpu(), lr, _config(own))
 
@@ -98,6 +107,7 @@ def replay(
     """Make the fine-tuned weights of the ones that the run started from, in place.
 
     On the same kind of machine and versions they are bit for bit the run's, elsewhere up to rounding; a warning tells.
+    That of bfloat16 is random, and can be as long as the run's way.
 
     Args:
         model (`nn.Module`): As it was before the run: same weights, same dtype.
@@ -105,13 +115,17 @@ def replay(
         init (`ProjectionState`, `str` or `os.PathLike`, *optional*): That of the run, if it had one.
 
     Raises:
-        ValueError: For a model with other parameters or values, and directions drawn on another kind of device.
+        ValueError: For a model with other parameters or values, directions drawn on another kind of device, and where
+            the weights end elsewhere than the run's.
     """
     log = log if isinstance(log, SubZeroLog) else SubZeroLog.from_pretrained(log)
     weights = _weights_of(unwrapped(model), log.config, init)
     if fingerprint(weights) != log.config["start"]:
-        raise ValueError("The weights are not those that the run started from: load its base model, in its dtype.")
-    parameters = log.config["parameters"]
+        raise ValueError(
+            "The weights are not those that the run started from: load its base model, in its dtype, or the "
+            "checkpoint that it went on from without the optimizer's state."
+        )
+    start, parameters = means(weights), log.config["parameters"]
     decays = {name: entry["weight_decay"] for name, entry in parameters.items()}
     device = next(iter(weights.weights.values())).W.device
     with torch.no_grad():
@@ -119,9 +133,25 @@ def replay(
             weights.begin(step)
             weights.update_(rho, {name: rates[entry["group"]] for name, entry in parameters.items()}, decays)
     if fingerprint(weights) != log.config["end"]:
+        _tell_how_far(weights, start, log.config["means"])
+
+
+def _tell_how_far(weights: Weights, *few: list[float]) -> None:
+    """Warn of weights that end near the run's, raise for others; `few` are means of its start and end."""
+    here, start, end = (torch.tensor(values, dtype=torch.float64) for values in (means(weights), *few))
+    off, way = (here - end).norm().item(), (end - start).norm().item()
+    if off <= FAR * way:
         logger.warning(
-            "The weights differ from the run's by rounding: it ran on another machine or with other versions."
+            "The weights differ from the run's by rounding (%.2g of its way): it ran on another machine or with other "
+            "versions.",
+            off / max(way, 1e-300),
         )
+        return
+    text = f"The weights end {off:.2g} off the run's, whose way was {way:.2g}: they were changed beside it"
+    if any(weight.W.dtype == torch.bfloat16 for weight in weights.weights.values()):
+        logger.warning("%s, or it ran on another machine, where bfloat16 is rounded otherwise.", text)
+        return
+    raise ValueError(f"{text}, or it drew otherwise, with another version of torch.")
 
 
 def _config(optimizer: SubZero) -> dict[str, Any]:
@@ -147,6 +177,7 @@ def _config(optimizer: SubZero) -> dict[str, Any]:
         "bases": optimizer.weights.bases,
         "start": optimizer.param_groups[-1]["start"],
         "end": fingerprint(optimizer.weights),
+        "means": means(optimizer.weights),
         "parameters": parameters,
     }
 

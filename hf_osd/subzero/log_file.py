@@ -12,7 +12,7 @@ from ..hub.checks import ProjectionFileError, parse_json
 
 FILE = "subzero_log.safetensors"
 KEY, VERSION = "subzero", 1  # of the header's metadata
-NEEDED = frozenset({"options", "parameters", "start", "end", "bases", "device"})
+NEEDED = frozenset({"options", "parameters", "start", "end", "means", "bases", "device"})
 
 
 def write_log(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

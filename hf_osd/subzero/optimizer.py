@@ -13,9 +13,10 @@ from ..declare import plain, refuse_unknown
 from ..optim.factory import decay_groups
 from ..optim.options.table import check_lr
 from ..optim.selection.wrappers import unwrapped
-from .options import OPTIONS, Options
+from .options import OPTIONS, Options, refuse_targets
 from .passes import RandomState, loss_at, without_dropout
 from .selection import given_bases, input_sides, trained_weights
+from .state import AGREE, checked_seed
 from .weights import Weights, fingerprint
 
 
@@ -32,9 +33,10 @@ class SubZero(torch.optim.Optimizer):
 
     with the mean of rho over micro-batches and processes, and of rho Zt over queries. E[rho²] is about the squared
     norm of the gradient, as which Trainer logs and clips it. The passes only read the weights; bfloat16 ones are
-    rounded at random by the update. In the passes dropout is off, and other random numbers are the same in all of
-    them. A rho that is not finite counts as 0. In bfloat16, norms and biases are perturbed where eps Zt exceeds their
-    rounding; what is in subspaces always is, for there the perturbation is added to products.
+    rounded at random by the update. In the passes dropout is off, nothing is compiled, and other random numbers are
+    the same in all. A rho that is not finite counts as 0, each query's of each micro-batch by itself. In bfloat16,
+    norms and biases are perturbed where eps Zt exceeds their rounding; what is in subspaces always is, for there the
+    perturbation is added to products.
 
     A Trainer needs `optim="subzero"` alone. In a loop of your own a step is `optimizer.step(lambda: loss)`, without
     DDP; several micro-batches are several `optimizer.forward(lambda: loss / k).backward()` before `optimizer.step()`.
@@ -79,11 +81,18 @@ class SubZero(torch.optim.Optimizer):
         refuse_unknown(options, OPTIONS, "SubZero")
         self.options = Options(**{name: plain(value) for name, value in options.items()})
         check_lr(lr, "SubZero")
+        refuse_targets(self.options, target_modules)
         self.model = unwrapped(model)
         trained, matrices = trained_weights(self.model, target_modules)
         given = given_bases(self.options, trained, matrices)
         sides = input_sides(self.options, self.model, trained, matrices)
         self.weights = Weights(trained, matrices, self.options, given, sides)
+        if self.options.perturbation == "subspace" and not self.weights.low_rank:
+            warnings.warn(
+                f"No matrix is in a subspace: none has min(m, n) > rank={self.options.rank}, so all is perturbed "
+                "densely, as by MeZO. Give a lower `rank`.",
+                stacklevel=2,
+            )
         dtype = max((torch.promote_types(p.dtype, torch.float32) for p in trained.values()), key=lambda d: d.itemsize)
         device = next(iter(trained.values())).device
         self.direction = nn.Parameter(torch.zeros(self.options.queries, dtype=dtype, device=device))
@@ -91,13 +100,16 @@ class SubZero(torch.optim.Optimizer):
         groups: list[dict[str, Any]] = [{"params": list(trained.values()), "weight_decay": 0.0}]
         if weight_decay:
             groups = decay_groups(self.model, weight_decay)
-        groups = [{**group, "params": [(names[p], p) for p in group["params"]]} for group in groups if group["params"]]
-        saved = {**self.options.plain(), "start": ""}
+        groups = [{**group, "params": [(names[p], p) for p in group["params"] if p in names]} for group in groups]
+        groups = [group for group in groups if group["params"]]
+        agree = {name: getattr(self.weights, name) for name in AGREE}
+        saved = {**self.options.plain(), **agree, "start": ""}
         groups.append({"params": [("rho", self.direction)], "weight_decay": 0.0, **saved})
         self._rho = self.direction.new_zeros(0, self.options.queries)  # (steps or more, queries), of all steps
         self._rates: list[tuple[float, ...]] = []  # lr of each group, likewise
         self._seen: set[str] | None = set()  # until the first step, what has been used
         self._averaged = False
+        self._end: tuple[int, str] | None = None  # a step, and the fingerprint of the weights that it has left
         super().__init__(groups, {"lr": lr})
 
     @property
@@ -115,7 +127,7 @@ class SubZero(torch.optim.Optimizer):
 
         Args:
             compute_loss (`Callable`): The forward pass of a micro-batch, called twice for each query.
-            but (`nn.Module`, *optional*): A module that is left in its mode, training or not.
+            but (`nn.Module`, *optional*): A module whose mode, training or not, changes in its own forward pass alone.
         """
         self.weights.begin(self.steps)
         eps, total, rho = self.options.eps, None, []
@@ -135,7 +147,7 @@ class SubZero(torch.optim.Optimizer):
                 total = plus + minus if total is None else total + plus + minus
         assert total is not None
         d = self.direction
-        mean = torch.stack(rho).to(d.device, d.dtype) / self.options.queries
+        mean = _finite(torch.stack(rho)).to(d.device, d.dtype) / self.options.queries
         with torch.enable_grad():
             return total / (2 * self.options.queries) + (mean * (d - d.detach())).sum().to(total.device)
 
@@ -160,8 +172,8 @@ class SubZero(torch.optim.Optimizer):
         if self.direction.grad is None:
             return loss
         self.average()
-        rho = torch.nan_to_num(self.direction.grad, nan=0.0, posinf=0.0, neginf=0.0)
-        self.direction.grad, self._averaged = None, False  # Trainer empties the model's gradients alone
+        rho = _finite(self.direction.grad)
+        self.forget_rho()  # Trainer empties the model's gradients alone
         # as they are saved, so that a replay has the same
         rates = torch.tensor([float(group["lr"]) for group in self.weight_groups], dtype=rho.dtype).tolist()
         self._warn_unused()
@@ -169,6 +181,40 @@ class SubZero(torch.optim.Optimizer):
         self.weights.update_(rho, *self.by_name(rates))
         self.weights.follow_(self.steps)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of every optimizer."""
+        super().zero_grad(set_to_none)
+        self._averaged = False
+
+    def forget_rho(self) -> None:
+        """Drop the rho of micro-batches whose step is not to come, as where a run was broken off."""
+        self.direction.grad, self._averaged = None, False
+
+    def restart(self) -> None:
+        """Begin a run of its own, with the weights of now."""
+        self.forget_rho()
+        self._rho, self._rates, self._end = self._rho[:0], [], None
+        self.param_groups[-1]["start"] = ""
+        for weight in self.weights.following:
+            weight.load_({})
+        self.weights.forget()
+
+    def note_end(self) -> None:
+        """Note what the last step has left, before the model is given other weights."""
+        if self.steps:
+            self._end = self.steps, fingerprint(self.weights)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the model has been given other weights than the last step has left, as far as that was noted."""
+        return self._end is not None and self._end[0] == self.steps and self._end[1] != fingerprint(self.weights)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse, for random numbers go by the objects of the model."""
+        raise TypeError(
+            "SubZero is neither copied nor pickled: make one for the model's copy, and load `state_dict()`."
+        )
 
     def by_name(self, rates: Iterable[float]) -> tuple[dict[str, float], dict[str, float]]:
         """Learning rate and weight decay of each parameter, of the rates of the groups."""
@@ -195,26 +241,19 @@ class SubZero(torch.optim.Optimizer):
         """Go on exactly where the state was saved, with the seed that it was saved with.
 
         Raises:
-            ValueError: If it was saved with other options.
+            ValueError: If it was saved with other options, matrices in subspaces, `init` or parameters.
         """
-        saved, own = state_dict["param_groups"][-1], self.options.plain()
-        if own.keys() - saved.keys():
-            raise ValueError("This state is none of SubZero's: load the one that was saved with it.")
-        other = [f"{name}={saved[name]}" for name in own if name != "seed" and saved[name] != own[name]]
-        if other:
-            raise ValueError(f"This state was saved with {', '.join(other)}: give the same.")
-        if saved["seed"] != own["seed"]:
-            warnings.warn(f"The saved seed {saved['seed']} replaces {own['seed']}.", stacklevel=2)
-            self.options = self.weights.options = replace(self.options, seed=saved["seed"])
-        kept = state_dict["state"][saved["params"][0]]
-        if len(kept["lr"]):
-            for weight in self.weights.following:
-                weight.check(kept)
+        seed = checked_seed(state_dict, self.param_groups, self.options)
+        if seed != self.options.seed:
+            warnings.warn(f"The saved seed {seed} replaces {self.options.seed}.", stacklevel=2)
+            self.options = self.weights.options = replace(self.options, seed=seed)
         super().load_state_dict(state_dict)
         state = self.state.pop(self.direction)
         for weight in self.weights.following:
             weight.load_(state)
         self._rho, self._rates = state["rho"], [tuple(row) for row in state["lr"].tolist()]
+        self._end = None
+        self.forget_rho()
         self.weights.forget()
 
     def _note(self, rho: Tensor, rates: tuple[float, ...]) -> None:
@@ -238,6 +277,10 @@ class SubZero(torch.optim.Optimizer):
                 stacklevel=3,
             )
         self._seen = None
+
+
+def _finite(rho: Tensor) -> Tensor:
+    return torch.nan_to_num(rho, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def subzero_of(optimizer: Any) -> SubZero | None:

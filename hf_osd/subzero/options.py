@@ -75,5 +75,11 @@ class Options:
         return {**vars(self), "init": self.init is not None}
 
 
+def refuse_targets(options: Options, target_modules: Any, name: str = "target_modules") -> None:
+    """Raise `ValueError` for a choice of matrices that has no effect."""
+    if target_modules is not None and options.perturbation == "dense":
+        raise ValueError(f"`{name}` of SubZero has no effect with perturbation='dense'. Leave it out.")
+
+
 OPTIONS: dict[str, Option] = options_of(Options)
 KEYS = {name: own for name, own in OPTIONS.items() if own.argument is None}

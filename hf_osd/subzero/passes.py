@@ -153,13 +153,21 @@ def _as_it_is(y: Tensor) -> Any:
 
 @contextmanager
 def without_dropout(model: nn.Module, but: nn.Module | None = None) -> Iterator[None]:
-    """All modules in evaluation mode, `but` one whose flag somebody asks for what is going on."""
-    training = [module for module in model.modules() if module.training and module is not but]
+    """All modules in evaluation mode; `but` one, whose flag a loss may ask for, in its own forward pass alone."""
+    training = [module for module in model.modules() if module.training]
+    hooks: list[Any] = []
     try:
         for module in training:
-            module.training = False
+            module.training = module is but
+            if module is but:
+                hooks.append(module.register_forward_pre_hook(lambda own, x: setattr(own, "training", False)))
+                hooks.append(
+                    module.register_forward_hook(lambda own, x, y: setattr(own, "training", True), always_call=True)
+                )
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for module in training:
             module.training = True
 
@@ -184,6 +192,7 @@ class RandomState:
 
 def loss_at(weights: Weights, query: int, scale: float, compute_loss: Callable[[], Tensor], seen: set[str]) -> Tensor:
     """The loss at W + scale Zt, 0-dim."""
-    with torch.no_grad(), Perturbed(weights, query, scale, seen):
+    # what is compiled would keep the Z that it was compiled with
+    with torch.compiler.set_stance("force_eager"), torch.no_grad(), Perturbed(weights, query, scale, seen):
         loss = compute_loss()
     return loss.detach().mean()  # of several devices' losses, as Trainer does

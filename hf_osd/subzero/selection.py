@@ -22,7 +22,8 @@ def trained_weights(
     Raises:
         ValueError: If there is none, or one that cannot be perturbed.
     """
-    trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    # one without entries has nothing to train
+    trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     if not trained:
         raise ValueError("The model has no parameters to train: all are frozen.")
     for name, p in trained.items():
@@ -40,8 +41,8 @@ def trained_weights(
             )
     if target_modules is None:
         return trained, {name for name, p in trained.items() if p.ndim == 2}
-    chosen = select(model, target_modules).projected
-    return trained, {plain_name(name) for name, p in chosen.items() if p.ndim == 2}
+    chosen = {plain_name(name) for name in select(model, target_modules).projected}
+    return trained, {name for name, p in trained.items() if p.ndim == 2 and name in chosen}
 
 
 def given_bases(

@@ -58,14 +58,21 @@ class Weights:
     @property
     def bases(self) -> str:
         """A hash of what U and V are drawn in; empty where they are drawn freely."""
-        given = [(w.name, side, P) for w in self._low_rank for side, P in w.given.items()]
+        given = [(w.name, side, P) for w in self.low_rank for side, P in w.given.items()]
         digest = blake2b(digest_size=16)
         for name, side, P in sorted(given, key=lambda entry: entry[:2]):
             digest.update(f"{name} {side} {tuple(P.shape)} ".encode() + P.contiguous().numpy().tobytes())
         return digest.hexdigest() if given else ""
 
     @property
-    def _low_rank(self) -> list[LowRankWeight]:
+    def matrices(self) -> str:
+        """A hash of which are perturbed in subspaces, and of the side of those that follow inputs."""
+        names = sorted(f"{weight.name} {getattr(weight, 'side', '')}" for weight in self.low_rank)
+        return blake2b(",".join(names).encode(), digest_size=16).hexdigest()
+
+    @property
+    def low_rank(self) -> list[LowRankWeight]:
+        """Those that are perturbed in subspaces."""
         return [weight for weight in self.weights.values() if isinstance(weight, LowRankWeight)]
 
     @property
@@ -76,7 +83,7 @@ class Weights:
     @property
     def basis_bytes(self) -> int:
         """Bytes of U and V, and of what V that follows has seen."""
-        drawn = sum(sum(w.W.shape) * w.rank * w.W.element_size() for w in self._low_rank)
+        drawn = sum(sum(w.W.shape) * w.rank * w.W.element_size() for w in self.low_rank)
         return drawn + sum(w.A_bytes for w in self.following)
 
     def begin(self, step: int) -> None:
@@ -131,8 +138,16 @@ def fingerprint(weights: Weights) -> str:
     """A hash of a few numbers of every weight, which tells it from another start. Reads the devices."""
     digest = blake2b(digest_size=16)
     for name, weight in sorted(weights.weights.items()):
-        W = weight.W.detach()
-        few = W.reshape(-1)[:: max(1, W.numel() // SAMPLED)][:SAMPLED]
-        digest.update(f"{name} {tuple(W.shape)} {W.dtype} ".encode())
-        digest.update(few.to("cpu", torch.float64).numpy().tobytes())
+        digest.update(f"{name} {tuple(weight.W.shape)} {weight.W.dtype} ".encode())
+        digest.update(_few(weight).numpy().tobytes())
     return digest.hexdigest()
+
+
+def means(weights: Weights) -> list[float]:
+    """The mean of the same numbers for every weight, by which a distance can be told."""
+    return [_few(weight).mean().item() for _, weight in sorted(weights.weights.items())]
+
+
+def _few(weight: Weight) -> Tensor:
+    W = weight.W.detach()
+    return W.reshape(-1)[:: max(1, W.numel() // SAMPLED)][:SAMPLED].to("cpu", torch.float64)

@@ -54,13 +54,13 @@ class OSDCallback(TrainerCallback):
         self._statistics: StatisticsFile | None = None  # of the main process
 
     def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs: Any
     ) -> None:
         """Refuse wrong arguments before any data is read."""
         if not isinstance(args, TrainingArguments):  # some trainers show callbacks arguments of another class
             return
         check_arguments(args)
-        check_subzero(args)
+        check_subzero(args, optimizer)
 
     def on_train_begin(
         self,

@@ -6,6 +6,9 @@ as the only gradient.
 """
 
 import copy
+import inspect
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..optim.selection.targets import parse_modules
 from ..subzero import NAME, SubZero, SubZeroLog, subzero_of
-from ..subzero.options import KEYS, Options
+from ..subzero.options import KEYS, Options, refuse_targets
 from ..subzero.summary import announce_summary
+from .on_object import on_object
 from .settings import engine_of, forget_engine, optim_name, parse_optim_args, told_by_launcher
 
 
@@ -26,6 +31,9 @@ IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's name
 # Their losses are no functions to descend: the value of what is detached in them does not change with the weights.
 SURROGATES = frozenset({"GRPOTrainer", "RLOOTrainer"})
 UNUSED = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+logger = logging.getLogger("hf_osd")
 
 
 def subzero_arguments(args: TrainingArguments, model: nn.Module | None) -> dict[str, Any]:
@@ -46,22 +54,30 @@ def _options(args: TrainingArguments) -> dict[str, Any]:
     return {"seed": args.seed, **parse_optim_args(args.optim_args, KEYS)}
 
 
-def check_subzero(args: TrainingArguments) -> None:
-    """Raise `ValueError` for arguments of a run with SubZero that are wrong or would be ignored."""
-    if optim_name(args) != NAME:
+def check_subzero(args: TrainingArguments, optimizer: Any = None) -> None:
+    """Raise `ValueError` for arguments of a run with SubZero that are wrong or would be ignored.
+
+    Args:
+        args (`TrainingArguments`): Of the run.
+        optimizer (`torch.optim.Optimizer`, *optional*): That of the user's own, which `args.optim` does not tell.
+    """
+    if optimizer is None and optim_name(args) == NAME:
+        refuse_targets(Options(**_options(args)), args.optim_target_modules, "optim_target_modules")
+        for name in UNUSED:
+            if getattr(args, name) != TrainingArguments.__dataclass_fields__[name].default:
+                raise ValueError(f"`{name}` has no effect with optim={NAME!r}. Leave it out.")
+    elif subzero_of(optimizer) is None:
         return
-    Options(**_options(args))
     engine = engine_of(args) or ("FSDP" if args.fsdp or told_by_launcher("ACCELERATE_USE_FSDP") else None)
     if engine is not None:
         forget_engine(args)
-        raise ValueError(f"optim={NAME!r} cannot be used with {engine}, which divides the weights: use DDP.")
-    if args.fp16:
-        raise ValueError(f"optim={NAME!r} has no gradients for fp16's GradScaler: use bf16=True.")
-    if args.torch_compile:
-        raise ValueError(f"optim={NAME!r} has to see the model's functions: leave `torch_compile` out.")
-    for name in UNUSED:
-        if getattr(args, name) != TrainingArguments.__dataclass_fields__[name].default:
-            raise ValueError(f"`{name}` has no effect with optim={NAME!r}. Leave it out.")
+        raise ValueError(f"SubZero cannot be used with {engine}, which divides the weights: use DDP.")
+    if args.fp16 or getattr(args, "mixed_precision", None) == "fp16":  # the launcher's
+        raise ValueError("SubZero has no gradients for fp16's GradScaler: use bf16=True.")
+    if args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ValueError("SubZero has to see the model's functions: leave `torch_compile` out.")
+    if args.neftune_noise_alpha is not None:
+        raise ValueError("`neftune_noise_alpha` has no effect with SubZero, in which no layer trains. Leave it out.")
     if getattr(args, "loss_type", None) == "dft":
         raise ValueError("loss_type='dft' is no loss that two of its values could tell the slope of: use 'nll'.")
 
@@ -73,10 +89,7 @@ def training_step(
     own = subzero_of(self.optimizer)
     if own is None:
         return original(self, model, inputs, *args, **kwargs)
-    trainer: Any = self
     compute_loss = self.compute_loss
-    # one of a subclass, as trl's, may ask `self.model.training` which metrics it is to add to
-    but = own.model if type(self).compute_loss is not Trainer.compute_loss else None
 
     def two_points(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         counts = {name: value for name, value in vars(self).items() if type(value) in (int, float)}
@@ -86,13 +99,11 @@ def training_step(
             found: Any = compute_loss(model, copy.copy(inputs), *args, **kwargs)
             return found
 
-        return own.forward(loss, but)
+        # one of a subclass, as trl's, may ask `self.model.training` which metrics it is to add to
+        return own.forward(loss, but=own.model)
 
-    trainer.compute_loss = two_points  # on the object, for this one call
-    try:
+    with on_object(self, "compute_loss", two_points):
         loss = original(self, model, inputs, *args, **kwargs)
-    finally:
-        del trainer.compute_loss
     if self.accelerator.sync_gradients:
         own.average()
     return loss
@@ -112,15 +123,21 @@ def grad_norm(original: Callable, self: Trainer, model: nn.Module, grad_norm: An
 
 
 def wrap_model(original: Callable, self: Trainer, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """`Trainer._wrap_model`, before which DDP is told of one small weight only: it would hold gradients of all."""
+    """`Trainer._wrap_model`, before which DDP is told of one small weight only: it would hold gradients of all.
+
+    Not of one for an evaluation: the mark would stay on the model, and another optimizer's DDP would see it.
+    """
     own = subzero_of(self.optimizer)
-    if own is not None:
+    given = inspect.signature(original).bind(self, model, *args, **kwargs).arguments
+    if own is not None and given.get("training", True):
+        check_subzero(self.args, self.optimizer)  # one that a subclass has made
         if self.args.n_gpu > 1:
-            raise ValueError(f"optim={NAME!r} needs a process for each GPU: start it with torchrun or accelerate.")
+            raise ValueError("SubZero needs a process for each GPU: start it with torchrun or accelerate.")
         for kind in type(self).__mro__:
             if kind.__name__ in SURROGATES:
-                raise ValueError(f"optim={NAME!r} cannot train with {kind.__name__}, whose loss tells no slope.")
-        trained = sorted((p.numel(), name) for name, p in own.model.named_parameters() if p.requires_grad)
+                raise ValueError(f"SubZero cannot train with {kind.__name__}, whose loss tells no slope.")
+        trained = [(p.numel(), name) for name, p in own.model.named_parameters() if p.requires_grad]
+        trained.sort(key=lambda entry: (entry[0] == 0, *entry))
         setattr(own.model, IGNORED_BY_DDP, [name for _, name in trained[1:]])
     return original(self, model, *args, **kwargs)
 
@@ -130,6 +147,10 @@ def begin_training(own: SubZero | None) -> None:
     """Make all processes start from the first one's weights, as DDP would have, and say what is perturbed."""
     if own is None:
         return
+    own.forget_rho()  # of a run that was broken off between two micro-batches
+    if own.replaced:
+        logger.warning("The model has other weights than the last step has left: SubZero and its log start anew.")
+        own.restart()
     if hasattr(own.model, IGNORED_BY_DDP):  # another training's DDP must not see it
         delattr(own.model, IGNORED_BY_DDP)
     if dist.is_available() and dist.is_initialized():
@@ -138,9 +159,19 @@ def begin_training(own: SubZero | None) -> None:
     announce_summary(own)
 
 
+def resume(own: SubZero | None, checkpoint: str | None) -> None:
+    """Where a checkpoint has no state that Trainer would load, begin anew from its weights, and say so."""
+    if own is None or checkpoint is None:
+        return
+    if all(Path(checkpoint, name).is_file() for name in (OPTIMIZER_NAME, SCHEDULER_NAME)):
+        return
+    logger.warning("%s has no state of the optimizer: directions, schedule and the log start anew.", checkpoint)
+    own.restart()
+
+
 def save_log(own: SubZero | None, folder: Path, args: TrainingArguments) -> None:
     """Put the list of rho beside the model, where it tells all."""
-    if own is None or not own.steps or own.weights.following:
+    if own is None or not own.steps or own.weights.following or own.replaced:
         return
     if args.should_save and folder.is_dir():
         SubZeroLog.from_optimizer(own).save_pretrained(folder)

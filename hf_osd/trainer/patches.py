@@ -37,6 +37,7 @@ from .load_time import (
     save_state,
     sharded_when_loaded,
 )
+from .on_object import on_object
 from .partial_load import fitted
 from .push import Destination, make_card
 from .settings import constructor_arguments, uses_osd
@@ -132,6 +133,7 @@ def _save_divided(original: Callable, self: Any, output_dir: str, *args: Any, **
 
 
 def _load_states(original: Callable, self: Trainer, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+    forward_only.resume(subzero_of(self.optimizer), checkpoint)
     if osd_of(self.optimizer) is not None and checkpoint is not None:
         if has_state(checkpoint):
             return _fit_schedule(_load_divided, self, checkpoint)
@@ -151,12 +153,9 @@ def _fit_schedule(original: Callable, self: Trainer, *args: Any, **kwargs: Any) 
     if osd is None or not osd.partial_load or not hasattr(scheduler, "load_state_dict"):
         return original(self, *args, **kwargs)
     load_state_dict = scheduler.load_state_dict
-    # On the object, for this one call: Trainer reads the file itself.
-    scheduler.load_state_dict = lambda state: load_state_dict(fitted(state, scheduler, osd))
-    try:
+    # Trainer reads the file itself
+    with on_object(scheduler, "load_state_dict", lambda state: load_state_dict(fitted(state, scheduler, osd))):
         return original(self, *args, **kwargs)
-    finally:
-        del scheduler.load_state_dict
 
 
 def _load_whole(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
@@ -168,12 +167,8 @@ def _load_whole(original: Callable, self: Trainer, *args: Any, **kwargs: Any) ->
     if sharded_when_loaded(model) and isinstance(model, PreTrainedModel):
         return load_weights(model, folder)
     results: list[Any] = []
-    own: Any = self
-    own._issue_warnings_after_load = results.append  # on the object, for this one call
-    try:
+    with on_object(self, "_issue_warnings_after_load", results.append):
         original(self, *args, **kwargs)
-    finally:
-        del own._issue_warnings_after_load
     for result in results:
         if result.unexpected_keys and isinstance(model, PreTrainedModel):
             result = load_converted(model, folder)
@@ -182,7 +177,9 @@ def _load_whole(original: Callable, self: Trainer, *args: Any, **kwargs: Any) ->
 
 
 def _load_best(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
-    osd = osd_of(self.optimizer)
+    osd, subzero = osd_of(self.optimizer), subzero_of(self.optimizer)
+    if subzero is not None:
+        subzero.note_end()
     if osd is not None and osd.layers is not None and osd.layers.int8:
         osd.remove()  # floats, which take those of the checkpoint as they are: the training has ended
     return _load_whole(original, self, *args, **kwargs)

@@ -63,26 +63,26 @@ def uses_osd(args: TrainingArguments) -> bool:
     return optim_name(args) in OPTIM_NAMES
 
 
-def parse_optim_args(text: str | None, keys: Mapping[str, Option] = KEYS) -> dict[str, Any]:
+def parse_optim_args(
+    text: str | None, keys: Mapping[str, Option] = KEYS, where: str = "`optim_args`"
+) -> dict[str, Any]:
     """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else than these options."""
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"`optim_args` must be a text, key=value,key=value, got {type(text).__name__}.")
+        raise ValueError(f"{where} must be a text, key=value,key=value, got {type(text).__name__}.")
     values: dict[str, Any] = {}
     for entry in text.split(",") if text else ():
         key, equals, value = (part.strip() for part in entry.partition("="))
         if not equals or not key or not value or "=" in value:
             raise ValueError(
-                f"`optim_args` must read key=value,key=value, got {entry.strip()!r} in {text!r}. A value with `,` or "
+                f"{where} must read key=value,key=value, got {entry.strip()!r} in {text!r}. A value with `,` or "
                 "`=` goes into a field of OSDTrainingArguments, such as `osd_init`."
             )
         if key in TRAINER_FIELDS and key not in keys:  # SubZero's `eps` is its own
-            raise ValueError(
-                f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in `optim_args`."
-            )
-        refuse_unknown([key], keys, "`optim_args`")
+            raise ValueError(f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in {where}.")
+        refuse_unknown([key], keys, where)
         if key in values:
-            raise ValueError(f"{key!r} is given twice in `optim_args`: {text!r}.")
-        values[key] = typed(value, keys[key].check, f"{key!r} in `optim_args`")
+            raise ValueError(f"{key!r} is given twice in {where}: {text!r}.")
+        values[key] = typed(value, keys[key].check, f"{key!r} in {where}")
     return values
 
 

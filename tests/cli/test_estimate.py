@@ -150,6 +150,10 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
         more = ("--subzero_args", "rank=8,source=activations")
         followed = report_of(capsys, *words[:-4], "--gpu", gpu, "--reserve", "0KB", *more)
         assert "--optim subzero --optim_args rank=8,source=activations" in followed["suggestion"]["command"]
+        assert "\nMeZO, forward only" in estimate(
+            capsys, *words[:-4], "--subzero_args", "queries=4,perturbation=dense"
+        )
+        assert "Unknown option `rnak` in `--subzero_args`" in refused(capsys, *words[:-4], "--subzero_args", "rnak=8")
         return
     assert ("--gradient_checkpointing" in found["command"]) == found["gradient_checkpointing"]
     assert "--optim osd_adamw8bit --learning_rate 0.0002 --optim_args rank=8,scale=1 --optim_t" in found["command"]

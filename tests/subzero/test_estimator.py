@@ -132,7 +132,7 @@ def test_subspaces_stay_for_an_interval_and_draws_need_no_order():
 def test_large_dense_directions_are_drawn_in_pieces(monkeypatch):
     monkeypatch.setattr("hf_osd.optim.step.rounding.PIECE", 1000)
     net = nn.Conv2d(64, 64, 5, bias=False)
-    optimizer = SubZero(net, lr=0.5, rank=4, queries=2)
+    optimizer = SubZero(net, lr=0.5, queries=2, perturbation="dense")
     (weight,) = optimizer.weights.weights.values()
     assert isinstance(weight, DenseWeight) and weight.W.numel() > DRAWN_ON_CPU and not weight.kept
     optimizer.weights.begin(0)

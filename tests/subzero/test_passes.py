@@ -1,5 +1,9 @@
 """The passes only read the weights, draw the same random numbers, and nobody sees a perturbed model."""
 
+import copy
+import math
+import pickle
+
 import pytest
 import torch
 from nets import Net, ids
@@ -88,6 +92,32 @@ def test_a_rho_that_is_not_finite_moves_nothing():
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True)) and optimizer.steps == 1
 
 
+def test_a_query_that_is_not_finite_costs_the_others_nothing():
+    net, calls = Net(), []
+    optimizer = SubZero(net, rank=5, queries=3)
+
+    def loss() -> torch.Tensor:
+        calls.append(None)
+        return net.loss(ids()) * (float("nan") if len(calls) == 3 else 1)
+
+    optimizer.forward(loss).backward()
+    first, second, third = optimizer.direction.grad.tolist()
+    assert second == 0 and math.isfinite(nn.utils.clip_grad_norm_([optimizer.direction], 1.0))
+    assert first != 0 != third
+
+
+def test_a_compiled_loss_runs_as_it_is_written():
+    rho = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net, x = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 16)), torch.ones(4, 20)
+        model = torch.compile(net, backend="eager") if compiled else net
+        optimizer = SubZero(net, rank=4, lr=1e-2)
+        steps(optimizer, lambda model=model, x=x: model(x).square().mean(), 3)
+        rho.append(optimizer.history()[0])
+    assert torch.equal(*rho)
+
+
 def test_u_or_v_are_drawn_in_a_saved_p():
     linear = nn.Linear(20, 12, bias=False)
     osd = OSD([{"params": [("weight", linear.weight)], "rank": 6}], lr=0.0)
@@ -107,6 +137,10 @@ def test_u_or_v_are_drawn_in_a_saved_p():
     assert (bases[0].T @ bases[1]).square().sum() < 3.99  # others of the same space
     with pytest.raises(ValueError, match="rank 6: give `rank` at most that"):
         SubZero(linear, rank=7, init=state)
+    osd.step()  # another P
+    torch.nn.init.orthogonal_(P)
+    with pytest.raises(ValueError, match="saved with another `init`"):
+        SubZero(linear, rank=4, init=state, update_interval=5).load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="no P for any matrix"):
         SubZero(nn.Sequential(linear), rank=4, init=state)
 
@@ -143,6 +177,11 @@ def compiled() -> nn.Module:
         (nn.Linear(20, 12), {"ranks": 4}, "Unknown option `ranks` in SubZero. Did you mean `rank`"),
         (nn.Linear(20, 12), {"eps": 0}, "`eps` of SubZero must be a number > 0"),
         (nn.Linear(20, 12), {"rank": 4, "perturbation": "dense"}, "`rank` of SubZero has no effect"),
+        (
+            nn.Linear(20, 12),
+            {"perturbation": "dense", "target_modules": ["0"]},
+            "`target_modules` of SubZero has no ef",
+        ),
         (nn.Linear(20, 12).half(), {}, "float16, whose steps would be lost"),
         (nn.Linear(20, 12).requires_grad_(False), {}, "all are frozen"),
         (compiled(), {}, "compiled, and SubZero has to see"),
@@ -165,3 +204,19 @@ def test_gradients_and_addresses_are_refused_and_idle_parameters_told():
     optimizer = SubZero(idle, rank=4)
     with pytest.warns(UserWarning, match="No forward pass used 2 parameters"):
         optimizer.step(lambda: idle[0](torch.ones(1, 20)).sum())
+
+
+def test_what_is_in_no_subspace_is_told_and_empty_parameters_are_left_out():
+    net = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 12))
+    net.empty = nn.Parameter(torch.empty(0, 12))
+    with pytest.warns(UserWarning, match=r"No matrix is in a subspace: none has min\(m, n\) > rank=24"):
+        SubZero(net, update_interval=5)
+    optimizer = SubZero(net, rank=4, weight_decay=0.1)
+    optimizer.step(lambda: net(torch.ones(1, 20)).sum())
+    assert len(optimizer.weights.weights) == 4
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_it_is_not_copied(copied):
+    with pytest.raises(TypeError, match="make one for the model's copy, and load `state_dict"):
+        copied(SubZero(nn.Linear(20, 12), rank=4))

@@ -1,5 +1,6 @@
 """`optim="subzero"` in a stock Trainer: accumulation, clipping, all kinds of losses, evaluation, resume, refusals."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_osd import OSDTrainingArguments, ProjectionState, SubZero
 from hf_osd.subzero import SubZeroLog, replay, subzero_of
+from hf_osd.trainer.forward_only import IGNORED_BY_DDP, save_log
 from reference.tiny_models import tiny_llama
 
 
@@ -140,11 +142,31 @@ def test_resume_is_exact(tmp_path: Path, dtype: torch.dtype):
         ({"optim_args": "queries=0"}, "`queries` of SubZero must be an integer >= 1"),
         ({"adam_beta1": 0.8}, "`adam_beta1` has no effect"),
         ({"torch_compile": True}, "leave `torch_compile` out"),
+        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` has no effect"),
+        (
+            {"optim_args": "perturbation=dense", "optim_target_modules": ["q_proj"]},
+            "`optim_target_modules` of SubZero has no effect with perturbation='dense'",
+        ),
     ],
 )
 def test_what_would_not_work_is_refused_at_once(tmp_path: Path, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **options)
+
+
+@pytest.mark.parametrize("options", [{"torch_compile": True}, {"fp16": True}, {"neftune_noise_alpha": 5.0}, {}])
+def test_what_would_not_work_is_refused_for_an_optimizer_of_ones_own(tmp_path: Path, options: dict, monkeypatch):
+    if not options:
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # as `accelerate launch --dynamo_backend` does
+    model = tiny_llama()
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+    with pytest.raises(ValueError, match="use bf16=True" if "fp16" in options else "leave `torch_comp|has no effect"):
+        Trainer(model, args, train_dataset=Tokens(), optimizers=(SubZero(model, rank=8), None))
+    if options.get("neftune_noise_alpha"):
+        trainer = Trainer(model, args, train_dataset=Tokens())
+        trainer.create_optimizer = lambda: setattr(trainer, "optimizer", SubZero(model, rank=8))
+        with pytest.raises(ValueError, match="has no effect"):
+            trainer.train()
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -194,3 +216,98 @@ def test_subspaces_of_another_run(tmp_path: Path):
         replay(again, log)
     replay(again, log, init=str(tmp_path / "P"))
     assert all(torch.equal(p, q) for p, q in zip(weights(trainer), again.parameters(), strict=True))
+
+
+class BrokenOff(Exception):
+    """What ends a run between two micro-batches."""
+
+
+class Break(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise BrokenOff
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["anew", "resumed"])
+def test_a_run_that_was_broken_off_leaves_no_rho(tmp_path: Path, resume: bool):
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    options["max_grad_norm"] = 0  # clipped, two rho of one sign would be the same
+    broken, whole = make(tmp_path / "0", **options), make(tmp_path / "1", **options)
+    broken.add_callback(Break(2 if resume else 0))
+    with pytest.raises(BrokenOff):
+        broken.train()
+    broken.pop_callback(Break)
+    broken.train(resume_from_checkpoint=resume)
+    whole.train()
+    assert all(torch.equal(p, q) for p, q in zip(weights(broken), weights(whole), strict=True))
+
+
+class Modes(Trainer):
+    """Asks which mode it is in, as trl's do."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.asked = self.model.training
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_a_loss_on_the_object_stays_and_no_forward_pass_is_in_training_mode(tmp_path: Path):
+    trainer = make(tmp_path, max_steps=3)
+    trainer.__class__ = Modes
+    model, seen, calls = trainer.model, [], []
+    forward, compute_loss = model.forward, trainer.compute_loss
+
+    @functools.wraps(forward)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(any(module.training for module in model.modules()))
+        return forward(*args, **kwargs)
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(trainer.model.training)
+        return compute_loss(*args, **kwargs)
+
+    model.forward, trainer.compute_loss = watched, mine
+    trainer.train()
+    assert trainer.compute_loss is mine and calls == [True] * 6 and trainer.asked
+    assert seen == [False] * 6 and all(module.training for module in model.modules())
+    trainer.evaluate()
+    assert not hasattr(model, IGNORED_BY_DDP)  # which would leave another optimizer's gradients alone
+
+
+def test_a_log_is_of_the_weights_that_it_says(tmp_path: Path, caplog):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    options |= {"learning_rate": 0.3, "max_grad_norm": 0, "load_best_model_at_end": True}
+    trainer = make(tmp_path, **options)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None and not best.endswith("-3")
+    with pytest.raises(ValueError, match=r"use SubZeroLog.from_pretrained\(trainer.state.best_model_checkpoint\)"):
+        SubZeroLog.from_optimizer(trainer.optimizer)
+    save_log(subzero_of(trainer.optimizer), tmp_path / "checkpoint-3", trainer.args)  # as a push does
+    replay(tiny_llama(attention_dropout=0.1), tmp_path / "checkpoint-3")  # which is of its own weights still
+    again = tiny_llama(attention_dropout=0.1)
+    replay(again, best)
+    assert all(torch.equal(p, q) for p, q in zip(weights(trainer), again.parameters(), strict=True))
+    trainer.args.load_best_model_at_end = False
+    with caplog.at_level("WARNING", "hf_osd"):
+        trainer.train()  # from the best ones
+    assert "SubZero and its log start anew" in caplog.text
+    replay(again, SubZeroLog.from_optimizer(trainer.optimizer))
+    assert all(torch.equal(p, q) for p, q in zip(weights(trainer), again.parameters(), strict=True))
+
+
+def test_a_resume_without_a_state_is_told(tmp_path: Path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, "max_steps": 4}
+    make(tmp_path, **options).train()
+    resumed = make(tmp_path, **options)
+    with caplog.at_level("WARNING", "hf_osd"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "checkpoint-2 has no state of the optimizer: directions, schedule and the log start anew" in caplog.text
+    log, again = SubZeroLog.from_optimizer(resumed.optimizer), tiny_llama(attention_dropout=0.1)
+    with pytest.raises(ValueError, match="or the checkpoint that it went on from without the optimizer's state"):
+        replay(again, log)
+    half = type(again).from_pretrained(tmp_path / "checkpoint-2")
+    replay(half, log)
+    assert all(torch.equal(p, q) for p, q in zip(weights(resumed), half.parameters(), strict=True))
