@@ -36,7 +36,7 @@ from ..subzero.options import KEYS as SUBZERO_KEYS
 from ..subzero.options import Options as SubZeroOptions
 from ..text import format_bytes, format_count, table
 from ..trainer.settings import parse_optim_args
-from .suggestion import start_of, suggestion
+from .suggestion import before_forward_only, start_of, suggestion
 
 
 DEFAULT_OPTIM = "osd_adamw8bit"
@@ -269,6 +269,8 @@ def report_text(report: dict[str, Any]) -> str:
     if limit:
         found = report["suggestion"]
         text += ["", "suggested:", f"  {found['command']}"] if found else ["", f"nothing fits {report['gpu']}"]
-        if found and "--learning_rate" in found["command"]:
+        if found and (hint := before_forward_only(report)):
+            text.append(f"  {hint}")
+        elif found and "--learning_rate" in found["command"]:
             text.append("  The learning rate and the scale are where to start: try a third and three times the rate.")
     return "\n".join(text)

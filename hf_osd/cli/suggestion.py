@@ -10,6 +10,9 @@ from ..trainer.settings import parse_optim_args
 
 
 # Where a search may start with AdamW, (learning rate, scale): docs/choosing.md, "Fine-tuning".
+# And with forward passes alone, where |rho| is not to be clipped: docs/forward_only.md.
+FORWARD_ONLY = ["--learning_rate", "1e-6", "--max_grad_norm", "0"]
+INT8 = "source=activations,weight_dtype=int8"
 STARTS = {"generates": (2e-4, 1.0), "classifies": (3e-4, 4.0)}
 
 
@@ -56,8 +59,15 @@ def _forward_only(report: dict[str, Any]) -> dict[str, Any] | None:
         return None
     batch = min(report["batch"], row["largest_batch"])
     own = ["--optim_args", report["subzero_args"]] if report["subzero_args"] else []
-    words = [*_command(report), "--optim", NAME, *own, "--per_device_train_batch_size", str(batch)]
+    words = [*_command(report), "--optim", NAME, *own, *FORWARD_ONLY, "--per_device_train_batch_size", str(batch)]
     return {"rank": None, "batch": batch, "gradient_checkpointing": False, "command": shlex.join(words)}
+
+
+def before_forward_only(report: dict[str, Any]) -> str | None:
+    """What to estimate before one takes the suggestion of forward passes alone, which need whole weights."""
+    if report["suggestion"]["rank"] is not None or "weight_dtype" in (report["optim_args"] or ""):
+        return None
+    return f"Or weights in 8 bits, with gradients: estimate again with --layerwise --optim_args {INT8}."
 
 
 def _command(report: dict[str, Any]) -> list[str]:

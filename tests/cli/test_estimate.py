@@ -149,7 +149,10 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
         assert "--optim subzero" in found["command"] and "osd_" not in found["command"]
         more = ("--subzero_args", "rank=8,source=activations")
         followed = report_of(capsys, *words[:-4], "--gpu", gpu, "--reserve", "0KB", *more)
-        assert "--optim subzero --optim_args rank=8,source=activations" in followed["suggestion"]["command"]
+        assert (
+            "--optim subzero --optim_args rank=8,source=activations --learning_rate 1e-6 --max_grad_norm 0"
+            in followed["suggestion"]["command"]
+        )
         assert "\nMeZO, forward only" in estimate(
             capsys, *words[:-4], "--subzero_args", "queries=4,perturbation=dense"
         )
