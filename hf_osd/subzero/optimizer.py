@@ -129,6 +129,7 @@ class SubZero(torch.optim.Optimizer):
             compute_loss (`Callable`): The forward pass of a micro-batch, called twice for each query.
             but (`nn.Module`, *optional*): A module whose mode, training or not, changes in its own forward pass alone.
         """
+        self._refuse_frozen()
         self.weights.begin(self.steps)
         eps, total, rho = self.options.eps, None, []
         if not self.steps and not self.param_groups[-1]["start"]:
@@ -150,6 +151,11 @@ class SubZero(torch.optim.Optimizer):
         mean = _finite(torch.stack(rho)).to(d.device, d.dtype) / self.options.queries
         with torch.enable_grad():
             return total / (2 * self.options.queries) + (mean * (d - d.detach())).sum().to(total.device)
+
+    def _refuse_frozen(self) -> None:
+        for weight in self.weights.weights.values():
+            if not weight.W.requires_grad:
+                raise ValueError(f"{weight.name} has been frozen since this optimizer was made: make a new one.")
 
     def average(self) -> None:
         """Make the mean of rho over the processes, once for a step; clip after it."""
@@ -201,8 +207,8 @@ class SubZero(torch.optim.Optimizer):
         self.weights.forget()
 
     def note_end(self) -> None:
-        """Note what the last step has left, before the model is given other weights."""
-        if self.steps:
+        """Note what the last step has left, before the model is given other weights; once it has been, nothing."""
+        if self.steps and not self.replaced:
             self._end = self.steps, fingerprint(self.weights)
 
     @property
@@ -246,8 +252,8 @@ class SubZero(torch.optim.Optimizer):
         seed = checked_seed(state_dict, self.param_groups, self.options)
         if seed != self.options.seed:
             warnings.warn(f"The saved seed {seed} replaces {self.options.seed}.", stacklevel=2)
-            self.options = self.weights.options = replace(self.options, seed=seed)
         super().load_state_dict(state_dict)
+        self.options = self.weights.options = replace(self.options, seed=seed)
         state = self.state.pop(self.direction)
         for weight in self.weights.following:
             weight.load_(state)

@@ -180,11 +180,13 @@ class OSDCallback(TrainerCallback):
 
         Hooks of a layerwise optimizer are taken off: a backward pass after the training must not train on.
         """
-        osd = osd_of(optimizer)
+        osd, subzero = osd_of(optimizer), subzero_of(optimizer)
+        if subzero is not None:
+            subzero.note_end()
         if osd is not None:
             osd.remove()
             gather_projections(state, osd, args.should_save)  # a push that comes now is the main process's alone
-        elif subzero_of(optimizer) is None:
+        elif subzero is None:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._best = Path(state.best_model_checkpoint)

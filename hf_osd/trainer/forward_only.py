@@ -20,14 +20,15 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..optim.selection.targets import parse_modules
+from ..optim.selection.wrappers import unwrapped
 from ..subzero import NAME, SubZero, SubZeroLog, subzero_of
 from ..subzero.options import KEYS, Options, refuse_targets
 from ..subzero.summary import announce_summary
+from .ignored_by_ddp import ignore_all_but_one, unmark
 from .on_object import on_object
 from .settings import engine_of, forget_engine, optim_name, parse_optim_args, told_by_launcher
 
 
-IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # torch's name
 # Their losses are no functions to descend: the value of what is detached in them does not change with the weights.
 SURROGATES = frozenset({"GRPOTrainer", "RLOOTrainer"})
 UNUSED = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -125,9 +126,10 @@ def grad_norm(original: Callable, self: Trainer, model: nn.Module, grad_norm: An
 def wrap_model(original: Callable, self: Trainer, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """`Trainer._wrap_model`, before which DDP is told of one small weight only: it would hold gradients of all.
 
-    Not of one for an evaluation: the mark would stay on the model, and another optimizer's DDP would see it.
+    Not of one for an evaluation. A mark of a training that never began, as where a resume was refused, goes.
     """
     own = subzero_of(self.optimizer)
+    unmark(unwrapped(model))
     given = inspect.signature(original).bind(self, model, *args, **kwargs).arguments
     if own is not None and given.get("training", True):
         check_subzero(self.args, self.optimizer)  # one that a subclass has made
@@ -136,9 +138,7 @@ def wrap_model(original: Callable, self: Trainer, model: nn.Module, *args: Any, 
         for kind in type(self).__mro__:
             if kind.__name__ in SURROGATES:
                 raise ValueError(f"SubZero cannot train with {kind.__name__}, whose loss tells no slope.")
-        trained = [(p.numel(), name) for name, p in own.model.named_parameters() if p.requires_grad]
-        trained.sort(key=lambda entry: (entry[0] == 0, *entry))
-        setattr(own.model, IGNORED_BY_DDP, [name for _, name in trained[1:]])
+        ignore_all_but_one(own.model)
     return original(self, model, *args, **kwargs)
 
 
@@ -151,8 +151,7 @@ def begin_training(own: SubZero | None) -> None:
     if own.replaced:
         logger.warning("The model has other weights than the last step has left: SubZero and its log start anew.")
         own.restart()
-    if hasattr(own.model, IGNORED_BY_DDP):  # another training's DDP must not see it
-        delattr(own.model, IGNORED_BY_DDP)
+    unmark(own.model)
     if dist.is_available() and dist.is_initialized():
         for weight in own.weights.weights.values():
             dist.broadcast(weight.W.detach(), 0)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_osd import OSDTrainingArguments, ProjectionState, SubZero
 from hf_osd.subzero import SubZeroLog, replay, subzero_of
-from hf_osd.trainer.forward_only import IGNORED_BY_DDP, save_log
+from hf_osd.trainer.forward_only import save_log
+from hf_osd.trainer.ignored_by_ddp import MARK, ignore_all_but_one, unmark
 from reference.tiny_models import tiny_llama
 
 
@@ -273,7 +275,7 @@ def test_a_loss_on_the_object_stays_and_no_forward_pass_is_in_training_mode(tmp_
     assert trainer.compute_loss is mine and calls == [True] * 6 and trainer.asked
     assert seen == [False] * 6 and all(module.training for module in model.modules())
     trainer.evaluate()
-    assert not hasattr(model, IGNORED_BY_DDP)  # which would leave another optimizer's gradients alone
+    assert not hasattr(model, MARK)  # which would leave another optimizer's gradients alone
 
 
 def test_a_log_is_of_the_weights_that_it_says(tmp_path: Path, caplog):
@@ -311,3 +313,45 @@ def test_a_resume_without_a_state_is_told(tmp_path: Path, caplog):
     half = type(again).from_pretrained(tmp_path / "checkpoint-2")
     replay(half, log)
     assert all(torch.equal(p, q) for p, q in zip(weights(resumed), half.parameters(), strict=True))
+
+
+def test_ddp_is_told_of_every_name_and_what_a_user_has_told_it_stays():
+    net = nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4), nn.Linear(4, 9, bias=False))
+    net[2].weight = net[0].weight
+    net.own = nn.Parameter(torch.zeros(5))
+    for users in (None, ["mask"]):
+        if users is not None:
+            setattr(net, MARK, users)
+        for _ in range(2):  # the second as after a training that never began
+            ignore_all_but_one(net)
+        told = set(getattr(net, MARK))
+        assert told == {"0.weight", "2.weight", ".own", "own", "1.bias", *(users or ())}
+        unmark(net)
+        unmark(net)
+        assert getattr(net, MARK, None) == users
+
+
+def test_a_resume_that_is_refused_leaves_no_mark(tmp_path: Path):
+    trainer = make(tmp_path, save_steps=1, save_strategy="steps", max_steps=1)
+    trainer.train()
+    other = make(tmp_path, optim_args="rank=3")
+    with pytest.raises(ValueError, match="saved with rank"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    Trainer(other.model, args, train_dataset=Tokens()).train()
+    assert not hasattr(other.model, MARK)
+
+
+def test_weights_that_change_between_two_trainings_begin_a_log(tmp_path: Path, caplog):
+    trainer = make(tmp_path, max_steps=2)
+    trainer.train()
+    trainer.train()
+    assert "start anew" not in caplog.text and len(SubZeroLog.from_optimizer(trainer.optimizer).rho) == 4
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(1e-3)
+    trainer.train()
+    assert "start anew" in caplog.text and len(SubZeroLog.from_optimizer(trainer.optimizer).rho) == 2
+    next(trainer.model.parameters()).requires_grad_(False)
+    with pytest.raises(ValueError, match="has been frozen since this optimizer was made"):
+        trainer.train()
