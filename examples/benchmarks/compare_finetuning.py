@@ -2,12 +2,12 @@
 
 Reads experiments/<name>.json: arguments common to all runs, those of each task, perhaps with the `methods` that run on
 it, and for each method its arguments and learning rates, which may differ by task, or the name of a method whose best
-rates it takes over. For each task and
-method, every rate of the grid runs with the first seed; the best one runs with the other seeds too. The best has the
-highest score or, with `"best": "loss"`, the lowest training loss in the second half, whatever the validation says.
-Where there is a `start`, a run, all methods begin with the model that it has made of the same task and seed. Every run
-is one call of examples/finetune_glue.py in a process of its own. Finished runs are kept in `--work_dir` and not
-repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json and .md.
+rates it takes over. For each task and method, every rate of the grid runs with the first seed; the best one runs with
+the other seeds too. The best has the highest score or, with `"best": "loss"`, the lowest training loss in the second
+half, whatever the validation says. Where there is a `start`, a run, all methods begin with the model that it has made
+of the same task and seed. Every run is one call of examples/finetune_glue.py in a process of its own. Finished runs
+are kept in `--work_dir` and not repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json
+and .md.
 
 Needs: the `examples` extra. The small command takes minutes, the committed one two hours on one core. Both take model
 and data from the Hub, or from `--model` and `--data_dir`.

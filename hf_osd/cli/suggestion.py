@@ -10,10 +10,10 @@ from ..trainer.settings import parse_optim_args
 
 
 # Where a search may start with AdamW, (learning rate, scale): docs/choosing.md, "Fine-tuning".
-# And with forward passes alone, where |rho| is not to be clipped: docs/forward_only.md.
+STARTS = {"generates": (2e-4, 1.0), "classifies": (3e-4, 4.0)}
+# And with forward passes alone, whose slopes are not to be clipped: docs/forward_only.md.
 FORWARD_ONLY = ["--learning_rate", "1e-6", "--max_grad_norm", "0"]
 INT8 = "source=activations,weight_dtype=int8"
-STARTS = {"generates": (2e-4, 1.0), "classifies": (3e-4, 4.0)}
 
 
 def start_of(model: Any) -> tuple[float, float]:

@@ -153,7 +153,10 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
             "--optim subzero --optim_args rank=8,source=activations --learning_rate 1e-6 --max_grad_norm 0"
             in followed["suggestion"]["command"]
         )
-        assert "--optim_args source=activations,weight_dtype=int8." in estimate(capsys, *words)
+        hint = "estimate again with --layerwise --optim_args source=activations,weight_dtype=int8."
+        assert hint in estimate(capsys, *words)
+        asked = ("--optim_args", "source=activations,weight_dtype=int8")
+        assert "estimate again" not in estimate(capsys, *words, *asked)
         assert "\nMeZO, forward only" in estimate(
             capsys, *words[:-4], "--subzero_args", "queries=4,perturbation=dense"
         )
