@@ -15,7 +15,7 @@ from hf_osd.optim.options.mode import LAYERWISE_SUFFIX
 from hf_osd.optim.options.presets import KEYS
 from hf_osd.optim.options.table import DEFAULTS
 from hf_osd.subzero.options import KEYS as SUBZERO_KEYS
-from hf_osd.trainer.settings import parse_optim_args
+from hf_osd.trainer.optim_args import parse_optim_args
 from reference.tiny_models import tiny_llama
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, set
 import hf_osd
 from contenders import LR, galore_group
 from hf_osd.optim import select
-from hf_osd.trainer.settings import parse_optim_args
+from hf_osd.trainer.optim_args import parse_optim_args
 from shapes import config_file
 
 

@@ -35,7 +35,7 @@ from ..optim.step.sharding import INT8_NOT_SHARDED
 from ..subzero.options import KEYS as SUBZERO_KEYS
 from ..subzero.options import Options as SubZeroOptions
 from ..text import format_bytes, format_count, table
-from ..trainer.settings import parse_optim_args
+from ..trainer.optim_args import parse_optim_args
 from .suggestion import before_forward_only, start_of, suggestion
 
 

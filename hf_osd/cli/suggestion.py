@@ -6,7 +6,7 @@ from typing import Any
 
 from ..estimate import DTYPES
 from ..subzero import NAME
-from ..trainer.settings import parse_optim_args
+from ..trainer.optim_args import parse_optim_args
 
 
 # Where a search may start with AdamW, (learning rate, scale): docs/choosing.md, "Fine-tuning".

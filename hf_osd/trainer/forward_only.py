@@ -24,9 +24,10 @@ from ..optim.selection.wrappers import unwrapped
 from ..subzero import NAME, SubZero, SubZeroLog, subzero_of
 from ..subzero.options import KEYS, Options, refuse_targets
 from ..subzero.summary import announce_summary
+from .engines import engine_of, forget_engine, told_by_launcher
 from .ignored_by_ddp import ignore_all_but_one, unmark
 from .on_object import on_object
-from .settings import engine_of, forget_engine, optim_name, parse_optim_args, told_by_launcher
+from .optim_args import optim_name, parse_optim_args
 
 
 # Their losses are no functions to descend: the value of what is detached in them does not change with the weights.

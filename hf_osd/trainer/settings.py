@@ -2,34 +2,29 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import TrainingArguments
 
-from ..declare import RETIRED, Check, Option, check_values, refuse_unknown
+from ..declare import RETIRED, check_values, refuse_unknown
 from ..hub import ProjectionState
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
 from ..optim.factory import learned_rank, warn_compiled
 from ..optim.options.full_size import by_size
-from ..optim.options.mode import MODE_DEFAULTS, MODE_OPTIONS, Mode, mode_of
+from ..optim.options.mode import MODE_DEFAULTS, Mode, mode_of
 from ..optim.options.presets import ARGUMENT_OF, KEYS, embedding_lr_ratio
 from ..optim.options.table import OPTIONS, used_rules
 from ..optim.selection.patterns import RANKS, RATES
 from ..optim.selection.targets import parse_modules
-from ..optim.step.sharding import FLAT, INT8_NOT_SHARDED
+from ..optim.step.sharding import INT8_NOT_SHARDED
 from ..subspace.initialization import INITS
 from ..update_rules import rule_options
+from .engines import forget_engine, refuse_flat_engines, told_by_launcher
+from .optim_args import keys_of, optim_name, parse_optim_args, typed
 
-
-# What users may look for in `optim_args` and an argument of Trainer's sets: that is the one place.
-TRAINER_FIELDS: dict[str, str] = {
-    own.key: own.argument for own in (OPTIONS | MODE_OPTIONS).values() if own.argument is not None
-}
-TRAINER_FIELDS |= {"lr": "learning_rate", "learning_rate": "learning_rate", "target_modules": "optim_target_modules"}
-TRAINER_FIELDS |= {"beta1": "adam_beta1", "beta2": "adam_beta2", "exclude_modules": "osd_exclude_modules"}
 
 # Optimizers of transformers that never look at `optim_args`.
 WITHOUT_OPTIM_ARGS = frozenset(
@@ -52,38 +47,9 @@ class OSDSettings(NamedTuple):
     mode: dict[str, Any]
 
 
-def optim_name(args: TrainingArguments) -> str:
-    """`args.optim` as a plain string: it is an enum member, a string after unpickling, or in other classes absent."""
-    optim = getattr(args, "optim", "")
-    return str(getattr(optim, "value", optim))
-
-
 def uses_osd(args: TrainingArguments) -> bool:
     """Whether the run's optimizer is one of ours."""
     return optim_name(args) in OPTIM_NAMES
-
-
-def parse_optim_args(
-    text: str | None, keys: Mapping[str, Option] = KEYS, where: str = "`optim_args`"
-) -> dict[str, Any]:
-    """`"rank=128,alpha=5"` as typed values by key; `ValueError` for anything else than these options."""
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{where} must be a text, key=value,key=value, got {type(text).__name__}.")
-    values: dict[str, Any] = {}
-    for entry in text.split(",") if text else ():
-        key, equals, value = (part.strip() for part in entry.partition("="))
-        if not equals or not key or not value or "=" in value:
-            raise ValueError(
-                f"{where} must read key=value,key=value, got {entry.strip()!r} in {text!r}. A value with `,` or "
-                "`=` goes into a field of OSDTrainingArguments, such as `osd_init`."
-            )
-        if key in TRAINER_FIELDS and key not in keys:  # SubZero's `eps` is its own
-            raise ValueError(f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in {where}.")
-        refuse_unknown([key], keys, where)
-        if key in values:
-            raise ValueError(f"{key!r} is given twice in {where}: {text!r}.")
-        values[key] = typed(value, keys[key].check, f"{key!r} in {where}")
-    return values
 
 
 def read_settings(args: TrainingArguments) -> OSDSettings:
@@ -180,11 +146,6 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def keys_of(text: object) -> set[str]:
-    """The keys of another optimizer's `optim_args`, whatever else is in there."""
-    return {entry.partition("=")[0].strip() for entry in text.split(",")} if isinstance(text, str) else set()
-
-
 def asked_for(args: TrainingArguments, key: str) -> Any:
     """What a run's arguments say of one of our options; `None` where they do not, or another optimizer was passed."""
     if not uses_osd(args):
@@ -208,61 +169,6 @@ def refuse_ignored_by_mode(optimizer: OSD, args: TrainingArguments) -> None:
             f"gradient_accumulation_steps={args.gradient_accumulation_steps} needs an optimizer with "
             "`gradient_accumulation=True`: this one steps with the first of them."
         )
-
-
-def refuse_flat_engines(args: TrainingArguments) -> None:
-    """Raise `ValueError` where a run is to use DeepSpeed, FSDP1 or XLA's FSDP, all of which flatten parameters."""
-    engine = engine_of(args)
-    if engine is not None:
-        forget_engine(args)
-        raise ValueError(f"{optim_name(args)} cannot be used with {engine}. {FLAT}")
-
-
-def engine_of(args: TrainingArguments) -> str | None:
-    """DeepSpeed, FSDP1 or XLA's FSDP, if a run is to use one of them."""
-    engine = None
-    if (
-        args.deepspeed
-        or getattr(args, "deepspeed_plugin", None) is not None
-        or told_by_launcher("ACCELERATE_USE_DEEPSPEED")
-    ):
-        engine = "DeepSpeed"
-    elif args.fsdp:
-        config: dict[str, Any] = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
-        plugin: dict[str, Any] = getattr(args, "fsdp_plugin_args", None) or {}
-        if config.get("xla"):
-            engine = "XLA's FSDP"
-        elif int(plugin.get("fsdp_version", config.get("version", 1))) == 1:
-            engine = "FSDP1"
-    elif told_by_launcher("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1":
-        engine = "FSDP1"
-    return engine
-
-
-def forget_engine(args: TrainingArguments) -> None:
-    """Take back what accelerate has noted in the environment for a run that is refused: later runs would go by it."""
-    if args.fsdp:
-        os.environ.pop("ACCELERATE_USE_FSDP", None)
-
-
-def told_by_launcher(name: str) -> bool:
-    """What `accelerate launch` tells its processes."""
-    return os.environ.get(name, "false").lower() in ("true", "1")
-
-
-def typed(value: Any, check: Check | None, where: str) -> Any:
-    """What a text stands for, as YAML gives `1e-3`; anything else as it is, and of retired options."""
-    if not isinstance(value, str) or check is None or value in check.names:
-        return value
-    wanted = check.kind
-    kind = {int: "an integer", float: "a number", bool: "true or false"}.get(wanted, "")
-    try:
-        if wanted is bool:
-            return {"true": True, "false": False}[value.lower()]
-        return wanted(value)
-    except (ValueError, KeyError):
-        names = "".join(f", or {name}" for name in check.names)
-        raise ValueError(f"{where} must be {kind}{names}, got {value!r}.") from None
 
 
 def _is_repository(init: str) -> bool:

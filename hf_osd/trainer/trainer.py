@@ -4,7 +4,8 @@ import torch
 from transformers import Trainer
 
 from ..optim import OPTIM_NAMES
-from .settings import optim_name, uses_osd
+from .optim_args import optim_name
+from .settings import uses_osd
 
 
 class OSDTrainer(Trainer):

@@ -163,7 +163,7 @@ import hf_osd
 from hf_osd.hub.config import check_config, group_options
 from hf_osd.optim.loading import restored_options
 from hf_osd.optim.options import rules, texts
-from hf_osd.trainer.settings import parse_optim_args
+from hf_osd.trainer.optim_args import parse_optim_args
 
 def make(**given):
     return hf_osd.OSD([nn.Parameter(torch.zeros(8, 12))], rank=2, weight_rule="sgd", **given)

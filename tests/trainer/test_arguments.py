@@ -11,7 +11,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainer, OSDTrainingArguments
 from hf_osd.optim.options.presets import KEYS, OPTIM_NAMES, RSO_NAMES
-from hf_osd.trainer.settings import TRAINER_FIELDS, parse_optim_args, read_settings
+from hf_osd.trainer.optim_args import TRAINER_FIELDS, parse_optim_args
+from hf_osd.trainer.settings import read_settings
 from reference.tiny_models import tiny_llama
 
 
