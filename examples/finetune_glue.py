@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from extracted_adapters import evaluate_adapters
-from finetuning_methods import method_options, prepare_model
+from finetuning_methods import adamw_with_head, method_options, prepare_model
 from glue_metrics import metric_function
 from glue_report import GlueRun, finished_run, score_of, write_report
 from glue_tasks import TASKS, Task, load_task
@@ -73,6 +73,12 @@ class GlueArguments:
     target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Layers that are projected or get adapters: names, or all-linear.", "nargs": "+"},
+    )
+    head_lr_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --method full, the classifier's learning rate over the rest's. OSD: --osd_task_head_lr_ratio."
+        },
     )
     trained: list[str] | None = field(
         default=None,
@@ -109,6 +115,8 @@ class GlueArguments:
             raise ValueError(f"--lora_alpha has no effect with --method {self.method}.")
         if self.trained is not None and self.method in ("head", "lora"):
             raise ValueError(f"--trained has no effect with --method {self.method}, which says itself what it trains.")
+        if self.head_lr_ratio is not None and self.method != "full":
+            raise ValueError("--head_lr_ratio is for --method full. Of OSD it is --osd_task_head_lr_ratio.")
         if self.extract_lora and self.method == "lora":
             raise ValueError("--extract_lora is for methods that train the weights themselves, not for lora.")
         if self.dtype not in ("float32", "bfloat16"):
@@ -208,6 +216,7 @@ def run_task(name: str, args: GlueArguments, training_args: OSDTrainingArguments
             compute_loss_func=balanced_loss(train["label"], task.num_labels)
             if args.class_weights == "balanced"
             else None,
+            optimizers=(adamw_with_head(model, own, args.head_lr_ratio), None),
             callbacks=[clock] + ([EarlyStoppingCallback(patience)] if patience is not None else []),
         )
         trainer.train(resume_from_checkpoint=own.resume_from_checkpoint)

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from hf_osd.optim.factory import decay_groups
+from hf_osd.optim.selection.blocks import task_outputs
 from hf_osd.optim.selection.targets import select
 
 
@@ -126,3 +129,31 @@ def prepare_model(
     alpha = 2 * r if lora_alpha is None else lora_alpha
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
     return get_peft_model(model, config)
+
+
+def adamw_with_head(model: nn.Module, args: TrainingArguments, ratio: float | None) -> torch.optim.AdamW | None:
+    """AdamW with another learning rate for the classifier, beside what `preset=finetune` does.
+
+    Args:
+        model (`nn.Module`): The model.
+        args (`TrainingArguments`): With learning rate, betas, eps and weight decay.
+        ratio (`float`, *optional*): The classifier's learning rate over that of the rest.
+
+    Returns:
+        `None` without a ratio, for then it is Trainer's own.
+
+    Raises:
+        ValueError: If Trainer's optimizer is another one.
+    """
+    if ratio is None:
+        return None
+    if args.optim != "adamw_torch_fused":
+        raise ValueError(f"--head_lr_ratio is for --optim adamw_torch_fused, not for {args.optim}.")
+    head, groups = task_outputs(model), []
+    for group in decay_groups(model, args.weight_decay):
+        for times, chosen in ((ratio, True), (1, False)):
+            params = [p for p in group["params"] if (p in head) == chosen]
+            groups.append(group | {"params": params, "lr": times * args.learning_rate})
+    groups = [group for group in groups if group["params"]]
+    groups.sort(key=lambda group: group["lr"] != args.learning_rate)  # Trainer logs the first one's
+    return torch.optim.AdamW(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True)

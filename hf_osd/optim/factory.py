@@ -16,12 +16,12 @@ from .groups import by_name
 from .options.full_size import by_size
 from .options.general import DEFAULT_RANK
 from .options.mode import MODE_DEFAULTS, mode_of
-from .options.presets import BY_NAME, KEYWORD_OF, KEYWORDS, embedding_lr_ratio, resolve
+from .options.presets import BY_NAME, KEYWORD_OF, KEYWORDS, Ratio, lr_ratios, resolve
 from .options.table import LR_MULTIPLE
 from .osd import OSD
 from .selection.adapters import module_names
-from .selection.blocks import embeddings
 from .selection.patterns import RANKS, RATES
+from .selection.ratios import multiples
 from .selection.targets import ALL_LINEAR, Selection, select
 from .selection.wrappers import plain_name, unwrapped
 from .step.sharding import INT8_NOT_SHARDED, is_sharded, sharding_of
@@ -94,7 +94,7 @@ def osd_kwargs(
     rank_given: bool = True,
     lr_pattern: str | Mapping[str, float] | None = None,
     full_size: Mapping[str, Any] | None = None,
-    embedding_lr_ratio: float = 1.0,
+    ratios: Mapping[str, Ratio] | None = None,
 ) -> dict[str, Any]:
     """What [`OSD`] is constructed with besides parameters, learning rate and mode: options and what they go for.
 
@@ -106,11 +106,11 @@ def osd_kwargs(
         rank_given (`bool`, *optional*, defaults to `True`): Whether a P in `init` must have the rank of `settings`.
         lr_pattern (`str` or `Mapping[str, float]`, *optional*): See [`create_osd_optimizer`].
         full_size (`dict`, *optional*): What groups at full size have instead, as `full_size.by_size` gives it.
-        embedding_lr_ratio (`float`, *optional*, defaults to 1): Learning rate of embeddings and heads over the rest's.
+        ratios (`dict[str, Ratio]`, *optional*): Learning rates of kinds of parameters, as `lr_ratios` gives them.
     """
     unload(model)
     whole, model = model, unwrapped(model)
-    pattern, multiples = RANKS.parse(rank_pattern), RATES.parse(lr_pattern)
+    pattern = RANKS.parse(rank_pattern)
     selection = select(model, target_modules, exclude_modules, settings["rank"])
     if selection.ignored:
         warnings.warn(
@@ -128,12 +128,9 @@ def osd_kwargs(
     everywhere = model.named_parameters(remove_duplicate=False)
     shared = {name: first[p] for name, p in everywhere if first.setdefault(p, name) != name}
     ranks = RANKS.values(usual, pattern, plain_modules, shared)
-    known = embeddings(model) if embedding_lr_ratio != 1 else set()
-    looked_up = [name for name, p in selection.full_size.items() if p in known]
-    if embedding_lr_ratio != 1 and not looked_up:
-        raise ValueError("No embedding or head is trained at full size: give `embedding_lr_ratio` 1, or leave it out.")
     trained = dict.fromkeys([*selection.projected, *selection.full_size], 1.0)
-    rates = RATES.values(trained | dict.fromkeys(looked_up, embedding_lr_ratio), multiples, plain_modules, shared)
+    trained |= multiples(model, selection, ratios or {})
+    rates = RATES.values(trained, RATES.parse(lr_pattern), plain_modules, shared)
     if full_size and not selection.full_size:
         raise ValueError("`full_size_optim` has no effect: all that is trained is projected. Leave it out.")
     if settings["source"] == "activations":
@@ -206,8 +203,9 @@ def create_osd_optimizer(
             multiples of `lr` for parameters, projected or not; P's learning rate goes with its weights'. They become
             groups with an `lr` of their own, which schedules scale as others (but OneCycleLR and CyclicLR set rates:
             they need lists, one per group); from activations, layers of one input share a P within a group.
-            `full_size_optim` (`str`) is the update rule of what is not projected, and `embedding_lr_ratio` (`float`)
-            the multiple of `lr` that embeddings and heads have where `lr_pattern` names none.
+            `full_size_optim` (`str`) is the update rule of what is not projected; `embedding_lr_ratio` and
+            `task_head_lr_ratio` (`float`) are multiples of `lr` for embeddings and output heads, and for the layer
+            that gives out a task's classes or values, where `lr_pattern` names none.
 
     Raises:
         ValueError: For an unknown name or option, with the nearest one, or an empty selection.
@@ -229,7 +227,7 @@ def create_osd_optimizer(
     refuse_unknown(options, [*KEYWORDS, "lr", "target_modules", "exclude_modules"], where)
     given = {KEYWORDS[name].name: plain(value) for name, value in options.items()}
     rank_pattern, lr_pattern = given.pop("rank_pattern", None), given.pop("lr_pattern", None)
-    full_size_optim, multiple = given.pop("full_size_optim", None), embedding_lr_ratio(given, preset, where)
+    full_size_optim, ratios = given.pop("full_size_optim", None), lr_ratios(given, preset, where)
     mode = mode_of(optim, {name: given.pop(name) for name in MODE_DEFAULTS if name in given})
     learned = learned_rank(init) or DEFAULT_RANK
     settings = resolve(optim, {"rank": learned if rank is None else plain(rank), "init": init, **given}, preset, where)
@@ -238,7 +236,7 @@ def create_osd_optimizer(
     settings, full_size = by_size(settings, full_size_optim, where, KEYWORD_OF)
     if mode["layerwise"]:
         warn_compiled(model)
-    chosen = target_modules, exclude_modules, rank_pattern, rank is not None, lr_pattern, full_size, multiple
+    chosen = target_modules, exclude_modules, rank_pattern, rank is not None, lr_pattern, full_size, ratios
     kwargs = osd_kwargs(model, settings, *chosen)
     optimizer = OSD(decay_groups(model, settings["weight_decay"]), lr=lr, **mode, **kwargs)
     if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured

@@ -78,6 +78,7 @@ class OSDTrainingArguments(TrainingArguments):
     osd_lr_pattern: str | None = flag("lr_pattern")
     osd_full_size_optim: str | None = flag("full_size_optim")
     osd_embedding_lr_ratio: float | None = flag("embedding_lr_ratio")
+    osd_task_head_lr_ratio: float | None = flag("task_head_lr_ratio")
     osd_preset: str | None = flag("preset")
     # end of options
 

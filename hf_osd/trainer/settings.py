@@ -15,7 +15,7 @@ from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
 from ..optim.factory import learned_rank, warn_compiled
 from ..optim.options.full_size import by_size
 from ..optim.options.mode import MODE_DEFAULTS, Mode, mode_of
-from ..optim.options.presets import ARGUMENT_OF, KEYS, embedding_lr_ratio
+from ..optim.options.presets import ARGUMENT_OF, KEYS, Ratio, lr_ratios
 from ..optim.options.table import OPTIONS, used_rules
 from ..optim.selection.patterns import RANKS, RATES
 from ..optim.selection.targets import parse_modules
@@ -43,7 +43,7 @@ class OSDSettings(NamedTuple):
     rank_pattern: dict[str, int]
     lr_pattern: dict[str, float]
     full_size: dict[str, Any]  # what groups at full size have instead of the options
-    embedding_lr_ratio: float
+    lr_ratios: dict[str, Ratio]
     mode: dict[str, Any]
 
 
@@ -67,7 +67,7 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
     rank_pattern, lr_pattern = (pattern.parse(own.pop(pattern.option, None)) for pattern in (RANKS, RATES))
     mode = _mode(args, {name: own.pop(name) for name in MODE_DEFAULTS if name in own})
     where = "the training arguments"
-    multiple = embedding_lr_ratio(own, preset, where)
+    ratios = lr_ratios(own, preset, where)
     options = resolve(optim_name(args), {"seed": args.seed, **own, "weight_decay": args.weight_decay}, preset, where)
     init = {"init": options["init"]}
     options |= {"init": "auto"} if _is_repository(options["init"]) else {}
@@ -75,7 +75,7 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
     options |= _adam_fields(args, {*used_rules(options), full_size_optim} - {None}, where)
     options, full_size = by_size(options, full_size_optim, where, ARGUMENT_OF)
     targets = target_modules_of(args)
-    return OSDSettings(options | init, "rank" in own, *targets, rank_pattern, lr_pattern, full_size, multiple, mode)
+    return OSDSettings(options | init, "rank" in own, *targets, rank_pattern, lr_pattern, full_size, ratios, mode)
 
 
 def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> dict[str, Any]:
@@ -105,14 +105,14 @@ def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> d
         rank_given=settings.rank_given,
         lr_pattern=settings.lr_pattern,
         full_size=settings.full_size,
-        embedding_lr_ratio=settings.embedding_lr_ratio,
+        ratios=settings.lr_ratios,
     )
     return {"lr": args.learning_rate, **settings.mode, **kwargs}
 
 
 def _refuse_without_model(args: TrainingArguments, settings: OSDSettings) -> None:
     by_names = settings.exclude_modules, settings.rank_pattern, settings.lr_pattern, settings.full_size
-    if args.optim_target_modules or any(by_names) or settings.embedding_lr_ratio != 1:
+    if args.optim_target_modules or any(by_names) or any(ratio.required for ratio in settings.lr_ratios.values()):
         raise ValueError(
             f"{optim_name(args)} needs the model for its choice of layers: get_optimizer_cls_and_kwargs(args, model)."
         )

@@ -190,7 +190,7 @@ from hf_osd.hub.card.section import _rows
 from types import SimpleNamespace
 options = {name: (value,) for name, value in group_options(group).items()}
 facts = dict.fromkeys("optim preset init targets exclude eval_loss train_loss perplexity".split())
-facts |= dict(lr_pattern=None, full_size_optim=None, embedding_lr_ratio=1.0)
+facts |= dict(lr_pattern=None, full_size_optim=None, lr_ratios={})
 facts |= dict(options=options, matrices=1, projections=1, learning_rate=1.0, lr_scheduler="linear")
 facts |= dict(full_size_parameters=0, projected_parameters=1, datasets=(), steps=1)
 assert ("damping", "`0.25`") in _rows(SimpleNamespace(**facts))

@@ -54,7 +54,7 @@ class CardFacts:
     init: str | None  # where P started from, if that was asked for
     lr_pattern: str | None  # as in the training arguments
     full_size_optim: str | None  # likewise
-    embedding_lr_ratio: float  # likewise, or as the preset says
+    lr_ratios: Mapping[str, float]  # by option, those that are not 1; likewise, or as the preset says
     train_loss: float | None  # the last one that was logged
     eval_loss: float | None  # the last one
     perplexity: float | None  # exp(eval_loss), where that is the mean loss of a causal language model
@@ -80,7 +80,7 @@ class CardFacts:
         init: str | None = None,
         lr_pattern: str | None = None,
         full_size_optim: str | None = None,
-        embedding_lr_ratio: float = 1.0,
+        lr_ratios: Mapping[str, float] | None = None,
     ) -> "CardFacts":
         """Read the facts from what a Trainer holds.
 
@@ -94,7 +94,7 @@ class CardFacts:
                 Names of the data. Those of the form `user/name` get into the metadata as data sets on the Hub.
             repo_id (`str`, *optional*): Defaults to `args.hub_model_id`, or a placeholder with the folder's name.
             preset, init, lr_pattern, full_size_optim (`str`, *optional*): As the training arguments ask for them.
-            embedding_lr_ratio (`float`, *optional*, defaults to 1): Likewise, or as the preset does.
+            lr_ratios (`dict[str, float]`, *optional*): Likewise, or as the preset does.
         """
         osd = osd_of(optimizer)
         if osd is None:
@@ -134,7 +134,7 @@ class CardFacts:
             init=init,
             lr_pattern=lr_pattern,
             full_size_optim=full_size_optim,
-            embedding_lr_ratio=embedding_lr_ratio,
+            lr_ratios=dict(lr_ratios or {}),
             train_loss=_last(state, "loss"),
             eval_loss=eval_loss,
             perplexity=_perplexity(eval_loss) if _is_causal_lm(model) and _loss_is_nll(args) else None,

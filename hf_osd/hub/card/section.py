@@ -89,7 +89,8 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("at full size", f"{format_count(facts.full_size_parameters)} parameters"),
         ("rule at full size", f"`{facts.full_size_optim}`" if facts.full_size_optim else ""),
         ("learning rate", scheduled),
-        ("embeddings' over it", f"{facts.embedding_lr_ratio:g}" if facts.embedding_lr_ratio != 1 else ""),
+        ("embeddings' over it", _ratio(facts, "embedding_lr_ratio")),
+        ("task head's over it", _ratio(facts, "task_head_lr_ratio")),
         ("multiples of it", _cell(facts.lr_pattern) if facts.lr_pattern else ""),
         ("weight decay", _joined(decays)),
         ("data", ", ".join(_cell(name) for name in facts.datasets)),
@@ -98,6 +99,10 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("evaluation loss", loss),
         ("perplexity (per token)", f"{facts.perplexity:.2f}" if facts.perplexity is not None else ""),
     ]
+
+
+def _ratio(facts: CardFacts, option: str) -> str:
+    return f"{facts.lr_ratios[option]:g}" if option in facts.lr_ratios else ""
 
 
 def _code(facts: CardFacts, projections: bool) -> str:
@@ -142,8 +147,7 @@ def _arguments(facts: CardFacts) -> list[str]:
     if given.get("projection_rule") not in (None, given.get("weight_rule")):
         found["projection_optim"] = given["projection_rule"]
     found["update_interval"] = given.get("update_interval")
-    found |= {"lr_pattern": facts.lr_pattern, "full_size_optim": facts.full_size_optim}
-    found["embedding_lr_ratio"] = facts.embedding_lr_ratio if facts.embedding_lr_ratio != 1 else None
+    found |= {"lr_pattern": facts.lr_pattern, "full_size_optim": facts.full_size_optim, **facts.lr_ratios}
     arguments = [
         f"{name}_={_literal(value)}" if iskeyword(name) else f"{name}={_literal(value)}"
         for name, value in found.items()

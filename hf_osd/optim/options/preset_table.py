@@ -53,6 +53,7 @@ PRESETS: dict[str, Preset] = {
             "scale": ("auto", "glue_presets"),
             "residual": ("sign", "glue_presets"),
             "residual_scale": (1.0, "glue_presets"),
+            "task_head_lr_ratio": (64.0, "glue_presets"),
         },
     ),
     "pretrain": Preset(

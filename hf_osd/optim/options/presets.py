@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from keyword import iskeyword
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...declare import Check, Option, check_values, number, one_of, option, options_of, refuse_unknown
 from .general import DEFAULT_RANK, names_in_code
@@ -57,6 +57,13 @@ class NameOptions:
         check=number(0, open_below=True),
         unset="1",
     )
+    task_head_lr_ratio: float | None = option(
+        None,
+        "The same of the layer that gives out a task's classes or values (`classifier`, `score`, `qa_outputs`), which "
+        "a pretrained model does not have yet.",
+        check=number(0, open_below=True),
+        unset="1",
+    )
     preset: str | None = option(
         None,
         "; ".join(f"`{name}`: {preset.help}" for name, preset in PRESETS.items())
@@ -87,20 +94,35 @@ KEYWORD_OF = {own.name: keyword for keyword, own in KEYWORDS.items()}
 ARGUMENT_OF = {own.name: own.argument or own.key for own in OPTIONS.values()}
 
 
-def embedding_lr_ratio(given: dict[str, Any], preset: str | None, where: str) -> float:
-    """Take `embedding_lr_ratio` out of what was given; what is not is the preset's.
+class Ratio(NamedTuple):
+    """The learning rate of a kind of parameters over that of the rest."""
+
+    value: float
+    required: bool  # whether a model must have such parameters
+
+
+LR_RATIOS = ("embedding_lr_ratio", "task_head_lr_ratio")
+# Those that a preset sets for the models that have such parameters, and for no others.
+WHERE_THERE_IS_ONE = frozenset({"task_head_lr_ratio"})
+
+
+def lr_ratios(given: dict[str, Any], preset: str | None, where: str) -> dict[str, Ratio]:
+    """Take the `LR_RATIOS` out of what was given; what is not is the preset's. Those that are 1 are left out.
 
     Args:
         given (`dict`): Options by name, those that the user gave. Changed in place.
         preset (`str`, *optional*): As of `resolve`, which refuses others.
         where (`str`): What an error message calls the place where they were given.
     """
-    name = "embedding_lr_ratio"
-    value = given.pop(name, None)
-    check_values({name: NAME_OPTIONS[name]}, {name: value}, where)
-    if value is None and preset in PRESETS:
-        value = PRESETS[preset].of_name.get(name)
-    return 1.0 if value is None else float(value)
+    own = {name: value for name in LR_RATIOS if (value := given.pop(name, None)) is not None}
+    check_values({name: NAME_OPTIONS[name] for name in own}, own, where)
+    usual = PRESETS[preset].of_name if preset in PRESETS else {}
+    values = {name: float(own.get(name, usual.get(name, 1))) for name in LR_RATIOS}
+    return {
+        name: Ratio(value, required=name in own or name not in WHERE_THERE_IS_ONE)
+        for name, value in values.items()
+        if value != 1
+    }
 
 
 def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str) -> dict[str, Any]:

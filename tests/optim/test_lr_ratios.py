@@ -1,0 +1,152 @@
+"""`task_head_lr_ratio`: the layer that a task adds to a pretrained model, which models have one, and presets."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    RobertaConfig,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_osd import OSDTrainingArguments, create_osd_optimizer
+from hf_osd.hub.card.section import render_section
+from hf_osd.optim.osd import osd_of
+from hf_osd.trainer.push import _facts
+
+
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def bert(**changes: Any) -> BertConfig:
+    return BertConfig(**SIZES, vocab_size=64, **changes)
+
+
+def multiplied(model: nn.Module, lr: float = 0.01, **options: Any) -> dict[str, float]:
+    """By name, how many times the learning rate each parameter has that has another one."""
+    optimizer = create_osd_optimizer(model, rank=4, lr=lr, **options)
+    rates = {name: group["lr"] / lr for group in optimizer.param_groups for name in group["param_names"]}
+    return {name: round(times, 6) for name, times in rates.items() if times != pytest.approx(1)}
+
+
+@pytest.mark.parametrize(
+    ("load", "config", "names"),
+    [
+        (AutoModelForSequenceClassification, bert(num_labels=3), {"classifier.weight", "classifier.bias"}),
+        (AutoModelForSequenceClassification, bert(num_labels=1), {"classifier.weight", "classifier.bias"}),
+        (AutoModelForTokenClassification, bert(num_labels=5), {"classifier.weight", "classifier.bias"}),
+        (AutoModelForQuestionAnswering, bert(), {"qa_outputs.weight", "qa_outputs.bias"}),
+        (AutoModelForMultipleChoice, bert(), {"classifier.weight", "classifier.bias"}),
+        (AutoModelForSequenceClassification, LlamaConfig(**SIZES, vocab_size=64, pad_token_id=0), {"score.weight"}),
+        (  # its dense layer is as new, and as any other
+            AutoModelForSequenceClassification,
+            RobertaConfig(**SIZES, vocab_size=64),
+            {"classifier.out_proj.weight", "classifier.out_proj.bias"},
+        ),
+        (AutoModel, bert(), set()),
+        (AutoModelForMaskedLM, bert(), set()),
+        (AutoModelForCausalLM, LlamaConfig(**SIZES, vocab_size=64), set()),
+    ],
+    ids=lambda value: getattr(value, "model_type", getattr(value, "__name__", None)),
+)
+def test_the_preset_trains_a_task_s_new_layer_faster(load: Any, config: PretrainedConfig, names: set[str]):
+    assert multiplied(load.from_config(config), preset="finetune") == dict.fromkeys(names, 64)
+    assert multiplied(load.from_config(config), preset="finetune", task_head_lr_ratio=1) == {}
+    if names:
+        assert multiplied(load.from_config(config), task_head_lr_ratio=8) == dict.fromkeys(names, 8)
+    else:
+        with pytest.raises(ValueError, match="No head of a task is trained: give `task_head_lr_ratio` 1"):
+            multiplied(load.from_config(config), task_head_lr_ratio=8)
+
+
+def test_of_images_and_of_what_peft_wraps():
+    vit = ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=3)
+    assert set(multiplied(ViTForImageClassification(vit), task_head_lr_ratio=8)) == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["intermediate.dense"])
+    model = peft.get_peft_model(AutoModelForSequenceClassification.from_config(bert()), config)
+    names = set(multiplied(model, task_head_lr_ratio=8))
+    assert {name.rpartition(".")[2] for name in names} == {"weight", "bias"}
+    assert len(names) == 2 and all("classifier" in name and "modules_to_save" in name for name in names)
+
+
+def test_a_pattern_wins_and_both_ratios_go_together():
+    model = AutoModelForSequenceClassification.from_config(bert())
+    found = multiplied(model, task_head_lr_ratio=8, embedding_lr_ratio=2, lr_pattern=r"classifier\.bias:3")
+    assert found.pop("classifier.weight") == 8 and found.pop("classifier.bias") == 3
+    assert set(found.values()) == {2} and all("_embeddings.weight" in name for name in found)
+
+
+def test_a_head_that_is_frozen_is_told():
+    model = AutoModelForSequenceClassification.from_config(bert())
+    model.classifier.requires_grad_(False)
+    with pytest.raises(ValueError, match="No head of a task is trained"):
+        multiplied(model, task_head_lr_ratio=8)
+    assert multiplied(model, preset="finetune") == {}
+    with pytest.raises(ValueError, match="`task_head_lr_ratio` of create_osd_optimizer must be a number > 0, got 0"):
+        multiplied(model, task_head_lr_ratio=0)
+
+
+class Sentences(Dataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = torch.randint(64, (8,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": int(ids.sum()) % 2}
+
+
+def trainer_of(folder: Path, arguments: type[TrainingArguments] = TrainingArguments, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    args = arguments(
+        output_dir=str(folder),
+        optim="osd_adamw",
+        learning_rate=0.01,
+        max_steps=4,
+        save_steps=2,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    model = AutoModelForSequenceClassification.from_config(bert(attention_probs_dropout_prob=0.0))
+    return Trainer(model, args, train_dataset=Sentences())
+
+
+def test_trainer_logs_the_rate_itself_resumes_and_its_card_tells(tmp_path: Path):
+    whole = trainer_of(tmp_path, optim_args="rank=4,preset=finetune")
+    whole.train()
+    logged = [row["learning_rate"] for row in whole.state.log_history if "learning_rate" in row]
+    assert logged == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    again = trainer_of(tmp_path / "b", OSDTrainingArguments, osd_rank=4, osd_preset="finetune")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    facts = _facts(osd_of(again.optimizer), again.args, again.state, again.model)  # type: ignore[arg-type]
+    card = render_section(facts, picture=None, projections=True)
+    assert "| task head's over it | 64 |" in card and "task_head_lr_ratio=64" in card
+    other = trainer_of(
+        tmp_path / "c", OSDTrainingArguments, osd_rank=4, osd_preset="finetune", osd_task_head_lr_ratio=1
+    )
+    with pytest.raises(ValueError, match="(?s)saved by another optimizer.*64 times lr"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
