@@ -77,7 +77,7 @@ class GlueArguments:
     head_lr_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "With --method full, the classifier's learning rate over the rest's. OSD: --osd_task_head_lr_ratio."
+            "help": "The classifier's learning rate over the rest's, for full. For osd it is --osd_task_head_lr_ratio."
         },
     )
     trained: list[str] | None = field(

@@ -135,6 +135,20 @@ def test_only_parameters_of_these_names_are_trained(finetune, tmp_path):
     assert [group["tensors"] for group in osd["parameter_groups"] if group.get("rank")] == [1]
 
 
+def test_full_adamw_can_have_another_rate_for_its_classifier(finetune, tmp_path):
+    options = {"method": "full", "weight_decay": 0.1, "lr_scheduler_type": "constant"}
+    run = finetune(head_lr_ratio=8, **options)["runs"][0]
+    groups = [(group["tensors"], group["lr"], group["weight_decay"]) for group in run["parameter_groups"]]
+    matrices, vectors = 3 + 2 * 6 + 1, 2 + 2 * (6 + 4) + 1  # of embeddings, two layers and the pooler
+    rest = [(matrices, 1e-3, 0.1), (vectors, 1e-3, 0), (1, 8e-3, 0.1), (1, 8e-3, 0)]
+    assert sorted(groups) == sorted(rest) and run["log_history"][0]["learning_rate"] == 1e-3
+    plain = finetune(**options, output_dir=tmp_path / "plain")["runs"][0]
+    same = finetune(head_lr_ratio=1, **options, output_dir=tmp_path / "same")["runs"][0]
+    assert same["metrics"]["eval_loss"] == plain["metrics"]["eval_loss"] != run["metrics"]["eval_loss"]
+    with pytest.raises(ValueError, match="--head_lr_ratio is for --method full. Of OSD it is --osd_task_head_lr_r"):
+        finetune(head_lr_ratio=8, rank=4)
+
+
 def test_extracted_adapters_are_evaluated(finetune, tmp_path):
     run = finetune(task="stsb", rank=4, extract_lora=[2, 24], learning_rate=1e-2, max_steps=6)["runs"][0]
     found = {(entry["rank"], entry["carry"]): entry for entry in run["extracted"]}
