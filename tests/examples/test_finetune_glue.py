@@ -136,7 +136,7 @@ def test_only_parameters_of_these_names_are_trained(finetune, tmp_path):
 
 
 def test_full_adamw_can_have_another_rate_for_its_classifier(finetune, tmp_path):
-    options = {"method": "full", "weight_decay": 0.1, "lr_scheduler_type": "constant"}
+    options = {"method": "full", "weight_decay": 0.1, "lr_scheduler_type": "constant", "logging_steps": 1}
     run = finetune(head_lr_ratio=8, **options)["runs"][0]
     groups = [(group["tensors"], group["lr"], group["weight_decay"]) for group in run["parameter_groups"]]
     matrices, vectors = 3 + 2 * 6 + 1, 2 + 2 * (6 + 4) + 1  # of embeddings, two layers and the pooler

@@ -127,7 +127,7 @@ def test_the_keys_are_these():
     keys += " projection_weight_decay projection_dtype moment_dtype update_interval projection_interval distribution"
     keys += " mixing carry_moments residual residual_scale momentum stochastic_rounding seed layerwise_clipping"
     keys += " source projection_sample unbiased restart_moments weight_dtype lr_pattern full_size_optim capturable"
-    keys += " divide_projection embedding_lr_ratio"
+    keys += " divide_projection embedding_lr_ratio task_head_lr_ratio"
     keys += " projection_stream"
     assert set(keys.split()) == KEYS.keys()
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
