@@ -1,4 +1,4 @@
-"""Pretrains the same model on the same text with several optimizers, each at its best setting of a stated grid.
+"""Trains the same model on the same text with several optimizers, each at its best setting of a stated grid.
 
 Reads experiments/<name>.json: arguments common to all runs, and for each method its arguments, where `{scale}` stands
 for the value of an option called scale, and its grid: the learning rates and the values of those options. With
@@ -6,8 +6,9 @@ for the value of an option called scale, and its grid: the learning rates and th
 better, until there is none. Without, all of the grid is run. This is done with the first of the experiment's seeds,
 or of the method's own; the best setting is then run with the others.
 
-Every run is one call of examples/pretrain_llama.py in its own process. Finished runs are kept in `--work_dir` and
-not repeated, so an interrupted comparison continues. Writes results/<device>/<name>.json, .md, .png.
+Every run is one call of examples/pretrain_llama.py, or of the experiment's `program`, in its own process. Finished
+runs are kept in `--work_dir` and not repeated, so an interrupted comparison continues. Writes
+results/<device>/<name>.json, .md, .png.
 
 Needs: the `examples` extra. The small command takes a minute, the others one and two hours on two cores; without
 `--data` the last one streams C4 from the Hub.
@@ -48,11 +49,12 @@ class Method:
     grid: Grid
     starts: tuple[Setting, ...]
     seeds: tuple[int, ...]
+    program: str
 
     def run(self, setting: Setting, seed: int) -> Run:
         """The run of a setting."""
         options = tuple(zip(self.grid, setting, strict=True))
-        return Run(self.name, options, seed, (*self.common, *self.arguments))
+        return Run(self.name, options, seed, (*self.common, *self.arguments), self.program)
 
 
 def read_methods(experiment: dict[str, Any], names: list[str] | None, extra: list[str]) -> list[Method]:
@@ -75,6 +77,7 @@ def _read(name: str, method: dict[str, Any], experiment: dict[str, Any], extra: 
         grid=grid,
         starts=tuple(tuple(start[option] for option in grid) for start in method.get("starts", [])),
         seeds=tuple(method.get("seeds", experiment["seeds"])),
+        program=experiment.get("program", Run.program),
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs of examples/pretrain_llama.py, each in a process of its own and a folder that keeps what it gave."""
+"""Runs of a script of examples/, each in a process of its own and a folder that keeps what it gave."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ from hf_osd import last_complete_checkpoint
 from q_galore_weights import obeyed
 
 
-sys.path.append(str(Path(__file__).parents[1]))  # of pretrain_llama
+sys.path.append(str(Path(__file__).parents[1]))  # of the scripts
 PROCESSES = multiprocessing.get_context("forkserver")  # imports PRELOADED once, then forks for each run
 PRELOADED = ["hf_osd", "datasets"]  # what is installed: before Python 3.13 the server lacks our sys.path
 # What these libraries keep in their state is a class of theirs, which torch.load refuses unless it is told.
@@ -30,12 +30,13 @@ KEPT_CLASSES = (
 
 @dataclass(frozen=True)
 class Run:
-    """One call of the pretraining script."""
+    """One call of a script."""
 
     method: str
     options: tuple[tuple[str, float], ...]
     seed: int
     arguments: tuple[str, ...]
+    program: str = "pretrain_llama"
 
     @property
     def name(self) -> str:
@@ -76,7 +77,7 @@ def execute(
         with open(folder / "made.jsonl", "a") as file:
             file.write(json.dumps({"from": Path(checkpoint).name if checkpoint else None, **(made or {})}) + "\n")
         command = [*run.command, "--output_dir", str(folder), *saving, *resumed]
-        process = PROCESSES.Process(target=_train, args=(command, folder / "log.txt"))
+        process = PROCESSES.Process(target=_train, args=(run.program, command, folder / "log.txt"))
         process.start()
         process.join()
         if process.exitcode:
@@ -105,14 +106,13 @@ def _is_of(run: Run, folder: Path) -> bool:
     return command.is_file() and json.loads(command.read_text()) == run.command
 
 
-def _train(command: list[str], log: Path) -> None:
-    """One call of the script, in a process of its own."""
-    import pretrain_llama
-
+def _train(program: str, command: list[str], log: Path) -> None:
+    """One call of a script, in a process of its own."""
+    script = importlib.import_module(program)
     for module, name in KEPT_CLASSES:
         if find_spec(module.partition(".")[0]):
             torch.serialization.add_safe_globals([getattr(importlib.import_module(module), name)])
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    pretrain_llama.main(obeyed(command))
+    script.main(obeyed(command))
