@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_is_kept(tmp_path: Path, mo
     run = Run("osd", (("learning_rate", 0.01),), 1, arguments)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(pretraining_runs.PROCESSES, "Process", lambda target, args: Here(target, args), raising=False)
-    monkeypatch.setattr(pretraining_runs, "_train", lambda command, log: pretrain_llama.main(command))
+    monkeypatch.setattr(pretraining_runs, "_train", lambda _, command, log: pretrain_llama.main(command))
     whole = pretraining_runs.execute(run, tmp_path / "whole", 2)
     with monkeypatch.context() as patch:
         patch.setattr(OSDCallback, "on_save", killed)  # once a checkpoint has been written

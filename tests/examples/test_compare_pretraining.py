@@ -1,10 +1,11 @@
+import importlib
 import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import HfArgumentParser
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -13,7 +14,8 @@ sys.path[:0] = [str(EXAMPLES), str(BENCHMARKS)]
 
 import compare_pretraining  # noqa: E402
 import comparison_plot  # noqa: E402
-import pretrain_llama  # noqa: E402
+import run  # noqa: E402
+from q_galore_weights import FLAG  # noqa: E402
 
 
 EXPERIMENT = {
@@ -47,9 +49,9 @@ def result(loss: float) -> dict:
 def test_a_setting_is_one_command():
     a, b = compare_pretraining.read_methods(EXPERIMENT, None, ["--x"])
     assert a.grid == {"learning_rate": [0.1, 0.2]} and a.starts == ()
-    run = b.run((3, 0.5), seed=2)
-    assert run.name == "b-learning_rate3-scale0.5-seed2"
-    assert " ".join(run.command) == (
+    one = b.run((3, 0.5), seed=2)
+    assert one.name == "b-learning_rate3-scale0.5-seed2" and one.program == "pretrain_llama"
+    assert " ".join(one.command) == (
         "--max_steps 10 --x --optim b --optim_args rank=4,scale=0.5 --learning_rate 3 --seed 2"
     )
     with pytest.raises(SystemExit, match="Unknown methods c"):
@@ -128,15 +130,21 @@ def test_the_picture_shows_perplexity_against_an_option(monkeypatch, tmp_path):
     assert drawn[0].get_xlabel() == "alpha"
 
 
-def test_committed_experiments_are_complete(tmp_path):
-    parser = HfArgumentParser((pretrain_llama.PretrainingArguments, pretrain_llama.OSDTrainingArguments))
-    for name in ("quickstart", "quickstart_settings", "family", "family_settings", "projection_interval"):
-        experiment = json.loads((BENCHMARKS / "experiments" / f"{name}.json").read_text())
-        assert experiment.keys() >= {"title", "seeds", "common", "methods"}
-        for method in compare_pretraining.read_methods(experiment, None, []):
-            assert "--learning_rate" not in method.arguments and "--dataset" not in method.arguments
-            assert all(values == sorted(set(values)) for values in method.grid.values())
-            for setting in method.starts or [tuple(values[0] for values in method.grid.values())]:
-                assert all(value in values for value, values in zip(setting, method.grid.values(), strict=True))
-                command = method.run(setting, seed=1).command
-                parser.parse_args_into_dataclasses([*command, "--output_dir", str(tmp_path), "--use_cpu", "true"])
+def committed() -> dict[str, dict[str, Any]]:
+    experiments = {file.stem: json.loads(file.read_text()) for file in (BENCHMARKS / "experiments").glob("*.json")}
+    return {name: own for name, own in experiments.items() if run.script_of(own) == "compare_pretraining"}
+
+
+@pytest.mark.parametrize("name", sorted(committed()))
+def test_committed_experiments_are_complete(name: str, tmp_path: Path):
+    experiment = committed()[name]
+    assert experiment.keys() >= {"title", "seeds", "common", "methods"}
+    for method in compare_pretraining.read_methods(experiment, None, []):
+        assert "--learning_rate" not in method.arguments and "--dataset" not in method.arguments
+        assert all(values == sorted(set(values)) for values in method.grid.values())
+        for setting in method.starts or [tuple(values[0] for values in method.grid.values())]:
+            assert all(value in values for value, values in zip(setting, method.grid.values(), strict=True))
+            one = method.run(setting, seed=1)
+            script = importlib.import_module(one.program)
+            command = [argument for argument in one.command if argument != FLAG]
+            script.parse_arguments([*command, "--output_dir", str(tmp_path), "--use_cpu", "true"])
