@@ -167,7 +167,11 @@ class SubZero(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Update the weights by the rho that has been found; with a closure, which computes a loss, find it first."""
+        """Update the weights by the rho that has been found; with a closure, which computes a loss, find it first.
+
+        Raises:
+            ValueError: Where no rho has been found since the last step, and for gradients.
+        """
         loss = None
         if closure is not None:
             loss = self.forward(closure)
@@ -176,7 +180,10 @@ class SubZero(torch.optim.Optimizer):
         if any(p.grad is not None for group in self.weight_groups for p in group["params"]):
             raise ValueError("SubZero takes no gradients: call `optimizer.forward(lambda: loss).backward()`.")
         if self.direction.grad is None:
-            return loss
+            raise ValueError(
+                "There is no rho to step by: call `optimizer.step(lambda: loss)`, or before each step and after "
+                "`zero_grad` `optimizer.forward(lambda: loss).backward()`."
+            )
         self.average()
         rho = _finite(self.direction.grad)
         self.forget_rho()  # Trainer empties the model's gradients alone

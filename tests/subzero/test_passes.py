@@ -206,6 +206,23 @@ def test_gradients_and_addresses_are_refused_and_idle_parameters_told():
         optimizer.step(lambda: idle[0](torch.ones(1, 20)).sum())
 
 
+def test_a_step_that_nothing_was_measured_for_is_refused():
+    net = Net()
+    optimizer = SubZero(net, rank=5, lr=1.0)
+    net.loss(ids())
+    with pytest.raises(ValueError, match=r"no rho to step by: call `optimizer.step\(lambda: loss\)`"):
+        optimizer.step()
+    for _ in range(2):
+        optimizer.forward(lambda: net.loss(ids()) / 2).backward()
+    optimizer.step()
+    for again in (lambda: None, lambda: optimizer.forward(lambda: net.loss(ids())).backward()):
+        again()
+        optimizer.zero_grad()
+        with pytest.raises(ValueError, match="no rho to step by"):
+            optimizer.step()
+    assert optimizer.steps == 1
+
+
 def test_what_is_in_no_subspace_is_told_and_empty_parameters_are_left_out():
     net = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 12))
     net.empty = nn.Parameter(torch.empty(0, 12))
