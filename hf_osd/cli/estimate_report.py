@@ -65,12 +65,15 @@ COLUMNS = {
 }
 
 
-def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, Any]:
+def make_report(
+    arguments: argparse.Namespace, memory: int | None, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """Everything that is told, as JSON values.
 
     Args:
         arguments (`argparse.Namespace`): The options of the command.
         memory (`int`, *optional*): Bytes that tensors may take, if there is a limit.
+        say (`Callable`, *optional*): Is told what is being run.
     """
     lora_rank = arguments.rank if arguments.lora_rank is None else arguments.lora_rank
     numbers = {"rank": arguments.rank, "lora_rank": lora_rank, "seq": arguments.seq, "batch": arguments.batch}
@@ -93,26 +96,17 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
     def ours(rank: int) -> Method:
         return osd(model, optim, rank, options, layerwise=layerwise)
 
-    kinds, missing = available(work, arguments.batch)
+    kinds, missing = available(work, arguments.batch, say)
     methods = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules)]
     methods += [lora(work.model("lora"))] if ("lora", False) in kinds else []
+    say(f"steps of {optim}{LAYERWISE_SUFFIX * layerwise}")
     methods += [subzero(model, forward_only), ours(arguments.rank)]
-    rows: list[dict[str, Any]] = []
-    for checkpointing in (False, True):
-        for method in methods:
-            if (method.unprepared, checkpointing) not in kinds:
-                continue
-            parts = work.parts(method, checkpointing, arguments.batch)
-            rows.append({"method": method.name, "gradient_checkpointing": checkpointing, "bytes": asdict(parts)})
-            if memory is not None:
-                rows[-1]["fits"] = parts.peak <= memory
-                rows[-1]["largest_batch"] = work.largest_batch(method, checkpointing, memory)
-                if method.unprepared == "full" and method.name.startswith("osd_"):
-                    unit = max(1, highest // 256)  # ranks in between are asked for by nobody
-                    rows[-1]["largest_rank"] = unit * largest(
-                        lambda k: work.parts(ours(k * unit), checkpointing, arguments.batch).peak <= memory,  # noqa: B023
-                        highest // unit,
-                    )
+    rows = [
+        _row(work, method, checkpointing, arguments, memory, (ours, highest), say)
+        for checkpointing in (False, True)
+        for method in methods
+        if (method.unprepared, checkpointing) in kinds
+    ]
     report: dict[str, Any] = {
         **{
             key: getattr(arguments, key)
@@ -135,6 +129,34 @@ def make_report(arguments: argparse.Namespace, memory: int | None) -> dict[str, 
             "suggestion": suggestion(report, modules, start_of(model)),
         }
     return report
+
+
+def _row(
+    work: Workload,
+    method: Method,
+    checkpointing: bool,
+    arguments: argparse.Namespace,
+    memory: int | None,
+    ours: tuple[Callable[[int], Method], int],  # by rank, and the highest
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """A method's parts, and where there is a limit, what fits it."""
+    batch, (of_rank, highest) = arguments.batch, ours
+    parts = work.parts(method, checkpointing, batch)
+    row: dict[str, Any] = {"method": method.name, "gradient_checkpointing": checkpointing, "bytes": asdict(parts)}
+    if memory is None:
+        return row
+    say(f"what fits with {method.name}{' and gradient checkpointing' * checkpointing}")
+    row |= {"fits": parts.peak <= memory, "largest_batch": work.largest_batch(method, checkpointing, memory)}
+    if method.unprepared == "full" and method.name.startswith("osd_"):
+        unit = max(1, highest // 256)  # ranks in between are asked for by nobody
+        row["largest_rank"] = unit * largest(
+            lambda k: work.parts(of_rank(k * unit), checkpointing, batch).peak,
+            memory,
+            highest // unit,
+            first=max(1, arguments.rank // unit),
+        )
+    return row
 
 
 def processes_report(
@@ -167,12 +189,15 @@ def processes_report(
     return {"processes": processes, "each_process": each}
 
 
-def available(work: Workload, batch: int) -> tuple[set[tuple[str, bool]], list[str]]:
+def available(
+    work: Workload, batch: int, say: Callable[[str], None] = lambda text: None
+) -> tuple[set[tuple[str, bool]], list[str]]:
     """The models, each with whether it checkpoints, that can be run, and what cannot be, with the reason.
 
     Raises:
         ValueError: If not even the model itself can.
     """
+    say("a step on the meta device")
     work.run("full", False, batch)
     found, missing = {("full", False)}, []
     for name, kind, checkpointing in (
@@ -183,6 +208,7 @@ def available(work: Workload, batch: int) -> tuple[set[tuple[str, bool]], list[s
     ):
         if checkpointing and kind == "lora" and not {("lora", False), ("full", True)} <= found:
             continue  # said already
+        say(name)
         try:
             work.run(kind, checkpointing, batch)
             found.add((kind, checkpointing))

@@ -125,6 +125,12 @@ def _grouped_product(func, A: Tensor, B: Tensor, *args, **kwargs) -> Tensor:
     return func(A.bfloat16(), B.bfloat16(), *args, **kwargs).to(A.dtype)
 
 
+def _drawn(func, size, **kwargs) -> Tensor:
+    """Random numbers that go from the CPU to the meta device, which of a large model are billions: nobody looks."""
+    del kwargs["generator"]
+    return torch.empty(size, **kwargs)
+
+
 def _nonzero(func, A: Tensor) -> Tensor:
     """Where a tensor is not 0, which the meta device cannot know: at one place in each row."""
     return func(A) if not A.is_meta else A.new_empty(A.shape[0], A.ndim, dtype=torch.long)
@@ -158,6 +164,7 @@ INDEXING = (
 )
 STAND_INS: dict[Any, Callable] = {
     GROUPED_PRODUCT: _grouped_product,
+    torch.ops.aten.randn.generator: _drawn,
     torch.ops.aten.nonzero.default: _nonzero,
     torch.ops.aten.unique_consecutive.default: _unique,
 }

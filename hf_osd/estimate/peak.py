@@ -156,11 +156,11 @@ class Workload:
         two, three = (self._run(method, checkpointing, batch) for batch in (2, 3))
         weights = self._weights(method)
 
-        def fits(batch: int) -> bool:
+        def peak(batch: int) -> int:
             run = two.towards(three, batch - 2) if batch > 1 else self._run(method, checkpointing, 1)
-            return parts(weights, run, method).peak <= memory
+            return parts(weights, run, method).peak
 
-        return largest(fits, LARGEST_BATCH)
+        return largest(peak, memory, LARGEST_BATCH, first=2)
 
     def _weights(self, method: Method) -> int:
         model = self.model(method.unprepared)  # stand-ins take no memory
@@ -170,10 +170,32 @@ class Workload:
         return weights + sum(b.nbytes for b in model.buffers())
 
 
-def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number from 1 to `limit` that fits, where all smaller ones do; 0 if none."""
+def largest(peak: Callable[[int], int], memory: int, limit: int, first: int = 1) -> int:
+    """The largest number from 1 to `limit` whose peak is at most `memory`, as all smaller ones' are; 0 if none.
+
+    A peak is an estimate that takes seconds, and about linear: where the line through two of them meets `memory` is
+    tried three times, then the middle, until a number fits and the next one does not.
+
+    Args:
+        peak (`Callable`): Bytes.
+        memory (`int`): Bytes.
+        limit (`int`): The largest number that is looked for.
+        first (`int`, *optional*): A number to try first, because its peak is known.
+    """
     low, high = 0, limit + 1  # fits, does not
+    peaks: dict[int, int] = {}
+
+    def narrow(number: int) -> None:
+        nonlocal low, high
+        peaks[number] = peak(number)
+        low, high = (number, high) if peaks[number] <= memory else (low, number)
+
+    for number in (first, limit, 1):
+        if low < number < high:
+            narrow(number)
+    turn = 0
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        turn += 1
+        share = (memory - peaks[low]) / (peaks[high] - peaks[low]) if turn % 4 else 0.5
+        narrow(min(max(low + int(share * (high - low)), low + 1), high - 1))
     return low

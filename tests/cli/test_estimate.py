@@ -1,5 +1,6 @@
 """`hf-osd estimate`: the report, its JSON, what fits, and what is refused in one sentence."""
 
+import json
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -11,7 +12,9 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig, ViTConfig
 
 from hf_osd import create_osd_optimizer
 from hf_osd.cli.estimate import usable_memory
-from hf_osd.estimate import share
+from hf_osd.cli.main import main
+from hf_osd.estimate import largest, share
+from hf_osd.estimate.live_bytes import LiveBytes
 from hf_osd.estimate.models import load_config, meta_model
 from hf_osd.hub import projection_bytes
 from hf_osd.optim import predicted_state_bytes, select
@@ -164,6 +167,36 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
         return
     assert ("--gradient_checkpointing" in found["command"]) == found["gradient_checkpointing"]
     assert "--optim osd_adamw8bit --learning_rate 0.0002 --optim_args rank=8,scale=1 --optim_t" in found["command"]
+
+
+@pytest.mark.parametrize("looks", [6, 40])
+def test_what_fits_is_found_in_few_looks(looks):
+    """Of a peak that is a line four to six, of ones with kinks, steps and plateaus never many."""
+    shapes = {
+        6: [lambda k: 100 + 7 * k, lambda k: 7 * k],
+        40: [lambda k: max(50 * k, 900), lambda k: min(50 * k, 900), lambda k: k**2, lambda k: 1000 * (k > 77)],
+    }
+    for peak in shapes[looks]:
+        for memory in (0, 3, 107, 899, 900, 1000, 10**5):
+            for first in (1, 8, 300):
+                seen: list[int] = []
+                found = largest(lambda k: seen.append(k) or peak(k), memory, 300, first)  # noqa: B023
+                assert found == max((k for k in range(1, 301) if peak(k) <= memory), default=0)
+                assert len(seen) == len(set(seen)) <= looks
+
+
+def test_what_is_being_run_is_told_on_stderr_and_nothing_is_drawn(folder, capsys):
+    main(["estimate", folder, "--rank", "8", "--seq", "8", "--gpu", "1GB", "--reserve", "0KB", "--json"])
+    said = capsys.readouterr()
+    assert json.loads(said.out)["rows"]
+    lines = [line for line in said.err.splitlines() if line.startswith("hf-osd estimate: ")]
+    for method in ("adamw_torch_fused", "lora and gradient checkpointing", "osd_adamw8bit"):
+        assert f"hf-osd estimate: what fits with {method} ..." in lines
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    with LiveBytes():
+        assert torch.randn(3, 2, generator=generator, dtype=torch.float64, device="cpu").shape == (3, 2)
+    assert torch.equal(generator.get_state(), state)
 
 
 def test_options_of_the_optimizer_count(folder, capsys):
