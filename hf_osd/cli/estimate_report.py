@@ -36,7 +36,7 @@ from ..subzero.options import KEYS as SUBZERO_KEYS
 from ..subzero.options import Options as SubZeroOptions
 from ..text import format_bytes, format_count, table
 from ..trainer.optim_args import parse_optim_args
-from .suggestion import before_forward_only, start_of, suggestion
+from .suggestion import suggestion, suggestion_text
 
 
 DEFAULT_OPTIM = "osd_adamw8bit"
@@ -110,7 +110,7 @@ def make_report(
     report: dict[str, Any] = {
         **{
             key: getattr(arguments, key)
-            for key in ("model", "rank", "batch", "seq", "dtype", "optim_args", "subzero_args")
+            for key in ("model", "revision", "rank", "batch", "seq", "dtype", "optim_args", "subzero_args")
         },
         "lora_rank": lora_rank,
         "subzero": "MeZO" if forward_only.perturbation == "dense" else f"SubZero {forward_only.rank}",
@@ -126,7 +126,7 @@ def make_report(
         report |= {
             "gpu": arguments.gpu,
             "usable_bytes": memory,
-            "suggestion": suggestion(report, modules, start_of(model)),
+            "suggestion": suggestion(report, modules, model),
         }
     return report
 
@@ -293,10 +293,5 @@ def report_text(report: dict[str, Any]) -> str:
     text += ["", f"P on the Hub: {format_bytes(report['projection_file_bytes'], 2, 'MB')}"]
     text += [f"not estimated: {name}" for name in report["missing"]]
     if limit:
-        found = report["suggestion"]
-        text += ["", "suggested:", f"  {found['command']}"] if found else ["", f"nothing fits {report['gpu']}"]
-        if found and (hint := before_forward_only(report)):
-            text.append(f"  {hint}")
-        elif found and "--learning_rate" in found["command"]:
-            text.append("  The learning rate and the scale are where to start: try a third and three times the rate.")
+        text += suggestion_text(report)
     return "\n".join(text)

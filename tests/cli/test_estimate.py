@@ -47,7 +47,8 @@ def test_the_report(folder, capsys):
     shapes = [tuple(p.shape) for p in select(model).projected.values()]
     assert report["projection_file_bytes"] == projection_bytes(shapes, 8)
     text = estimate(capsys, *words, "--gpu", "2MB", "--reserve", "0KB")
-    assert report["suggestion"]["command"] in text and f"{report['parameters'] / 1e6:.1f}M parameters" in text
+    assert f"and 32 tokens:\n  {report['suggestion']['options']}\n" in text and "train.py" not in text
+    assert f"{report['parameters'] / 1e6:.1f}M parameters" in text
     lines = [line for line in text.splitlines() if line.startswith("osd_adamw8bit_layerwise")]
     assert [line.split()[-2] for line in lines] == [
         "yes" if row_of(report, "osd_adamw8bit_layerwise", on)["fits"] else "no" for on in (False, True)
@@ -147,14 +148,14 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
         expected["batch"] = found["batch"]
         assert 1 <= found["batch"] < 4
     assert {key: found[key] for key in expected} == expected
-    assert f"--per_device_train_batch_size {found['batch']}" in found["command"]
+    assert f"--per_device_train_batch_size {found['batch']}" in found["options"]
     if expected["rank"] is None:  # forward passes alone
-        assert "--optim subzero" in found["command"] and "osd_" not in found["command"]
+        assert "--optim subzero" in found["options"] and "osd_" not in found["options"]
         more = ("--subzero_args", "rank=8,source=activations")
         followed = report_of(capsys, *words[:-4], "--gpu", gpu, "--reserve", "0KB", *more)
         assert (
             "--optim subzero --optim_args rank=8,source=activations --learning_rate 1e-6 --max_grad_norm 0"
-            in followed["suggestion"]["command"]
+            in followed["suggestion"]["options"]
         )
         hint = "estimate again with --layerwise --optim_args source=activations,weight_dtype=int8."
         assert hint in estimate(capsys, *words)
@@ -165,8 +166,8 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
         )
         assert "Unknown option `rnak` in `--subzero_args`" in refused(capsys, *words[:-4], "--subzero_args", "rnak=8")
         return
-    assert ("--gradient_checkpointing" in found["command"]) == found["gradient_checkpointing"]
-    assert "--optim osd_adamw8bit --learning_rate 0.0002 --optim_args rank=8,scale=1 --optim_t" in found["command"]
+    assert found["options"].endswith(f" --gradient_checkpointing {found['gradient_checkpointing']}")
+    assert "--optim osd_adamw8bit --learning_rate 0.0002 --optim_args rank=8,scale=1 --optim_t" in found["options"]
 
 
 @pytest.mark.parametrize("looks", [6, 40])
@@ -294,7 +295,7 @@ def test_learning_from_activations(folder, capsys):
         return row_of(report_of(capsys, *other), "osd_adamw")["bytes"]["peak"]
 
     assert peak(8, batch) <= 2_000_000 < peak(8, batch + 1) and peak(rank, 2) <= 2_000_000
-    assert "source=activations" in report["suggestion"]["command"]
+    assert "source=activations" in report["suggestion"]["options"]
     model = meta_model(load_config(folder), torch.bfloat16)
     inputs = [p.shape for name, p in select(model).projected.items() if not re.search("k_proj|v_proj|up_proj", name)]
     assert report["projection_file_bytes"] == projection_bytes(inputs, 8, side="right")

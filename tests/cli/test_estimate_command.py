@@ -1,7 +1,9 @@
-"""The command that `hf-osd estimate` suggests: it parses, and selects what was estimated."""
+"""What `hf-osd estimate` suggests: it parses, and selects what was estimated.
+
+tests/cli/test_run_hugging_face.py runs the command of a model with weights.
+"""
 
 import shlex
-from dataclasses import dataclass
 
 import pytest
 from estimates import SMALL, refused, report_of
@@ -14,14 +16,6 @@ from hf_osd.optim import select
 NAMES = [["q_proj"], ["q_proj", "v_proj"], ["layers.1.mlp.up_proj"], ["model.layers.0.self_attn.q_proj", "o_proj"]]
 
 
-@dataclass
-class ModelArguments:
-    """Of a script, what the command gives it."""
-
-    model_name_or_path: str
-    dtype: str
-
-
 @pytest.fixture
 def suggested(capsys, tmp_path):
     """A config's matrices as estimated with some words, and the command parsed."""
@@ -30,13 +24,11 @@ def suggested(capsys, tmp_path):
         path = tmp_path / "a model"
         config.save_pretrained(path)
         report = report_of(capsys, str(path), "--rank", "8", "--seq", "32", "--gpu", "1GB", "--reserve", "0KB", *words)
-        program, action, script, *rest = shlex.split(report["suggestion"]["command"])
-        assert [program, action, script] == ["hf-osd", "run", "train.py"]
-        own, args = HfArgumentParser((ModelArguments, TrainingArguments)).parse_args_into_dataclasses(
-            [*rest, "--output_dir", str(tmp_path / "out")]
+        assert report["suggestion"]["command"] is None  # of a config alone
+        (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
+            [*shlex.split(report["suggestion"]["options"]), "--output_dir", str(tmp_path / "out")]
         )
-        model = meta_model(AutoConfig.from_pretrained(own.model_name_or_path), DTYPES[own.dtype])
-        return report, args, model
+        return report, args, meta_model(AutoConfig.from_pretrained(path), DTYPES[report["dtype"]])
 
     return run
 

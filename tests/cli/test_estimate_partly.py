@@ -50,7 +50,7 @@ def test_what_can_be_told_is(config, architecture, rows, missing, capsys, tmp_pa
         assert told == rows[checkpointing]
     assert len(report["missing"]) == len(missing)
     assert all(found.startswith(start) for found, start in zip(report["missing"], missing, strict=True))
-    assert report["suggestion"]["command"]
+    assert report["suggestion"]["options"]
     text = estimate(capsys, *words)
     assert all(f"not estimated: {name}" in text for name in report["missing"])
     assert ("\nwith gradient checkpointing\n" in text) == bool(rows[True])

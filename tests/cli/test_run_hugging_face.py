@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -74,6 +75,27 @@ def test_trls_script_runs_by_the_line_in_the_usage(folder):
     (row,) = [row for row in logged(folder) if row["step"] == 2 and "loss" in row]
     assert row["loss"] > 0 and "osd/pca_loss" in row
     LlamaForCausalLM.from_pretrained(folder / "out")
+
+
+@pytest.mark.parametrize("optim", ["osd_adamw8bit", "subzero"])
+def test_the_command_that_an_estimate_suggests_runs_as_it_is(optim, folder, capsys):
+    """But for the data, a network and a GPU."""
+    pytest.importorskip("trl")
+    limit = {"osd_adamw8bit": "10MB", "subzero": "0.3MB"}[optim]  # the latter holds little more than the weights
+    small = f"llama --rank 4 --seq 32 --batch 2 --gpu {limit} --reserve 0KB --json --subzero_args rank=4"
+    main(["estimate", *small.split()])
+    command = json.loads(capsys.readouterr().out)["suggestion"]["command"]
+    program, *words = shlex.split(command.replace("stanfordnlp/imdb", "chats"))
+    assert program == "hf-osd" and f"--optim {optim} " in command
+    main([*words, "--use_cpu", "--report_to", "none", "--max_steps", "1", "--save_strategy", "no"])
+    args = torch.load(folder / "out" / "training_args.bin", weights_only=False)
+    assert (args.optim, args.max_length, args.gradient_checkpointing) == (optim, 32, False)
+    trained, base = (LlamaForCausalLM.from_pretrained(folder / name) for name in ("out", "llama"))
+    assert trained.dtype == torch.bfloat16 != base.dtype
+    (folder / "llama" / "model.safetensors").unlink()
+    capsys.readouterr()
+    main(["estimate", *small.split()])
+    assert json.loads(capsys.readouterr().out)["suggestion"]["command"] is None
 
 
 def logged(folder) -> list[dict]:

@@ -137,7 +137,7 @@ class CardFacts:
             lr_ratios=dict(lr_ratios or {}),
             train_loss=_last(state, "loss"),
             eval_loss=eval_loss,
-            perplexity=_perplexity(eval_loss) if _is_causal_lm(model) and _loss_is_nll(args) else None,
+            perplexity=_perplexity(eval_loss) if is_causal_lm(model) and _loss_is_nll(args) else None,
             log_history=tuple(dict(row) for row in state.log_history),
             library_name="peft" if _base(model) is not model else "transformers",
             model_class=_model_class(model),
@@ -191,7 +191,8 @@ def _base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def _is_causal_lm(model: nn.Module) -> bool:
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether a model, maybe inside peft's, is a causal language model of transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return any(kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for kind in type(_base(model)).__mro__)
@@ -200,10 +201,10 @@ def _is_causal_lm(model: nn.Module) -> bool:
 def _model_class(model: nn.Module) -> str | None:
     kind = type(_base(model))
     if _base(model) is not model:
-        return "peft.AutoPeftModelForCausalLM" if _is_causal_lm(model) else "peft.AutoPeftModel"
+        return "peft.AutoPeftModelForCausalLM" if is_causal_lm(model) else "peft.AutoPeftModel"
     if kind.__module__.split(".")[0] != "transformers":
         return None
-    return "transformers.AutoModelForCausalLM" if _is_causal_lm(model) else f"transformers.{kind.__name__}"
+    return "transformers.AutoModelForCausalLM" if is_causal_lm(model) else f"transformers.{kind.__name__}"
 
 
 def _on_hub(name: str | None) -> str | None:
