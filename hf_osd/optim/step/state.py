@@ -35,6 +35,13 @@ def state_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
     return stack
 
 
+def saved_projection(geometry: ProjectedGeometry) -> TensorSpec:
+    """P as files and the Hub have it, whatever it is made of: one in int8 as the floats that it is read as."""
+    dtype = geometry.compute_dtype if geometry.projection_dtype == torch.int8 else geometry.projection_dtype
+    stack = (geometry.matrices,) if geometry.stacked else ()
+    return TensorSpec((*stack, *geometry.projection_shape), dtype)
+
+
 def divided_specs(geometry: Geometry, rules: Rules) -> list[dict[str, TensorSpec]]:
     """What the state of a whole parameter may be instead: that of the same one divided among processes, gathered."""
     if geometry.sharding is not None or geometry.stacked:
