@@ -105,6 +105,24 @@ def create_state(device: torch.device, geometry: Geometry, rules: Rules) -> dict
     return state
 
 
+def exchange_moments(
+    state: dict[str, Tensor], geometry: Geometry, before: Rules, rules: Rules, device: torch.device
+) -> None:
+    """Let a state have the moments that other rules keep: SGD's has one while its momentum is not 0."""
+    new = create_state(device, geometry, rules)
+    for name in state_spec(geometry, before).keys() - new.keys():
+        state.pop(name, None)
+    state.update({name: value for name, value in new.items() if name not in state})
+
+
+def convert(state: dict[str, Tensor], geometry: Geometry, rules: Rules) -> None:
+    """Bring a state into the precision of a parameter that was converted."""
+    spec = state_spec(geometry, rules)
+    for name in spec.keys() & state.keys():
+        if state[name].is_floating_point() and spec[name].dtype.is_floating_point:  # dense in place of 8 bits may be
+            state[name] = state[name].to(spec[name].dtype)
+
+
 def _warn_dense(geometry: Geometry, rules: Rules, spec: Mapping[str, TensorSpec]) -> None:
     """Say once where sharding costs a projected weight its 8-bit moments."""
     if not isinstance(geometry, ProjectedGeometry) or not isinstance(rules.weight_storage, BlockWise8bit):
