@@ -15,7 +15,7 @@ DDP, FSDP2, MESHES = "distributed/test_ddp.py", "distributed/test_fsdp2.py", "di
 ONE, REFUSED = f"{DDP}::test_two_processes_train_as_one", f"{MESHES}::test_scenario[refused]"
 TRAINER = f"{DDP}::test_trainer_on_two_processes_is_trainer_on_one"
 LAYERS, STOCK = "layers", "trainer/test_activations.py"
-INT8 = f"{LAYERS}/test_int8_training.py"
+INT8, INT8_SAVED = f"{LAYERS}/test_int8_training.py", f"{LAYERS}/test_int8_saved.py"
 BOTH = "optim/test_layerwise_layers.py"
 SAVED = "distributed/test_fsdp2_checkpoints.py"
 FORWARD, FORWARD_REFUSES = "subzero/test_trainer.py", "subzero/test_trainer_refusals.py"
@@ -114,15 +114,18 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ),
     ],
     "`weight_dtype=int8`": [
-        ("yes", [f"{INT8}::test_training_goes_on_exactly_from_what_is_saved"]),
+        ("yes", [f"{INT8_SAVED}::test_training_goes_on_exactly_from_what_is_saved"]),
         ("global, of R", [f"{STOCK}::test_resume_is_exact"]),
         ("yes", ["distributed/test_activations_ddp.py::test_two_processes[int8]"]),
         ("refused", [f"{INT8}::test_sharded_weights_refuse_it"]),
         ("yes", [f"{STOCK}::test_resume_is_exact"]),
-        ("exact", [f"{STOCK}::test_resume_is_exact", f"{INT8}::test_training_goes_on_exactly_from_what_is_saved"]),
+        (
+            "exact",
+            [f"{STOCK}::test_resume_is_exact", f"{INT8_SAVED}::test_training_goes_on_exactly_from_what_is_saved"],
+        ),
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
-        ("yes", [f"{INT8}::test_training_goes_on_exactly_from_what_is_saved"]),
+        ("yes", [f"{INT8_SAVED}::test_training_goes_on_exactly_from_what_is_saved"]),
     ],
     "FSDP2": [
         ("yes", [f"{FSDP2}::test_two_processes[accumulated]"]),

@@ -55,6 +55,12 @@ def make(net: nn.Module, optim: str = "osd_adamw", **options: Any) -> hf_osd.OSD
     return hf_osd.create_osd_optimizer(net, optim, **{**defaults, **options})
 
 
+def int8_net(**options: Any) -> tuple[Net, hf_osd.OSD]:
+    """A net with weights in 8 bits, and its optimizer."""
+    net = Net()
+    return net, make(net, weight_dtype="int8", **options)
+
+
 def train(net: Any, optimizer: Any, steps: Any, batches: int = 1) -> None:
     for step in steps:
         for x in batch(step).chunk(batches):
