@@ -58,17 +58,8 @@ def match_state(
         raise ValueError(
             "This is not a state of hf_osd: begin with the weights alone, or set `partial_load` to start all anew."
         )
-    saved_groups = [as_of_today(group) for group in state_dict["param_groups"]]
-    names = iter(plain_names([name for group in saved_groups for name in group.get("param_names") or ()]))
-    for group in saved_groups:  # those of a wrapped model were saved as they were
-        if group.get("param_names"):
-            group["param_names"] = [next(names) for _ in group["param_names"]]
-    params: dict[str, Tensor] = {}
-    for group in live_groups:
-        params.update(zip(names_of(group, len(params)), group["params"], strict=True))
-    keys: dict[str, Any] = {}
-    for group in saved_groups:
-        keys.update(zip(names_of(group, len(keys)), group["params"], strict=True))
+    saved_groups = _plainly_named([as_of_today(group) for group in state_dict["param_groups"]])
+    params, keys = _by_name(live_groups), _by_name(saved_groups)
     live_groups = _with_sides(live_groups, _stored(saved_groups, "sides"))
     saved, current = traits(saved_groups, params), traits(live_groups, params)
     rows = differences(saved, current)
@@ -109,12 +100,26 @@ def match_state(
 def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str]:
     """By name of weight that layers have made R of, the one in whose state its P is, where there is one."""
     groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
-    keys: dict[str, Any] = {}
-    for group in groups:
-        keys.update(zip(names_of(group, len(keys)), group["params"], strict=True))
-    states = {name: state_dict["state"].get(key, {}) for name, key in keys.items()}
+    states = {name: state_dict["state"].get(key, {}) for name, key in _by_name(groups).items()}
     started = {name for name, own in states.items() if any(own[key].any() for key in own if key in P_ENTRIES)}
     return {name: holder for name, holder in _holders(groups).items() if states[name] and holder in started}
+
+
+def _plainly_named(saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with the names of a model without wrappers: those of a wrapped one were saved as they were."""
+    names = iter(plain_names([name for group in saved_groups for name in group.get("param_names") or ()]))
+    for group in saved_groups:
+        if group.get("param_names"):
+            group["param_names"] = [next(names) for _ in group["param_names"]]
+    return saved_groups
+
+
+def _by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Parameters by name; of saved groups what stands for them in the state."""
+    found: dict[str, Any] = {}
+    for group in groups:
+        found |= zip(names_of(group, len(found)), group["params"], strict=True)
+    return found
 
 
 def _holders(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
