@@ -5,12 +5,11 @@ import gc
 
 import pytest
 import torch
-from test_model_stays import copies
 from torch import nn
 
 import hf_osd
 from hf_osd.layers.int8 import Int8Weight
-from reference.nets_in_layers import Net, batch, distance, int8_net, make, train
+from reference.nets_in_layers import Net, batch, copies, distance, int8_net, make, train
 
 
 def test_what_is_saved_is_a_plain_model():

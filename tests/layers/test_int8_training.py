@@ -1,18 +1,17 @@
 """Training weights in 8 bits: steps, memory, and what it cannot be combined with."""
 
 import copy
-import weakref
 from itertools import accumulate
 
 import pytest
 import torch
 import torch.distributed as dist
+from live_floats import Floats
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_osd.layers import int8
 from hf_osd.layers.int8 import Int8Weight
@@ -54,25 +53,6 @@ def test_a_broken_gradient_changes_no_bit(optim):
         p.grad = None
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-
-
-class Floats(TorchDispatchMode):
-    """How many float tensors of given sizes are alive after each operation, at most."""
-
-    def __init__(self, sizes):
-        super().__init__()
-        self.sizes, self.alive, self.most = sizes, [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.is_floating_point() and out.numel() in self.sizes:
-            if type(out) is torch.Tensor and out._base is None:
-                self.alive.append(weakref.ref(out))
-        self.most = max(self.most, self.count())
-        return out
-
-    def count(self) -> int:
-        return len({ref().untyped_storage().data_ptr() for ref in self.alive if ref() is not None})
 
 
 def test_no_float_copy_of_a_weight_is_left_alive(monkeypatch):

@@ -1,5 +1,7 @@
 """Small float64 nets and their steps, for tests of `source="activations"`."""
 
+import copy
+import io
 from typing import Any
 
 import torch
@@ -72,3 +74,10 @@ def train(net: Any, optimizer: Any, steps: Any, batches: int = 1) -> None:
 def distance(net: nn.Module, other: nn.Module) -> float:
     pairs = zip(net.state_dict().values(), other.state_dict().values(), strict=True)
     return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def copies(net):
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    return [copy.deepcopy(net), torch.load(buffer, weights_only=False)]
