@@ -89,19 +89,20 @@ def embeddings(model: nn.Module) -> set[nn.Parameter]:
 def task_outputs(model: nn.Module) -> set[nn.Parameter]:
     """What gives out the classes or values of a task in a model of transformers': `classifier`, `score`, `qa_outputs`.
 
-    That is a linear layer around the base model with an output for each label, or with one. Checkpoints of pretrained
-    models do not have it. A model that gives out tokens has none.
+    That is a linear layer with an output for each label, or with one: around the base model, or right in a model that
+    knows of no base. Checkpoints of pretrained models do not have it. A model that gives out tokens has none.
     """
     from transformers import PreTrainedModel
 
     whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if whole is None or whole.get_output_embeddings() is not None:
         return set()
-    base, widths = set(whole.base_model.modules()), (1, whole.config.num_labels)
+    base, widths = whole.base_model, (1, whole.config.num_labels)
+    inside = set(base.modules()) - (set(whole.children()) if base is whole else set())
     return {
         p
         for module in whole.modules()
-        if module not in base and isinstance(module, nn.Linear) and module.out_features in widths
+        if module not in inside and isinstance(module, nn.Linear) and module.out_features in widths
         for p in module.parameters()
     }
 
