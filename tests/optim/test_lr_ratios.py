@@ -87,6 +87,13 @@ def test_of_images_and_of_what_peft_wraps():
         "classifier.weight",
         "classifier.bias",
     }
+
+    class Timm(nn.Sequential):
+        def get_classifier(self) -> nn.Module:
+            return self[-1]
+
+    timm = Timm(nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16)), nn.Linear(16, 3))
+    assert set(multiplied(timm, task_head_lr_ratio=8, target_modules=["0.0"])) == {"1.weight", "1.bias"}
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["intermediate.dense"])
     model = peft.get_peft_model(AutoModelForSequenceClassification.from_config(bert()), config)
