@@ -90,9 +90,9 @@ def embeddings(model: nn.Module) -> set[nn.Parameter]:
 def task_outputs(model: nn.Module) -> set[nn.Parameter]:
     """What gives out the classes or values of a task: `classifier`, `score`, `qa_outputs`.
 
-    In a model of timm's that is what it calls its classifier, in one of transformers' a linear layer with an output for
-    each label, or with one: around the base model, or right in a model that knows of no base. Checkpoints of pretrained
-    models do not have it. A model that gives out tokens has none.
+    In a model of timm's that is what it calls its classifier, in one of transformers' a linear layer with an output
+    for each label, or with one: around the base model, or right in a model that knows of no base. Checkpoints of
+    pretrained models do not have it. A model that gives out tokens has none.
     """
     from transformers import PreTrainedModel
 
