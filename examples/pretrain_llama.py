@@ -54,6 +54,7 @@ from packing import collate_blocks, tokenize, training_blocks, validation_blocks
 from pretraining_data import TextSplits, load_text
 from pretraining_tokenizer import DEFAULT_TOKENIZER, load_tokenizer, trained_tokenizer
 from run_report import PerplexityCallback, TrainingClock, build_results, write_results
+from scaled_adamw import scaled_adamw
 
 
 CONFIG_FOLDER = Path(__file__).parent / "llama_configs"
@@ -210,35 +211,6 @@ def _projections(output_dir: str) -> list[str]:
     return [
         f"projections P          {Path(checkpoint, 'osd_projection.safetensors')} (look: hf-osd show {checkpoint})"
     ]
-
-
-def scaled_adamw(
-    model: LlamaForCausalLM, scale: float | None, ratio: float | None, args: OSDTrainingArguments
-) -> torch.optim.AdamW | None:
-    """AdamW with multiples of the learning rate for matrices: what OSD would be without a subspace.
-
-    Args:
-        model (`LlamaForCausalLM`): The model.
-        scale (`float`, *optional*): Of the blocks' matrices; defaults to 1.
-        ratio (`float`, *optional*): Of embeddings and head; defaults to 1.
-        args (`OSDTrainingArguments`): The run's arguments.
-
-    Returns:
-        `None` without either, for then it is Trainer's own.
-    """
-    if scale is None and ratio is None:
-        return None
-    if args.optim != "adamw_torch_fused":
-        raise ValueError(
-            f"--block_scale and --embedding_ratio are for --optim adamw_torch_fused, not for {args.optim}."
-        )
-    by_rate: dict[float, list[torch.nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        times = 1 if p.ndim != 2 else scale if ".layers." in name else ratio
-        by_rate.setdefault(1 if times is None else times, []).append(p)
-    groups = [{"params": params, "lr": times * args.learning_rate} for times, params in by_rate.items()]
-    betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True)
 
 
 def build_trainer(

@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str] | None] = {
 FLOORS = [
     {"options", "selection"},
     {"step"},
-    {"arrival", "differences", "groups", "loading", "statistics"},
+    {"arrival", "differences", "fitting", "groups", "loading", "statistics"},
     {"saving"},
     {"osd"},
     {"memory"},

@@ -15,10 +15,10 @@ DDP, FSDP2, MESHES = "distributed/test_ddp.py", "distributed/test_fsdp2.py", "di
 ONE, REFUSED = f"{DDP}::test_two_processes_train_as_one", f"{MESHES}::test_scenario[refused]"
 TRAINER = f"{DDP}::test_trainer_on_two_processes_is_trainer_on_one"
 LAYERS, STOCK = "layers", "trainer/test_activations.py"
-INT8 = f"{LAYERS}/test_int8_training.py"
+INT8, INT8_SAVED = f"{LAYERS}/test_int8_training.py", f"{LAYERS}/test_int8_saved.py"
 BOTH = "optim/test_layerwise_layers.py"
 SAVED = "distributed/test_fsdp2_checkpoints.py"
-FORWARD = "subzero/test_trainer.py"
+FORWARD, FORWARD_REFUSES = "subzero/test_trainer.py", "subzero/test_trainer_refusals.py"
 LAYERWISE = "trainer/test_layerwise_trainer.py"
 SHARDED, HOOKS = "distributed/test_fsdp2_family.py", "optim/test_layerwise_family.py"
 ALIKE, INEXACT = (
@@ -114,15 +114,18 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ),
     ],
     "`weight_dtype=int8`": [
-        ("yes", [f"{INT8}::test_training_goes_on_exactly_from_what_is_saved"]),
+        ("yes", [f"{INT8_SAVED}::test_training_goes_on_exactly_from_what_is_saved"]),
         ("global, of R", [f"{STOCK}::test_resume_is_exact"]),
         ("yes", ["distributed/test_activations_ddp.py::test_two_processes[int8]"]),
         ("refused", [f"{INT8}::test_sharded_weights_refuse_it"]),
         ("yes", [f"{STOCK}::test_resume_is_exact"]),
-        ("exact", [f"{STOCK}::test_resume_is_exact", f"{INT8}::test_training_goes_on_exactly_from_what_is_saved"]),
+        (
+            "exact",
+            [f"{STOCK}::test_resume_is_exact", f"{INT8_SAVED}::test_training_goes_on_exactly_from_what_is_saved"],
+        ),
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
-        ("yes", [f"{INT8}::test_training_goes_on_exactly_from_what_is_saved"]),
+        ("yes", [f"{INT8_SAVED}::test_training_goes_on_exactly_from_what_is_saved"]),
     ],
     "FSDP2": [
         ("yes", [f"{FSDP2}::test_two_processes[accumulated]"]),
@@ -152,10 +155,10 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ("yes", [f"{FORWARD}::test_accumulation_is_one_large_batch_and_a_schedule_is_followed"]),
         ("of rho", [f"{FORWARD}::test_rho_is_what_is_clipped_and_logged"]),
         ("yes", [f"{DDP}::test_subzero_exchanges_rho_alone"]),
-        ("refused", [f"{FORWARD}::test_engines_that_divide_the_weights_are_refused"]),
+        ("refused", [f"{FORWARD_REFUSES}::test_engines_that_divide_the_weights_are_refused"]),
         ("no moments", ["subzero/test_log.py::test_a_state_goes_on_bit_for_bit_and_other_options_are_refused"]),
-        ("exact", [f"{FORWARD}::test_resume_is_exact"]),
-        *[("refused", [f"{FORWARD}::test_what_would_not_work_is_refused_at_once"])] * 3,
+        ("exact", ["subzero/test_subzero_resume.py::test_resume_is_exact"]),
+        *[("refused", [f"{FORWARD_REFUSES}::test_what_would_not_work_is_refused_at_once"])] * 3,
     ],
 }
 CELLS = [(row, column, *cell) for row, cells in TABLE.items() for column, cell in zip(COLUMNS, cells, strict=True)]

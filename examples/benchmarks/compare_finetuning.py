@@ -145,22 +145,22 @@ def row_of(
     """What is kept of a method's runs: `found` at the best rate, one of each seed, and `grid` with the first."""
     runs = [entry["runs"][0] for entry in found]
     return {
-        "task": task,
-        "method": name,
-        "label": method["label"],
-        "arguments": method["arguments"],
+        **told(task, name, method, runs[0]),
         "grid": {f"{rate:g}": entry["runs"][0]["score"] for rate, entry in grid.items()},
         "best_learning_rate": best,
         "scores": [entry["score"] for entry in runs],
         "extracted": [entry["extracted"] for entry in runs],
         "metrics": [entry["metrics"] for entry in runs],
         "metrics_from": runs[0]["metrics_from"],
-        "steps": runs[0]["steps"],
-        "trained_parameters": runs[0]["trained_parameters"],
-        "optimizer_state_bytes": runs[0]["optimizer_state_bytes"],
         "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in found),
         "seconds": statistics.fmean(entry["seconds"] for entry in runs),
     }
+
+
+def told(task: str, name: str, method: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """What the rows of every comparison say of a method, by one of its runs."""
+    own = {"task": task, "method": name, "label": method["label"], "arguments": method["arguments"]}
+    return own | {key: run[key] for key in ("steps", "trained_parameters", "optimizer_state_bytes")}
 
 
 def average(rows: list[dict[str, Any]]) -> tuple[float, float | None]:

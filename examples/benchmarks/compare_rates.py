@@ -18,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from compare_finetuning import PRELOADED, PROCESSES, parser_of, runner_of
+from compare_finetuning import PRELOADED, PROCESSES, parser_of, runner_of, told
 from environment import describe, load_experiment, named, results_folder, save
 
 
@@ -55,20 +55,8 @@ def compare(experiment: dict[str, Any], get: Get) -> list[dict[str, Any]]:
         if found is None:
             continue
         (run,) = found["runs"]
-        row = rows.setdefault(
-            (task, method),
-            {
-                "task": task,
-                "method": method,
-                "label": experiment["methods"][method]["label"],
-                "arguments": experiment["methods"][method]["arguments"],
-                "steps": run["steps"],
-                "optimizer_state_bytes": run["optimizer_state_bytes"],
-                "trained_parameters": run["trained_parameters"],
-                "scores": {},
-                "losses": {},
-            },
-        )
+        row = told(task, method, experiment["methods"][method], run) | {"scores": {}, "losses": {}}
+        row = rows.setdefault((task, method), row)
         row["scores"].setdefault(f"{rate:g}", {})[str(seed)] = run["score"]
         row["losses"].setdefault(f"{rate:g}", {})[str(seed)] = run["metrics"]["eval_loss"]
     order = {name: place for place, name in enumerate(experiment["methods"])}

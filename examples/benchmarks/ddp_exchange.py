@@ -17,7 +17,6 @@ Needs: nothing beyond the package; no weights are made.
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_osd
 from environment import describe, results_folder
 from hf_osd.layers.linear import InSubspace
-
-
-CONFIGS = Path(__file__).parents[1] / "llama_configs"
+from shapes import config_file
 
 
 def exchanged_bytes(optimizer: hf_osd.OSD, model: nn.Module) -> tuple[int, int, int, int]:
@@ -67,7 +64,7 @@ def _inputs(model: nn.Module) -> list[tuple[int, torch.dtype]]:
 
 def rows(model_name: str, ranks: list[int]) -> list[dict[str, Any]]:
     """One row for each rank, for bfloat16 gradients."""
-    config = AutoConfig.for_model(**json.loads((CONFIGS / f"{model_name}.json").read_text()))
+    config = AutoConfig.from_pretrained(config_file(model_name))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     found = []

@@ -27,25 +27,15 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments
 
 import hf_osd
 from environment import describe, load_experiment, named, pick_device, results_folder, save, without_8bit
 from hf_osd.optim import held_gradient_bytes, predicted_state_bytes
+from whole_models import load_config, random_model
 
 
-CONFIGS = Path(__file__).parents[1] / "llama_configs"
 ON_CPU = {"model": "llama_60m", "sequence": 64, "steps": 5}
-
-
-def make_model(name: str, dtype: torch.dtype, device: str = "cpu") -> torch.nn.Module:
-    """A model of `llama_configs/`, or of another such file, with random weights made where they are to lie."""
-    path = CONFIGS / f"{name}.json" if "/" not in name else Path(name)
-    config = AutoConfig.for_model(**json.loads(path.read_text()))
-    config.use_cache = False
-    set_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 class LiveGradients:
@@ -85,7 +75,7 @@ def gradient_memory(model_name: str, rank: int, sequence: int) -> list[dict[str,
     """One step of every mode on the CPU: peak of live gradients, and of what is held in the subspace."""
     rows = []
     for mode, micro in (("ordinary", 1), ("layerwise", 1), ("ordinary", 2), ("layerwise", 2)):
-        model = make_model(model_name, torch.float32)
+        model = random_model(load_config(model_name), torch.float32, "cpu")
         live = LiveGradients()
         live.watch(model)
         optim, options = "osd_adamw", {}
@@ -148,7 +138,7 @@ def train(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.cap_gb * 1e9 / total))
     result: dict[str, Any] = {"run": run, "fits": True}
     try:
-        model = make_model(arguments.model, torch.bfloat16, arguments.device)
+        model = random_model(load_config(arguments.model), torch.bfloat16, arguments.device)
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
                 folder,

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from ..optim import OSD, create_osd_optimizer, select
 from ..optim.memory import predicted_entry_bytes
 from ..optim.options.mode import LAYERWISE_SUFFIX
-from ..optim.options.rules import rules_of
 from ..optim.step.geometry import ProjectedGeometry
 from ..optim.step.movement import STACK_LIMIT
-from ..optim.step.state import P_SCALE
+from ..optim.step.state import saved_projection
 from ..subzero import NAME
 from ..subzero.options import Options
 from ..subzero.selection import input_sides, trained_weights
@@ -44,7 +43,7 @@ class Method:
         name (`str`): As `TrainingArguments.optim` has it, or `lora`.
         state (`int`): Bytes of its state, P and what belongs to P aside.
         projection (`int`): Bytes of P and of its own moments.
-        saved (`int`): Bytes of P alone, or of what stands for it, as the Hub holds it: of an int8 P its floats.
+        saved (`int`): Bytes of P alone, as the Hub holds it.
         temporaries (`dict[str, int]`): For each trained parameter what its step allocates, beside the state.
         layerwise (`bool`): Whether parameters are stepped in the backward pass and gradients freed at once.
         model (`str`):
@@ -185,10 +184,8 @@ def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, lay
 def _of_state(name: str, optimizer: OSD, temporaries: dict[str, int]) -> Method:
     sizes = predicted_entry_bytes(optimizer)
     projection = sum(size for name, size in sizes.items() if name.startswith("projection"))
-    names = {rules_of(group).subspace.code or "projection" for group in optimizer.trained_groups if group["rank"]}
-    saved = sum(sizes[name] for name in names)
-    if P_SCALE in sizes:
-        saved *= torch.float32.itemsize
+    held = [weight.geometry for weight in optimizer.weights if weight.geometry.holds_projection]
+    saved = sum(saved_projection(geometry).nbytes for geometry in held if isinstance(geometry, ProjectedGeometry))
     return Method(name, sizes.total() - projection, projection, temporaries, saved=saved)
 
 

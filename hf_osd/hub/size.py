@@ -7,9 +7,8 @@ import torch
 from ..optim.options import table as options
 from ..optim.options.rules import rules_of
 from ..optim.step.geometry import ProjectedGeometry, geometry_of
-from ..optim.step.state import P_ENTRIES, state_spec
+from ..optim.step.state import P_ENTRIES, saved_projection, state_spec
 from ..subspace import choose_side
-from ..update_rules import TensorSpec
 
 
 def projection_bytes(
@@ -65,10 +64,7 @@ def projection_bytes(
         own = group | {"sides": [choose_side(shape[-2], shape[-1], side)], "param_names": [""]}
         geometry = geometry_of(own, 0, torch.empty(shape, device="meta"), 0)
         assert isinstance(geometry, ProjectedGeometry)
-        spec = state_spec(geometry, rules)
-        dtype = geometry.compute_dtype if geometry.projection_dtype == torch.int8 else geometry.projection_dtype
-        P = TensorSpec((geometry.matrices, *geometry.projection_shape), dtype)
-        others = [entry for name, entry in spec.items() if name not in P_ENTRIES]
-        entries = [P, *others] if include_moments else [P]
-        total += sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)
+        total += saved_projection(geometry).nbytes
+        if include_moments:
+            total += sum(entry.nbytes for name, entry in state_spec(geometry, rules).items() if name not in P_ENTRIES)
     return total

@@ -1,13 +1,10 @@
 """Prepare a model's linear layers, in place, so that their gradients never exist, and give the plain ones back."""
 
 import logging
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
-from weakref import WeakSet
 
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .candidates import owners_of, zeros_like_R
 from .divided import reason_of, zeros_by_rows
@@ -17,6 +14,7 @@ from .fsdp import groups_of_fsdp, keep_from_fsdp
 from .int8 import Int8Weight, quantize_
 from .layer import LayerInfo, Meeting, plain_class
 from .linear import prepared_classes
+from .other_optimizers import watch_others
 from .plain import CHILD, make_plain, quantize_again, unload_others
 from .shared_input import SharedInput
 
@@ -115,7 +113,7 @@ class PreparedLayers(nn.Module):
         self.installed = self.findable = True
         self.send_ahead()
         if self._watch is None:
-            self._watch = register_optimizer_step_pre_hook(_warn_of_others(self))
+            self._watch = watch_others(self)
         if any(layer.input is None for layer in self.layers.values()):
             wait_for_first_pass(self)
 
@@ -288,24 +286,3 @@ class PreparedLayers(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Identity, ()  # of a copied model, whose layers are plain
-
-
-def _warn_of_others(layers: PreparedLayers) -> Callable[..., None]:
-    """A hook of all optimizers' steps: says once of another one that it would never get the layers' gradients."""
-    known: WeakSet = WeakSet()
-    reference = weakref.ref(layers)
-
-    def hook(optimizer: Any, *_: Any) -> None:
-        own = reference()
-        if own is None or optimizer in known:
-            return
-        known.add(optimizer)
-        params = {p for group in optimizer.param_groups for p in group["params"]}
-        if params.isdisjoint(own.parameters()) and not params.isdisjoint(own.by_weight()):
-            logger.warning(
-                "%s steps weights whose layers make R for another optimizer, and they get no gradients. Call "
-                "`hf_osd.unload(model)` before.",
-                type(optimizer).__name__,
-            )
-
-    return hook

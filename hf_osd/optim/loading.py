@@ -5,20 +5,18 @@ A saved state is compared with the optimizer parameter by parameter; what differ
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..update_rules import TensorSpec
 from .differences import counted, differences, table, traits
-from .options.rules import rules_of
+from .fitting import fitting_states
 from .options.table import DEFAULTS, LR_MULTIPLE, OPTIONS, in_effect, spell_out
 from .selection.wrappers import plain_names
-from .step.geometry import Geometry, geometry_of, names_of
+from .step.geometry import names_of
 from .step.sharding import is_sharded
-from .step.state import P_ENTRIES, divided_specs, held_elsewhere, state_spec
+from .step.state import P_ENTRIES
 
 
 State = dict[Tensor, dict[str, Tensor]]
@@ -60,17 +58,8 @@ def match_state(
         raise ValueError(
             "This is not a state of hf_osd: begin with the weights alone, or set `partial_load` to start all anew."
         )
-    saved_groups = [as_of_today(group) for group in state_dict["param_groups"]]
-    names = iter(plain_names([name for group in saved_groups for name in group.get("param_names") or ()]))
-    for group in saved_groups:  # those of a wrapped model were saved as they were
-        if group.get("param_names"):
-            group["param_names"] = [next(names) for _ in group["param_names"]]
-    params: dict[str, Tensor] = {}
-    for group in live_groups:
-        params.update(zip(names_of(group, len(params)), group["params"], strict=True))
-    keys: dict[str, Any] = {}
-    for group in saved_groups:
-        keys.update(zip(names_of(group, len(keys)), group["params"], strict=True))
+    saved_groups = _plainly_named([as_of_today(group) for group in state_dict["param_groups"]])
+    params, keys = _by_name(live_groups), _by_name(saved_groups)
     live_groups = _with_sides(live_groups, _stored(saved_groups, "sides"))
     saved, current = traits(saved_groups, params), traits(live_groups, params)
     rows = differences(saved, current)
@@ -111,12 +100,26 @@ def match_state(
 def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str]:
     """By name of weight that layers have made R of, the one in whose state its P is, where there is one."""
     groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
-    keys: dict[str, Any] = {}
-    for group in groups:
-        keys.update(zip(names_of(group, len(keys)), group["params"], strict=True))
-    states = {name: state_dict["state"].get(key, {}) for name, key in keys.items()}
+    states = {name: state_dict["state"].get(key, {}) for name, key in _by_name(groups).items()}
     started = {name for name, own in states.items() if any(own[key].any() for key in own if key in P_ENTRIES)}
     return {name: holder for name, holder in _holders(groups).items() if states[name] and holder in started}
+
+
+def _plainly_named(saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups with the names of a model without wrappers: those of a wrapped one were saved as they were."""
+    names = iter(plain_names([name for group in saved_groups for name in group.get("param_names") or ()]))
+    for group in saved_groups:
+        if group.get("param_names"):
+            group["param_names"] = [next(names) for _ in group["param_names"]]
+    return saved_groups
+
+
+def _by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Parameters by name; of saved groups what stands for them in the state."""
+    found: dict[str, Any] = {}
+    for group in groups:
+        found |= zip(names_of(group, len(found)), group["params"], strict=True)
+    return found
 
 
 def _holders(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -227,96 +230,3 @@ def restored_options(saved: Sequence[Mapping[str, Any]], current: Sequence[Mappi
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
-
-
-def fitting_states(
-    groups: Sequence[Mapping[str, Any]],
-    states: Mapping[str, Mapping[str, Tensor]],
-    params: Mapping[str, Tensor],
-    divide: bool,
-) -> tuple[dict[str, dict[str, Tensor]], list[tuple[str, str, str]]]:
-    """The saved states, in the dtypes of today: second moments may have been saved in bfloat16.
-
-    Entries that others keep beside ours come along. A P that another weight's state holds is left out. Moments of
-    whole parameters may be as those are kept that are divided: dense, or in 8-bit blocks of rows.
-
-    Args:
-        groups (`list[dict]`): The saved groups.
-        states (`dict`): Saved state by parameter name; an empty one is that of a parameter that was never stepped.
-        params (`dict[str, torch.Tensor]`): The parameters by name.
-        divide (`bool`): Whether processes divide P here, where they can.
-
-    Returns:
-        Those in which every entry has the shape and dtype that the saved options ask for, and (parameter, what its
-        state has, what it should have) for the others.
-
-    Raises:
-        ValueError: For a sharded state of a whole parameter, and the other way round.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    unfit: list[tuple[str, str, str]] = []
-    position = 0
-    for group in groups:
-        for index, name in enumerate(names_of(group, position)):
-            if states.get(name):
-                geometry = geometry_of(group, index, params[name], position + index, divide)
-                rules = rules_of(group)
-                spec, entries = state_spec(geometry, rules), dict(states[name])
-                for key in entries.keys() & held_elsewhere(geometry, rules):
-                    del entries[key]
-                state = _as_wide(_of_saved({key: entries.pop(key) for key in spec if key in entries}), spec)
-                got, expected = _entries(state), _entries(spec)
-                if any(got == _entries(form) for form in (spec, *divided_specs(geometry, rules))):
-                    state = _divided_as_here(state, geometry, spec)
-                    _refuse_other_sharding(state, geometry, spec)
-                    expected = got  # steps go by the tensors
-                if got == expected or not state:
-                    found[name] = state | entries
-                else:
-                    unfit.append((name, ", ".join(got - expected) or "-", ", ".join(expected - got) or "-"))
-        position += len(group["params"])
-    return found, unfit
-
-
-def _entries(state: Mapping[str, Tensor | TensorSpec]) -> Set[str]:
-    return {f"{name} {tuple(entry.shape)} {str(entry.dtype)[6:]}": None for name, entry in state.items()}.keys()
-
-
-def _of_saved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the absmax of dense moments, which torch's `set_state_dict` adds from this run, where it has codes."""
-    beside_dense = {f"{name}_absmax" for name, value in state.items() if value.dtype != torch.uint8}
-    return {name: value for name, value in state.items() if name not in beside_dense}
-
-
-def _as_wide(state: Mapping[str, Tensor], spec: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-    wide = {name for name, entry in spec.items() if entry.dtype == torch.float32 and not name.endswith("step")}
-    return {
-        name: value.float() if name in wide and value.dtype == torch.bfloat16 else value
-        for name, value in state.items()
-    }
-
-
-def _divided_as_here(
-    state: dict[str, Tensor], geometry: Geometry, spec: Mapping[str, TensorSpec]
-) -> dict[str, Tensor]:
-    """P and its moments, of a sharded weight, divided or whole as this run has them. Asks all processes."""
-    if geometry.sharding is None:
-        return state
-    found: dict[str, Any] = dict(state)
-    for name, value in state.items():
-        if not name.startswith("projection") or (spec[name].divided is not None) == is_sharded(value):
-            continue
-        if geometry.rows is None:
-            found[name] = found[name].full_tensor()
-        else:
-            found[name] = geometry.rows.wrap(geometry.rows.own(value).clone(), value.shape, spec[name].divided)
-    return found
-
-
-def _refuse_other_sharding(state: Mapping[str, Tensor], geometry: Geometry, spec: Mapping[str, TensorSpec]) -> None:
-    if any((spec[key].divided is not None) != is_sharded(entry) for key, entry in state.items()):
-        kinds = ("whole", "sharded") if geometry.sharding else ("sharded", "whole")
-        raise ValueError(
-            f"The saved state of {geometry.name} is {kinds[0]}, the parameter {kinds[1]}: load it with "
-            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict."
-        )

@@ -31,6 +31,7 @@ from .saving import STAND_INS, SavedOptimizer
 from .statistics import share_observations, summarize
 from .step.capture import check_capture
 from .step.divided import DividedMovements, with_projections
+from .step.empty_step import only_make_states
 from .step.input_weight import InputWeight
 from .step.layer_weights import LayerWeights
 from .step.movement import Movements
@@ -419,7 +420,7 @@ class OSD(SavedOptimizer):
         weights = self.weights
         if "cuda" in weights.device_types and torch.cuda.is_current_stream_capturing():
             check_capture(weights)
-        if not self.state and weights.only_make_states():
+        if not self.state and only_make_states(weights):
             return loss
         if self._layers is not None:
             self._layers.agree()

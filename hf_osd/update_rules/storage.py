@@ -34,6 +34,11 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
     divided: int | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class MomentStorage(Protocol):
     """A format for moments, which are loaded whole and in their shape, or as a flat piece.

@@ -55,6 +55,13 @@ def test_the_report(folder, capsys):
     ]
 
 
+@pytest.mark.parametrize("option", ["subspace=random", "projection_dtype=int8"])
+def test_files_hold_floats_whatever_P_is_kept_as(option, folder, capsys):
+    report = report_of(capsys, folder, "--rank", "8", "--seq", "16", "--optim_args", option)
+    shapes = [tuple(p.shape) for p in select(meta_model(load_config(folder), torch.bfloat16)).projected.values()]
+    assert report["projection_file_bytes"] == projection_bytes(shapes, 8)
+
+
 def test_what_each_of_several_processes_holds(folder, capsys):
     """tests/distributed/test_divided.py finds the same in processes."""
     words = (folder, "--rank", "8", "--seq", "32", "--preset", "osd_adamw", "--processes", "4")

@@ -15,13 +15,13 @@ from sharded_models import (
     assert_same_weights,
     loss_of,
     make_model,
+    pretend_to_be_on_gpus,
     shard,
     shard_as_accelerate,
     single_process_mesh,
     train,
     whole,
 )
-from test_fsdp2_trainer import pretend_to_be_on_gpus
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor

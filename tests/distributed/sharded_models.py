@@ -132,3 +132,18 @@ def assert_same_state(sharded: OSD, single: OSD, tolerance: float) -> None:
         for p, q in zip(group["params"], other["params"], strict=True):
             for name, value in single.state[q].items():
                 torch.testing.assert_close(whole(sharded.state[p][name]), value, rtol=0, atol=tolerance)
+
+
+def pretend_to_be_on_gpus() -> None:
+    """Let accelerate do FSDP on CPUs, of which it makes DDP."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    ordinary = AcceleratorState.__init__
+
+    def init(self, *args, **kwargs):
+        ordinary(self, *args, **kwargs)
+        if kwargs.get("fsdp_plugin") is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, kwargs["fsdp_plugin"]
+
+    AcceleratorState.__init__ = init

@@ -11,29 +11,15 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from sharded_models import pretend_to_be_on_gpus
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 
 from hf_osd import OSDTrainingArguments, ProjectionState
 
 
 pytestmark = pytest.mark.distributed
-
 STEPS = 4
 SOURCES = {"gradients": {}, "activations": {"osd_source": "activations"}}
-
-
-def pretend_to_be_on_gpus() -> None:
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    ordinary = AcceleratorState.__init__
-
-    def init(self, *args, **kwargs):
-        ordinary(self, *args, **kwargs)
-        if kwargs.get("fsdp_plugin") is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, kwargs["fsdp_plugin"]
-
-    AcceleratorState.__init__ = init
 
 
 def train(output_dir: Path, batch: int, resume: Path | None = None, **options) -> Trainer:

@@ -5,6 +5,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 
 import pretrain_llama
+from scaled_adamw import scaled_adamw
 
 
 def command(folder, config, output_dir, *options):
@@ -19,15 +20,15 @@ def command(folder, config, output_dir, *options):
 def test_adamw_with_multiples_of_its_rate(tiny_config, tmp_path):
     model = LlamaForCausalLM(LlamaConfig.from_json_file(tiny_config))
     args = pretrain_llama.OSDTrainingArguments(str(tmp_path), optim="adamw_torch_fused", learning_rate=0.01)
-    assert pretrain_llama.scaled_adamw(model, None, None, args) is None
-    optimizer = pretrain_llama.scaled_adamw(model, 0.5, 8, args)
+    assert scaled_adamw(model, None, None, args) is None
+    optimizer = scaled_adamw(model, 0.5, 8, args)
     rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         times = 8 if "embed_tokens" in name or "lm_head" in name else 0.5 if "_proj" in name else 1
         assert rates[p] == pytest.approx(0.01 * times), name
     args.optim = "osd_adamw"
     with pytest.raises(ValueError, match="--block_scale and --embedding_ratio are for --optim adamw_torch_fused"):
-        pretrain_llama.scaled_adamw(model, None, 8, args)
+        scaled_adamw(model, None, 8, args)
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])

@@ -142,3 +142,14 @@ def projections_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     assert isinstance(osd, OSD)
     states = {name: osd.state[p] for name, p in model.named_parameters()}
     return {name: state["projection"] for name, state in states.items() if "projection" in state}
+
+
+class At(TrainerCallback):
+    """Does something before a step."""
+
+    def __init__(self, step: int, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.action()

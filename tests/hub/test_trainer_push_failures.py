@@ -2,19 +2,7 @@
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
-from pushed_runs import CHECKPOINT_FILES, REPO, ROOT_FILES, Record, check_set, folder_of, make_trainer, on_disk
-from transformers import TrainerCallback
-
-
-class At(TrainerCallback):
-    """Does something before a step."""
-
-    def __init__(self, step: int, action):
-        self.step, self.action = step, action
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.step:
-            self.action()
+from pushed_runs import CHECKPOINT_FILES, REPO, ROOT_FILES, At, Record, check_set, folder_of, make_trainer, on_disk
 
 
 def test_a_wrong_token_is_refused_before_training(hub, client, tmp_path):

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from test_int8_training import Floats
+from live_floats import Floats
 from torch import nn
 
 from hf_osd import OSD, ProjectionState

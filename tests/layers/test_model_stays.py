@@ -9,7 +9,7 @@ from torch import nn
 
 import hf_osd
 from hf_osd.layers import CHILD, unload
-from reference.nets_in_layers import Net, batch, distance, loss_of, make, train
+from reference.nets_in_layers import Net, batch, copies, distance, loss_of, make, train
 
 
 def test_state_dict_is_the_plain_models():
@@ -36,13 +36,6 @@ def test_a_stand_in_takes_no_memory():
     optimizer = make(net)
     assert all(p.untyped_storage().nbytes() == p.element_size() for p in getattr(net, CHILD).parameters())
     assert len(optimizer._layers.layers) == 3
-
-
-def copies(net):
-    buffer = io.BytesIO()
-    torch.save(net, buffer)
-    buffer.seek(0)
-    return [copy.deepcopy(net), torch.load(buffer, weights_only=False)]
 
 
 def test_copies_are_plain_and_train():

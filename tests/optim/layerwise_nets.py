@@ -8,6 +8,10 @@ from hf_osd import OSD, create_osd_optimizer
 from hf_osd.optim.options.mode import LAYERWISE_SUFFIX
 
 
+LAYERS = {"source": "activations", "target_modules": "all-linear"}
+INT8 = LAYERS | {"weight_dtype": "int8"}
+
+
 class Net(nn.Module):
     """Two projected matrices, of which one is used twice and tied, and parameters at full size."""
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_osd_against_twin import RANK, SHAPES, gradients, run_both
+from twin_runs import RANK, SHAPES, gradients, run_both
 
 from hf_osd import OSD
 from reference.twin import RULES, TwoSidedTwin

@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     RobertaConfig,
+    T5Config,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -59,6 +60,11 @@ def multiplied(model: nn.Module, lr: float = 0.01, **options: Any) -> dict[str, 
             RobertaConfig(**SIZES, vocab_size=64),
             {"classifier.out_proj.weight", "classifier.out_proj.bias"},
         ),
+        (  # which knows of no base model
+            AutoModelForQuestionAnswering,
+            T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=64),
+            {"qa_outputs.weight", "qa_outputs.bias"},
+        ),
         (AutoModel, bert(), set()),
         (AutoModelForMaskedLM, bert(), set()),
         (AutoModelForCausalLM, LlamaConfig(**SIZES, vocab_size=64), set()),
@@ -81,6 +87,13 @@ def test_of_images_and_of_what_peft_wraps():
         "classifier.weight",
         "classifier.bias",
     }
+
+    class Timm(nn.Sequential):
+        def get_classifier(self) -> nn.Module:
+            return self[-1]
+
+    timm = Timm(nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16)), nn.Linear(16, 3))
+    assert set(multiplied(timm, task_head_lr_ratio=8, target_modules=["0.0"])) == {"1.weight", "1.bias"}
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["intermediate.dense"])
     model = peft.get_peft_model(AutoModelForSequenceClassification.from_config(bert()), config)

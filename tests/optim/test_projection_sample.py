@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_osd_against_twin import run_both
 from torch import Tensor, nn
+from twin_runs import run_both
 
 from hf_osd import OSD
 from hf_osd.optim.step.movement import Movements

@@ -1,5 +1,7 @@
 """Small float64 nets and their steps, for tests of `source="activations"`."""
 
+import copy
+import io
 from typing import Any
 
 import torch
@@ -55,6 +57,12 @@ def make(net: nn.Module, optim: str = "osd_adamw", **options: Any) -> hf_osd.OSD
     return hf_osd.create_osd_optimizer(net, optim, **{**defaults, **options})
 
 
+def int8_net(**options: Any) -> tuple[Net, hf_osd.OSD]:
+    """A net with weights in 8 bits, and its optimizer."""
+    net = Net()
+    return net, make(net, weight_dtype="int8", **options)
+
+
 def train(net: Any, optimizer: Any, steps: Any, batches: int = 1) -> None:
     for step in steps:
         for x in batch(step).chunk(batches):
@@ -66,3 +74,10 @@ def train(net: Any, optimizer: Any, steps: Any, batches: int = 1) -> None:
 def distance(net: nn.Module, other: nn.Module) -> float:
     pairs = zip(net.state_dict().values(), other.state_dict().values(), strict=True)
     return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def copies(net):
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    return [copy.deepcopy(net), torch.load(buffer, weights_only=False)]

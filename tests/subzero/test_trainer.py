@@ -1,4 +1,4 @@
-"""`optim="subzero"` in a stock Trainer: accumulation, clipping, all kinds of losses, evaluation, resume, refusals."""
+"""`optim="subzero"` in a stock Trainer: accumulation, clipping, all kinds of losses, evaluation."""
 
 import functools
 from pathlib import Path
@@ -6,46 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from subzero_runs import Tokens, logged, make, same, weights
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback
 
-from hf_osd import OSDTrainingArguments, ProjectionState, SubZero
+from hf_osd import ProjectionState, SubZero
 from hf_osd.subzero import SubZeroLog, replay, subzero_of
-from hf_osd.trainer.forward_only import save_log
 from hf_osd.trainer.ignored_by_ddp import MARK, ignore_all_but_one, unmark
 from reference.tiny_models import tiny_llama
-
-
-class Tokens(Dataset):
-    def __len__(self) -> int:
-        return 32
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.randint(64, (8,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids}
-
-
-def make(folder: Path, dtype: torch.dtype = torch.float32, trainer: Any = {}, **options: Any) -> Trainer:  # noqa: B006
-    set_seed(0)
-    model = tiny_llama(attention_dropout=0.1).to(dtype)
-    defaults = {
-        "max_steps": 6,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "optim_args": "rank=8,eps=1e-3,update_interval=4",
-    }
-    defaults |= {"per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none", "use_cpu": True}
-    args = TrainingArguments(str(folder), optim="subzero", disable_tqdm=True, **(defaults | options))
-    return Trainer(model, args, train_dataset=Tokens(), eval_dataset=Tokens(), **trainer)
-
-
-def weights(trainer: Trainer) -> list[torch.Tensor]:
-    return [p.detach() for p in trainer.model.parameters()]
-
-
-def logged(trainer: Trainer, key: str) -> list[float]:
-    return [row[key] for row in trainer.state.log_history if key in row and "train_runtime" not in row]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["by the model", "label smoothing"])
@@ -62,7 +30,7 @@ def test_accumulation_is_one_large_batch_and_a_schedule_is_followed(tmp_path: Pa
     log = SubZeroLog.from_optimizer(one.optimizer)
     assert log.lr[:, 0].tolist() == pytest.approx(logged(one, "learning_rate"))
     replay(start, log)
-    assert all(torch.equal(p, q) for p, q in zip(weights(one), start.parameters(), strict=True))
+    assert same(one, start)
 
 
 def test_rho_is_what_is_clipped_and_logged(tmp_path: Path):
@@ -112,97 +80,6 @@ def test_a_loss_outside_of_the_model_gives_the_same(tmp_path: Path):
     assert logged(own, "loss") == pytest.approx(logged(inside, "loss"), rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_exact(tmp_path: Path, dtype: torch.dtype):
-    options = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "weight_decay": 0.1}
-    whole = make(tmp_path, dtype, **options)
-    whole.train()
-    resumed = make(tmp_path, dtype, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert all(torch.equal(p, q) for p, q in zip(weights(whole), weights(resumed), strict=True))
-    assert logged(whole, "loss") == logged(resumed, "loss")
-    for trainer in (whole, resumed):
-        again = tiny_llama(attention_dropout=0.1).to(dtype)
-        replay(again, SubZeroLog.from_optimizer(trainer.optimizer))
-        assert all(torch.equal(p, q) for p, q in zip(weights(whole), again.parameters(), strict=True))
-    half = tiny_llama(attention_dropout=0.1).to(dtype)
-    replay(half, tmp_path / "checkpoint-3")
-    saved = type(half).from_pretrained(tmp_path / "checkpoint-3", dtype=dtype)
-    assert all(torch.equal(p, q) for p, q in zip(half.parameters(), saved.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fp16": True}, "fp16's GradScaler: use bf16=True"),
-        ({"optim_args": "rank=8,layerwise=true"}, "instead of 'layerwise' in `optim_args`"),
-        ({"optim_args": "residual=scaled"}, "Unknown option `residual`"),
-        ({"optim_args": "side=two_sided"}, "Unknown option `side`"),
-        ({"optim_args": "subspace=power"}, "Unknown option `subspace`"),
-        ({"optim_args": "rnak=8"}, "Did you mean `rank`"),
-        ({"optim_args": "rank=8,perturbation=dense"}, "`rank` of SubZero has no effect with perturbation='dense'"),
-        ({"optim_args": "queries=0"}, "`queries` of SubZero must be an integer >= 1"),
-        ({"adam_beta1": 0.8}, "`adam_beta1` has no effect"),
-        ({"torch_compile": True}, "leave `torch_compile` out"),
-        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` has no effect"),
-        (
-            {"optim_args": "perturbation=dense", "optim_target_modules": ["q_proj"]},
-            "`optim_target_modules` of SubZero has no effect with perturbation='dense'",
-        ),
-    ],
-)
-def test_what_would_not_work_is_refused_at_once(tmp_path: Path, options: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        make(tmp_path, **options)
-
-
-@pytest.mark.parametrize("options", [{"torch_compile": True}, {"fp16": True}, {"neftune_noise_alpha": 5.0}, {}])
-def test_what_would_not_work_is_refused_for_an_optimizer_of_ones_own(tmp_path: Path, options: dict, monkeypatch):
-    if not options:
-        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # as `accelerate launch --dynamo_backend` does
-    model = tiny_llama()
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
-    with pytest.raises(ValueError, match="use bf16=True" if "fp16" in options else "leave `torch_comp|has no effect"):
-        Trainer(model, args, train_dataset=Tokens(), optimizers=(SubZero(model, rank=8), None))
-    if options.get("neftune_noise_alpha"):
-        trainer = Trainer(model, args, train_dataset=Tokens())
-        trainer.create_optimizer = lambda: setattr(trainer, "optimizer", SubZero(model, rank=8))
-        with pytest.raises(ValueError, match="has no effect"):
-            trainer.train()
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_engines_that_divide_the_weights_are_refused(tmp_path: Path, version: int, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", str(version))
-    with pytest.raises(ValueError, match="cannot be used with FSDP.*use DDP"):
-        OSDTrainingArguments(str(tmp_path), optim="subzero", use_cpu=True)
-
-
-def test_typed_options_of_osd_are_refused_and_others_work(tmp_path: Path):
-    with pytest.raises(ValueError, match="osd_rank need an OSD optimizer"):
-        OSDTrainingArguments(str(tmp_path), optim="subzero", osd_rank=8, use_cpu=True)
-    trainer = make(tmp_path, optim_target_modules=["q_proj"])
-    low_rank = [name for name, w in subzero_of(trainer.create_optimizer()).weights.weights.items() if hasattr(w, "U")]
-    assert len(low_rank) == 2 and all("q_proj" in name for name in low_rank)
-
-
-def test_v_that_follows_inputs_resumes_exactly_and_leaves_no_log(tmp_path: Path, caplog):
-    options = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "max_steps": 8}
-    options["optim_args"] = "rank=8,update_interval=6,source=activations"
-    whole, resumed, random = (make(tmp_path / str(i), torch.bfloat16, **options) for i in range(3))
-    random.args.optim_args = "rank=8,update_interval=6"
-    with caplog.at_level("INFO", "hf_osd"):
-        whole.train()
-    assert "V of 15 matrices follows their inputs, which no log can tell" in caplog.text
-    resumed.train(resume_from_checkpoint=str(tmp_path / "0" / "checkpoint-3"))  # moved after 1 and 2, goes on after 4
-    random.train()
-    assert all(torch.equal(p, q) for p, q in zip(weights(whole), weights(resumed), strict=True))
-    assert logged(whole, "loss") == logged(resumed, "loss") != logged(random, "loss")
-    logs = [sorted(path.parent.name for path in folder.rglob("subzero_log*")) for folder in sorted(tmp_path.iterdir())]
-    assert logs == [[], [], ["checkpoint-3", "checkpoint-6", "checkpoint-8"]]
-
-
 def test_subspaces_of_another_run(tmp_path: Path):
     osd = make(tmp_path, optim_args="rank=8")
     osd.args.optim, osd.args.optim_args = "osd_adamw", "rank=8"
@@ -217,34 +94,7 @@ def test_subspaces_of_another_run(tmp_path: Path):
     with pytest.raises(ValueError, match="The run had an `init`: give it"):
         replay(again, log)
     replay(again, log, init=str(tmp_path / "P"))
-    assert all(torch.equal(p, q) for p, q in zip(weights(trainer), again.parameters(), strict=True))
-
-
-class BrokenOff(Exception):
-    """What ends a run between two micro-batches."""
-
-
-class Break(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise BrokenOff
-
-
-@pytest.mark.parametrize("resume", [False, True], ids=["anew", "resumed"])
-def test_a_run_that_was_broken_off_leaves_no_rho(tmp_path: Path, resume: bool):
-    options = {"gradient_accumulation_steps": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    options["max_grad_norm"] = 0  # clipped, two rho of one sign would be the same
-    broken, whole = make(tmp_path / "0", **options), make(tmp_path / "1", **options)
-    broken.add_callback(Break(2 if resume else 0))
-    with pytest.raises(BrokenOff):
-        broken.train()
-    broken.pop_callback(Break)
-    broken.train(resume_from_checkpoint=resume)
-    whole.train()
-    assert all(torch.equal(p, q) for p, q in zip(weights(broken), weights(whole), strict=True))
+    assert same(trainer, again)
 
 
 class Modes(Trainer):
@@ -278,43 +128,6 @@ def test_a_loss_on_the_object_stays_and_no_forward_pass_is_in_training_mode(tmp_
     assert not hasattr(model, MARK)  # which would leave another optimizer's gradients alone
 
 
-def test_a_log_is_of_the_weights_that_it_says(tmp_path: Path, caplog):
-    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    options |= {"learning_rate": 0.3, "max_grad_norm": 0, "load_best_model_at_end": True}
-    trainer = make(tmp_path, **options)
-    trainer.train()
-    best = trainer.state.best_model_checkpoint
-    assert best is not None and not best.endswith("-3")
-    with pytest.raises(ValueError, match=r"use SubZeroLog.from_pretrained\(trainer.state.best_model_checkpoint\)"):
-        SubZeroLog.from_optimizer(trainer.optimizer)
-    save_log(subzero_of(trainer.optimizer), tmp_path / "checkpoint-3", trainer.args)  # as a push does
-    replay(tiny_llama(attention_dropout=0.1), tmp_path / "checkpoint-3")  # which is of its own weights still
-    again = tiny_llama(attention_dropout=0.1)
-    replay(again, best)
-    assert all(torch.equal(p, q) for p, q in zip(weights(trainer), again.parameters(), strict=True))
-    trainer.args.load_best_model_at_end = False
-    with caplog.at_level("WARNING", "hf_osd"):
-        trainer.train()  # from the best ones
-    assert "SubZero and its log start anew" in caplog.text
-    replay(again, SubZeroLog.from_optimizer(trainer.optimizer))
-    assert all(torch.equal(p, q) for p, q in zip(weights(trainer), again.parameters(), strict=True))
-
-
-def test_a_resume_without_a_state_is_told(tmp_path: Path, caplog):
-    options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, "max_steps": 4}
-    make(tmp_path, **options).train()
-    resumed = make(tmp_path, **options)
-    with caplog.at_level("WARNING", "hf_osd"):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "checkpoint-2 has no state of the optimizer: directions, schedule and the log start anew" in caplog.text
-    log, again = SubZeroLog.from_optimizer(resumed.optimizer), tiny_llama(attention_dropout=0.1)
-    with pytest.raises(ValueError, match="or the checkpoint that it went on from without the optimizer's state"):
-        replay(again, log)
-    half = type(again).from_pretrained(tmp_path / "checkpoint-2")
-    replay(half, log)
-    assert all(torch.equal(p, q) for p, q in zip(weights(resumed), half.parameters(), strict=True))
-
-
 def test_ddp_is_told_of_every_name_and_what_a_user_has_told_it_stays():
     net = nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4), nn.Linear(4, 9, bias=False))
     net[2].weight = net[0].weight
@@ -329,29 +142,3 @@ def test_ddp_is_told_of_every_name_and_what_a_user_has_told_it_stays():
         unmark(net)
         unmark(net)
         assert getattr(net, MARK, None) == users
-
-
-def test_a_resume_that_is_refused_leaves_no_mark(tmp_path: Path):
-    trainer = make(tmp_path, save_steps=1, save_strategy="steps", max_steps=1)
-    trainer.train()
-    other = make(tmp_path, optim_args="rank=3")
-    with pytest.raises(ValueError, match="saved with rank"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
-    Trainer(other.model, args, train_dataset=Tokens()).train()
-    assert not hasattr(other.model, MARK)
-
-
-def test_weights_that_change_between_two_trainings_begin_a_log(tmp_path: Path, caplog):
-    trainer = make(tmp_path, max_steps=2)
-    trainer.train()
-    trainer.train()
-    assert "start anew" not in caplog.text and len(SubZeroLog.from_optimizer(trainer.optimizer).rho) == 4
-    with torch.no_grad():
-        for p in trainer.model.parameters():
-            p.add_(1e-3)
-    trainer.train()
-    assert "start anew" in caplog.text and len(SubZeroLog.from_optimizer(trainer.optimizer).rho) == 2
-    next(trainer.model.parameters()).requires_grad_(False)
-    with pytest.raises(ValueError, match="has been frozen since this optimizer was made"):
-        trainer.train()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from resumed_runs import Tokens
 from safetensors.torch import load_file
-from test_resume import Tokens
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from test_statistics_file import lines, make_trainer
+from observed_runs import lines, make_trainer
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hf_osd import create_osd_optimizer

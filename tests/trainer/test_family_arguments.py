@@ -3,16 +3,10 @@
 from typing import Any
 
 import pytest
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from made_optimizers import optimizer_of
+from transformers import HfArgumentParser, TrainingArguments
 
-from hf_osd import OSD, OSDTrainingArguments
-from reference.tiny_models import tiny_llama
-
-
-def optimizer_of(args: TrainingArguments) -> OSD:
-    optimizer = Trainer(tiny_llama(), args).create_optimizer()
-    assert isinstance(optimizer, OSD)
-    return optimizer
+from hf_osd import OSDTrainingArguments
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import make_trainer
+from resumed_runs import make_trainer
 from transformers import Trainer, TrainerCallback, set_seed
 
 import hf_osd

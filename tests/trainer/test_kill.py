@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import make_trainer
+from resumed_runs import make_trainer
 
 from hf_osd import last_complete_checkpoint
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import assert_identical, make_trainer, run_twice
+from resumed_runs import assert_identical, make_trainer, run_twice
 from transformers import Trainer, TrainerCallback
 
 from hf_osd import OSD, OSDTrainingArguments

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import SAVED_AT, STEPS, make_trainer
+from resumed_runs import SAVED_AT, STEPS, make_trainer
 from transformers import Trainer, TrainerCallback
 
 from hf_osd import OSD, OSDTrainingArguments, ProjectionState

@@ -8,41 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from observed_runs import lines, make_trainer
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_osd import OSD
 from hf_osd.optim import adamw_state_bytes, state_bytes
 from hf_osd.optim.statistics import OBSERVED, summarize_each
-from hf_osd.trainer.statistics_file import STATISTICS_NAME, StatisticsFile, read_lines
-from reference.tiny_models import tiny_llama
+from hf_osd.trainer.statistics_file import STATISTICS_NAME, StatisticsFile
 
 
 VALUES = {"a": {"pca_loss": 0.25, "orthogonality": 0.125}, "b": {"pca_loss": 0.5, "orthogonality": math.nan}}
-
-
-def make_trainer(folder: Path, **given: Any) -> Trainer:
-    """A stock Trainer of 8 steps that logs every second one and saves after four."""
-    tokens = torch.randint(0, 64, (32, 12), generator=torch.Generator().manual_seed(0))
-    rows = [{"input_ids": ids, "labels": ids} for ids in tokens]
-    defaults = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "optim": "osd_adamw",
-        "optim_args": "rank=4",
-        "max_steps": 8,
-        "save_steps": 4,
-        "logging_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-    }
-    return Trainer(tiny_llama(), TrainingArguments(**{**defaults, **given}), train_dataset=rows)
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return list(read_lines(folder / STATISTICS_NAME))
 
 
 def without_times(folder: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_resume import make_trainer
+from resumed_runs import make_trainer
 
 from hf_osd import ProjectionState, last_complete_checkpoint
 

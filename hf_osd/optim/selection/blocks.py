@@ -10,6 +10,7 @@ from torch import nn
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Names that heads have in transformers, timm and torchvision; DETR's are the embeddings of classes and boxes.
 HEAD = re.compile(r"(\w*_)?(heads?|classifiers?|predictors?|(bbox|class)_embed)")
+OF_TOKENS, OF_CLASSES = "get_output_embeddings", "get_classifier"  # of transformers, of timm
 LAST = re.compile(r"fc|out|outputs?|logits")  # names that other layers have as well
 
 
@@ -65,13 +66,13 @@ def head_prefixes(modules: Mapping[str, nn.Module], plain: Mapping[str, str]) ->
 
 def given_heads(model: nn.Module) -> set[nn.Module]:
     """The heads that a model, or a model inside of it, tells of, and all that is inside of them."""
-    heads: set[nn.Module] = set()
-    for module in model.modules():
-        for tell in ("get_output_embeddings", "get_classifier"):  # of transformers, of timm
-            if hasattr(type(module), tell):
-                for head in _flat(getattr(module, tell)()):
-                    heads |= set(head.modules())
-    return heads
+    return _told(model, OF_TOKENS) | _told(model, OF_CLASSES)
+
+
+def _told(model: nn.Module, tell: str) -> set[nn.Module]:
+    tellers = [module for module in model.modules() if hasattr(type(module), tell)]
+    heads = [head for module in tellers for head in _flat(getattr(module, tell)())]
+    return {part for head in heads for part in head.modules()}
 
 
 def embeddings(model: nn.Module) -> set[nn.Parameter]:
@@ -87,21 +88,25 @@ def embeddings(model: nn.Module) -> set[nn.Parameter]:
 
 
 def task_outputs(model: nn.Module) -> set[nn.Parameter]:
-    """What gives out the classes or values of a task in a model of transformers': `classifier`, `score`, `qa_outputs`.
+    """What gives out the classes or values of a task: `classifier`, `score`, `qa_outputs`.
 
-    That is a linear layer around the base model with an output for each label, or with one. Checkpoints of pretrained
-    models do not have it. A model that gives out tokens has none.
+    In a model of timm's that is what it calls its classifier, in one of transformers' a linear layer with an output
+    for each label, or with one: around the base model, or right in a model that knows of no base. Checkpoints of
+    pretrained models do not have it. A model that gives out tokens has none.
     """
     from transformers import PreTrainedModel
 
     whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if whole is None or whole.get_output_embeddings() is not None:
+    if whole is None:
+        return {p for module in _told(model, OF_CLASSES) for p in module.parameters(recurse=False)}
+    if whole.get_output_embeddings() is not None:
         return set()
-    base, widths = set(whole.base_model.modules()), (1, whole.config.num_labels)
+    base, widths = whole.base_model, (1, whole.config.num_labels)
+    inside = set(base.modules()) - (set(whole.children()) if base is whole else set())
     return {
         p
         for module in whole.modules()
-        if module not in base and isinstance(module, nn.Linear) and module.out_features in widths
+        if module not in inside and isinstance(module, nn.Linear) and module.out_features in widths
         for p in module.parameters()
     }
 

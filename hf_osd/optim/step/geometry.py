@@ -168,6 +168,21 @@ def names_of(group: Mapping[str, Any], position: int) -> list[str]:
     return list(names) if names else [f"parameter {position + index}" for index in range(len(group["params"]))]
 
 
+def name_again(group: dict[str, Any], met: Mapping[Tensor, tuple[Geometry, Mapping[str, Any]]]) -> None:
+    """Let the names and sides of a group be those of its parameters, where users have taken some out of it."""
+    own = [met[p][0] if p in met and met[p][1] is group else None for p in group["params"]]
+    for key, attribute in (("param_names", "name"), ("sides", "side")):
+        stored = group.get(key)
+        if stored is None:
+            continue
+        if len(stored) != len(own) and None in own:
+            raise ValueError("A parameter group was given parameters by hand: use `add_param_group`.")
+        group[key] = [
+            stored[index] if geometry is None else getattr(geometry, attribute, FULL_SIZE)
+            for index, geometry in enumerate(own)
+        ]
+
+
 def geometry_of(group: Mapping[str, Any], index: int, p: Tensor, position: int, divide: bool = False) -> Geometry:
     """The geometry of `p`, which is, or was when the group was saved, `group["params"][index]`.
 

@@ -35,6 +35,13 @@ def state_spec(geometry: Geometry, rules: Rules) -> dict[str, TensorSpec]:
     return stack
 
 
+def saved_projection(geometry: ProjectedGeometry) -> TensorSpec:
+    """P as files and the Hub have it, whatever it is made of: one in int8 as the floats that it is read as."""
+    dtype = geometry.compute_dtype if geometry.projection_dtype == torch.int8 else geometry.projection_dtype
+    stack = (geometry.matrices,) if geometry.stacked else ()
+    return TensorSpec((*stack, *geometry.projection_shape), dtype)
+
+
 def divided_specs(geometry: Geometry, rules: Rules) -> list[dict[str, TensorSpec]]:
     """What the state of a whole parameter may be instead: that of the same one divided among processes, gathered."""
     if geometry.sharding is not None or geometry.stacked:
@@ -96,6 +103,24 @@ def create_state(device: torch.device, geometry: Geometry, rules: Rules) -> dict
             value = sharding.wrap(value, entry.shape, entry.divided)
         state[name] = value
     return state
+
+
+def exchange_moments(
+    state: dict[str, Tensor], geometry: Geometry, before: Rules, rules: Rules, device: torch.device
+) -> None:
+    """Let a state have the moments that other rules keep: SGD's has one while its momentum is not 0."""
+    new = create_state(device, geometry, rules)
+    for name in state_spec(geometry, before).keys() - new.keys():
+        state.pop(name, None)
+    state.update({name: value for name, value in new.items() if name not in state})
+
+
+def convert(state: dict[str, Tensor], geometry: Geometry, rules: Rules) -> None:
+    """Bring a state into the precision of a parameter that was converted."""
+    spec = state_spec(geometry, rules)
+    for name in spec.keys() & state.keys():
+        if state[name].is_floating_point() and spec[name].dtype.is_floating_point:  # dense in place of 8 bits may be
+            state[name] = state[name].to(spec[name].dtype)
 
 
 def _warn_dense(geometry: Geometry, rules: Rules, spec: Mapping[str, TensorSpec]) -> None:

@@ -11,19 +11,17 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...layers.layer import LayerInfo
-from ...subspace.precision import own_precision
 from ...update_rules import GradientCheck
 from ..options.rules import Rules, rule_options_of, rules_of
 from ..options.table import lr_of_step, warn_one_rate
 from .algorithm import ProjectedWeight
 from .experts import ExpertWeights
 from .full_weight import FullWeight
-from .geometry import Geometry, ProjectedGeometry, geometry_of, names_of
+from .geometry import Geometry, ProjectedGeometry, geometry_of, name_again, names_of
 from .gradients import check_gradients, refuse_unsupported
-from .projection import usable
 from .sharding import Sharding, local
-from .sides import FULL_SIZE, settle_sides
-from .state import create_state, state_spec
+from .sides import settle_sides
+from .state import convert, create_state, exchange_moments
 
 
 logger = logging.getLogger("hf_osd")
@@ -154,25 +152,6 @@ class Weights:
             if p.requires_grad and "step" not in self.state.get(p, {})
         }
 
-    def only_make_states(self) -> bool:
-        """Make all states where the first step has zero gradients and lr 0; whether it was so.
-
-        By such a step `torch.distributed.checkpoint` has states made, and it must not count.
-        """
-        self.meet()
-        trainable = [p for p in self._weights if p.requires_grad]
-        # all processes must come to the same: of experts that others have, this one cannot tell whether it is a step
-        everywhere = [p for p in trainable if not self._weights[p].geometry.scattered]
-        if any(group["lr"] for group in self.groups) or not everywhere or any(p.grad is None for p in everywhere):
-            return False
-        with own_precision(self.device_types):
-            checks = {p: check for p, _, _, check in self.with_gradients()}
-        if any(_is_useful(checks.get(p), self._weights[p].geometry, p.device) for p in trainable):
-            return False
-        for p in trainable:
-            self.ready(p).release()
-        return True
-
     def _bind(self, weight: AnyWeight, p: Tensor, state: dict[str, Tensor]) -> None:
         if weight.geometry.sharding is not None:  # FSDP2 may have moved its part
             weight.p = local(p)
@@ -191,7 +170,7 @@ class Weights:
         self._options: list[Any] = [None] * len(self.groups)  # of each group, as its weights go by them
         self._rules: list[Rules | None] = [None] * len(self.groups)
         for group in self.groups:
-            _name_again(group, self._met)
+            name_again(group, self._met)
             if group["rank"] is not None:
                 if group["source"] == "activations" and not self.prepared:
                     raise ValueError(
@@ -205,7 +184,8 @@ class Weights:
                 if weight is None or not as_before or weight.geometry.holder != geometry.holder:
                     weight = self._make(p, geometry, group)
                     weight.capturable = self.capturable
-                    _convert(self.state.get(p, {}), weight)
+                    if self.state.get(p):
+                        convert(self.state[p], geometry, rules_of(group))
                 self._weights[p], self._met[p] = weight, (weight.geometry, group)
                 position += 1
         self.divided = any(weight.geometry.rows is not None for weight in self._weights.values())
@@ -240,8 +220,9 @@ class Weights:
                 for p in group["params"]:
                     weight = self._weights.get(p)
                     if weight is not None:  # else it will, once it is met
-                        if before is not None and before.moments != rules.moments:
-                            _exchange_moments(self.state.get(p, {}), weight, rules)
+                        state = self.state.get(p)
+                        if state and before is not None and before.moments != rules.moments:
+                            exchange_moments(state, weight.geometry, before, rules, p.device)
                         weight.follow(rules)
 
     def catch_up(self) -> None:
@@ -307,43 +288,3 @@ class Weights:
     def observed(self) -> dict[AnyWeight, tuple[Tensor, ...]]:
         """`observations` in the order of the groups, whatever order the steps had: their mean is one in every mode."""
         return {weight: self.observations[weight] for weight in self if weight in self.observations}
-
-
-def _is_useful(check: GradientCheck | None, geometry: Geometry, device: torch.device) -> bool:
-    """Whether a gradient is there and anything but zero, for an expert of any process."""
-    some = torch.zeros((), device=device) if check is None else (usable(check) | (check.broken > 0)).any()
-    if geometry.scattered and geometry.sharding is not None:
-        some = geometry.sharding.sum(some.float())
-    return bool(some)
-
-
-def _name_again(group: Group, met: Mapping[Tensor, tuple[Geometry, Group]]) -> None:
-    """Let the names and sides of a group be those of its parameters, where users have taken some out of it."""
-    own = [met[p][0] if p in met and met[p][1] is group else None for p in group["params"]]
-    for key, attribute in (("param_names", "name"), ("sides", "side")):
-        stored = group.get(key)
-        if stored is None:
-            continue
-        if len(stored) != len(own) and None in own:
-            raise ValueError("A parameter group was given parameters by hand: use `add_param_group`.")
-        group[key] = [
-            stored[index] if geometry is None else getattr(geometry, attribute, FULL_SIZE)
-            for index, geometry in enumerate(own)
-        ]
-
-
-def _exchange_moments(state: dict[str, Tensor], weight: AnyWeight, rules: Rules) -> None:
-    """Let a state have the moments that other rules keep: SGD's has one while its momentum is not 0."""
-    if state:
-        new = create_state(weight.p.device, weight.geometry, rules)
-        for name in state_spec(weight.geometry, weight.rules).keys() - new.keys():
-            state.pop(name, None)
-        state.update({name: value for name, value in new.items() if name not in state})
-
-
-def _convert(state: dict[str, Tensor], weight: AnyWeight) -> None:
-    """Bring a state into the precision of a parameter that was converted."""
-    spec = state_spec(weight.geometry, rules_of(weight.group)) if state else {}
-    for name in spec.keys() & state.keys():
-        if state[name].is_floating_point() and spec[name].dtype.is_floating_point:  # dense in place of 8 bits may be
-            state[name] = state[name].to(spec[name].dtype)
