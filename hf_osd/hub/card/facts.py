@@ -140,8 +140,8 @@ class CardFacts:
             perplexity=_perplexity(eval_loss) if is_causal_lm(model) and _loss_is_nll(args) else None,
             log_history=tuple(dict(row) for row in state.log_history),
             library_name="peft" if _base(model) is not model else "transformers",
-            model_class=_model_class(model),
-            base_model=_on_hub(base_model) or _base_model(model, repo_id),
+            model_class=model_class(model),
+            base_model=_on_hub(base_model) or base_model_of(model, repo_id),
             datasets=(dataset,) if isinstance(dataset, str) else tuple(dict.fromkeys(dataset or ())),
             versions=versions(),
         )
@@ -198,7 +198,8 @@ def is_causal_lm(model: nn.Module) -> bool:
     return any(kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for kind in type(_base(model)).__mro__)
 
 
-def _model_class(model: nn.Module) -> str | None:
+def model_class(model: nn.Module) -> str | None:
+    """The class that loads a model, such as `transformers.AutoModelForCausalLM`; `None` for one of a user's own."""
     kind = type(_base(model))
     if _base(model) is not model:
         return "peft.AutoPeftModelForCausalLM" if is_causal_lm(model) else "peft.AutoPeftModel"
@@ -212,6 +213,7 @@ def _on_hub(name: str | None) -> str | None:
     return name if name and HUB_ID.fullmatch(name) and not os.path.exists(name) else None
 
 
-def _base_model(model: nn.Module, repo_id: str) -> str | None:
+def base_model_of(model: nn.Module, repo_id: str) -> str | None:
+    """The repository that a model was loaded from, unless it is the one that it goes to."""
     name = _on_hub(getattr(getattr(model, "config", None), "_name_or_path", None))
     return name if name != repo_id else None

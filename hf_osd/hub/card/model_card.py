@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from .picture import loss_picture
 from .section import END, START, render_section
 
 
-__all__ = ["CARD_NAME", "PICTURE_NAME", "CardFacts", "read_card", "update_card"]
+__all__ = ["CARD_NAME", "PICTURE_NAME", "CardFacts", "place_section", "read_card", "update_card"]
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "osd_loss.png"
@@ -58,20 +59,35 @@ def update_card(folder: str | os.PathLike, facts: CardFacts, **metadata: Any) ->
     ```
     """
     path = Path(folder, CARD_NAME)
+
+    def section() -> str:
+        of = "inputs" if facts.from_activations else "gradients"
+        picture = loss_picture(facts.log_history, facts.model_name, of)
+        if picture is not None:
+            write_bytes(path.with_name(PICTURE_NAME), picture)
+        return render_section(
+            facts,
+            picture=None if picture is None else PICTURE_NAME,
+            projections=bool(facts.matrices) and path.with_name(CONFIG_NAME).is_file(),
+        )
+
+    return place_section(path, facts.model_name, _wanted(facts, **metadata), section)
+
+
+def place_section(path: Path, title: str, metadata: dict[str, Any], section: Callable[[], str]) -> Path:
+    """Put a section with our markers into a README.md, or into the place of an earlier one; see `update_card`.
+
+    Args:
+        path (`Path`): The file.
+        title (`str`): Of a new one.
+        metadata (`dict`): What its head is to have.
+        section (`Callable`): Makes the section, once it is clear that the file can be added to.
+    """
     text = read_card(path)
-    card = _parse(f"# {facts.model_name}\n" if text is None else text)
+    card = _parse(f"# {title}\n" if text is None else text)
     before, behind = _around_section(card.text)  # nothing is written if this or the head is not as it must be
-    _merge(card.data.__dict__, _wanted(facts, **metadata))
-    of = "inputs" if facts.from_activations else "gradients"
-    picture = loss_picture(facts.log_history, facts.model_name, of)
-    if picture is not None:
-        write_bytes(path.with_name(PICTURE_NAME), picture)
-    section = render_section(
-        facts,
-        picture=None if picture is None else PICTURE_NAME,
-        projections=bool(facts.matrices) and path.with_name(CONFIG_NAME).is_file(),
-    )
-    card.text = before + section.replace("\n", _line_break(card.text)) + behind
+    _merge(card.data.__dict__, metadata)
+    card.text = before + section().replace("\n", _line_break(card.text)) + behind
     write_text(path, str(card))
     return path
 
