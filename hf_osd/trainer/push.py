@@ -132,6 +132,7 @@ def make_card(original: Callable[..., None], trainer: Trainer, *args: Any, **kwa
     with _card_may_fail():
         if osd is None:
             name = trainer.hub_model_id or f"user/{Path(str(run.output_dir)).absolute().name}"
+            assert trainer.model is not None  # it was trained
             card.tell_of_log(unwrapped(trainer.model), name, generated)
             return None
         names = [name for key in ("dataset_tags", "dataset_name", "dataset") for name in _listed(kwargs.get(key))]
