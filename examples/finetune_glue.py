@@ -15,8 +15,8 @@ What it needs: `pip install "hf_osd[examples]"`. Data is `nyu-mll/glue` from the
         --output_dir runs/mrpc
 
     python examples/finetune_glue.py --model_name_or_path FacebookAI/roberta-base \
-        --task cola sst2 mrpc qqp stsb mnli qnli rte --method osd --rank 8 --osd_scale 4 --learning_rate 3e-5 \
-        --num_train_epochs 3 --seeds 1 2 3 --bf16 --output_dir runs/glue
+        --task cola sst2 mrpc qqp stsb mnli qnli rte --method osd --rank 128 --osd_preset finetune \
+        --learning_rate 3e-5 --num_train_epochs 3 --seeds 1 2 3 --bf16 --output_dir runs/glue
 """
 
 import copy
