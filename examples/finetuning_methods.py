@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_osd.optim.factory import decay_groups
-from hf_osd.optim.selection.blocks import task_outputs
 from hf_osd.optim.selection.targets import select
+from hf_osd.optim.selection.task_heads import task_outputs
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,9 @@ def test_a_schedule_that_sets_all_groups_alike_is_told(lr: Any):
         (schedules.OneCycleLR, {"max_lr": 0.1, "total_steps": 9}),
         (schedules.CyclicLR, {"base_lr": 0.01, "max_lr": 0.1}),
     ):
-        with pytest.warns(UserWarning, match="`lr_pattern` has no effect. Give OneCycleLR and CyclicLR lists") as told:
+        with pytest.warns(
+            UserWarning, match="`lr_pattern` and ratios have no effect. Give OneCycleLR and CyclicLR lists"
+        ) as told:
             assert first_step(schedule, **rates) == [1]
         assert len(told) == 1
     with warnings.catch_warnings():

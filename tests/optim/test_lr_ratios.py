@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -33,6 +34,9 @@ from hf_osd.trainer.push import _facts
 
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+UNKNOWN = "No head of a task that is known as one is trained: give `task_head_lr_ratio` 1, or name its layer"
 
 
 def bert(**changes: Any) -> BertConfig:
@@ -77,7 +81,7 @@ def test_the_preset_trains_a_task_s_new_layer_faster(load: Any, config: Pretrain
     if names:
         assert multiplied(load.from_config(config), task_head_lr_ratio=8) == dict.fromkeys(names, 8)
     else:
-        with pytest.raises(ValueError, match="No head of a task is trained: give `task_head_lr_ratio` 1"):
+        with pytest.raises(ValueError, match=UNKNOWN):
             multiplied(load.from_config(config), task_head_lr_ratio=8)
 
 
@@ -102,6 +106,38 @@ def test_of_images_and_of_what_peft_wraps():
     assert len(names) == 2 and all("classifier" in name and "modules_to_save" in name for name in names)
 
 
+def test_a_head_is_found_beside_what_only_looks_like_one():
+    """A gate of one output, LoRA's factors of as many rows as labels, a table of as many words."""
+    peft = pytest.importorskip("peft")
+    base = AutoModelForSequenceClassification.from_config(RobertaConfig(**SIZES, vocab_size=64))
+    base.gate = nn.Linear(16, 1)
+    head = ["classifier.out_proj.weight", "classifier.out_proj.bias"]
+    assert list(multiplied(base, task_head_lr_ratio=8)) == head
+    config = peft.LoraConfig(r=2, target_modules=["query", "dense"], modules_to_save=["classifier", "key"])
+    names = list(multiplied(peft.get_peft_model(base, config), task_head_lr_ratio=8))
+    assert [name.replace("modules_to_save.default.", "").split("model.")[-1] for name in names] == head
+
+    t5 = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=64)
+    config = peft.LoraConfig(target_modules=["q"], modules_to_save=["qa_outputs", "wi"], task_type="QUESTION_ANS")
+    model = peft.get_peft_model(AutoModelForQuestionAnswering.from_config(t5), config)
+    assert len(multiplied(model, task_head_lr_ratio=8)) == 2
+
+    tied = AutoModelForSequenceClassification.from_config(bert(num_labels=64))
+    tied.classifier.weight = tied.bert.embeddings.word_embeddings.weight
+    assert list(multiplied(tied, preset="finetune")) == ["classifier.bias"]
+
+
+def test_of_several_models_each_has_its_head_and_pretrained_ones_are_not_new():
+    several = nn.ModuleList(
+        [
+            AutoModelForMaskedLM.from_config(bert()),
+            AutoModelForSequenceClassification.from_config(bert()),
+            AutoModelForNextSentencePrediction.from_config(bert()),
+        ]
+    )
+    assert list(multiplied(several, task_head_lr_ratio=8)) == ["1.classifier.weight", "1.classifier.bias"]
+
+
 def test_a_pattern_wins_and_both_ratios_go_together():
     model = AutoModelForSequenceClassification.from_config(bert())
     found = multiplied(model, task_head_lr_ratio=8, embedding_lr_ratio=2, lr_pattern=r"classifier\.bias:3")
@@ -112,7 +148,7 @@ def test_a_pattern_wins_and_both_ratios_go_together():
 def test_a_head_that_is_frozen_is_told():
     model = AutoModelForSequenceClassification.from_config(bert())
     model.classifier.requires_grad_(False)
-    with pytest.raises(ValueError, match="No head of a task is trained"):
+    with pytest.raises(ValueError, match=UNKNOWN):
         multiplied(model, task_head_lr_ratio=8)
     assert multiplied(model, preset="finetune") == {}
     with pytest.raises(ValueError, match="`task_head_lr_ratio` of create_osd_optimizer must be a number > 0, got 0"):

@@ -239,8 +239,8 @@ def warn_one_rate(groups: Sequence[Mapping[str, Any]]) -> None:
     rates = {plain(group["lr"]) for group in groups}
     if len(rates) == 1 and rates != {0}:  # a warmup may start at 0
         warnings.warn(
-            f"Every group has the learning rate {rates.pop():g}: `lr_pattern` has no effect. Give OneCycleLR and "
-            "CyclicLR lists of `max_lr` and `base_lr`, one for each group.",
+            f"Every group has the learning rate {rates.pop():g}: `lr_pattern` and ratios have no effect. Give "
+            "OneCycleLR and CyclicLR lists of `max_lr` and `base_lr`, one for each group.",
             stacklevel=5,
         )
 

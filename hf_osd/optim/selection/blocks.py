@@ -66,10 +66,11 @@ def head_prefixes(modules: Mapping[str, nn.Module], plain: Mapping[str, str]) ->
 
 def given_heads(model: nn.Module) -> set[nn.Module]:
     """The heads that a model, or a model inside of it, tells of, and all that is inside of them."""
-    return _told(model, OF_TOKENS) | _told(model, OF_CLASSES)
+    return told(model, OF_TOKENS) | told(model, OF_CLASSES)
 
 
-def _told(model: nn.Module, tell: str) -> set[nn.Module]:
+def told(model: nn.Module, tell: str) -> set[nn.Module]:
+    """What a method of this name tells of in a model, or a model inside of it, and all that is inside of that."""
     tellers = [module for module in model.modules() if hasattr(type(module), tell)]
     heads = [head for module in tellers for head in _flat(getattr(module, tell)())]
     return {part for head in heads for part in head.modules()}
@@ -84,30 +85,6 @@ def embeddings(model: nn.Module) -> set[nn.Parameter]:
         if isinstance(module, nn.Embedding) or module in heads
         for p in module.parameters(recurse=False)
         if p.ndim == 2
-    }
-
-
-def task_outputs(model: nn.Module) -> set[nn.Parameter]:
-    """What gives out the classes or values of a task: `classifier`, `score`, `qa_outputs`.
-
-    In a model of timm's that is what it calls its classifier, in one of transformers' a linear layer with an output
-    for each label, or with one: around the base model, or right in a model that knows of no base. Checkpoints of
-    pretrained models do not have it. A model that gives out tokens has none.
-    """
-    from transformers import PreTrainedModel
-
-    whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if whole is None:
-        return {p for module in _told(model, OF_CLASSES) for p in module.parameters(recurse=False)}
-    if whole.get_output_embeddings() is not None:
-        return set()
-    base, widths = whole.base_model, (1, whole.config.num_labels)
-    inside = set(base.modules()) - (set(whole.children()) if base is whole else set())
-    return {
-        p
-        for module in whole.modules()
-        if module not in inside and isinstance(module, nn.Linear) and module.out_features in widths
-        for p in module.parameters()
     }
 
 

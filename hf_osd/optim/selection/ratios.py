@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..options.presets import Ratio
-from .blocks import embeddings, task_outputs
+from .blocks import embeddings
 from .targets import Selection
+from .task_heads import task_outputs
 
 
 # Option -> the parameters of a model that it is for.
@@ -25,15 +26,19 @@ def multiples(model: nn.Module, selection: Selection, ratios: Mapping[str, Ratio
         ValueError: For a ratio that is required and has no parameters.
     """
     trained = {
-        "embedding_lr_ratio": (selection.full_size, "No embedding or head is trained at full size"),
-        "task_head_lr_ratio": (selection.projected | selection.full_size, "No head of a task is trained"),
+        "embedding_lr_ratio": (selection.full_size, "No embedding or head is trained at full size", "leave it out"),
+        "task_head_lr_ratio": (
+            selection.projected | selection.full_size,
+            "No head of a task that is known as one is trained",
+            "name its layer in `lr_pattern`, as classifier:64",
+        ),
     }
     found: dict[str, float] = {}
     for option, ratio in ratios.items():
-        candidates, complaint = trained[option]
+        candidates, complaint, remedy = trained[option]
         known = KINDS[option](model)
         names = [name for name, p in candidates.items() if p in known]
         if ratio.required and not names:
-            raise ValueError(f"{complaint}: give `{option}` 1, or leave it out.")
+            raise ValueError(f"{complaint}: give `{option}` 1, or {remedy}.")
         found |= dict.fromkeys(names, ratio.value)
     return found
