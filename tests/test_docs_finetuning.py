@@ -47,6 +47,16 @@ def test_the_chat_models_run():
     assert f"{run['steps']} steps" in TEXT and run["settings"]["osd_rank"] == 64
 
 
+def test_the_preset_beside_adamw_at_its_rates():
+    rows = {row["method"]: row for row in result("sft_presets")["rows"]}
+    for name, label in (("adamw", "AdamW"), ("finetune_r128", "preset=finetune")):
+        seen = [rows[name]["perplexity"][rate] for rate in ("2e-05", "5e-05", "0.0001")]
+        assert f"| {label} | {' | '.join(f'{value:.2f}' for value in seen)} |" in PAGE
+        assert (rows[name]["steps"], len(rows[name]["seeds"])) == (200, 1)
+    ours = rows["finetune_r128"]
+    assert f"with {ours['optimizer_state_bytes'] / ours['adamw_state_bytes']:.0%} of the optimizer state" in TEXT
+
+
 def test_the_averages_in_the_readme_and_in_choosing_are_those_of_the_table():
     averages = re.findall(r"^\| ([^|]+) \|(?:[^|]*\|){3} ([\d.]+ ± [\d.]+) \|", table("glue_minilm"), re.MULTILINE)
     average = dict(averages)
