@@ -53,6 +53,11 @@ def test_the_preset_beside_adamw_at_its_rates():
         seen = [rows[name]["perplexity"][rate] for rate in ("2e-05", "5e-05", "0.0001")]
         assert f"| {label} | {' | '.join(f'{value:.2f}' for value in seen)} |" in PAGE
         assert (rows[name]["steps"], len(rows[name]["seeds"])) == (200, 1)
+    less = [
+        1 - value / rows["adamw"]["perplexity"][rate] for rate, value in rows["finetune_r128"]["perplexity"].items()
+    ]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"ends {100 * min(less):.0f} to {100 * max(less):.0f}% below AdamW's perplexity" in readme
     ours = rows["finetune_r128"]
     assert f"with {ours['optimizer_state_bytes'] / ours['adamw_state_bytes']:.0%} of the optimizer state" in TEXT
 
