@@ -19,6 +19,8 @@ from transformers import (
     BertConfig,
     LlamaConfig,
     PretrainedConfig,
+    PvtConfig,
+    PvtForImageClassification,
     RobertaConfig,
     T5Config,
     Trainer,
@@ -125,6 +127,17 @@ def test_a_head_is_found_beside_what_only_looks_like_one():
     tied = AutoModelForSequenceClassification.from_config(bert(num_labels=64))
     tied.classifier.weight = tied.bert.embeddings.word_embeddings.weight
     assert list(multiplied(tied, preset="finetune")) == ["classifier.bias"]
+
+
+def test_a_configuration_without_names_of_labels():
+    pvt = PvtForImageClassification(
+        PvtConfig(hidden_sizes=[16] * 4, depths=[1] * 4, num_labels=5, num_attention_heads=[1] * 4)
+    )
+    assert pvt.config.id2label is None
+    assert list(multiplied(pvt, task_head_lr_ratio=8)) == ["classifier.weight", "classifier.bias"]
+    unnamed = AutoModelForSequenceClassification.from_config(bert())
+    unnamed.config.id2label = None
+    assert multiplied(unnamed, preset="finetune") == {}
 
 
 def test_of_several_models_each_has_its_head_and_pretrained_ones_are_not_new():

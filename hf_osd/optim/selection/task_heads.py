@@ -48,9 +48,16 @@ def _outputs(model: "PreTrainedModel") -> set[nn.Parameter]:
         and layer not in inside
         and (base is not model or "." not in plain)
     }
-    labels = len(model.config.id2label or ())
-    for width in (labels, 1):
+    for width in (_labels(model), 1):
         outputs = [layer for layer in around.values() if layer.out_features == width]
         if outputs:
             return {p for layer in outputs for p in layer.parameters()}
     return set()
+
+
+def _labels(model: "PreTrainedModel") -> int:
+    """How many labels a model has, of which its configuration may have no names."""
+    try:
+        return model.config.num_labels or 1
+    except TypeError:  # it is to count names that are not there
+        return 1
