@@ -70,10 +70,9 @@ def _told(
     words += ["--per_device_train_batch_size", str(batch), "--gradient_checkpointing", str(checkpointing)]
     command = None
     if is_causal_lm(model) and _can_be_loaded(report["model"]):
-        dtype = str(DTYPES[report["dtype"]]).removeprefix("torch.")
         start = ["hf-osd", "run", "-m", "trl.scripts.sft", "--model_name_or_path", report["model"]]
         start += ["--model_revision", report["revision"]] if report["revision"] else []
-        start += ["--dtype", dtype, "--dataset_name", DATASET, "--max_length", str(report["seq"])]
+        start += ["--dtype", _dtype(report), "--dataset_name", DATASET, "--max_length", str(report["seq"])]
         command = shlex.join([*start, *words, "--output_dir", "out"])
     found = {"rank": rank, "batch": batch, "gradient_checkpointing": checkpointing}
     return {**found, "options": shlex.join(words), "command": command}
@@ -90,15 +89,19 @@ def _can_be_loaded(source: str) -> bool:
     return (folder / "tokenizer_config.json").is_file() and any((folder / name).is_file() for name in names)
 
 
+def _dtype(report: dict[str, Any]) -> str:
+    """As torch calls it."""
+    return str(DTYPES[report["dtype"]]).removeprefix("torch.")
+
+
 def suggestion_text(report: dict[str, Any]) -> list[str]:
     """Its lines."""
     found = report["suggestion"]
     if found is None:
         return ["", f"nothing fits {report['gpu']}"]
     if found["command"] is None:
-        dtype = str(DTYPES[report["dtype"]]).removeprefix("torch.")
-        text = ["", f"suggested options of a Trainer's script, with {dtype} weights and {report['seq']} tokens:"]
-        text.append(f"  {found['options']}")
+        kind = f"{_dtype(report)} weights and {report['seq']} tokens"
+        text = ["", f"suggested options of a Trainer's script, with {kind}:", f"  {found['options']}"]
     else:
         text = ["", "suggested (it needs trl; put your data in the place of --dataset_name):", f"  {found['command']}"]
     if hint := before_forward_only(report):

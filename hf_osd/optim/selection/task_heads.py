@@ -41,15 +41,15 @@ def _outputs(model: "PreTrainedModel") -> set[nn.Parameter]:
         return set()
     names, base = module_names(model).plain, model.base_model
     inside = set() if base is model else set(base.modules())
-    around = {
-        name: layer
+    around = [
+        layer
         for name, plain in names.items()
         if isinstance(layer := model.get_submodule(name), nn.Linear)
         and layer not in inside
         and (base is not model or "." not in plain)
-    }
+    ]
     for width in (_labels(model), 1):
-        outputs = [layer for layer in around.values() if layer.out_features == width]
+        outputs = [layer for layer in around if layer.out_features == width]
         if outputs:
             return {p for layer in outputs for p in layer.parameters()}
     return set()
