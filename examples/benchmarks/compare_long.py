@@ -9,13 +9,15 @@ One run at a time, on `--threads` cores (default: 1). A run that is killed goes 
 has finished is not repeated. Both hold for the same command whatever the commit: the commits are kept with every run
 and in the result, and a run that should be made again is deleted by hand, with its folder in `--work_dir`.
 
-What has finished is in `<work_dir>/<name>.json`, .md and .png, written after every run, and with the last one in
-results/<device>. Times are those of the processor, so a machine that does other things disturbs them little.
+What has finished is in `<work_dir>/<name>.json`, .md and .png, written after every run, and with the last one, or by
+`--finished` before, in results/<device>: rows tell how many seeds they have. Times are those of the processor, so a
+machine that does other things disturbs them little.
 
 Needs: the `examples` extra, text, and for its GaLore and APOLLO galore-torch and apollo-torch. Days on one core:
 
     python examples/benchmarks/run.py family_long --data folder/of/text
     python examples/benchmarks/run.py family_long --data folder/of/text --status       # what there is, without running
+    python examples/benchmarks/run.py family_long --data folder/of/text --finished     # the same, into results/
 """
 
 import argparse
@@ -111,6 +113,7 @@ def contend(
 
     def choose_and_train(contender: Contender, seed: int) -> None:
         contender.losses, contender.best = walk(contender.search, short)
+        repeat(contender, contender.search.seeds[0])  # which the walk has made
         train(contender, seed)
 
     def repeat(contender: Contender, seed: int) -> None:
@@ -119,7 +122,7 @@ def contend(
     for work, place, stage in (
         (choose_and_train, slice(0, 1), "long"),
         (train, slice(1, None), "long"),
-        (repeat, slice(0, None), "search"),
+        (repeat, slice(1, None), "search"),
     ):
         for index in range(max(len(getattr(contender, stage).seeds[place]) for contender in contenders)):
             for contender in contenders:
@@ -182,6 +185,7 @@ def main() -> None:
     parser.add_argument("--data", help="data set for --dataset; results are written under its name")
     parser.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
     parser.add_argument("--status", action="store_true", help="run nothing: what has finished, and its table")
+    parser.add_argument("--finished", action="store_true", help="run nothing: write what has finished to results/")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
     arguments = parser.parse_args()
@@ -193,10 +197,13 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     result = {"environment": describe() | {"threads": arguments.threads}}
     result |= {key: experiment[key] for key in ("title", "common", "search", "long")} | {"rows": []}
-    if arguments.status:
+    if arguments.status or arguments.finished:
         for _ in contend(contenders, partial(_look, folder=folder / "search"), partial(_look, folder=folder / "long")):
             pass
-        return print("\n" + table(result | {"rows": _rows(contenders, folder)}))
+        result["rows"] = _rows(contenders, folder)
+        if arguments.finished:
+            return save(results_folder() / name, result, render)
+        return print("\n" + table(result))
     short = partial(execute, work_dir=folder / "search", made=result["environment"])
     long = partial(short, work_dir=folder / "long", save_steps=experiment["long"]["save_steps"])
     with alone(folder):

@@ -63,13 +63,14 @@ def test_the_most_telling_runs_come_first(tmp_path: Path):
     names: list[str] = []
     contenders = compare_long.read_contenders(EXPERIMENT, None, ["--x"])
     done = [c.search.name for c in compare_long.contend(contenders, Runner(10, names), Runner(100, names))]
-    assert done == ["a", "b"] * 4
+    assert done == ["a", "b"] * 3
     a = "a-learning_rate"
     walk = [f"10: {a}{rate}-seed1" for rate in (1, 2, 3)]
     assert names == [
-        *(*walk, f"100: {a}2-seed1", "10: b-learning_rate1-seed1", "100: b-learning_rate1-seed1"),
+        *(*walk, f"10: {a}2-seed1", f"100: {a}2-seed1"),  # from disk the second time
+        *("10: b-learning_rate1-seed1", "10: b-learning_rate1-seed1", "100: b-learning_rate1-seed1"),
         *(f"100: {a}2-seed2", "100: b-learning_rate1-seed2"),
-        *(f"10: {a}2-seed1", "10: b-learning_rate1-seed1", f"10: {a}2-seed2", "10: b-learning_rate1-seed2"),
+        *(f"10: {a}2-seed2", "10: b-learning_rate1-seed2"),
     ]
     rows = [contender.row for contender in contenders]
     assert rows[0]["seeds"] == rows[0]["short_seeds"] == pytest.approx([math.exp(2.1), math.exp(2.2)])
@@ -86,8 +87,30 @@ def test_the_most_telling_runs_come_first(tmp_path: Path):
 def test_a_method_that_fails_stops_no_other(capsys):
     contenders = compare_long.read_contenders(EXPERIMENT, None, [])
     runners = Runner(10, [], broken="a"), Runner(100, [], broken="a")
-    assert [c.search.name for c in compare_long.contend(contenders, *runners)] == ["b"] * 4
+    assert [c.search.name for c in compare_long.contend(contenders, *runners)] == ["b"] * 3
     assert "A: out of memory" in capsys.readouterr().out and not contenders[0].results
+
+
+def test_finished_runs_alone_can_be_written(tmp_path: Path, monkeypatch, capsys):
+    """A method without its long run has no row, and nothing is run."""
+    monkeypatch.setattr(compare_long, "load_experiment", lambda name: EXPERIMENT | {"title": "title"})
+    monkeypatch.setattr(compare_long, "results_folder", lambda: tmp_path / "results" / "here")
+    monkeypatch.setattr(compare_long, "execute", None)
+    for stage, run in (
+        ("search", Run("b", (("learning_rate", 1),), 1, ("--model", "m", "--max_steps", "10"))),
+        ("long", Run("b", (("learning_rate", 1),), 1, ("--model", "m", "--max_steps", "100"))),
+    ):
+        folder = tmp_path / "work" / "few" / stage / run.name
+        folder.mkdir(parents=True)
+        (folder / "command.json").write_text(json.dumps(run.command))
+        (folder / "results.json").write_text(json.dumps(result(2.0, 100)))
+    words = ["few", "--work_dir", str(tmp_path / "work"), "--finished"]
+    monkeypatch.setattr(sys, "argv", ["compare_long.py", *words])
+    compare_long.main()
+    assert "A: a-learning_rate1-seed1 has not finished" in capsys.readouterr().out
+    table = (tmp_path / "results" / "here" / "few.md").read_text()
+    assert "| B | 7.39 (one seed) | 7.39 (one seed) | learning rate 1 |" in table and "| A |" not in table
+    assert (tmp_path / "results" / "here" / "few.png").is_file()
 
 
 def test_the_committed_experiment_is_complete(tmp_path: Path):
