@@ -96,11 +96,12 @@ def make_report(
     def ours(rank: int) -> Method:
         return osd(model, optim, rank, options, layerwise=layerwise)
 
+    say(f"steps of {optim}{LAYERWISE_SUFFIX * layerwise}")
+    own = [subzero(model, forward_only), ours(arguments.rank)]  # first: what is wrong with their options
     kinds, missing = available(work, arguments.batch, say)
     methods = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules)]
     methods += [lora(work.model("lora"))] if ("lora", False) in kinds else []
-    say(f"steps of {optim}{LAYERWISE_SUFFIX * layerwise}")
-    methods += [subzero(model, forward_only), ours(arguments.rank)]
+    methods += own
     rows = [
         _row(work, method, checkpointing, arguments, memory, (ours, highest), say)
         for checkpointing in (False, True)

@@ -207,6 +207,12 @@ def test_what_is_being_run_is_told_on_stderr_and_nothing_is_drawn(folder, capsys
     assert torch.equal(generator.get_state(), state)
 
 
+def test_a_ratio_without_its_head_is_refused_before_anything_is_counted(folder, capsys):
+    with pytest.raises(SystemExit, match="No head of a task that is known as one is trained"):
+        main(["estimate", folder, "--rank", "8", "--optim_args", "task_head_lr_ratio=64"])
+    assert "on the meta device" not in capsys.readouterr().err
+
+
 def test_options_of_the_optimizer_count(folder, capsys):
     words = (folder, "--rank", "16", "--seq", "8", "--preset", "osd_adamw")
 
