@@ -58,7 +58,6 @@ class Contender:
         """What the result keeps of it, once a long run has finished."""
         row = row_of(self.search, self.losses, self.best, self.results)
         return row | {
-            "arguments": [*self.long.common, *self.long.arguments],
             "short_seeds": [result["perplexity"] for result in self.short],
             "parameters": self.results[0]["parameters"],
             "curves": [curve(result) for result in self.results],

@@ -177,7 +177,9 @@ def tried(row: dict[str, Any]) -> str:
     if not row["walked"]:
         return ", ".join(f"{setting}: {value:.1f}" for setting, value in row["perplexity"].items())
     edge = [
-        option for option, value in row["best"].items() if value in (row["grid"][option][0], row["grid"][option][-1])
+        option
+        for option, value in row["best"].items()
+        if value in (row["grid"][option][0], row["grid"][option][-1]) and len(row["grid"][option]) > 1
     ]
     size = math.prod(len(values) for values in row["grid"].values())
     return f"{len(row['perplexity'])} of {size}" + (f"; at the edge: {', '.join(edge)}" if edge else "")
