@@ -16,8 +16,8 @@ The real one needs a GPU and takes model and data from the Hub.
         --gradient_checkpointing false --use_cpu --output_dir runs/sft_smollm2
 
     python examples/sft_trl.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset trl-lib/Capybara \
-        --assistant_only_loss --packing --max_length 2048 --optim osd_adamw8bit --osd_rank 128 --learning_rate 2e-4 \
-        --num_train_epochs 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 \
+        --assistant_only_loss --packing --max_length 2048 --optim osd_adamw8bit --osd_rank 128 --osd_preset finetune \
+        --learning_rate 1e-4 --num_train_epochs 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 \
         --model_init_kwargs '{"attn_implementation": "flash_attention_2"}' --output_dir runs/sft_capybara
 
 trl trains in bfloat16 unless told otherwise (`--bf16 false`): weights stay in float32, products are computed in
