@@ -13,6 +13,8 @@ from ..trainer.optim_args import parse_optim_args
 
 # Where a search may start with AdamW, (learning rate, scale): docs/choosing.md, "Fine-tuning".
 STARTS = {"generates": (2e-4, 1.0), "classifies": (3e-4, 4.0)}
+# What did better than these, and is counted with what it sets: docs/choosing.md, "Presets".
+WITH_PRESET = "Better, at AdamW's learning rates: estimate again with --preset finetune, or pretrain."
 # And with forward passes alone, whose slopes are not to be clipped: docs/forward_only.md.
 FORWARD_ONLY = ["--learning_rate", "1e-6", "--max_grad_norm", "0"]
 # Of plain text, so that any tokenizer will do.
@@ -108,6 +110,8 @@ def suggestion_text(report: dict[str, Any]) -> list[str]:
         text.append(f"  {hint}")
     elif "--learning_rate" in found["options"] and found["rank"] is not None:
         text.append("  The learning rate and the scale are where to start: try a third and three times the rate.")
+        if "source=activations" not in found["options"]:  # which has no residual
+            text.append(f"  {WITH_PRESET}")
     return text
 
 

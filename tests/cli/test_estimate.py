@@ -48,6 +48,9 @@ def test_the_report(folder, capsys):
     assert report["projection_file_bytes"] == projection_bytes(shapes, 8)
     text = estimate(capsys, *words, "--gpu", "2MB", "--reserve", "0KB")
     assert f"and 32 tokens:\n  {report['suggestion']['options']}\n" in text and "train.py" not in text
+    assert "estimate again with --preset finetune, or pretrain." in text
+    for others in (("--preset", "finetune"), ("--optim_args", "source=activations")):
+        assert "estimate again" not in estimate(capsys, *words, "--gpu", "2MB", "--reserve", "0KB", *others)
     assert f"{report['parameters'] / 1e6:.1f}M parameters" in text
     lines = [line for line in text.splitlines() if line.startswith("osd_adamw8bit_layerwise")]
     assert [line.split()[-2] for line in lines] == [
