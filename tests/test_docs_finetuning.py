@@ -60,6 +60,9 @@ def test_the_preset_beside_adamw_at_its_rates():
     assert f"ends {100 * min(less):.0f} to {100 * max(less):.0f}% below AdamW's perplexity" in readme
     named, ours = rows["by_name_r128"]["perplexity"], rows["finetune_r128"]
     assert f"OSD is at {named['5e-05']:.2f} at 5e-5, and at {named['0.0002']:.2f} at 2e-4" in TEXT
+    activations, adamw = (rows[name]["perplexity"]["5e-05"] for name in ("activations_r128", "adamw"))
+    said = f"the preset is at {activations:.2f} at 5e-5, {activations / adamw - 1:.1%} above AdamW"
+    assert said in TEXT
     choosing = " ".join((ROOT / "docs" / "choosing.md").read_text(encoding="utf-8").split())
     best = ours["perplexity"]["0.0001"]
     assert f"at {named['0.0002']:.1f} with it, and at {best:.1f} with the preset at 1e-4" in choosing
