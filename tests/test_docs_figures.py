@@ -302,7 +302,9 @@ def test_who_keeps_adamws_rate_gets_what_is_said():
         assert len(scores) == 3
         return mean(scores)
 
-    best = {task: max(at(task, "full", rate) for rate in rows[task, "full"]["scores"]) for task in ("sst2", "mrpc", "rte")}
+    best = {
+        task: max(at(task, "full", rate) for rate in rows[task, "full"]["scores"]) for task in ("sst2", "mrpc", "rte")
+    }
     kept = {task: at(task, "finetune-r128", "5e-05") for task in best}
     assert (
         f"{kept['sst2']:.1f} beside {best['sst2']:.1f} on SST-2 and {kept['mrpc']:.1f} beside {best['mrpc']:.1f}"
