@@ -3,7 +3,6 @@
 import json
 import re
 from functools import cache
-from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -13,23 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_osd import create_osd_optimizer
 from hf_osd.hub import projection_bytes
 from hf_osd.optim import predicted_state_bytes
-
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "examples" / "benchmarks" / "results" / "cpu_2_cores"
-
-
-def page(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
-def text_of(name: str) -> str:
-    """A page without line breaks, for what may break anywhere."""
-    return " ".join(page(name).split())
-
-
-def rows_of(name: str) -> list[dict]:
-    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+from pages import RESULTS, ROOT, page, rows_of, text_of
 
 
 @pytest.mark.parametrize(
