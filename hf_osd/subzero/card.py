@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ..hub.card.facts import base_model_of, model_class
+from ..hub.card.facts import base_model_of, library_of, model_class
 from ..hub.card.section import END, START
 from .log import SubZeroLog
 from .log_file import FILE
@@ -12,7 +12,15 @@ from .options import Options
 
 
 PAPERS = {"subspace": ("SubZero", "2410.08989"), "dense": ("MeZO", "2305.17333")}
-METADATA = {"tags": ["hf_osd"]}
+
+
+def log_metadata(model: nn.Module, repo_id: str) -> dict[str, Any]:
+    """What the head of the card has, where nobody has set it."""
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        library_name=library_of(model), base_model=base_model_of(model, repo_id), tags=["hf_osd"]
+    ).to_dict()
 
 
 def log_section(log: SubZeroLog, model: nn.Module, repo_id: str) -> str:

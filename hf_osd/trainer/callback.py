@@ -22,12 +22,12 @@ from ..optim.osd import osd_of
 from ..optim.statistics import summarize_each
 from ..optim.step.full_weight import FullWeight
 from ..optim.summary import announce_summary
-from ..subzero import SubZeroLog, subzero_of
+from ..subzero import SubZero, SubZeroLog, subzero_of
 from ..subzero.log_file import FILE as SUBZERO_LOG
 from .checkpoints import written_checkpoint
 from .forward_only import begin_training, check_subzero, save_log
 from .gathered import gather_projections, gathered_projections
-from .push import refresh_card
+from .push import has_log, refresh_card
 from .settings import asked_for, check_arguments, refuse_ignored_by_mode
 from .statistics_file import StatisticsFile
 
@@ -151,9 +151,9 @@ class OSDCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Put P and news in the model card into what is about to be uploaded: `on_save` would be too late."""
-        osd = osd_of(optimizer)
-        if subzero_of(optimizer) is not None:
-            self._push_log(args, state, optimizer)
+        osd, subzero = osd_of(optimizer), subzero_of(optimizer)
+        if subzero is not None:
+            self._push_log(args, state, subzero)
         if osd is None:
             return
         folder = written_checkpoint(state)
@@ -191,16 +191,18 @@ class OSDCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._best = Path(state.best_model_checkpoint)
 
-    def _push_log(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
+    def _push_log(self, args: TrainingArguments, state: TrainerState, optimizer: SubZero) -> None:
         """As P: into the checkpoint that goes with it, and into the folder of the run."""
         with _may_fail():
             folder = written_checkpoint(state)
             if folder is not None:
-                save_log(subzero_of(optimizer), folder, args)
+                save_log(optimizer, folder, args)
             if self._best is None:
-                save_log(subzero_of(optimizer), _output_dir(args), args)
+                save_log(optimizer, _output_dir(args), args)
             elif args.should_save and (self._best / SUBZERO_LOG).is_file():
                 SubZeroLog.from_pretrained(self._best).save_pretrained(_output_dir(args))
+        if args.should_save and has_log(optimizer, args):
+            refresh_card(optimizer, args, state, optimizer.model)
 
     def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, osd: OSD) -> None:
         if not args.should_save or not folder.is_dir() or self._saved.get(folder) == state.global_step:

@@ -1,6 +1,5 @@
 """The model card of a run, made and renewed where a Trainer pushes, and never over a text that somebody wrote."""
 
-import functools
 import hashlib
 import json
 import logging
@@ -8,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,9 @@ from ..optim import OSD
 from ..optim.options.presets import LR_RATIOS, lr_ratios
 from ..optim.osd import osd_of
 from ..optim.selection.ratios import KINDS
-from ..optim.selection.wrappers import unwrapped
 from ..subspace.initialization import INITS
-from ..subzero import SubZeroLog, subzero_of
-from ..subzero.card import METADATA, log_section
+from ..subzero import SubZero, SubZeroLog, subzero_of
+from ..subzero.card import log_metadata, log_section
 from ..subzero.log_file import FILE as SUBZERO_LOG
 from ..text import write_text
 from .settings import asked_for
@@ -100,7 +99,8 @@ class RunCard:
     def tell_of_log(self, model: nn.Module, repo_id: str, generated: bool) -> None:
         """Renew the section on the log of SubZero that lies beside it."""
         log = SubZeroLog.from_pretrained(self.path.parent)
-        place_section(self.path, repo_id.split("/")[-1], METADATA, lambda: log_section(log, model, repo_id))
+        name, section = repo_id.split("/")[-1], partial(log_section, log, model, repo_id)
+        place_section(self.path, name, log_metadata(model, repo_id), section)
         self._note(read_card(self.path) or "", generated)
 
     def _note(self, text: str, generated: bool) -> None:
@@ -117,10 +117,9 @@ def make_card(original: Callable[..., None], trainer: Trainer, *args: Any, **kwa
         original (`Callable`): What makes the Trainer's own card.
         trainer (`Trainer`): The Trainer.
     """
-    osd, logged = osd_of(trainer.optimizer), _has_log(trainer)
-    if not (osd or logged) or not trainer.is_world_process_zero():
+    osd, subzero, run, generated = osd_of(trainer.optimizer), subzero_of(trainer.optimizer), trainer.args, None
+    if not (osd or has_log(subzero, run)) or not trainer.is_world_process_zero():
         return original(trainer, *args, **kwargs)
-    run, generated = trainer.args, None
     pushes_to = getattr(trainer.state, "pushes_to", Destination(None, run.hub_token, run.hub_revision))
     with _card_may_fail():
         card = RunCard(str(run.output_dir))
@@ -130,11 +129,10 @@ def make_card(original: Callable[..., None], trainer: Trainer, *args: Any, **kwa
     if generated:
         original(trainer, *args, **kwargs)
     with _card_may_fail():
-        if osd is None:
+        if subzero is not None:
             name = trainer.hub_model_id or f"user/{Path(str(run.output_dir)).absolute().name}"
-            assert trainer.model is not None  # it was trained
-            card.tell_of_log(unwrapped(trainer.model), name, generated)
-            return None
+            return card.tell_of_log(subzero.model, name, generated)
+        assert osd is not None
         names = [name for key in ("dataset_tags", "dataset_name", "dataset") for name in _listed(kwargs.get(key))]
         given = {"repo_id": trainer.hub_model_id, "base_model": kwargs.get("finetuned_from"), "dataset": names}
         metadata = {key: kwargs[key] for key in ("language", "license") if kwargs.get(key)}
@@ -143,20 +141,21 @@ def make_card(original: Callable[..., None], trainer: Trainer, *args: Any, **kwa
     return None
 
 
-def _has_log(trainer: Trainer) -> bool:
+def has_log(optimizer: SubZero | None, args: TrainingArguments) -> bool:
     """Whether the log of this run's SubZero lies in the run's folder."""
-    own = subzero_of(trainer.optimizer)
-    ours = own is not None and own.steps and not own.weights.following
-    return bool(ours) and Path(str(trainer.args.output_dir), SUBZERO_LOG).is_file()
+    ours = optimizer is not None and optimizer.steps and not optimizer.weights.following
+    return bool(ours) and Path(str(args.output_dir), SUBZERO_LOG).is_file()
 
 
-def refresh_card(optimizer: OSD, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
+def refresh_card(
+    optimizer: OSD | SubZero, args: TrainingArguments, state: TrainerState, model: nn.Module | None
+) -> None:
     """Bring the card of a run up to date before a push in its middle, for which Trainer makes none.
 
     Call it on the main process only. It never raises: what goes wrong is said in the log.
 
     Args:
-        optimizer ([`OSD`]): The optimizer.
+        optimizer ([`OSD`] or [`SubZero`]): The optimizer; the latter with its log in the run's folder.
         args (`TrainingArguments`): The run's arguments.
         state (`TrainerState`): Holds steps, losses and, as `patches.py` notes it, where the run is pushed to.
         model (`nn.Module`): The model.
@@ -167,7 +166,10 @@ def refresh_card(optimizer: OSD, args: TrainingArguments, state: TrainerState, m
     with _card_may_fail():
         card = RunCard(str(args.output_dir))
         generated = card.settle(destination)
-        card.update(_facts(optimizer, args, state, model, repo_id=destination.repo_id), generated)
+        if isinstance(optimizer, SubZero):
+            card.tell_of_log(optimizer.model, destination.repo_id, generated)
+        else:
+            card.update(_facts(optimizer, args, state, model, repo_id=destination.repo_id), generated)
 
 
 def card_on_hub(repo_id: str, token: str | None, revision: str | None) -> str | None:
@@ -177,7 +179,7 @@ def card_on_hub(repo_id: str, token: str | None, revision: str | None) -> str | 
 
     # In a thread of its own: the client's retries would hold up training for minutes. Not from the client's cache,
     # which it falls back to in silence.
-    download = functools.partial(hf_hub_download, repo_id, CARD_NAME, token=token, revision=revision)
+    download = partial(hf_hub_download, repo_id, CARD_NAME, token=token, revision=revision)
     pool = ThreadPoolExecutor(1)
     try:
         return read_card(Path(pool.submit(download, force_download=True).result(HUB_PATIENCE)))

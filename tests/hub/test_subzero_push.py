@@ -1,10 +1,9 @@
 """The list of rho goes with the model of its step to the Hub, and alone; it is applied from there."""
 
 import copy
-import re
 
 import torch
-from card_reading import section
+from card_reading import code, head, section
 from pushed_runs import REPO, folder_of, make_trainer
 from safetensors.torch import load
 
@@ -20,6 +19,7 @@ def test_every_push_has_the_log_of_its_model(hub, client, tmp_path):
     trainer = make_trainer(tmp_path / "out", push_to_hub=True, hub_strategy="every_save", **options)
     trainer.model.config._name_or_path = "tester/base"
     base = copy.deepcopy(trainer.model)
+    base.push_to_hub("tester/base")
     trainer.train()
     trainer.push_to_hub()
     assert not same(trainer.model, base)
@@ -33,10 +33,11 @@ def test_every_push_has_the_log_of_its_model(hub, client, tmp_path):
         replay(again, log)
         for name, value in load(files["model.safetensors"]).items():
             assert torch.equal(dict(again.named_parameters())[name], value)
-    base.push_to_hub("tester/base")
-    (code,) = re.findall("```python\n(.*?)```", section(hub.files(REPO)["README.md"].decode()), re.DOTALL)
+        card = files["README.md"].decode()
+        assert head(card)["base_model"] == "tester/base"
+        assert f": {steps} steps without" in section(card)
     found: dict = {}
-    exec(code, found)  # which the card says makes the weights
+    exec(code(hub.files(REPO)["README.md"].decode()), found)  # which the card says makes the weights
     assert same(found["model"], trainer.model)
     SubZeroLog.from_optimizer(trainer.optimizer).push_to_hub("tester/log", private=True)
     replay(base, "tester/log")

@@ -139,7 +139,7 @@ class CardFacts:
             eval_loss=eval_loss,
             perplexity=_perplexity(eval_loss) if is_causal_lm(model) and _loss_is_nll(args) else None,
             log_history=tuple(dict(row) for row in state.log_history),
-            library_name="peft" if _base(model) is not model else "transformers",
+            library_name=library_of(model),
             model_class=model_class(model),
             base_model=_on_hub(base_model) or base_model_of(model, repo_id),
             datasets=(dataset,) if isinstance(dataset, str) else tuple(dict.fromkeys(dataset or ())),
@@ -196,6 +196,11 @@ def is_causal_lm(model: nn.Module) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return any(kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for kind in type(_base(model)).__mro__)
+
+
+def library_of(model: nn.Module) -> str:
+    """The library that loads a model: `peft`, or `transformers`."""
+    return "transformers" if _base(model) is model else "peft"
 
 
 def model_class(model: nn.Module) -> str | None:
