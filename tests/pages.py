@@ -17,8 +17,12 @@ def text_of(name: str) -> str:
     return " ".join(page(name).split())
 
 
+def result(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def rows_of(name: str) -> list[dict]:
-    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return result(name)["rows"]
 
 
 def by_method(name: str) -> dict[str, dict]:

@@ -1,6 +1,5 @@
 """README and the pages of docs/ give figures of committed results, and of shapes, and no others."""
 
-import json
 import re
 from functools import cache
 from statistics import mean, stdev
@@ -12,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_osd import create_osd_optimizer
 from hf_osd.hub import projection_bytes
 from hf_osd.optim import predicted_state_bytes
-from pages import RESULTS, ROOT, page, rows_of, text_of
+from pages import RESULTS, ROOT, page, result, rows_of, text_of
 
 
 @pytest.mark.parametrize(
@@ -28,7 +27,7 @@ def test_tables_are_the_committed_results(name: str, where: str):
     text = page(where)
     assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") in text
     assert f"results/cpu_2_cores/{name}.png" in text and (RESULTS / f"{name}.png").is_file()
-    assert json.loads((RESULTS / f"{name}.json").read_text())["environment"]["device"] == "cpu_2_cores"
+    assert result(name)["environment"]["device"] == "cpu_2_cores"
 
 
 def test_every_result_is_on_a_page():
@@ -59,7 +58,7 @@ def test_the_time_of_int8_weights_is_the_committed_one():
 
 
 def test_the_quickstarts_output_is_the_committed_run():
-    run, readme = json.loads((RESULTS / "make_quickstart.json").read_text()), page("README.md")
+    run, readme = result("make_quickstart"), page("README.md")
     assert f"validation perplexity  {run['perplexity']:.2f} after {run['tokens_seen']:,} tokens" in readme
     used, adamw = run["optimizer_state_bytes"] / 2**20, run["adamw_state_bytes"] / 2**20
     assert f"{used:.1f} MiB, AdamW's would be {adamw:.1f} MiB ({used / adamw:.0%})" in readme
@@ -162,7 +161,7 @@ def test_the_figures_of_layerwise_mode_and_of_the_exchange_are_the_committed_one
 
 
 def test_rounding():
-    loss = json.loads((RESULTS / "stochastic_rounding.json").read_text())["loss"]
+    loss = result("stochastic_rounding")["loss"]
     start = loss["float32"][0][1]
     kinds = ("float32", "bfloat16", "bfloat16, stochastic rounding")
     exact, rounded, stochastic = (loss[kind][-1][1] for kind in kinds)
@@ -192,15 +191,15 @@ def test_forward_passes_alone():
     }
     said = f"takes {ratio['SubZero']:.2f} times the memory of an evaluation, MeZO {ratio['MeZO']:.2f} times"
     assert said in text
-    result = json.loads((RESULTS / "forward_only_bases.json").read_text())
+    bases = result("forward_only_bases")
     losses = {}
-    for row in result["rows"]:
+    for row in bases["rows"]:
         runs = [run for run in row["runs"] if run["lr"] == row["lr"]]
         losses[row["method"]] = mean(run["loss"] for run in runs)
         losses[row["method"], "kept"] = mean(run["kept"] or 1 for run in runs)
     follows, random = "V follows the inputs", "random V"
     shares = [f"{100 * losses[name, 'kept']:.0f}%" for name in (follows, random)]
-    assert f"(loss {result['before']:.3f} before them) V keeps {shares[0]} of the gradient, a random one" in text
+    assert f"(loss {bases['before']:.3f} before them) V keeps {shares[0]} of the gradient, a random one" in text
     assert f"a random one {shares[1]}" in text
     said = f"{losses[follows]:.3f} with it, {losses[random]:.3f} with a random V, {losses['MeZO']:.3f} with MeZO, "
     assert said + f"{losses['a saved P as V']:.3f} with a saved P as V" in text
