@@ -25,27 +25,17 @@ from ..estimate import (
     share,
     subzero,
 )
-from ..optim import ALL_LINEAR, PRESETS, create_osd_optimizer, resolve, select
-from ..optim.options.full_size import by_size
-from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
-from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
-from ..optim.options.table import OPTIONS
-from ..optim.selection.targets import parse_modules
+from ..optim import OPTIM_NAMES, create_osd_optimizer, select
+from ..optim.options.mode import LAYERWISE_SUFFIX
 from ..optim.step.sharding import INT8_NOT_SHARDED
 from ..subzero.options import KEYS as SUBZERO_KEYS
 from ..subzero.options import Options as SubZeroOptions
 from ..text import format_bytes, format_count, table
 from ..trainer.optim_args import parse_optim_args
+from .estimate_options import estimated_optimizer
 from .suggestion import suggestion, suggestion_text
 
 
-DEFAULT_OPTIM = "osd_adamw8bit"
-# Of `optim_args`, what has an option of its own here, or nothing to do with memory.
-NOT_HERE = {
-    **{own.key: "it takes no memory" for own in (*MODE_OPTIONS.values(), OPTIONS["init"], OPTIONS["seed"])},
-    "rank": "use --rank",
-    "divide_projection": "--processes tells both",
-}
 LABELS = {
     "adamw_torch_fused": "AdamW",
     "adamw_bnb_8bit": "AdamW 8-bit",
@@ -80,7 +70,7 @@ def make_report(
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"--{name} must be at least 1, got {number}.")
-    optim, layerwise, options = _optimizer(arguments)
+    optim, layerwise, options = estimated_optimizer(arguments)
     forward_only = SubZeroOptions(**parse_optim_args(arguments.subzero_args, SUBZERO_KEYS, "`--subzero_args`"))
     config = load_config(arguments.model, arguments.revision)
     work = Workload(config, DTYPES[arguments.dtype], arguments.seq, lora_rank)
@@ -149,7 +139,7 @@ def _row(
         return row
     say(f"what fits with {method.name}{' and gradient checkpointing' * checkpointing}")
     row |= {"fits": parts.peak <= memory, "largest_batch": work.largest_batch(method, checkpointing, memory)}
-    if method.unprepared == "full" and method.name.startswith("osd_"):
+    if method.unprepared == "full" and method.name in OPTIM_NAMES:
         unit = max(1, highest // 256)  # ranks in between are asked for by nobody
         row["largest_rank"] = unit * largest(
             lambda k: work.parts(of_rank(k * unit), checkpointing, batch).peak,
@@ -218,33 +208,6 @@ def available(
         except ValueError as error:
             missing.append(f"{name}: {error}")
     return found, missing
-
-
-def _optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]]:
-    """Our optimizer's name without `_layerwise`, whether it is, and options of `create_osd_optimizer`."""
-    optim = _take_preset(arguments) or DEFAULT_OPTIM
-    given = parse_optim_args(arguments.optim_args)
-    for key in given:
-        if key in NOT_HERE:
-            raise ValueError(f"{key!r} has no effect in --optim_args of an estimate: {NOT_HERE[key]}.")
-    own_names = {KEYS[key].name: value for key, value in given.items() if key not in NAME_OPTIONS}
-    settings = resolve(optim, own_names, given.get("preset"), "--optim_args")
-    by_size(settings, given.get("full_size_optim"), "--optim_args", ARGUMENT_OF)  # which refuses
-    keywords = {own.key: keyword for keyword, own in KEYWORDS.items()}
-    options: dict[str, Any] = {keywords[key]: value for key, value in given.items()}
-    words = arguments.target_modules or [ALL_LINEAR]
-    options["target_modules"] = parse_modules(words[0] if len(words) == 1 else words)
-    layerwise = arguments.layerwise or optim.endswith(LAYERWISE_SUFFIX)
-    return optim.removesuffix(LAYERWISE_SUFFIX), layerwise, options
-
-
-def _take_preset(arguments: argparse.Namespace) -> str | None:
-    """Put `--preset` into `--optim_args`, and return the optimizer's name, which `--preset` also was once."""
-    preset = arguments.preset
-    if preset is None or (preset not in PRESETS and arguments.optim is None):
-        return arguments.optim or preset
-    arguments.optim_args = ",".join(filter(None, [f"preset={preset}", arguments.optim_args]))
-    return arguments.optim
 
 
 def _shares(each: dict[str, dict[str, int]]) -> str:

@@ -2,19 +2,25 @@
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..estimate import DTYPES
 from ..hub.card.facts import is_causal_lm
+from ..optim import OPTIM_NAMES
 from ..subzero import NAME
 from ..trainer.optim_args import parse_optim_args
 
 
-# Where a search may start with AdamW, (learning rate, scale): docs/choosing.md, "Fine-tuning".
+# Learning rates to start from with a preset, which are AdamW's: README.md, docs/finetuning.md.
+PRESET_RATES = {
+    "finetune": {"generates": 1e-4, "classifies": 5e-5},
+    "pretrain": {"generates": 1e-3, "classifies": 1e-3},
+}
+# And without one for AdamW, (learning rate, scale): docs/choosing.md, "Fine-tuning".
 STARTS = {"generates": (2e-4, 1.0), "classifies": (3e-4, 4.0)}
-# What did better than these, and is counted with what it sets: docs/choosing.md, "Presets".
-WITH_PRESET = "Better, at AdamW's learning rates: estimate again with --preset finetune, or pretrain."
+FROM_SCRATCH = "To train from scratch: estimate again with --preset pretrain."
 # And with forward passes alone, whose slopes are not to be clipped: docs/forward_only.md.
 FORWARD_ONLY = ["--learning_rate", "1e-6", "--max_grad_norm", "0"]
 # Of plain text, so that any tokenizer will do.
@@ -22,19 +28,23 @@ DATASET = "stanfordnlp/imdb"
 INT8 = "source=activations,weight_dtype=int8"
 
 
-def start_of(model: Any) -> tuple[float, float]:
-    """A learning rate and a scale to start a search with."""
-    generates = re.search("CausalLM|LMHead|ConditionalGeneration", type(model).__name__)
-    return STARTS["generates" if generates else "classifies"]
+def start_of(model: Any, method: str, given: Mapping[str, Any]) -> tuple[float | None, str]:
+    """A learning rate to start a search with and, as text, a scale, where there are runs to take them from."""
+    kind = "generates" if re.search("CausalLM|LMHead|ConditionalGeneration", type(model).__name__) else "classifies"
+    if not method.startswith("osd_adamw"):
+        return None, ""
+    if "preset" in given:
+        return PRESET_RATES.get(given["preset"], {}).get(kind), ""
+    lr, scale = STARTS[kind]
+    return lr, "" if "scale" in given else f"scale={scale:g}"
 
 
 def suggestion(report: dict[str, Any], modules: Any, model: Any) -> dict[str, Any] | None:
     """What to run of ours: as asked, else with checkpointing, a smaller batch or, last, a smaller rank.
 
-    Where none of that fits, forward passes alone. A learning rate and a scale to start with are for AdamW alone: there
-    are no runs to take other rules' from. A preset has a scale, and goes with AdamW's learning rates.
+    Where none of that fits, forward passes alone.
     """
-    ours = [row for row in report["rows"] if row["method"].startswith("osd_")]
+    ours = [row for row in report["rows"] if row["method"] in OPTIM_NAMES]
     rank, batch = report["rank"], report["batch"]
     found = next((row for row in ours if row["fits"]), ours[-1])
     if not found["fits"]:
@@ -45,10 +55,8 @@ def suggestion(report: dict[str, Any], modules: Any, model: Any) -> dict[str, An
         else:
             return _forward_only(report, model)
     given = report["optim_args"] or ""
-    keys, start = parse_optim_args(given), start_of(model)
-    known = "adamw" in found["method"] and "preset" not in keys
-    scale = f"scale={start[1]:g}" if known and "scale" not in keys else ""
-    words = ["--optim", found["method"], *(["--learning_rate", f"{start[0]:g}"] if known else [])]
+    lr, scale = start_of(model, found["method"], parse_optim_args(given))
+    words = ["--optim", found["method"], *([] if lr is None else ["--learning_rate", f"{lr:g}"])]
     words += ["--optim_args", ",".join(filter(None, [f"rank={rank}", scale, given]))]
     words += ["--optim_target_modules", modules if isinstance(modules, str) else ",".join(modules)]
     return _told(report, model, words, rank, batch, found["gradient_checkpointing"])
@@ -108,10 +116,10 @@ def suggestion_text(report: dict[str, Any]) -> list[str]:
         text = ["", "suggested (it needs trl; put your data in the place of --dataset_name):", f"  {found['command']}"]
     if hint := before_forward_only(report):
         text.append(f"  {hint}")
+    elif "preset=" in found["options"]:
+        text += [f"  {FROM_SCRATCH}"] if "preset=finetune" in found["options"] else []
     elif "--learning_rate" in found["options"] and found["rank"] is not None:
         text.append("  The learning rate and the scale are where to start: try a third and three times the rate.")
-        if "source=activations" not in found["options"]:  # which has no residual
-            text.append(f"  {WITH_PRESET}")
     return text
 
 

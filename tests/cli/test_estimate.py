@@ -48,8 +48,8 @@ def test_the_report(folder, capsys):
     assert report["projection_file_bytes"] == projection_bytes(shapes, 8)
     text = estimate(capsys, *words, "--gpu", "2MB", "--reserve", "0KB")
     assert f"and 32 tokens:\n  {report['suggestion']['options']}\n" in text and "train.py" not in text
-    assert "estimate again with --preset finetune, or pretrain." in text
-    for others in (("--preset", "finetune"), ("--optim_args", "source=activations")):
+    assert "To train from scratch: estimate again with --preset pretrain." in text
+    for others in (("--preset", "pretrain"), ("--optim_args", "source=activations")):
         assert "estimate again" not in estimate(capsys, *words, "--gpu", "2MB", "--reserve", "0KB", *others)
     assert f"{report['parameters'] / 1e6:.1f}M parameters" in text
     lines = [line for line in text.splitlines() if line.startswith("osd_adamw8bit_layerwise")]
@@ -177,7 +177,8 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
         assert "Unknown option `rnak` in `--subzero_args`" in refused(capsys, *words[:-4], "--subzero_args", "rnak=8")
         return
     assert found["options"].endswith(f" --gradient_checkpointing {found['gradient_checkpointing']}")
-    assert "--optim osd_adamw8bit --learning_rate 0.0002 --optim_args rank=8,scale=1 --optim_t" in found["options"]
+    options = "--optim osd_adamw8bit --learning_rate 0.0001 --optim_args rank=8,preset=finetune --optim_t"
+    assert options in found["options"]
 
 
 @pytest.mark.parametrize("looks", [6, 40])

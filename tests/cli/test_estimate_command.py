@@ -13,6 +13,9 @@ from hf_osd.estimate.models import DTYPES, meta_model
 from hf_osd.optim import select
 
 
+GENERATES = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"])
+CLASSIFIES = BertConfig(**SMALL, architectures=["BertForSequenceClassification"])
+DEFAULT_LR = TrainingArguments.learning_rate
 NAMES = [["q_proj"], ["q_proj", "v_proj"], ["layers.1.mlp.up_proj"], ["model.layers.0.self_attn.q_proj", "o_proj"]]
 
 
@@ -62,7 +65,7 @@ def test_all_linear(words, suggested):
 def test_other_options_are_one_word_each(suggested):
     given = "alpha=2, projection_dtype=bfloat16"
     _, args, _ = suggested(LlamaConfig(**SMALL), "--optim_args", given)
-    assert args.optim_args == f"rank=8,scale=1,{given}" and args.optim == "osd_adamw8bit"
+    assert args.optim_args == f"rank=8,preset=finetune,{given}" and args.optim == "osd_adamw8bit"
     assert not args.gradient_checkpointing and args.per_device_train_batch_size == 1
 
 
@@ -75,16 +78,20 @@ def test_a_regular_expression_that_matches_nothing(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("config", "words", "rate", "optim_args"),
     [
-        (LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"]), (), 2e-4, "rank=8,scale=1"),
-        (BertConfig(**SMALL, architectures=["BertForSequenceClassification"]), (), 3e-4, "rank=8,scale=4"),
-        (LlamaConfig(**SMALL), ("--optim_args", "scale=0.25"), 2e-4, "rank=8,scale=0.25"),
-        (LlamaConfig(**SMALL), ("--preset", "osd_adamw"), 2e-4, "rank=8,scale=1"),
-        (LlamaConfig(**SMALL), ("--preset", "pretrain"), TrainingArguments.learning_rate, "rank=8,preset=pretrain"),
-        (LlamaConfig(**SMALL), ("--optim", "osd_lion"), TrainingArguments.learning_rate, "rank=8"),
+        (GENERATES, (), 1e-4, "rank=8,preset=finetune"),
+        (CLASSIFIES, (), 5e-5, "rank=8,preset=finetune"),
+        (GENERATES, ("--preset", "osd_adamw"), 1e-4, "rank=8,preset=finetune"),
+        (GENERATES, ("--preset", "pretrain"), 1e-3, "rank=8,preset=pretrain"),
+        (GENERATES, ("--preset", "reference"), DEFAULT_LR, "rank=8,preset=reference"),
+        (GENERATES, ("--optim_args", "preset=pretrain"), 1e-3, "rank=8,preset=pretrain"),
+        (GENERATES, ("--optim_args", "scale=0.25"), 2e-4, "rank=8,scale=0.25"),
+        (GENERATES, ("--optim_args", "residual=scaled"), 2e-4, "rank=8,scale=1,residual=scaled"),
+        (CLASSIFIES, ("--optim_args", "source=activations"), 3e-4, "rank=8,scale=4,source=activations"),
+        (GENERATES, ("--optim", "osd_lion"), DEFAULT_LR, "rank=8"),
+        (GENERATES, ("--optim", "rso_adamw"), DEFAULT_LR, "rank=8"),
     ],
-    ids=["generates", "classifies", "given", "adamw", "preset", "lion"],
 )
-def test_a_learning_rate_and_a_scale_to_start_from(config, words, rate, optim_args, suggested):
-    """Those of docs/choosing.md, "Fine-tuning", which are AdamW's."""
+def test_what_to_start_from(config, words, rate, optim_args, suggested):
+    """`preset=finetune` where it goes with what is asked for, at AdamW's learning rates; see docs/choosing.md."""
     _, args, _ = suggested(config, *words)
     assert args.learning_rate == rate and args.optim_args == optim_args

@@ -1,0 +1,70 @@
+"""Which optimizer of ours `hf-osd estimate` estimates, and with what options."""
+
+import argparse
+from typing import Any
+
+from ..optim import ALL_LINEAR, PRESETS, resolve
+from ..optim.options.full_size import by_size
+from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
+from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
+from ..optim.options.table import OPTIONS
+from ..optim.selection.targets import parse_modules
+from ..trainer.optim_args import parse_optim_args
+
+
+DEFAULT_OPTIM = "osd_adamw8bit"
+USUAL_PRESET = "finetune"  # README.md, docs/choosing.md
+# Of `optim_args`, what has an option of its own here, or nothing to do with memory.
+NOT_HERE = {
+    **{own.key: "it takes no memory" for own in (*MODE_OPTIONS.values(), OPTIONS["init"], OPTIONS["seed"])},
+    "rank": "use --rank",
+    "divide_projection": "--processes tells both",
+}
+
+
+def estimated_optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]]:
+    """Our optimizer's name without `_layerwise`, whether it is, and options of `create_osd_optimizer`."""
+    optim = _take_preset(arguments)
+    given = parse_optim_args(arguments.optim_args)
+    for key in given:
+        if key in NOT_HERE:
+            raise ValueError(f"{key!r} has no effect in --optim_args of an estimate: {NOT_HERE[key]}.")
+    settings = resolve(optim, _of_groups(given), given.get("preset"), "--optim_args")
+    by_size(settings, given.get("full_size_optim"), "--optim_args", ARGUMENT_OF)  # which refuses
+    keywords = {own.key: keyword for keyword, own in KEYWORDS.items()}
+    options: dict[str, Any] = {keywords[key]: value for key, value in given.items()}
+    words = arguments.target_modules or [ALL_LINEAR]
+    options["target_modules"] = parse_modules(words[0] if len(words) == 1 else words)
+    layerwise = arguments.layerwise or optim.endswith(LAYERWISE_SUFFIX)
+    return optim.removesuffix(LAYERWISE_SUFFIX), layerwise, options
+
+
+def _take_preset(arguments: argparse.Namespace) -> str:
+    """Put a preset into `--optim_args`, and return the optimizer's name, which `--preset` also was once.
+
+    Without `--preset` the usual one, where the options neither have one nor set any of what it sets, and it goes with
+    them.
+    """
+    preset, optim = arguments.preset, arguments.optim or DEFAULT_OPTIM
+    if preset not in {None, *PRESETS} and arguments.optim is None:
+        preset, optim = None, preset
+    given = parse_optim_args(arguments.optim_args)
+    sets = {"preset", *PRESETS[USUAL_PRESET].settings}
+    if preset is None and "adamw" in optim and not sets & given.keys() and _goes_with(USUAL_PRESET, optim, given):
+        preset = USUAL_PRESET
+    if preset is not None:
+        arguments.optim_args = ",".join(filter(None, [f"preset={preset}", arguments.optim_args]))
+    return optim
+
+
+def _goes_with(preset: str, optim: str, given: dict[str, Any]) -> bool:
+    try:
+        resolve(optim, _of_groups(given), preset, "--optim_args")
+    except ValueError:
+        return False
+    return True
+
+
+def _of_groups(given: dict[str, Any]) -> dict[str, Any]:
+    """Options by their names in groups, those that groups have."""
+    return {KEYS[key].name: value for key, value in given.items() if key not in NAME_OPTIONS}
