@@ -27,7 +27,7 @@ from ..subzero.log_file import FILE as SUBZERO_LOG
 from .checkpoints import written_checkpoint
 from .forward_only import begin_training, check_subzero, save_log
 from .gathered import gather_projections, gathered_projections
-from .push import has_log, refresh_card
+from .push import OF_OSD, refresh_card, set_aside
 from .settings import asked_for, check_arguments, refuse_ignored_by_mode
 from .statistics_file import StatisticsFile
 
@@ -156,6 +156,8 @@ class OSDCallback(TrainerCallback):
             self._push_log(args, state, subzero)
         if osd is None:
             return
+        if args.should_save:
+            set_aside(_output_dir(args), [SUBZERO_LOG])
         folder = written_checkpoint(state)
         if folder is not None:  # else one of that name is another training's
             self._save_projections(folder, args, state, osd)
@@ -201,7 +203,10 @@ class OSDCallback(TrainerCallback):
                 save_log(optimizer, _output_dir(args), args)
             elif args.should_save and (self._best / SUBZERO_LOG).is_file():
                 SubZeroLog.from_pretrained(self._best).save_pretrained(_output_dir(args))
-        if args.should_save and has_log(optimizer, args):
+        untold = optimizer.weights.following or (self._best is None and optimizer.replaced)
+        if args.should_save:
+            set_aside(_output_dir(args), [*OF_OSD, *([SUBZERO_LOG] if untold else [])])
+        if args.should_save and optimizer.steps:
             refresh_card(optimizer, args, state, optimizer.model)
 
     def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, osd: OSD) -> None:

@@ -207,6 +207,11 @@ def test_trainer_logs_the_rate_itself_resumes_and_its_card_tells(tmp_path: Path)
     facts = _facts(osd_of(again.optimizer), again.args, again.state, again.model)  # type: ignore[arg-type]
     card = render_section(facts, picture=None, projections=True)
     assert "| task head's over it | 64 |" in card and "task_head_lr_ratio=64" in card
+    for frozen, pattern in ((True, ""), (False, ",lr_pattern=classifier:2")):  # which has the last word
+        run = trainer_of(tmp_path / "d", optim_args="rank=4,preset=finetune" + pattern)
+        run.model.classifier.requires_grad_(not frozen)
+        run.create_optimizer()
+        assert not _facts(osd_of(run.optimizer), run.args, run.state, run.model).lr_ratios  # type: ignore[arg-type]
     other = trainer_of(
         tmp_path / "c", OSDTrainingArguments, osd_rank=4, osd_preset="finetune", osd_task_head_lr_ratio=1
     )

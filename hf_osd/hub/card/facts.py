@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,11 +107,10 @@ class CardFacts:
         sizes = [(osd.weight_of(p).geometry, p.numel()) for group in osd.trained_groups for p in group["params"]]
         low_rank = [(geometry, numel) for geometry, numel in sizes if isinstance(geometry, ProjectedGeometry)]
         asked = str(getattr(args.optim, "value", args.optim)) in OPTIM_NAMES  # else the optimizer was passed in
-        name = (repo_id or args.hub_model_id or Path(str(args.output_dir)).absolute().name).split("/")[-1]
-        repo_id = next((given for given in (repo_id, args.hub_model_id) if given and "/" in given), f"user/{name}")
+        repo_id = repository_of(args, repo_id)
         eval_loss, first = _last(state, "eval_loss"), osd.param_groups[0]
         return cls(
-            model_name=name,
+            model_name=repo_id.split("/")[-1],
             repo_id=repo_id,
             optim=groups[0]["optim"],
             options=_options(groups) if projected else {},
@@ -149,7 +148,18 @@ class CardFacts:
     @property
     def datasets_on_hub(self) -> list[str]:
         """Those of `datasets` that can be repositories of a user."""
-        return [name for name in self.datasets if "/" in name and _on_hub(name)]
+        return users_on_hub(self.datasets)
+
+
+def repository_of(args: "TrainingArguments", repo_id: str | None = None) -> str:
+    """Where a model will be found: as given, or as its arguments say, or a placeholder `user/name`."""
+    name = (repo_id or args.hub_model_id or Path(str(args.output_dir)).absolute().name).split("/")[-1]
+    return next((given for given in (repo_id, args.hub_model_id) if given and "/" in given), f"user/{name}")
+
+
+def users_on_hub(names: Iterable[str]) -> list[str]:
+    """Those that can be repositories of a user."""
+    return [name for name in names if "/" in name and _on_hub(name)]
 
 
 def _options(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
