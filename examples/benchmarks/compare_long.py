@@ -21,6 +21,7 @@ Needs: the `examples` extra, text, and for its GaLore and APOLLO galore-torch an
 """
 
 import argparse
+import json
 import math
 import os
 import statistics
@@ -188,6 +189,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
     parser.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
     arguments = parser.parse_args()
+    if arguments.finished and arguments.methods:
+        parser.error("--finished writes the rows of all methods: leave --methods out")
     experiment = load_experiment(arguments.experiment)
     extra = ["--dataset", arguments.data] if arguments.data else []
     name = arguments.experiment + (f"_{Path(arguments.data).name}" if arguments.data else "")
@@ -201,6 +204,7 @@ def main() -> None:
             pass
         result["rows"] = _rows(contenders, folder)
         if arguments.finished:
+            _refuse_loss(results_folder() / name, result["rows"], folder)
             return save(results_folder() / name, result, render)
         return print("\n" + table(result))
     short = partial(execute, work_dir=folder / "search", made=result["environment"])
@@ -221,6 +225,14 @@ def _rows(contenders: list[Contender], folder: Path) -> list[dict[str, Any]]:
             start for stage in ("search", "long") for start in started(folder / stage, contender.search.name)
         ]
     return [contender.row for contender in contenders if contender.results]
+
+
+def _refuse_loss(path: Path, rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write no result that lacks a method which the one that there is has."""
+    file, found = named(path, ".json"), {row["method"] for row in rows}
+    there = [row["method"] for row in json.loads(file.read_text())["rows"]] if file.is_file() else []
+    if lost := [method for method in there if method not in found] or (["any method"] if not found else []):
+        raise SystemExit(f"{folder} has no finished runs of {', '.join(lost)}: give another --work_dir.")
 
 
 def _look(run: Run, folder: Path) -> dict[str, Any]:

@@ -62,11 +62,15 @@ def execute(
         save_steps (`int`, *optional*):
             Steps between checkpoints, from the last of which an interrupted run goes on; defaults to none.
         made (`dict`, *optional*): Kept in the folder, in a list of the times that the run was started.
+
+    Raises:
+        SystemExit: If the run fails, or its folder holds what another command has made.
     """
     folder = work_dir / run.name
     if not _is_of(run, folder):
-        shutil.rmtree(folder, ignore_errors=True)  # of another command
-        folder.mkdir(parents=True)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise SystemExit(f"{folder} is of another command: delete it, or give another --work_dir.")
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "command.json").write_text(json.dumps(run.command))
     if finished(run, work_dir) is None:
         checkpoint = last_complete_checkpoint(folder)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..optim import OSD, create_osd_optimizer, select
 from ..optim.memory import predicted_entry_bytes
 from ..optim.options.mode import LAYERWISE_SUFFIX
+from ..optim.options.presets import RSO, RSO_NAMES
 from ..optim.step.geometry import ProjectedGeometry
 from ..optim.step.movement import STACK_LIMIT
 from ..optim.step.state import saved_projection
@@ -164,7 +165,7 @@ def _update(weight: Weight) -> int:
 def osd(model: nn.Module, optim: str, rank: int, options: dict[str, Any], *, layerwise: bool) -> Method:
     """One of ours; `options` are those of `create_osd_optimizer`, without the rank."""
     name = optim + LAYERWISE_SUFFIX * layerwise
-    by_activations = options.get("source") == "activations"
+    by_activations = (RSO if optim in RSO_NAMES else options).get("source") == "activations"
     if by_activations:
         model = copy.deepcopy(model)
     with warnings.catch_warnings():

@@ -313,6 +313,10 @@ def test_learning_from_activations(folder, capsys):
 
     assert peak(8, batch) <= 2_000_000 < peak(8, batch + 1) and peak(rank, 2) <= 2_000_000
     assert "source=activations" in report["suggestion"]["options"]
+    spelled = "source=activations,subspace=random,unbiased=true,restart_moments=true,distribution=gaussian"
+    same = [(*words[:-2], "--optim", "rso_adamw"), (*words, "--optim_args", spelled)]
+    named, spelled_out = (row_of(report_of(capsys, *own), own[8]) for own in same)
+    assert named["bytes"] == spelled_out["bytes"]
     model = meta_model(load_config(folder), torch.bfloat16)
     inputs = [p.shape for name, p in select(model).projected.items() if not re.search("k_proj|v_proj|up_proj", name)]
     assert report["projection_file_bytes"] == projection_bytes(inputs, 8, side="right")

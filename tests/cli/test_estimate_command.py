@@ -15,7 +15,7 @@ from hf_osd.optim import select
 
 GENERATES = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"])
 CLASSIFIES = BertConfig(**SMALL, architectures=["BertForSequenceClassification"])
-DEFAULT_LR = TrainingArguments.learning_rate
+DEFAULT_LR, UNBIASED = TrainingArguments.learning_rate, "subspace=random,unbiased=true"
 NAMES = [["q_proj"], ["q_proj", "v_proj"], ["layers.1.mlp.up_proj"], ["model.layers.0.self_attn.q_proj", "o_proj"]]
 
 
@@ -87,6 +87,7 @@ def test_a_regular_expression_that_matches_nothing(capsys, tmp_path):
         (GENERATES, ("--optim_args", "scale=0.25"), 2e-4, "rank=8,scale=0.25"),
         (GENERATES, ("--optim_args", "residual=scaled"), 2e-4, "rank=8,scale=1,residual=scaled"),
         (CLASSIFIES, ("--optim_args", "source=activations"), 3e-4, "rank=8,scale=4,source=activations"),
+        (GENERATES, ("--optim_args", UNBIASED), 2e-4, f"rank=8,scale=1,{UNBIASED}"),
         (GENERATES, ("--optim", "osd_lion"), DEFAULT_LR, "rank=8"),
         (GENERATES, ("--optim", "rso_adamw"), DEFAULT_LR, "rank=8"),
     ],

@@ -111,6 +111,15 @@ def test_finished_runs_alone_can_be_written(tmp_path: Path, monkeypatch, capsys)
     table = (tmp_path / "results" / "here" / "few.md").read_text()
     assert "| B | 7.39 (one seed) | 7.39 (one seed) | learning rate 1 |" in table and "| A |" not in table
     assert (tmp_path / "results" / "here" / "few.png").is_file()
+    for more, message in (
+        (["--work_dir", str(tmp_path / "other")], "other/few has no finished runs of b: give another --work_dir"),
+        (["--methods", "b"], "leave --methods out"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare_long.py", *words, *more])
+        with pytest.raises(SystemExit) as refused:
+            compare_long.main()
+        assert message in str(refused.value) + capsys.readouterr().err
+    assert (tmp_path / "results" / "here" / "few.md").read_text() == table  # and nothing was lost
 
 
 def test_the_committed_experiment_is_complete(tmp_path: Path):
@@ -180,4 +189,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_is_kept(tmp_path: Path, mo
     assert starts == [{"from": None, "commit": "first"}, {"from": "checkpoint-2", "commit": "second"}]
     monkeypatch.setattr(pretraining_runs, "_train", None)
     assert pretraining_runs.execute(run, tmp_path / "cut", 2) == resumed  # kept
+    typed = Run("osd", run.options, 1, (*arguments[:-5], str(tmp_path / "txet"), *arguments[-4:]))
+    with pytest.raises(SystemExit, match="is of another command: delete it, or give another --work_dir"):
+        pretraining_runs.execute(typed, tmp_path / "cut", 2)
+    assert pretraining_runs.finished(run, tmp_path / "cut") == resumed
     assert compare_pretraining.execute is pretraining_runs.execute

@@ -83,6 +83,11 @@ def options_of_preset(preset: str, given: Mapping[str, Any], where: str) -> dict
     own = {name: value for name, value in whole.items() if name not in given}
     if own.get("scale") == "auto" and given["weight_rule"] == "sgd":
         raise ValueError(f"preset={preset!r} of {where} is for steps of AdamW's size, not for SGD's.")
+    if own.get("scale") == "auto" and given.get("unbiased"):
+        raise ValueError(
+            f"preset={preset!r} of {where} sets `scale` to 'auto', for P with columns of length 1: `unbiased` makes them "
+            "longer. Give another scale beside it."
+        )
     if "alpha" in given:  # both set P's learning rate; the user's word counts
         own.pop("projection_lr", None)
     others = {**DEFAULTS, **whole, **{name: value for name, value in given.items() if name not in whole}}
