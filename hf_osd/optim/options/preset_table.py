@@ -85,8 +85,8 @@ def options_of_preset(preset: str, given: Mapping[str, Any], where: str) -> dict
         raise ValueError(f"preset={preset!r} of {where} is for steps of AdamW's size, not for SGD's.")
     if own.get("scale") == "auto" and given.get("unbiased"):
         raise ValueError(
-            f"preset={preset!r} of {where} sets `scale` to 'auto', for P with columns of length 1: `unbiased` makes them "
-            "longer. Give another scale beside it."
+            f"preset={preset!r} of {where} sets `scale` to 'auto', for P with columns of length 1: `unbiased` "
+            "makes them longer. Give another scale beside it."
         )
     if "alpha" in given:  # both set P's learning rate; the user's word counts
         own.pop("projection_lr", None)
