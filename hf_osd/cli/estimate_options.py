@@ -3,7 +3,10 @@
 import argparse
 from typing import Any
 
-from ..optim import ALL_LINEAR, PRESETS, resolve
+import torch
+
+from ..estimate import DTYPES
+from ..optim import ALL_LINEAR, OPTIM_NAMES, PRESETS, resolve
 from ..optim.options.full_size import by_size
 from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
 from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
@@ -14,6 +17,7 @@ from ..trainer.optim_args import parse_optim_args
 
 DEFAULT_OPTIM = "osd_adamw8bit"
 USUAL_PRESET = "finetune"  # README.md, docs/choosing.md
+BFLOAT16 = {name for name, dtype in DTYPES.items() if dtype is torch.bfloat16}
 # Of `optim_args`, what has an option of its own here, or nothing to do with memory.
 NOT_HERE = {
     **{own.key: "it takes no memory" for own in (*MODE_OPTIONS.values(), OPTIONS["init"], OPTIONS["seed"])},
@@ -23,8 +27,13 @@ NOT_HERE = {
 
 
 def estimated_optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[str, Any]]:
-    """Our optimizer's name without `_layerwise`, whether it is, and options of `create_osd_optimizer`."""
+    """Our optimizer's name without `_layerwise`, whether it is, and options of `create_osd_optimizer`.
+
+    All options are in `--optim_args` afterwards.
+    """
     optim = _take_preset(arguments)
+    usual = _usual(optim, arguments)
+    arguments.optim_args = ",".join(filter(None, [*usual, arguments.optim_args]))
     given = parse_optim_args(arguments.optim_args)
     for key in given:
         if key in NOT_HERE:
@@ -40,26 +49,36 @@ def estimated_optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[
 
 
 def _take_preset(arguments: argparse.Namespace) -> str:
-    """Put a preset into `--optim_args`, and return the optimizer's name, which `--preset` also was once.
-
-    Without `--preset` the usual one, where the options neither have one nor set any of what it sets, and it goes with
-    them.
-    """
-    preset, optim = arguments.preset, arguments.optim or DEFAULT_OPTIM
-    if preset not in {None, *PRESETS} and arguments.optim is None:
+    """Put `--preset` into `--optim_args`, and return the optimizer's name, which `--preset` also was once."""
+    preset, optim = arguments.preset, arguments.optim
+    if optim is None and preset in OPTIM_NAMES:
         preset, optim = None, preset
-    given = parse_optim_args(arguments.optim_args)
-    sets = {"preset", *PRESETS[USUAL_PRESET].settings}
-    if preset is None and "adamw" in optim and not sets & given.keys() and _goes_with(USUAL_PRESET, optim, given):
-        preset = USUAL_PRESET
     if preset is not None:
         arguments.optim_args = ",".join(filter(None, [f"preset={preset}", arguments.optim_args]))
-    return optim
+    return optim or DEFAULT_OPTIM
 
 
-def _goes_with(preset: str, optim: str, given: dict[str, Any]) -> bool:
+def _usual(optim: str, arguments: argparse.Namespace) -> list[str]:
+    """What a run should have beside the options that were given, as README and docs have it.
+
+    A preset, where the options neither have one nor set any of what it sets, and it goes with them; without its
+    residual from activations. And steps that bfloat16 does not round away.
+    """
+    given, usual = parse_optim_args(arguments.optim_args), []
+    if "adamw" in optim and not {"preset", *PRESETS[USUAL_PRESET].settings} & given.keys():
+        for residual in ({}, {"residual": "none"}):
+            if _goes_with(optim, {**given, **residual}):
+                usual = [f"preset={USUAL_PRESET}", *(f"{key}={value}" for key, value in residual.items())]
+                break
+    if arguments.dtype in BFLOAT16 and "stochastic_rounding" not in given:
+        usual.append("stochastic_rounding=true")
+    return usual
+
+
+def _goes_with(optim: str, given: dict[str, Any]) -> bool:
+    """Whether the usual preset does."""
     try:
-        resolve(optim, _of_groups(given), preset, "--optim_args")
+        resolve(optim, _of_groups(given), USUAL_PRESET, "--optim_args")
     except ValueError:
         return False
     return True

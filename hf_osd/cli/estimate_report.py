@@ -4,7 +4,7 @@ import argparse
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -83,7 +83,7 @@ def make_report(
         raise ValueError(f"--rank {arguments.rank} is more than any of the matrices has: give at most {highest}.")
 
     @cache
-    def ours(rank: int) -> Method:
+    def ours(rank: int, layerwise: bool = layerwise) -> Method:
         return osd(model, optim, rank, options, layerwise=layerwise)
 
     say(f"steps of {optim}{LAYERWISE_SUFFIX * layerwise}")
@@ -92,12 +92,18 @@ def make_report(
     methods = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules)]
     methods += [lora(work.model("lora"))] if ("lora", False) in kinds else []
     methods += own
-    rows = [
-        _row(work, method, checkpointing, arguments, memory, (ours, highest), say)
-        for checkpointing in (False, True)
-        for method in methods
-        if (method.unprepared, checkpointing) in kinds
-    ]
+
+    def rows_of(methods: list[Method], of_rank: Callable[[int], Method]) -> list[dict[str, Any]]:
+        return [
+            _row(work, method, checkpointing, arguments, memory, (of_rank, highest), say)
+            for checkpointing in (False, True)
+            for method in methods
+            if (method.unprepared, checkpointing) in kinds
+        ]
+
+    rows = rows_of(methods, ours)
+    if memory is not None and optim + LAYERWISE_SUFFIX in OPTIM_NAMES and not (layerwise or _ours_fits(rows)):
+        rows += rows_of([ours(arguments.rank, True)], partial(ours, layerwise=True))
     report: dict[str, Any] = {
         **{
             key: getattr(arguments, key)
@@ -120,6 +126,11 @@ def make_report(
             "suggestion": suggestion(report, modules, model),
         }
     return report
+
+
+def _ours_fits(rows: list[dict[str, Any]]) -> bool:
+    """Whether ours does at any batch."""
+    return any(row["largest_batch"] for row in rows if row["method"] in OPTIM_NAMES)
 
 
 def _row(

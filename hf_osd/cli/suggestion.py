@@ -9,6 +9,7 @@ from typing import Any
 from ..estimate import DTYPES
 from ..hub.card.facts import is_causal_lm
 from ..optim import OPTIM_NAMES
+from ..optim.options.mode import LAYERWISE_SUFFIX
 from ..subzero import NAME
 from ..trainer.optim_args import parse_optim_args
 
@@ -26,6 +27,7 @@ FORWARD_ONLY = ["--learning_rate", "1e-6", "--max_grad_norm", "0"]
 # Of plain text, so that any tokenizer will do.
 DATASET = "stanfordnlp/imdb"
 INT8 = "source=activations,weight_dtype=int8"
+ADAMW = "adamw_torch_fused"
 
 
 def start_of(model: Any, method: str, given: Mapping[str, Any]) -> tuple[float | None, str]:
@@ -40,20 +42,21 @@ def start_of(model: Any, method: str, given: Mapping[str, Any]) -> tuple[float |
 
 
 def suggestion(report: dict[str, Any], modules: Any, model: Any) -> dict[str, Any] | None:
-    """What to run of ours: as asked, else with checkpointing, a smaller batch or, last, a smaller rank.
+    """What to run of ours: as asked, else with checkpointing, a smaller batch, layerwise or, last, a smaller rank.
 
     Where none of that fits, forward passes alone.
     """
-    ours = [row for row in report["rows"] if row["method"] in OPTIM_NAMES]
+    ours = [row for row in report["rows"] if row["method"] in OPTIM_NAMES]  # layerwise ones, unasked, are the last
     rank, batch = report["rank"], report["batch"]
-    found = next((row for row in ours if row["fits"]), ours[-1])
-    if not found["fits"]:
-        if found["largest_batch"]:
-            batch = found["largest_batch"]
-        elif found["largest_rank"]:
-            rank = found["largest_rank"]
-        else:
-            return _forward_only(report, model)
+    found = next((row for row in ours if row["fits"]), None)
+    if found is None and (smaller := [row for row in ours if row["largest_batch"]]):
+        found = smaller[-1]
+        batch = found["largest_batch"]
+    elif found is None and ours[-1]["largest_rank"]:
+        found = ours[-1]
+        rank = found["largest_rank"]
+    elif found is None:
+        return _forward_only(report, model)
     given = report["optim_args"] or ""
     lr, scale = start_of(model, found["method"], parse_optim_args(given))
     words = ["--optim", found["method"], *([] if lr is None else ["--learning_rate", f"{lr:g}"])]
@@ -76,10 +79,12 @@ def _told(
     report: dict[str, Any], model: Any, words: list[str], rank: int | None, batch: int, checkpointing: bool
 ) -> dict[str, Any]:
     """As JSON. `command` is there where it can be copied as it is."""
-    # trl's default is to checkpoint
-    words += ["--per_device_train_batch_size", str(batch), "--gradient_checkpointing", str(checkpointing)]
+    words += ["--per_device_train_batch_size", str(batch)]
+    loadable = is_causal_lm(model) and _can_be_loaded(report["model"])
+    if checkpointing or loadable:  # trl's default is to checkpoint
+        words += ["--gradient_checkpointing", str(checkpointing)]
     command = None
-    if is_causal_lm(model) and _can_be_loaded(report["model"]):
+    if loadable:
         start = ["hf-osd", "run", "-m", "trl.scripts.sft", "--model_name_or_path", report["model"]]
         start += ["--model_revision", report["revision"]] if report["revision"] else []
         start += ["--dtype", _dtype(report), "--dataset_name", DATASET, "--max_length", str(report["seq"])]
@@ -116,11 +121,26 @@ def suggestion_text(report: dict[str, Any]) -> list[str]:
         text = ["", "suggested (it needs trl; put your data in the place of --dataset_name):", f"  {found['command']}"]
     if hint := before_forward_only(report):
         text.append(f"  {hint}")
-    elif "preset=" in found["options"]:
-        text += [f"  {FROM_SCRATCH}"] if "preset=finetune" in found["options"] else []
-    elif "--learning_rate" in found["options"] and found["rank"] is not None:
-        text.append("  The learning rate and the scale are where to start: try a third and three times the rate.")
+    else:
+        text += [f"  {line}" for line in _advice(report, found["options"])]
     return text
+
+
+def _advice(report: dict[str, Any], options: str) -> list[str]:
+    """What to know before one takes the suggestion."""
+    lines = []
+    if "--learning_rate" not in options:
+        lines.append("The learning rate is yours to choose: docs/choosing.md.")
+    elif "preset=" not in options:
+        lines.append("The learning rate and the scale are where to start: try a third and three times the rate.")
+    if LAYERWISE_SUFFIX in options and "residual=" not in options:
+        lines.append("It goes with gradient accumulation if you add residual=none.")
+    if "preset=finetune" in options and "residual=none" not in options:
+        lines.append(FROM_SCRATCH)
+    plain = [row for row in report["rows"] if row["method"] == ADAMW and row["fits"]]
+    if any(row["gradient_checkpointing"] <= report["suggestion"]["gradient_checkpointing"] for row in plain):
+        lines.append("AdamW fits as well, at full size.")
+    return lines
 
 
 def before_forward_only(report: dict[str, Any]) -> str | None:

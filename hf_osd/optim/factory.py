@@ -209,6 +209,7 @@ def create_osd_optimizer(
 
     Raises:
         ValueError: For an unknown name or option, with the nearest one, or an empty selection.
+        TypeError: For anything but a model.
 
     Example:
     ```python
@@ -222,6 +223,11 @@ def create_osd_optimizer(
     ```
     """
     where = "create_osd_optimizer"
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"create_osd_optimizer takes the model, by whose names it chooses what is projected, not a "
+            f"{type(model).__name__}. OSD takes parameters."
+        )
     for name in options.keys() & BY_NAME.keys():
         raise ValueError(f"Give {BY_NAME[name].argument} instead of `{name}` of {where}.")
     refuse_unknown(options, [*KEYWORDS, "lr", "target_modules", "exclude_modules"], where)

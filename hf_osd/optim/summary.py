@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -44,7 +45,7 @@ def summary(optimizer: OSD, model: object = None, preset: str | None = None) -> 
     Example:
         `OSD: 28 matrices projected to rank 8 (1.2M parameters: q_proj, o_proj), 0.3M parameters at full size
         (embed_tokens, 5 vectors); optimizer state 0.4 MB, AdamW's 12.0 MB; first updates 0.14 of AdamW's (root mean
-        square)`. With a preset: `OSD (preset finetune): ...`. With `source="activations"`:
+        square) at learning rate 5e-05`. With a preset: `OSD (preset finetune): ...`. With `source="activations"`:
         `...; 26 learn from activations, 2 from gradients (no plain linear layer: experts.down_proj); optimizer state
         at most 0.4 MB, ...`, which ends when layers have met their inputs.
     """
@@ -75,6 +76,7 @@ def summary(optimizer: OSD, model: object = None, preset: str | None = None) -> 
         f"{_other_groups(optimizer)}; optimizer state {'' if _sharing_is_known(optimizer) else 'at most '}"
         f"{format_bytes(predicted_state_bytes(optimizer), smallest='MB')}, "
         f"AdamW's {format_bytes(adamw_state_bytes(optimizer), smallest='MB')}{_first_updates(optimizer)}"
+        f"{_rounded_away(optimizer)}"
     )
 
 
@@ -110,8 +112,17 @@ def _first_updates(optimizer: OSD) -> str:
                 numel += p.numel()
     if not numel:
         return ""
-    size = f"{(squares / numel) ** 0.5:.2g} of AdamW's (root mean square)"
+    first = optimizer.param_groups[0]
+    lr = float(first.get("initial_lr", first["lr"])) / first.get(LR_MULTIPLE, 1)
+    size = f"{(squares / numel) ** 0.5:.2g} of AdamW's (root mean square) at learning rate {lr:.3g}"
     return f"; first updates {'before the residual ' * scaled}{size}"
+
+
+def _rounded_away(optimizer: OSD) -> str:
+    """What bfloat16 weights lose, if nothing is done about it."""
+    groups = [group for group in optimizer.trained_groups if not group["stochastic_rounding"]]
+    kinds = {p.dtype for group in groups for p in group["params"] if p.ndim > 1}
+    return "; bfloat16 rounds small steps away without stochastic_rounding=true" * (torch.bfloat16 in kinds)
 
 
 def _first_mean_square(group: Mapping[str, Any], full: float) -> float:

@@ -144,6 +144,7 @@ def test_what_fits_is_the_largest_that_does(folder, capsys):
         ("100MB", {"rank": 8, "batch": 4, "gradient_checkpointing": False}),
         ("1.8MB", {"rank": 8, "batch": 4, "gradient_checkpointing": True}),
         ("1.2MB", {"rank": 8, "batch": 1, "gradient_checkpointing": True}),
+        ("0.8MB", {"rank": 8, "batch": 1, "gradient_checkpointing": True}),  # layerwise
         ("0.6MB", {"rank": None, "batch": 1, "gradient_checkpointing": False}),
         ("0.1MB", None),
     ],
@@ -176,8 +177,13 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, cap
         )
         assert "Unknown option `rnak` in `--subzero_args`" in refused(capsys, *words[:-4], "--subzero_args", "rnak=8")
         return
-    assert found["options"].endswith(f" --gradient_checkpointing {found['gradient_checkpointing']}")
-    options = "--optim osd_adamw8bit --learning_rate 0.0001 --optim_args rank=8,preset=finetune --optim_t"
+    assert found["options"].endswith(" --gradient_checkpointing True") == found["gradient_checkpointing"]
+    layerwise = "_layerwise" * (gpu == "0.8MB")
+    assert ("It goes with gradient accumulation if you add residual=none." in estimate(capsys, *words)) == bool(
+        layerwise
+    )
+    usual = "rank=8,preset=finetune,stochastic_rounding=true"
+    options = f"--optim osd_adamw8bit{layerwise} --learning_rate 0.0001 --optim_args {usual}"
     assert options in found["options"]
 
 

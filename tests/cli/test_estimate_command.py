@@ -16,6 +16,8 @@ from hf_osd.optim import select
 GENERATES = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"])
 CLASSIFIES = BertConfig(**SMALL, architectures=["BertForSequenceClassification"])
 DEFAULT_LR, UNBIASED = TrainingArguments.learning_rate, "subspace=random,unbiased=true"
+ROUNDED = "stochastic_rounding=true"
+USUAL, INPUTS = f"preset=finetune,{ROUNDED}", f"preset=finetune,residual=none,{ROUNDED}"
 NAMES = [["q_proj"], ["q_proj", "v_proj"], ["layers.1.mlp.up_proj"], ["model.layers.0.self_attn.q_proj", "o_proj"]]
 
 
@@ -65,7 +67,7 @@ def test_all_linear(words, suggested):
 def test_other_options_are_one_word_each(suggested):
     given = "alpha=2, projection_dtype=bfloat16"
     _, args, _ = suggested(LlamaConfig(**SMALL), "--optim_args", given)
-    assert args.optim_args == f"rank=8,preset=finetune,{given}" and args.optim == "osd_adamw8bit"
+    assert args.optim_args == f"rank=8,{USUAL},{given}" and args.optim == "osd_adamw8bit"
     assert not args.gradient_checkpointing and args.per_device_train_batch_size == 1
 
 
@@ -78,21 +80,25 @@ def test_a_regular_expression_that_matches_nothing(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("config", "words", "rate", "optim_args"),
     [
-        (GENERATES, (), 1e-4, "rank=8,preset=finetune"),
-        (CLASSIFIES, (), 5e-5, "rank=8,preset=finetune"),
-        (GENERATES, ("--preset", "osd_adamw"), 1e-4, "rank=8,preset=finetune"),
-        (GENERATES, ("--preset", "pretrain"), 1e-3, "rank=8,preset=pretrain"),
-        (GENERATES, ("--preset", "reference"), DEFAULT_LR, "rank=8,preset=reference"),
-        (GENERATES, ("--optim_args", "preset=pretrain"), 1e-3, "rank=8,preset=pretrain"),
-        (GENERATES, ("--optim_args", "scale=0.25"), 2e-4, "rank=8,scale=0.25"),
-        (GENERATES, ("--optim_args", "residual=scaled"), 2e-4, "rank=8,scale=1,residual=scaled"),
-        (CLASSIFIES, ("--optim_args", "source=activations"), 3e-4, "rank=8,scale=4,source=activations"),
-        (GENERATES, ("--optim_args", UNBIASED), 2e-4, f"rank=8,scale=1,{UNBIASED}"),
-        (GENERATES, ("--optim", "osd_lion"), DEFAULT_LR, "rank=8"),
-        (GENERATES, ("--optim", "rso_adamw"), DEFAULT_LR, "rank=8"),
+        (GENERATES, ("--dtype", "fp32"), 1e-4, "rank=8,preset=finetune"),
+        (GENERATES, (), 1e-4, f"rank=8,{USUAL}"),
+        (CLASSIFIES, (), 5e-5, f"rank=8,{USUAL}"),
+        (GENERATES, ("--preset", "osd_adamw"), 1e-4, f"rank=8,{USUAL}"),
+        (GENERATES, ("--preset", "pretrain"), 1e-3, f"rank=8,{ROUNDED},preset=pretrain"),
+        (GENERATES, ("--preset", "reference"), DEFAULT_LR, f"rank=8,{ROUNDED},preset=reference"),
+        (GENERATES, ("--optim_args", "preset=pretrain"), 1e-3, f"rank=8,{ROUNDED},preset=pretrain"),
+        (GENERATES, ("--optim_args", "scale=0.25"), 2e-4, f"rank=8,{ROUNDED},scale=0.25"),
+        (GENERATES, ("--optim_args", "residual=scaled"), 2e-4, f"rank=8,scale=1,{ROUNDED},residual=scaled"),
+        (CLASSIFIES, ("--optim_args", "source=activations"), 5e-5, f"rank=8,{INPUTS},source=activations"),
+        (GENERATES, ("--optim_args", UNBIASED), 2e-4, f"rank=8,scale=1,{ROUNDED},{UNBIASED}"),
+        (GENERATES, ("--optim", "osd_lion"), DEFAULT_LR, f"rank=8,{ROUNDED}"),
+        (GENERATES, ("--optim", "rso_adamw"), DEFAULT_LR, f"rank=8,{ROUNDED}"),
     ],
 )
 def test_what_to_start_from(config, words, rate, optim_args, suggested):
-    """`preset=finetune` where it goes with what is asked for, at AdamW's learning rates; see docs/choosing.md."""
+    """`preset=finetune` where it goes with what is asked for, at AdamW's learning rates; see docs/choosing.md.
+
+    And of bfloat16 weights steps that are not rounded away.
+    """
     _, args, _ = suggested(config, *words)
     assert args.learning_rate == rate and args.optim_args == optim_args

@@ -160,6 +160,12 @@ def test_what_is_wrong_or_has_no_effect_is_refused():
         create_osd_optimizer(nn.Sequential(nn.Linear(6, 5, bias=False)), rank=4, full_size_optim="sgd")
     with pytest.raises(ValueError, match="No embedding or head is trained at full size: give `embedding_lr_ratio` 1"):
         create_osd_optimizer(nn.Sequential(nn.Linear(6, 5, bias=False)), rank=4, embedding_lr_ratio=2)
+    with pytest.raises(ValueError, match="`embedding_lr_ratio` 1, or leave preset='pretrain', which sets it, out."):
+        create_osd_optimizer(nn.Sequential(nn.Linear(6, 5, bias=False)), rank=4, preset="pretrain")
+    with pytest.raises(TypeError, match="takes the model, .* not a generator. OSD takes parameters."):
+        create_osd_optimizer(nn.Linear(6, 5).parameters(), rank=4)
+    with pytest.raises(ValueError, match="Unknown optimizer 'subzero'. In a loop of your own it is hf_osd.SubZero"):
+        create_osd_optimizer(nn.Linear(6, 5), "subzero")
 
 
 class Tokens(Dataset):

@@ -204,14 +204,20 @@ def test_the_summary_of_a_known_model():
     # 4 bytes each: 0.28 MB + 2.4 MB. AdamW: 2 * 4 * (2 * 500 000 + 300 000) bytes.
     assert summary(optimizer) == (
         "OSD: 2 matrices projected to rank 10 (1.0M parameters), 0.3M parameters at full size; optimizer state "
-        "2.7 MB, AdamW's 10.4 MB; first updates 0.14 of AdamW's (root mean square)"
+        "2.7 MB, AdamW's 10.4 MB; first updates 0.14 of AdamW's (root mean square) at learning rate 0.001"
     )
     same = OSD([{"params": matrices, "rank": 10}, {"params": [plain]}], scale="auto", residual="scaled")
-    assert summary(same).endswith("; first updates before the residual 1 of AdamW's (root mean square)")
+    assert summary(same).endswith(
+        "; first updates before the residual 1 of AdamW's (root mean square) at learning rate 0.001"
+    )
     signs = OSD([{"params": matrices, "rank": 10}], scale="auto", residual="sign", residual_scale=0.5)
     assert summary(signs, preset="finetune").startswith("OSD (preset finetune): 2 matrices projected to rank 10 ")
-    assert summary(signs).endswith("; first updates 1.1 of AdamW's (root mean square)")
+    assert summary(signs).endswith("; first updates 1.1 of AdamW's (root mean square) at learning rate 0.001")
     assert summary(OSD([{"params": matrices, "rank": 10}], weight_rule="sgd")).endswith("MB")
+    half = nn.Parameter(torch.randn(64, 32, dtype=torch.bfloat16))
+    for rounds in (False, True):
+        text = summary(OSD([{"params": [half], "rank": 4}], stochastic_rounding=rounds))
+        assert ("bfloat16 rounds small steps away" in text) != rounds
     ranks = OSD([{"params": [matrices[0]], "rank": 10}, {"params": [matrices[1]], "rank": 20}])
     assert "2 matrices projected to ranks 10 to 20 (1.0M" in summary(ranks)
     assert "0 matrices projected to no rank" in summary(OSD([plain]))

@@ -145,10 +145,11 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
     name = "layerwise` with `gradient_accumulation"
     reason = None
     if sums and group["residual"] != "none":
-        reason = (
-            f"residual={group['residual']!r} needs the whole gradient, of which this keeps what is in the subspace"
+        raise ValueError(
+            f"`{name}` is not for {where}: residual={group['residual']!r} needs the whole gradient, of which this "
+            "keeps what is in the subspace. Give residual=none, also beside a preset, or leave one of the two out."
         )
-    elif sums and group["side"] == "two_sided":
+    if sums and group["side"] == "two_sided":
         reason = "side='two_sided' needs the norm of the whole gradient, which is only estimated"
     elif build_subspace(group["subspace"], group).mixes and (sums or mode.clipping):
         reason = f"subspace={group['subspace']!r} mixes the momentum into gradients that are clipped or added up later"

@@ -99,6 +99,7 @@ class Ratio(NamedTuple):
 
     value: float
     required: bool  # whether a model must have such parameters
+    preset: str | None = None  # which has set it, if nobody else has
 
 
 LR_RATIOS = ("embedding_lr_ratio", "task_head_lr_ratio")
@@ -119,7 +120,7 @@ def lr_ratios(given: dict[str, Any], preset: str | None, where: str) -> dict[str
     usual = PRESETS[preset].of_name if preset in PRESETS else {}
     values = {name: float(own.get(name, usual.get(name, 1))) for name in LR_RATIOS}
     return {
-        name: Ratio(value, required=name in own or name not in WHERE_THERE_IS_ONE)
+        name: Ratio(value, name in own or name not in WHERE_THERE_IS_ONE, None if name in own else preset)
         for name, value in values.items()
         if value != 1
     }
@@ -141,6 +142,8 @@ def resolve(name: str, given: Mapping[str, Any], preset: str | None, where: str)
         known = [other for other in OPTIM_NAMES if (other in RSO_NAMES) == name.startswith("rso")]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f" Did you mean {close[0]!r}?" if close else ""
+        if name == "subzero":
+            hint = " In a loop of your own it is hf_osd.SubZero(model, lr=1e-6)."
         raise ValueError(f"Unknown optimizer {name!r}.{hint} Known: {', '.join(OPTIM_NAMES)}.")
     refuse_unknown(given, DEFAULTS.keys() - {"weight_rule"}, where)
     check_values({"preset": NAME_OPTIONS["preset"]}, {"preset": preset}, where)
