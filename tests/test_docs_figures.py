@@ -297,4 +297,10 @@ def test_who_keeps_adamws_rate_gets_what_is_said():
     assert "without it {:.1f}, with 16 and 256 {:.1f} and {:.1f}".format(*ratios) in text
     adamw = [at(*where) for where in (("sst2", "full-head", "5e-05"), ("sst2", "full-head", "0.0001"))]
     assert "({:.1f} and {:.1f})".format(*adamw) in text and f"({at('mrpc', 'full-head', '0.0001'):.1f})" in text
+    head = [f"{at(task, 'full-head', '0.0001'):.1f}" for task in ("sst2", "mrpc")]
+    readme = f"{kept['sst2']:.1f} on SST-2 and {kept['mrpc']:.1f} on MRPC; full AdamW at its best rate has "
+    readme += (
+        f"{best['sst2']:.1f} and {best['mrpc']:.1f}, with its classifier at 64 times the rate, as the preset has it, "
+    )
+    assert readme + " and ".join(head) in text_of("README.md")
     assert f"OSD is at {mean(rows['sst2', 'osd-r8']['scores']['5e-05'].values()):.1f} on SST-2" in text

@@ -25,6 +25,14 @@ def test_what_is_around_the_preset_was_measured(said: str):
     assert min(found.values()) > 0.99 * found["preset"]  # "nothing is better by more than 1%"
 
 
+def test_the_readme_has_the_preset_beside_adamw_with_its_ratio():
+    rows = by_method("pretrain_presets_text")
+    ours, adamw = rows["preset"], rows["adamw_ratio"]
+    assert ours["best"]["learning_rate"] == adamw["best"]["learning_rate"] and adamw["best"]["ratio"] == 16
+    said = f"**{ours['best_perplexity']:.2f} ± {ours['spread']:.2f}** at AdamW's best learning rate, where AdamW with "
+    assert said + f"the same ratio has {adamw['best_perplexity']:.2f} (" in text_of("README.md")
+
+
 def test_the_long_comparison_is_on_its_page():
     rows, text = by_method("family_long_text"), text_of("docs/benchmarks.md")
     assert (RESULTS / "family_long_text.md").read_text(encoding="utf-8") in page("docs/benchmarks.md")
