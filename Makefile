@@ -24,10 +24,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
 	touch $@
 
-# ARGS="--osd_source activations --output_dir runs/quickstart_activations": any further arguments.
+# ARGS="--osd_source activations --osd_residual none --output_dir runs/quickstart_activations": any further arguments.
 quickstart: install
 	$(BIN)/python examples/pretrain_llama.py --dataset docstrings --model llama_quickstart \
-		--optim osd_adamw8bit --osd_rank 48 --osd_scale 0.125 --learning_rate 1e-2 --max_steps 400 \
+		--optim osd_adamw8bit --osd_rank 48 --osd_preset pretrain --learning_rate 5e-4 --max_steps 400 \
 		--per_device_train_batch_size 4 --eval_steps 200 --logging_steps 20 --seed 1 --output_dir runs/quickstart $(ARGS)
 
 # Every process of the tests works on tiny tensors: one thread each is fastest. Files stay together: some share fixtures

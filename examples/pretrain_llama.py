@@ -10,20 +10,23 @@ What it needs: `pip install "hf_osd[examples]"`. The small command needs neither
 five minutes on two CPU cores; the real one needs a GPU and streams C4 from the Hub.
 
     python examples/pretrain_llama.py --dataset docstrings --model llama_quickstart --optim osd_adamw8bit \
-        --osd_rank 48 --osd_scale 0.125 --learning_rate 1e-2 --max_steps 400 --per_device_train_batch_size 4 \
+        --osd_rank 48 --osd_preset pretrain --learning_rate 5e-4 --max_steps 400 --per_device_train_batch_size 4 \
         --eval_steps 200 --output_dir runs/quickstart
 
     python examples/pretrain_llama.py --dataset allenai/c4 --model llama_60m --optim osd_adamw8bit \
-        --osd_rank 128 --learning_rate 1e-2 --max_steps 10000 --per_device_train_batch_size 64 \
-        --gradient_accumulation_steps 8 --eval_steps 1000 --dtype bfloat16 --output_dir runs/llama_60m
+        --osd_rank 128 --osd_preset pretrain --learning_rate 1e-3 --max_steps 10000 --per_device_train_batch_size 64 \
+        --gradient_accumulation_steps 8 --eval_steps 1000 --dtype bfloat16 --osd_stochastic_rounding true \
+        --output_dir runs/llama_60m
 
 On several GPUs, each with all weights or with a shard of them (see the files for what they say), or on CPUs:
 
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/pretrain_llama.py \
-        --model llama_60m --optim osd_adamw8bit --osd_rank 128 --bf16 true --output_dir runs/ddp
+        --model llama_60m --optim osd_adamw8bit --osd_rank 128 --osd_preset pretrain --learning_rate 1e-3 \
+        --bf16 true --output_dir runs/ddp
 
     accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml examples/pretrain_llama.py \
-        --model llama_7b --optim osd_adamw8bit --osd_rank 1024 --gradient_checkpointing true --output_dir runs/fsdp2
+        --model llama_7b --optim osd_adamw8bit --osd_rank 1024 --osd_preset pretrain --learning_rate 3e-4 \
+        --gradient_checkpointing true --output_dir runs/fsdp2
 
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/pretrain_llama.py \
         --dataset docstrings --model llama_quickstart --optim osd_adamw8bit --osd_rank 48 --max_steps 4 \

@@ -15,8 +15,9 @@ two CPU cores, the real one needs a GPU.
         --per_device_train_batch_size 4 --output_dir runs/shared
 
     python examples/share_on_the_hub.py --repo_id USER/llama-60m-c4 --dataset allenai/c4 --model llama_60m \
-        --osd_rank 128 --learning_rate 1e-2 --max_steps 10000 --per_device_train_batch_size 64 \
-        --gradient_accumulation_steps 8 --dtype bfloat16 --continue_dataset Salesforce/wikitext \
+        --osd_rank 128 --osd_preset pretrain --learning_rate 1e-3 --max_steps 10000 --per_device_train_batch_size 64 \
+        --gradient_accumulation_steps 8 --dtype bfloat16 --osd_stochastic_rounding true \
+        --continue_dataset Salesforce/wikitext \
         --continue_dataset_config wikitext-103-raw-v1 --continue_steps 100 --output_dir runs/shared_60m
 
 The new process is `python examples/share_on_the_hub.py continue` with the same options; it can be run alone, too.

@@ -33,6 +33,18 @@ def test_the_readme_has_the_preset_beside_adamw_with_its_ratio():
     assert said + f"the same ratio has {adamw['best_perplexity']:.2f} (" in text_of("README.md")
 
 
+def test_what_is_said_of_small_batches_was_measured():
+    rows = by_method("quickstart_preset")
+    at, adamw = rows["preset"]["perplexity"], rows["adamw"]
+    assert adamw["best"]["learning_rate"] == 2 * rows["preset"]["best"]["learning_rate"] == 0.001
+    said = (
+        f"at {at['0.001']:.1f} at AdamW's best learning rate, 1e-3, where AdamW is at {adamw['best_perplexity']:.1f}, "
+    )
+    said += f"and at {at['0.0005']:.1f} at half of that; OSD with a scale that was searched for is at "
+    said += f"{rows['by_name']['best_perplexity']:.1f}. Twice and a quarter of AdamW's rate are worse "
+    assert said + f"({at['0.002']:.1f}, {at['0.00025']:.1f})" in text_of("docs/choosing.md")
+
+
 def test_the_long_comparison_is_on_its_page():
     rows, text = by_method("family_long_text"), text_of("docs/benchmarks.md")
     assert (RESULTS / "family_long_text.md").read_text(encoding="utf-8") in page("docs/benchmarks.md")
