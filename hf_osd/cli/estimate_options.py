@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..estimate import DTYPES
-from ..optim import ALL_LINEAR, OPTIM_NAMES, PRESETS, resolve
+from ..optim import ALL_LINEAR, PRESETS, resolve
 from ..optim.options.full_size import by_size
 from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
 from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
@@ -51,7 +51,7 @@ def estimated_optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[
 def _take_preset(arguments: argparse.Namespace) -> str:
     """Put `--preset` into `--optim_args`, and return the optimizer's name, which `--preset` also was once."""
     preset, optim = arguments.preset, arguments.optim
-    if optim is None and preset in OPTIM_NAMES:
+    if optim is None and preset is not None and preset.startswith(("osd", "rso")):
         preset, optim = None, preset
     if preset is not None:
         arguments.optim_args = ",".join(filter(None, [f"preset={preset}", arguments.optim_args]))

@@ -278,6 +278,10 @@ def test_our_config_files_and_a_large_rank(capsys):
         (("{}", "--rank", "65"), "--rank 65 is more than any of the matrices has: give at most 64"),
         (("{}", "--rank", "0"), "--rank must be at least 1, got 0"),
         (("{}", "--preset", "osd_adam8bit"), "Unknown optimizer 'osd_adam8bit'. Did you mean 'osd_adamw8bit'?"),
+        (
+            ("{}", "--preset", "pretran"),
+            "`preset` of --optim_args must be one of reference, finetune, pretrain (did you mean 'pretrain'?)",
+        ),
         (("{}", "--optim_args", "projection_dtyp=bfloat16"), "Did you mean `projection_dtype`?"),
         (("{}", "--optim_args", "lambda=-1"), "`lambda` of --optim_args must be a number >= 0, got -1"),
         (("{}", "--optim_args", "rank=4"), "'rank' has no effect in --optim_args of an estimate: use --rank"),
