@@ -58,6 +58,7 @@ def test_the_long_comparison_is_on_its_page():
     ours, scaled, adamw, same = (rows[name] for name in ("preset", "adamw_scaled", "adamw", "preset_at_adamws"))
     seeds = " and ".join(f"{1 - a / b:.1%}" for a, b in zip(ours["seeds"], scaled["seeds"], strict=True))
     said = f"ends {below(ours, scaled):.1%} below AdamW with its best scale (by seed {seeds}), "
+    said += f"{-below(ours, rows['adamw_ratio']):.1%} above AdamW with its embeddings at the best ratio, "
     said += (
         f"{below(ours, adamw):.1%} below AdamW with one learning rate, {below(ours, rows['apollo']):.1%} below APOLLO "
     )
@@ -80,10 +81,12 @@ def test_the_long_comparison_is_on_its_page():
 def test_what_is_said_of_the_long_comparison_elsewhere():
     rows = by_method("family_long_text")
     end = {name: f"{mean(row['seeds']):.1f}" for name, row in rows.items()}
-    said = (
-        "ends at {preset}, APOLLO at {apollo}, AdamW at {adamw} and, with its blocks at a scale, at {adamw_scaled}, "
-    )
-    assert said.format(**end) + f"GaLore at {end['galore']}" in text_of("README.md")
+    said = "ends at {preset}, APOLLO at {apollo}, AdamW at {adamw}, with its blocks at a scale at {adamw_scaled} and "
+    said += "with its embeddings at a ratio at {adamw_ratio}, GaLore at {galore} ("
+    assert said.format(**end) in text_of("README.md")
+    ratio = rows["adamw_ratio"]["best"]["ratio"]
+    said = f"not below AdamW with its embeddings at a searched ratio, {ratio:g} ({end['adamw_ratio']})"
+    assert said in text_of("docs/choosing.md") and below(rows["preset"], rows["adamw_ratio"]) < 0
     scaled, plain = (f"{below(rows['preset'], rows[name]):.1%}" for name in ("adamw_scaled", "adamw"))
     said = f"{end['preset']}, {scaled} below AdamW with its blocks at a scale that was searched for "
     said += f"({end['adamw_scaled']}; two seeds) and {plain} below AdamW with one rate ({end['adamw']}; one seed)"
