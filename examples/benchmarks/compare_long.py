@@ -228,10 +228,11 @@ def _rows(contenders: list[Contender], folder: Path) -> list[dict[str, Any]]:
 
 
 def _refuse_loss(path: Path, rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write no result that lacks a method which the one that there is has."""
-    file, found = named(path, ".json"), {row["method"] for row in rows}
-    there = [row["method"] for row in json.loads(file.read_text())["rows"]] if file.is_file() else []
-    if lost := [method for method in there if method not in found] or (["any method"] if not found else []):
+    """Write no result that lacks a method, or a seed of one, which the one that there is has."""
+    file, found = named(path, ".json"), {row["method"]: len(row["seeds"]) for row in rows}
+    there = json.loads(file.read_text())["rows"] if file.is_file() else []
+    lost = [row["method"] for row in there if found.get(row["method"], 0) < len(row["seeds"])]
+    if lost := lost or (["any method"] if not found else []):
         raise SystemExit(f"{folder} has no finished runs of {', '.join(lost)}: give another --work_dir.")
 
 

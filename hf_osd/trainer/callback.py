@@ -157,7 +157,8 @@ class OSDCallback(TrainerCallback):
         if osd is None:
             return
         if args.should_save:
-            set_aside(_output_dir(args), [SUBZERO_LOG])
+            with _may_fail():
+                set_aside(_output_dir(args), [SUBZERO_LOG])
         folder = written_checkpoint(state)
         if folder is not None:  # else one of that name is another training's
             self._save_projections(folder, args, state, osd)
@@ -203,10 +204,12 @@ class OSDCallback(TrainerCallback):
                 save_log(optimizer, _output_dir(args), args)
             elif args.should_save and (self._best / SUBZERO_LOG).is_file():
                 SubZeroLog.from_pretrained(self._best).save_pretrained(_output_dir(args))
-        untold = optimizer.weights.following or (self._best is None and optimizer.replaced)
-        if args.should_save:
+        if not args.should_save:
+            return
+        with _may_fail():
+            untold = optimizer.weights.following or (self._best is None and optimizer.replaced)
             set_aside(_output_dir(args), [*OF_OSD, *([SUBZERO_LOG] if untold else [])])
-        if args.should_save and optimizer.steps:
+        if optimizer.steps:
             refresh_card(optimizer, args, state, optimizer.model)
 
     def _save_projections(self, folder: Path, args: TrainingArguments, state: TrainerState, osd: OSD) -> None:

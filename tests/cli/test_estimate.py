@@ -138,55 +138,6 @@ def test_what_fits_is_the_largest_that_does(folder, capsys):
     assert peak(8, lora["largest_batch"], lora) <= 1_850_000 < peak(8, lora["largest_batch"] + 1, lora)
 
 
-@pytest.mark.parametrize(
-    ("gpu", "expected"),
-    [
-        ("100MB", {"rank": 8, "batch": 4, "gradient_checkpointing": False}),
-        ("1.8MB", {"rank": 8, "batch": 4, "gradient_checkpointing": True}),
-        ("1.2MB", {"rank": 8, "batch": 1, "gradient_checkpointing": True}),
-        ("0.8MB", {"rank": 8, "batch": 1, "gradient_checkpointing": True}),  # layerwise
-        ("0.6MB", {"rank": None, "batch": 1, "gradient_checkpointing": False}),
-        ("0.1MB", None),
-    ],
-)
-def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, folder, capsys):
-    words = (folder, "--rank", "8", "--seq", "64", "--batch", "4", "--gpu", gpu, "--reserve", "0KB")
-    found = report_of(capsys, *words)["suggestion"]
-    if expected is None:
-        assert found is None and f"nothing fits {gpu}" in estimate(capsys, *words)
-        return
-    if expected["batch"] == 1:
-        expected["batch"] = found["batch"]
-        assert 1 <= found["batch"] < 4
-    assert {key: found[key] for key in expected} == expected
-    assert f"--per_device_train_batch_size {found['batch']}" in found["options"]
-    if expected["rank"] is None:  # forward passes alone
-        assert "--optim subzero" in found["options"] and "osd_" not in found["options"]
-        more = ("--subzero_args", "rank=8,source=activations")
-        followed = report_of(capsys, *words[:-4], "--gpu", gpu, "--reserve", "0KB", *more)
-        assert (
-            "--optim subzero --optim_args rank=8,source=activations --learning_rate 1e-6 --max_grad_norm 0"
-            in followed["suggestion"]["options"]
-        )
-        hint = "estimate again with --layerwise --optim_args source=activations,weight_dtype=int8."
-        assert hint in estimate(capsys, *words)
-        asked = ("--optim_args", "source=activations,weight_dtype=int8")
-        assert "estimate again" not in estimate(capsys, *words, *asked)
-        assert "\nMeZO, forward only" in estimate(
-            capsys, *words[:-4], "--subzero_args", "queries=4,perturbation=dense"
-        )
-        assert "Unknown option `rnak` in `--subzero_args`" in refused(capsys, *words[:-4], "--subzero_args", "rnak=8")
-        return
-    assert found["options"].endswith(" --gradient_checkpointing True") == found["gradient_checkpointing"]
-    layerwise = "_layerwise" * (gpu == "0.8MB")
-    assert ("It goes with gradient accumulation if you add residual=none." in estimate(capsys, *words)) == bool(
-        layerwise
-    )
-    usual = "rank=8,preset=finetune,stochastic_rounding=true"
-    options = f"--optim osd_adamw8bit{layerwise} --learning_rate 0.0001 --optim_args {usual}"
-    assert options in found["options"]
-
-
 @pytest.mark.parametrize("looks", [6, 40])
 def test_what_fits_is_found_in_few_looks(looks):
     """Of a peak that is a line four to six, of ones with kinks, steps and plateaus never many."""

@@ -6,7 +6,7 @@ tests/cli/test_run_hugging_face.py runs the command of a model with weights.
 import shlex
 
 import pytest
-from estimates import SMALL, refused, report_of
+from estimates import SMALL, estimate, refused, report_of
 from transformers import AutoConfig, BertConfig, HfArgumentParser, LlamaConfig, MixtralConfig, TrainingArguments
 
 from hf_osd.estimate.models import DTYPES, meta_model
@@ -102,3 +102,54 @@ def test_what_to_start_from(config, words, rate, optim_args, suggested):
     """
     _, args, _ = suggested(config, *words)
     assert args.learning_rate == rate and args.optim_args == optim_args
+
+
+@pytest.mark.parametrize(
+    ("gpu", "expected"),
+    [
+        ("100MB", {"rank": 8, "batch": 4, "gradient_checkpointing": False}),
+        ("1.8MB", {"rank": 8, "batch": 4, "gradient_checkpointing": True}),
+        ("1.2MB", {"rank": 8, "batch": 1, "gradient_checkpointing": True}),
+        ("0.8MB", {"rank": 8, "batch": 1, "gradient_checkpointing": True}),  # layerwise
+        ("0.6MB", {"rank": None, "batch": 1, "gradient_checkpointing": False}),
+        ("0.1MB", None),
+    ],
+)
+def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, tmp_path, capsys):
+    LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    folder = str(tmp_path)
+    words = (folder, "--rank", "8", "--seq", "64", "--batch", "4", "--gpu", gpu, "--reserve", "0KB")
+    found = report_of(capsys, *words)["suggestion"]
+    if expected is None:
+        assert found is None and f"nothing fits {gpu}" in estimate(capsys, *words)
+        return
+    if expected["batch"] == 1:
+        expected["batch"] = found["batch"]
+        assert 1 <= found["batch"] < 4
+    assert {key: found[key] for key in expected} == expected
+    assert f"--per_device_train_batch_size {found['batch']}" in found["options"]
+    if expected["rank"] is None:  # forward passes alone
+        assert "--optim subzero" in found["options"] and "osd_" not in found["options"]
+        more = ("--subzero_args", "rank=8,source=activations")
+        followed = report_of(capsys, *words[:-4], "--gpu", gpu, "--reserve", "0KB", *more)
+        assert (
+            "--optim subzero --optim_args rank=8,source=activations --learning_rate 1e-6 --max_grad_norm 0"
+            in followed["suggestion"]["options"]
+        )
+        hint = "estimate again with --layerwise --optim_args source=activations,weight_dtype=int8."
+        assert hint in estimate(capsys, *words)
+        asked = ("--optim_args", "source=activations,weight_dtype=int8")
+        assert "estimate again" not in estimate(capsys, *words, *asked)
+        assert "\nMeZO, forward only" in estimate(
+            capsys, *words[:-4], "--subzero_args", "queries=4,perturbation=dense"
+        )
+        assert "Unknown option `rnak` in `--subzero_args`" in refused(capsys, *words[:-4], "--subzero_args", "rnak=8")
+        return
+    assert found["options"].endswith(" --gradient_checkpointing True") == found["gradient_checkpointing"]
+    layerwise = "_layerwise" * (gpu == "0.8MB")
+    assert ("It goes with gradient accumulation if you add residual=none." in estimate(capsys, *words)) == bool(
+        layerwise
+    )
+    usual = "rank=8,preset=finetune,stochastic_rounding=true"
+    options = f"--optim osd_adamw8bit{layerwise} --learning_rate 0.0001 --optim_args {usual}"
+    assert options in found["options"]

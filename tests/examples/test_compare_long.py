@@ -120,6 +120,13 @@ def test_finished_runs_alone_can_be_written(tmp_path: Path, monkeypatch, capsys)
             compare_long.main()
         assert message in str(refused.value) + capsys.readouterr().err
     assert (tmp_path / "results" / "here" / "few.md").read_text() == table  # and nothing was lost
+    committed = tmp_path / "results" / "here" / "few.json"
+    there = json.loads(committed.read_text())
+    there["rows"][0]["seeds"].append(7.0)  # a seed that is not here
+    committed.write_text(json.dumps(there))
+    monkeypatch.setattr(sys, "argv", ["compare_long.py", *words])
+    with pytest.raises(SystemExit, match="has no finished runs of b"):
+        compare_long.main()
 
 
 def test_the_committed_experiment_is_complete(tmp_path: Path):

@@ -26,7 +26,7 @@ def multiples(model: nn.Module, selection: Selection, ratios: Mapping[str, Ratio
         ValueError: For a ratio that is required and has no parameters.
     """
     trained = {
-        "embedding_lr_ratio": (selection.full_size, "No embedding or head is trained at full size", ""),
+        "embedding_lr_ratio": (selection.full_size, "No embedding or head is trained at full size", "leave {it} out"),
         "task_head_lr_ratio": (
             selection.projected | selection.full_size,
             "No head of a task that is known as one is trained",
@@ -39,7 +39,7 @@ def multiples(model: nn.Module, selection: Selection, ratios: Mapping[str, Ratio
         known = KINDS[option](model)
         names = [name for name, p in candidates.items() if p in known]
         if ratio.required and not names:
-            out = "it" if ratio.preset is None else f"preset={ratio.preset!r}, which sets it,"
-            raise ValueError(f"{complaint}: give `{option}` 1, or {remedy or f'leave {out} out'}.")
+            it = "it" if ratio.preset is None else f"preset={ratio.preset!r}, which sets it,"
+            raise ValueError(f"{complaint}: give `{option}` 1, or {remedy.format(it=it)}.")
         found |= dict.fromkeys(names, ratio.value)
     return found
