@@ -10,73 +10,45 @@ has finished is not repeated. Both hold for the same command whatever the commit
 and in the result, and a run that should be made again is deleted by hand, with its folder in `--work_dir`.
 
 What has finished is in `<work_dir>/<name>.json`, .md and .png, written after every run, and with the last one, or by
-`--finished` before, in results/<device>: rows tell how many seeds they have. Times are those of the processor, so a
-machine that does other things disturbs them little.
+`--finished` before, in results/<device>: rows tell how many seeds they have. With `--add` the runs that the result in
+results/<device> was made of count as finished, wherever they were made; only what it lacks is run.
+
+`--times` measures a step of every method of the result, one after the other on this machine, at the settings of the
+rows: seconds of the processor. The runs above, made beside other work and perhaps on several machines, tell no time.
 
 Needs: the `examples` extra, text, and for its GaLore and APOLLO galore-torch and apollo-torch. Days on one core:
 
     python examples/benchmarks/run.py family_long --data folder/of/text
     python examples/benchmarks/run.py family_long --data folder/of/text --status       # what there is, without running
     python examples/benchmarks/run.py family_long --data folder/of/text --finished     # the same, into results/
+    python examples/benchmarks/run.py family_long --data folder/of/text --add --finished  # beside what is there
+    python examples/benchmarks/run.py family_long --data folder/of/text --times        # a minute and a half a method
 """
 
 import argparse
 import json
-import math
 import os
-import statistics
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compare_pretraining import Method, Setting, read_methods, row_of, tried, walk
+from compare_pretraining import read_methods, walk
 from environment import describe, load_experiment, named, results_folder, save
-from long_plot import draw
+from long_rows import Contender, recalled, render, table
 from pretraining_runs import PRELOADED, PROCESSES, Run, execute, finished, started
+
+
+TIMED_STEPS = 400  # a multiple of every interval of an SVD
+TIMED = ("--max_steps", str(TIMED_STEPS), "--eval_steps", str(TIMED_STEPS), "--max_eval_tokens", "8192")
+Get = Callable[[Run], dict[str, Any]]  # makes a run, or finds it
 
 
 class Missing(Exception):
     """A run that `--status` would have to make."""
-
-
-@dataclass
-class Contender:
-    """A method, and what has been found of it so far."""
-
-    search: Method
-    long: Method
-    losses: dict[Setting, float] = field(default_factory=dict)
-    best: Setting | None = None
-    short: list[dict[str, Any]] = field(default_factory=list)  # at the best setting, by seed
-    results: list[dict[str, Any]] = field(default_factory=list)
-    starts: list[dict[str, Any]] = field(default_factory=list)  # commits and packages of all of its runs
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """What the result keeps of it, once a long run has finished."""
-        row = row_of(self.search, self.losses, self.best, self.results)
-        return row | {
-            "short_seeds": [result["perplexity"] for result in self.short],
-            "parameters": self.results[0]["parameters"],
-            "curves": [curve(result) for result in self.results],
-            "seconds_per_step": statistics.median(second for r in self.results for second in step_seconds(r)),
-            "commits": sorted({str(start.get("commit")) for start in self.starts}),
-        }
-
-
-def curve(result: dict[str, Any]) -> list[tuple[int, float]]:
-    """Step and validation loss of every evaluation of a run."""
-    return [(entry["step"], entry["eval_loss"]) for entry in result["log_history"] if "eval_loss" in entry]
-
-
-def step_seconds(result: dict[str, Any]) -> list[float]:
-    """Seconds of the processor that a step took, one figure between any two evaluations of a run."""
-    entries = [entry for entry in result["log_history"] if "train_cpu_seconds" in entry]
-    before = [0, *(entry["step"] for entry in entries)]
-    return [entry["train_cpu_seconds"] / (entry["step"] - step) for entry, step in zip(entries, before, strict=False)]
 
 
 def read_contenders(experiment: dict[str, Any], names: list[str] | None, extra: list[str]) -> list[Contender]:
@@ -88,9 +60,7 @@ def read_contenders(experiment: dict[str, Any], names: list[str] | None, extra: 
     return [Contender(search, long) for search, long in zip(*stages, strict=True)]
 
 
-def contend(
-    contenders: list[Contender], short: Callable[[Run], dict[str, Any]], long: Callable[[Run], dict[str, Any]]
-) -> Iterator[Contender]:
+def contend(contenders: list[Contender], short: Get, long: Get) -> Iterator[Contender]:
     """Makes all runs, the most telling first, and yields the contender after each that its row needs.
 
     A method whose run fails, or is missing, is left as it is, and the others go on.
@@ -130,38 +100,6 @@ def contend(
                 yield from attempt(contender, partial(work, contender, seed))
 
 
-def table(result: dict[str, Any]) -> str:
-    """Markdown: perplexities, settings, bytes and time of every method that has a long run."""
-    rows = result["rows"]
-    lines = [
-        "| method | perplexity | short runs | at the setting | the grid | optimizer state | of AdamW's | ms a step |",
-        "| --- " * 8 + "|",
-    ]
-    for row in rows:
-        best = ", ".join(f"{option.replace('_', ' ')} {value:g}" for option, value in row["best"].items())
-        size = row["optimizer_state_bytes"]
-        lines.append(
-            f"| {row['label']} | {_mean(row['seeds'])} | {_mean(row['short_seeds'])} | {best} | {tried(row)} | "
-            f"{size / 2**20:.1f} MiB | {size / row['adamw_state_bytes']:.0%} | {1000 * row['seconds_per_step']:.0f} |"
-        )
-    if rows:
-        tokens, parameters = rows[0]["tokens_seen"], rows[0]["parameters"]
-        lines += ["", f"{tokens:,} tokens, {tokens / parameters:.1f} for each of {parameters:,} parameters."]
-    return "\n".join(lines) + "\n"
-
-
-def _mean(values: list[float]) -> str:
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return f"{statistics.fmean(values):.2f} (one seed)" if values else "-"
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
-def render(result: dict[str, Any], path: Path) -> None:
-    """Writes table and picture of a result."""
-    named(path, ".md").write_text(table(result), encoding="utf-8")
-    draw(result["rows"], result["title"], named(path, ".png"))
-
-
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Refuses a second comparison in the same folder while one is running."""
@@ -178,37 +116,51 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def measure(contenders: list[Contender], rows: list[dict[str, Any]], run: Get) -> dict[str, Any]:
+    """Seconds of the processor for a step of every row's method at its setting, one run after the other."""
+    settings = {row["method"]: tuple(row["best"].values()) for row in rows}
+    seconds = {}
+    for contender in contenders:
+        if contender.long.name in settings:
+            made = contender.long.run(settings[contender.long.name], contender.long.seeds[0])
+            found = run(replace(made, arguments=(*made.arguments, *TIMED)))
+            (entry,) = (entry for entry in found["log_history"] if "train_cpu_seconds" in entry)
+            seconds[contender.long.name] = entry["train_cpu_seconds"] / entry["step"]
+    return {"environment": describe(), "steps": TIMED_STEPS, "seconds_per_step": seconds}
+
+
 def main() -> None:
     """Run, summarise, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", help="name of a file in experiments/")
-    parser.add_argument("--data", help="data set for --dataset; results are written under its name")
-    parser.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
-    parser.add_argument("--status", action="store_true", help="run nothing: what has finished, and its table")
-    parser.add_argument("--finished", action="store_true", help="run nothing: write what has finished to results/")
-    parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
-    parser.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
-    arguments = parser.parse_args()
-    if arguments.finished and arguments.methods:
-        parser.error("--finished writes the rows of all methods: leave --methods out")
+    arguments = parser().parse_args()
+    if arguments.methods and (arguments.finished or arguments.times):
+        raise SystemExit("--finished and --times write the rows of all methods: leave --methods out.")
     experiment = load_experiment(arguments.experiment)
     extra = ["--dataset", arguments.data] if arguments.data else []
     name = arguments.experiment + (f"_{Path(arguments.data).name}" if arguments.data else "")
-    folder = arguments.work_dir / name
+    folder, path = arguments.work_dir / name, results_folder() / name
     contenders = read_contenders(experiment, arguments.methods, extra)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    there = json.loads(named(path, ".json").read_text()) if named(path, ".json").is_file() else {"rows": []}
+    if arguments.times:
+        with alone(folder):
+            shutil.rmtree(folder / "times", ignore_errors=True)  # of before: they are compared with each other
+            times = measure(contenders, there["rows"], partial(execute, work_dir=folder / "times"))
+            return save(path, there | {"times": times}, render)
     result = {"environment": describe() | {"threads": arguments.threads}}
     result |= {key: experiment[key] for key in ("title", "common", "search", "long")} | {"rows": []}
+    result |= {key: there[key] for key in ("times",) if key in there}
+    known = _known(contenders, there, result, name) if arguments.add else {"search": {}, "long": {}}
     if arguments.status or arguments.finished:
-        for _ in contend(contenders, partial(_look, folder=folder / "search"), partial(_look, folder=folder / "long")):
+        looks = (partial(_look, folder=folder / stage, known=known[stage]) for stage in ("search", "long"))
+        for _ in contend(contenders, *looks):
             pass
         result["rows"] = _rows(contenders, folder)
         if arguments.finished:
-            _refuse_loss(results_folder() / name, result["rows"], folder)
-            return save(results_folder() / name, result, render)
+            _refuse_loss(there["rows"], result["rows"], folder)
+            return save(path, result, render)
         return print("\n" + table(result))
-    short = partial(execute, work_dir=folder / "search", made=result["environment"])
-    long = partial(short, work_dir=folder / "long", save_steps=experiment["long"]["save_steps"])
+    short = partial(_make, known=known["search"], work_dir=folder / "search", made=result["environment"])
+    long = partial(short, known=known["long"], work_dir=folder / "long", save_steps=experiment["long"]["save_steps"])
     with alone(folder):
         for _ in contend(contenders, short, long):
             result["rows"] = _rows(contenders, folder)
@@ -216,28 +168,66 @@ def main() -> None:
     print("\n" + table(result))
     whole = [len(c.results) == len(c.long.seeds) and len(c.short) == len(c.search.seeds) for c in contenders]
     if all(whole) and not arguments.methods:
-        save(results_folder() / name, result, render)
+        save(path, result, render)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What it is asked on its command line."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("experiment", help="name of a file in experiments/")
+    found.add_argument("--data", help="data set for --dataset; results are written under its name")
+    found.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
+    found.add_argument("--status", action="store_true", help="run nothing: what has finished, and its table")
+    found.add_argument("--finished", action="store_true", help="run nothing: write what has finished to results/")
+    found.add_argument("--add", action="store_true", help="take the runs of the result in results/ as finished")
+    found.add_argument("--times", action="store_true", help="only measure a step of each method of that result")
+    found.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
+    found.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
+    return found
+
+
+def _known(
+    contenders: list[Contender], there: dict[str, Any], result: dict[str, Any], name: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The runs that the result in results/ was made of, by stage and name; contenders get their commits."""
+    for key in ("common", "search", "long"):
+        if there["rows"] and there[key] != result[key]:
+            raise SystemExit(f"The result of {name} was measured with another {key}: leave --add out.")
+    rows = {row["method"]: row for row in there["rows"]}
+    known: dict[str, dict[str, dict[str, Any]]] = {"search": {}, "long": {}}
+    for contender in contenders:
+        if row := rows.get(contender.search.name):
+            for stage, runs in recalled(contender, row).items():
+                known[stage] |= runs
+            contender.earlier = [{"commit": commit} for commit in row["commits"]]
+            processors = row.get("processors", [there["environment"]["processor"]])
+            contender.earlier += [{"processor": found} for found in processors]
+    return known
 
 
 def _rows(contenders: list[Contender], folder: Path) -> list[dict[str, Any]]:
     for contender in contenders:
-        contender.starts = [
-            start for stage in ("search", "long") for start in started(folder / stage, contender.search.name)
-        ]
+        own = [start for stage in ("search", "long") for start in started(folder / stage, contender.search.name)]
+        contender.starts = contender.earlier + own
     return [contender.row for contender in contenders if contender.results]
 
 
-def _refuse_loss(path: Path, rows: list[dict[str, Any]], folder: Path) -> None:
+def _refuse_loss(there: list[dict[str, Any]], rows: list[dict[str, Any]], folder: Path) -> None:
     """Write no result that lacks a method, or a seed of one, which the one that there is has."""
-    file, found = named(path, ".json"), {row["method"]: len(row["seeds"]) for row in rows}
-    there = json.loads(file.read_text())["rows"] if file.is_file() else []
+    found = {row["method"]: len(row["seeds"]) for row in rows}
     lost = [row["method"] for row in there if found.get(row["method"], 0) < len(row["seeds"])]
     if lost := lost or (["any method"] if not found else []):
-        raise SystemExit(f"{folder} has no finished runs of {', '.join(lost)}: give another --work_dir.")
+        raise SystemExit(
+            f"{folder} has no finished runs of {', '.join(lost)}: give another --work_dir, or keep them by --add."
+        )
 
 
-def _look(run: Run, folder: Path) -> dict[str, Any]:
-    if (found := finished(run, folder)) is None:
+def _make(run: Run, known: dict[str, dict[str, Any]], **options: Any) -> dict[str, Any]:
+    return known[run.name] if run.name in known else execute(run, **options)
+
+
+def _look(run: Run, folder: Path, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    if (found := known.get(run.name) or finished(run, folder)) is None:
         raise Missing(f"{run.name} has not finished")
     print(f"{folder.name} {run.name}: perplexity {found['perplexity']:.2f}")
     return found

@@ -135,7 +135,7 @@ def row_of(
         "arguments": method.arguments,
         "grid": method.grid,
         "walked": bool(method.starts),
-        "perplexity": {_text(setting): math.exp(value) for setting, value in sorted(losses.items())},
+        "perplexity": {setting_text(setting): math.exp(value) for setting, value in sorted(losses.items())},
         "best": dict(zip(method.grid, best, strict=True)),
         "seeds": perplexities,
         "best_perplexity": statistics.fmean(perplexities) if finite else math.inf,
@@ -148,7 +148,8 @@ def row_of(
     }
 
 
-def _text(setting: Setting) -> str:
+def setting_text(setting: Setting) -> str:
+    """`0.01 × 0.25`: how rows name it."""
     return " × ".join(f"{value:g}" for value in setting)
 
 

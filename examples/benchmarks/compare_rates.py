@@ -5,12 +5,16 @@ For someone who changes the optimizer and keeps the rate. Reads experiments/<nam
 ones that run on it. Every method runs at every rate with every seed, each run one call of examples/finetune_glue.py
 in a process of its own. Finished runs are kept in `--work_dir` and not repeated. Writes results/<device>/<name>.json,
 .md and .png; with `--finished` of what has finished, without running anything: cells tell where seeds are missing.
+With `--add` what was found goes into the result that there is, which keeps all else that it has: other rows, rates and
+seeds, wherever they were measured.
 
 Needs: the `examples` extra. Model and data come from the Hub, or from `--model` and `--data_dir`.
 
     python examples/benchmarks/compare_rates.py glue_presets --tasks sst2 --methods full finetune-r8 --use_cpu
+    python examples/benchmarks/compare_rates.py glue_presets --tasks sst2 --methods full finetune-r8 --use_cpu --add
 """
 
+import json
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +23,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from compare_finetuning import PRELOADED, PROCESSES, parser_of, runner_of, told
-from environment import describe, load_experiment, named, results_folder, save
+from environment import added, describe, load_experiment, named, results_folder, save
 
 
 BASELINE = "full"  # whose best rate the others are held against
@@ -59,9 +63,43 @@ def compare(experiment: dict[str, Any], get: Get) -> list[dict[str, Any]]:
         row = rows.setdefault((task, method), row)
         row["scores"].setdefault(f"{rate:g}", {})[str(seed)] = run["score"]
         row["losses"].setdefault(f"{rate:g}", {})[str(seed)] = run["metrics"]["eval_loss"]
-    order = {name: place for place, name in enumerate(experiment["methods"])}
-    tasks = list(experiment["tasks"])
-    return sorted(rows.values(), key=lambda row: (tasks.index(row["task"]), order[row["method"]]))
+    return in_order(experiment, list(rows.values()))
+
+
+def in_order(experiment: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by task and method, as the experiment has them."""
+    tasks, methods = (list(experiment[key]) for key in ("tasks", "methods"))
+    return sorted(rows, key=lambda row: (tasks.index(row["task"]), methods.index(row["method"])))
+
+
+def joined(path: Path, result: dict[str, Any], experiment: dict[str, Any]) -> dict[str, Any]:
+    """The result that there is, with what was found in it: runs that were made again take the place of their own."""
+    there = {(row["task"], row["method"]): row for row in _rows_at(path)}
+    for row in result["rows"]:
+        before = there.get((row["task"], row["method"]), {})
+        for key in ("scores", "losses"):
+            old = before.get(key, {})
+            row[key] = {rate: old.get(rate, {}) | row[key].get(rate, {}) for rate in old.keys() | row[key].keys()}
+            row[key] = {rate: row[key][rate] for rate in sorted(row[key], key=float)}
+    result = added(path, result | {"tasks": experiment["tasks"]}, ("task", "method"))
+    return result | {"rows": in_order(experiment, result["rows"])}
+
+
+def refuse_loss(path: Path, result: dict[str, Any]) -> None:
+    """Write no result that lacks a run which the one that there is has."""
+    found = {(row["task"], row["method"]): row["scores"] for row in result["rows"]}
+    for row in _rows_at(path):
+        own = found.get((row["task"], row["method"]), {})
+        if any(seeds.keys() - own.get(rate, {}).keys() for rate, seeds in row["scores"].items()):
+            raise SystemExit(
+                f"{named(path, '.json')} has runs of {row['method']} on {row['task']} that are not in --work_dir: "
+                "give another one, or keep them by --add."
+            )
+
+
+def _rows_at(path: Path) -> list[dict[str, Any]]:
+    file = named(path, ".json")
+    return json.loads(file.read_text())["rows"] if file.is_file() else []
 
 
 def best(row: dict[str, Any]) -> str:
@@ -151,6 +189,7 @@ def main() -> None:
     """Run, summarise, write."""
     parser = parser_of(__doc__)
     parser.add_argument("--finished", action="store_true", help="run nothing: write what has finished")
+    parser.add_argument("--add", action="store_true", help="put what was found into the result that there is")
     arguments = parser.parse_args()
     experiment = load_experiment(arguments.experiment)
     run = runner_of(arguments, experiment)
@@ -158,8 +197,12 @@ def main() -> None:
     result = {"environment": describe(), **{key: experiment[key] for key in ("title", "model", "common", "seeds")}}
     result |= {"tasks": some["tasks"], "rows": compare(some, run.finished if arguments.finished else run)}
     print("\n" + table(result))
-    if not (arguments.tasks or arguments.methods):
-        save(results_folder() / arguments.experiment, result, render)
+    path = results_folder() / arguments.experiment
+    if arguments.add:
+        save(path, joined(path, result, experiment), render)
+    elif not (arguments.tasks or arguments.methods):
+        refuse_loss(path, result)
+        save(path, result, render)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from matplotlib.figure import Figure
 from comparison_plot import COLORS, dots
 
 
-def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+def draw(rows: list[dict[str, Any]], seconds: dict[str, float], title: str, path: Path) -> None:
     """Final perplexities, and the validation losses of the first seed against tokens and minutes of one core.
 
     Args:
         rows (`list[dict]`): Of the results, in the order of the experiment.
+        seconds (`dict`): Of the processor for a step, by method; who has none is not drawn against time.
         title (`str`): Of the picture.
         path (`Path`): Written to.
     """
@@ -27,7 +28,8 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         millions = row["tokens_seen"] / row["steps"] / 1e6
         style = {"color": colors.get(row["method"], "0.55"), "linewidth": 1.2}
         by_tokens.plot([step * millions for step in steps], losses, **style)
-        by_time.plot([step * row["seconds_per_step"] / 60 for step in steps], losses, **style)
+        if row["method"] in seconds:
+            by_time.plot([step * seconds[row["method"]] / 60 for step in steps], losses, **style)
     ends = [loss for row in rows for _, loss in row["curves"][0][len(row["curves"][0]) // 5 :] if math.isfinite(loss)]
     if ends:  # the first evaluations would hide the rest
         for axes in (by_tokens, by_time):

@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ sys.path[:0] = [str(EXAMPLES), str(BENCHMARKS)]
 
 import compare_long  # noqa: E402
 import compare_pretraining  # noqa: E402
+import long_rows  # noqa: E402
 import pretrain_llama  # noqa: E402
 import pretraining_runs  # noqa: E402
 from hf_osd import OSDCallback  # noqa: E402
@@ -74,14 +76,62 @@ def test_the_most_telling_runs_come_first(tmp_path: Path):
     ]
     rows = [contender.row for contender in contenders]
     assert rows[0]["seeds"] == rows[0]["short_seeds"] == pytest.approx([math.exp(2.1), math.exp(2.2)])
-    assert rows[0]["seconds_per_step"] == pytest.approx(0.35)  # the median of 0.5 s and 0.2 s
     assert not rows[0]["arguments"]  # of the method alone: those of the stages stand in the experiment
     found = {"title": "title", "rows": rows}
     compare_long.render(found, tmp_path / "long")
     table = (tmp_path / "long.md").read_text()
-    assert "| A | 8.60 ± 0.61 | 8.60 ± 0.61 | learning rate 2 | 3 of 3 |" in table
+    assert "| A | 8.60 ± 0.61 | 8.60 ± 0.61 | learning rate 2 | 3 of 3 | 0.0 MiB | 50% | - |" in table
     assert "400 tokens, 40.0 for each of 10 parameters." in table
-    assert (tmp_path / "long.png").stat().st_size > 10_000
+    picture = (tmp_path / "long.png").read_bytes()
+    compare_long.render(found | {"times": {"seconds_per_step": {"a": 0.25}}}, tmp_path / "long")
+    assert "50% | 250 |" in (tmp_path / "long.md").read_text() and (tmp_path / "long.png").read_bytes() != picture
+
+
+def either(known: dict[str, dict[str, Any]], run: Runner) -> Callable[[Run], dict[str, Any]]:
+    return lambda made: known.get(made.name) or run(made)
+
+
+def test_a_row_stands_for_the_runs_that_it_was_made_of():
+    """So another machine can add to a result: nothing that a row tells is run again, and the row stays as it is."""
+    first = compare_long.read_contenders(EXPERIMENT, None, [])
+    list(compare_long.contend(first, Runner(10, []), Runner(100, [])))
+    rows = {c.search.name: json.loads(json.dumps(c.row)) for c in first}
+    for kept, left in ((2, 0), (1, 2)):  # of the seeds
+        rows["a"]["seeds"][kept:], rows["a"]["curves"][kept:], rows["a"]["short_seeds"][kept:] = [], [], []
+        again = compare_long.read_contenders(EXPERIMENT, None, [])
+        found = [long_rows.recalled(contender, rows[contender.search.name]) for contender in again]
+        known = {stage: found[0][stage] | found[1][stage] for stage in ("search", "long")}
+        names: list[str] = []
+        short = either(known["search"], Runner(10, names))
+        long = either(known["long"], Runner(100, names))
+        list(compare_long.contend(again, short, long))
+        assert names == ["100: a-learning_rate2-seed2", "10: a-learning_rate2-seed2"][:left]
+        whole = [json.loads(json.dumps(contender.row)) for contender in again]
+        assert [row["best"] for row in whole] == [contender.row["best"] for contender in first]
+        for row, contender in zip(whole, first, strict=True):
+            for key in ("seeds", "short_seeds", "optimizer_state_bytes", "tokens_seen"):
+                assert row[key] == pytest.approx(contender.row[key])
+            assert row["perplexity"] == pytest.approx(contender.row["perplexity"])
+            assert row["curves"] == json.loads(json.dumps(contender.row["curves"]))
+    with pytest.raises(SystemExit, match="a was measured with other arguments: leave --add out"):
+        long_rows.recalled(first[0], rows["a"] | {"arguments": ["--optim", "sgd"]})
+
+
+def test_steps_of_all_rows_are_timed_at_their_settings():
+    contenders = compare_long.read_contenders(EXPERIMENT, None, [])
+    made: list[Run] = []
+
+    def run(run: Run) -> dict[str, Any]:
+        made.append(run)
+        return {
+            "log_history": [{"step": 400, "eval_loss": 1.0, "train_cpu_seconds": 20.0}, {"step": 400, "loss": 1.0}]
+        }
+
+    found = compare_long.measure(contenders, [{"method": "b", "best": {"learning_rate": 1}}], run)
+    assert found["seconds_per_step"] == {"b": 0.05} and found["steps"] == 400
+    (timed,) = made
+    assert timed.name == "b-learning_rate1-seed1" and timed.command.count("--max_steps") == 2
+    assert timed.command[timed.command.index("--eval_steps") + 1] == "400"  # the last that is given holds
 
 
 def test_a_method_that_fails_stops_no_other(capsys):
@@ -125,7 +175,21 @@ def test_finished_runs_alone_can_be_written(tmp_path: Path, monkeypatch, capsys)
     there["rows"][0]["seeds"].append(7.0)  # a seed that is not here
     committed.write_text(json.dumps(there))
     monkeypatch.setattr(sys, "argv", ["compare_long.py", *words])
-    with pytest.raises(SystemExit, match="has no finished runs of b"):
+    with pytest.raises(SystemExit, match="has no finished runs of b: .* or keep them by --add"):
+        compare_long.main()
+    there["rows"][0] |= {"commits": ["earlier"], "curves": [*there["rows"][0]["curves"], [[50, 2.0], [100, 1.9]]]}
+    del there["rows"][0]["processors"]  # as they were written once
+    committed.write_text(json.dumps(there | {"times": {"seconds_per_step": {"b": 0.5}}}))
+    monkeypatch.setattr(sys, "argv", ["compare_long.py", *words, "--add"])
+    compare_long.main()
+    (row,) = json.loads(committed.read_text())["rows"]
+    assert row["seeds"] == pytest.approx([math.exp(2.0), 7.0]) and row["commits"] == ["earlier"]
+    assert (
+        row["processors"] == [there["environment"]["processor"]]
+        and "| 500 |" in committed.with_suffix(".md").read_text()
+    )
+    committed.write_text(json.dumps(there | {"long": there["long"] | {"save_steps": 6}}))
+    with pytest.raises(SystemExit, match="measured with another long: leave --add out"):
         compare_long.main()
 
 
@@ -190,8 +254,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_is_kept(tmp_path: Path, mo
             pretraining_runs.execute(run, tmp_path / "cut", 2, {"commit": "first"})
     assert pretraining_runs.finished(run, tmp_path / "cut") is None
     resumed = pretraining_runs.execute(run, tmp_path / "cut", 2, {"commit": "second"})
-    assert compare_long.curve(whole) == compare_long.curve(resumed) and len(compare_long.curve(whole)) == 3
-    assert all(second > 0 for second in compare_long.step_seconds(resumed))
+    assert long_rows.curve(whole) == long_rows.curve(resumed) and len(long_rows.curve(whole)) == 3
+    assert all(entry["train_cpu_seconds"] > 0 for entry in resumed["log_history"] if "eval_loss" in entry)
     starts = pretraining_runs.started(tmp_path / "cut", "osd")
     assert starts == [{"from": None, "commit": "first"}, {"from": "checkpoint-2", "commit": "second"}]
     monkeypatch.setattr(pretraining_runs, "_train", None)

@@ -67,3 +67,24 @@ def test_some_tasks_and_methods():
     arguments = parser_of(None).parse_args(["presets", "--methods", "b"])
     with pytest.raises(SystemExit, match="Unknown: b; there are full, a"):
         runner_of(arguments, EXPERIMENT)
+
+
+def test_what_was_found_elsewhere_goes_beside_the_result_that_there_is(tmp_path: Path):
+    path = tmp_path / "presets"
+    everything = {"environment": {"cores": 1}, "tasks": EXPERIMENT["tasks"]}
+    whole = everything | {"rows": compare_rates.compare(EXPERIMENT, get)}
+    compare_rates.save(path, whole, lambda result, path: None)
+    some = compare_rates.chosen(EXPERIMENT, ["rte"], None)
+    other = {"environment": {"cores": 8}, "tasks": some["tasks"]}
+    found = compare_rates.compare(some, lambda name, _: get("-a-1", []) if name == "rte-a-lr5e-05-seed2" else None)
+    with pytest.raises(
+        SystemExit, match="has runs of full on rte that are not in --work_dir: .* or keep them by --add"
+    ):
+        compare_rates.refuse_loss(path, other | {"rows": found})
+    added = compare_rates.joined(path, other | {"rows": found}, EXPERIMENT)
+    assert [(row["task"], row["method"]) for row in added["rows"]] == [("rte", "full"), ("rte", "a"), ("sst2", "full")]
+    assert added["rows"][1]["scores"] == {"5e-05": {"1": 51, "2": 80}}  # its own first seed, the other's second one
+    assert added["rows"][1]["environment"] == {"cores": 8} and "environment" not in added["rows"][0]
+    for before, after in zip(whole["rows"], added["rows"], strict=True):
+        assert before["method"] == "a" or before == after
+    compare_rates.refuse_loss(path, added)
