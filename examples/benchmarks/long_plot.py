@@ -15,12 +15,13 @@ def draw(rows: list[dict[str, Any]], seconds: dict[str, float], title: str, path
     Args:
         rows (`list[dict]`): Of the results, in the order of the experiment.
         seconds (`dict`): Of the processor for a step, by method; who has none is not drawn against time.
+            Where nobody has any, time is left out.
         title (`str`): Of the picture.
         path (`Path`): Written to.
     """
     figure = Figure(figsize=(16, max(4.8, 0.33 * len(rows) + 1.8)), dpi=130, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    final, by_tokens, by_time = figure.subplots(1, 3)
+    final, by_tokens, *by_time = figure.subplots(1, 3 if seconds else 2)
     colors = dict(zip((row["method"] for row in rows), COLORS, strict=False))
     dots(final, rows, colors)
     for row in rows:
@@ -29,15 +30,16 @@ def draw(rows: list[dict[str, Any]], seconds: dict[str, float], title: str, path
         style = {"color": colors.get(row["method"], "0.55"), "linewidth": 1.2}
         by_tokens.plot([step * millions for step in steps], losses, **style)
         if row["method"] in seconds:
-            by_time.plot([step * seconds[row["method"]] / 60 for step in steps], losses, **style)
+            by_time[0].plot([step * seconds[row["method"]] / 60 for step in steps], losses, **style)
     ends = [loss for row in rows for _, loss in row["curves"][0][len(row["curves"][0]) // 5 :] if math.isfinite(loss)]
     if ends:  # the first evaluations would hide the rest
-        for axes in (by_tokens, by_time):
+        for axes in (by_tokens, *by_time):
             axes.set_ylim(min(ends) - 0.05, max(ends) + 0.05)
     by_tokens.set_xlabel("million tokens")
-    by_time.set_xlabel("minutes of one core, without evaluation")
+    for axes in by_time:
+        axes.set_xlabel("minutes of one core, without evaluation")
     by_tokens.set_ylabel("validation loss (nats per token)")
-    for axes in (final, by_tokens, by_time):
+    for axes in (final, by_tokens, *by_time):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
