@@ -5,7 +5,7 @@ from statistics import mean
 
 import pytest
 
-from pages import RESULTS, by_method, page, text_of
+from pages import RESULTS, by_method, page, result, text_of
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,15 @@ def test_the_long_comparison_is_on_its_page():
     assert "its seeds are {:.1%} apart, the preset's {:.1%}".format(*spreads) in text
 
 
+def test_steps_of_the_long_comparison_are_timed_side_by_side():
+    times = result("family_long_text")["times"]
+    seconds = times["seconds_per_step"]
+    assert seconds.keys() == by_method("family_long_text").keys() and times["steps"] == 400
+    slower = [seconds[name] / seconds["adamw"] - 1 for name in ("preset_at_adamws", "preset_ratio8", "preset")]
+    said = f"takes {100 * min(slower):.0f} to {max(slower):.0%} longer than AdamW's ({1000 * seconds['adamw']:.0f} ms)"
+    assert said in text_of("docs/benchmarks.md")
+
+
 def test_what_is_said_of_the_long_comparison_elsewhere():
     rows = by_method("family_long_text")
     end = {name: f"{mean(row['seeds']):.1f}" for name, row in rows.items()}
@@ -97,6 +106,10 @@ def test_what_is_said_of_the_long_comparison_elsewhere():
     ratio = rows["adamw_ratio"]["best"]["ratio"]
     said = f"only level with AdamW with its embeddings at a searched ratio, {ratio:g} ({end['adamw_ratio']}; by seed "
     assert said + apart_by_seed(rows, " it") in text_of("docs/choosing.md")
+    half, whole = (rows[name]["seeds"][0] for name in ("preset_ratio8", "preset"))
+    assert f"there over 20M tokens, too: 8 ends at {half:.2f}, 16 at {whole:.2f} (one seed)" in text_of(
+        "docs/choosing.md"
+    )
     scaled, plain = (f"{below(rows['preset'], rows[name]):.1%}" for name in ("adamw_scaled", "adamw"))
     said = f"{end['preset']}, {scaled} below AdamW with its blocks at a scale that was searched for "
     said += f"({end['adamw_scaled']}; two seeds) and {plain} below AdamW with one rate ({end['adamw']}; one seed)"
