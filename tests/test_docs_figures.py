@@ -280,34 +280,3 @@ def test_the_figures_of_llama_7b_are_what_the_shapes_give():
     said = "holds {:.2f} GB of P and its moments of LLaMA 7B at rank 128, {:.2f} GB at 512 and {:.2f} GB at 1024; "
     said = said.format(*(size / 8 for size in whole)) + "whole on each they are {:.2f}, {:.2f} and {:.2f} GB"
     assert said.format(*whole) in text_of("docs/distributed.md")
-
-
-def test_who_keeps_adamws_rate_gets_what_is_said():
-    rows = {(row["task"], row["method"]): row for row in rows_of("glue_presets")}
-    text = text_of("docs/choosing.md")
-
-    def at(task: str, method: str, rate: str) -> float:
-        scores = rows[task, method]["scores"][rate].values()
-        assert len(scores) == 3
-        return mean(scores)
-
-    best = {
-        task: max(at(task, "full", rate) for rate in rows[task, "full"]["scores"]) for task in ("sst2", "mrpc", "rte")
-    }
-    kept = {task: at(task, "finetune-r128", "5e-05") for task in best}
-    assert (
-        f"{kept['sst2']:.1f} beside {best['sst2']:.1f} on SST-2 and {kept['mrpc']:.1f} beside {best['mrpc']:.1f}"
-        in text
-    )
-    assert f"it decides nothing: {kept['rte']:.1f} beside {best['rte']:.1f}" in text
-    ratios = [at("sst2", method, "5e-05") for method in ("signs-r128", "head16-r128", "head256-r128")]
-    assert "without it {:.1f}, with 16 and 256 {:.1f} and {:.1f}".format(*ratios) in text
-    adamw = [at(*where) for where in (("sst2", "full-head", "5e-05"), ("sst2", "full-head", "0.0001"))]
-    assert "({:.1f} and {:.1f})".format(*adamw) in text and f"({at('mrpc', 'full-head', '0.0001'):.1f})" in text
-    head = [f"{at(task, 'full-head', '0.0001'):.1f}" for task in ("sst2", "mrpc")]
-    readme = f"{kept['sst2']:.1f} on SST-2 and {kept['mrpc']:.1f} on MRPC; full AdamW at its best rate has "
-    readme += (
-        f"{best['sst2']:.1f} and {best['mrpc']:.1f}, with its classifier at 64 times the rate, as the preset has it, "
-    )
-    assert readme + " and ".join(head) in text_of("README.md")
-    assert f"OSD is at {mean(rows['sst2', 'osd-r8']['scores']['5e-05'].values()):.1f} on SST-2" in text

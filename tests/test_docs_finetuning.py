@@ -2,6 +2,7 @@
 
 import json
 import re
+from statistics import mean
 
 import pytest
 
@@ -69,3 +70,51 @@ def test_the_averages_in_the_readme_and_in_choosing_are_those_of_the_table():
     assert said.format(*(average[name] for name in names)) in text_of("README.md")
     ranks = [average[f"OSD, rank {rank}"].split()[0] for rank in (4, 8, 32)]
     assert "{} at rank 4, {} at rank 8, {} at rank 32".format(*ranks) in text_of("docs/choosing.md")
+
+
+OTHERS = ("finetune-r8", "activations-r128", "galore-r8", "lora-r8")
+
+
+def test_who_keeps_adamws_rate_gets_what_is_said():
+    rows = {(row["task"], row["method"]): row for row in rows_of("glue_presets")}
+    text = text_of("docs/choosing.md")
+
+    def at(task: str, method: str, rate: str) -> float:
+        scores = rows[task, method]["scores"][rate].values()
+        assert len(scores) == 3
+        return mean(scores)
+
+    best = {
+        task: max(at(task, "full", rate) for rate in rows[task, "full"]["scores"]) for task in ("sst2", "mrpc", "rte")
+    }
+    kept = {task: at(task, "finetune-r128", "5e-05") for task in best}
+    assert (
+        f"{kept['sst2']:.1f} beside {best['sst2']:.1f} on SST-2 and {kept['mrpc']:.1f} beside {best['mrpc']:.1f}"
+        in text
+    )
+    assert f"it decides nothing: {kept['rte']:.1f} beside {best['rte']:.1f}" in text
+    few, activations = (
+        [mean(rows[task, name]["scores"]["5e-05"].values()) for task in ("sst2", "mrpc")] for name in OTHERS[:2]
+    )
+    galore, lora = (
+        [max(at(task, name, rate) for rate in rows[task, name]["scores"]) for task in ("sst2", "mrpc")]
+        for name in OTHERS[2:]
+    )
+    assert "the preset is at {:.1f} and {:.1f} at 5e-5".format(*few) in text
+    assert "no signs, at rank 128 at {:.1f} and {:.1f}".format(*activations) in text
+    assert "is at {:.1f} and {:.1f}, LoRA (rank 8) at {:.1f} and {:.1f}".format(*galore, *lora) in text
+    said = "the preset at rank 8 has {:.1f} and {:.1f}, GaLore and LoRA of that rank, each at its best rate, "
+    assert (said + "{:.1f} and {:.1f}, {:.1f} and {:.1f} (").format(*few, *galore, *lora) in text_of("README.md")
+    share = rows["sst2", "finetune-r8"]["optimizer_state_bytes"] / rows["sst2", "full"]["optimizer_state_bytes"]
+    assert f"At rank 8, with {share:.0%} of AdamW's state" in text
+    ratios = [at("sst2", method, "5e-05") for method in ("signs-r128", "head16-r128", "head256-r128")]
+    assert "without it {:.1f}, with 16 and 256 {:.1f} and {:.1f}".format(*ratios) in text
+    adamw = [at(*where) for where in (("sst2", "full-head", "5e-05"), ("sst2", "full-head", "0.0001"))]
+    assert "({:.1f} and {:.1f})".format(*adamw) in text and f"({at('mrpc', 'full-head', '0.0001'):.1f})" in text
+    head = [f"{at(task, 'full-head', '0.0001'):.1f}" for task in ("sst2", "mrpc")]
+    readme = f"{kept['sst2']:.1f} on SST-2 and {kept['mrpc']:.1f} on MRPC; full AdamW at its best rate has "
+    readme += (
+        f"{best['sst2']:.1f} and {best['mrpc']:.1f}, with its classifier at 64 times the rate, as the preset has it, "
+    )
+    assert readme + " and ".join(head) in text_of("README.md")
+    assert f"OSD is at {mean(rows['sst2', 'osd-r8']['scores']['5e-05'].values()):.1f} on SST-2" in text

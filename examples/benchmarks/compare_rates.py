@@ -74,21 +74,27 @@ def in_order(experiment: dict[str, Any], rows: list[dict[str, Any]]) -> list[dic
 
 def joined(path: Path, result: dict[str, Any], experiment: dict[str, Any]) -> dict[str, Any]:
     """The result that there is, with what was found in it: runs that were made again take the place of their own."""
-    there = {(row["task"], row["method"]): row for row in _rows_at(path)}
+    before = _result_at(path)
+    there = {(row["task"], row["method"]): row for row in before["rows"]}
     for row in result["rows"]:
-        before = there.get((row["task"], row["method"]), {})
+        old = there.get((row["task"], row["method"]), {"scores": {}, "losses": {}})
         for key in ("scores", "losses"):
-            old = before.get(key, {})
-            row[key] = {rate: old.get(rate, {}) | row[key].get(rate, {}) for rate in old.keys() | row[key].keys()}
-            row[key] = {rate: row[key][rate] for rate in sorted(row[key], key=float)}
-    result = added(path, result | {"tasks": experiment["tasks"]}, ("task", "method"))
-    return result | {"rows": in_order(experiment, result["rows"])}
+            rates = sorted(old[key].keys() | row[key].keys(), key=float)
+            row[key] = {rate: old[key].get(rate, {}) | row[key].get(rate, {}) for rate in rates}
+    tasks = chosen(experiment, None, None)["tasks"]
+    measured = before.get("tasks", tasks)  # which methods run on a task may have changed since, what it is may not
+    if any(own["arguments"] != tasks[task]["arguments"] for task, own in measured.items() if task in tasks):
+        raise SystemExit(
+            f"{named(path, '.json')} was measured with other tasks: leave --add out to measure all again."
+        )
+    result = added(path, result | {"tasks": measured}, ("task", "method"))
+    return result | {"tasks": tasks, "rows": in_order(experiment, result["rows"])}
 
 
 def refuse_loss(path: Path, result: dict[str, Any]) -> None:
     """Write no result that lacks a run which the one that there is has."""
     found = {(row["task"], row["method"]): row["scores"] for row in result["rows"]}
-    for row in _rows_at(path):
+    for row in _result_at(path)["rows"]:
         own = found.get((row["task"], row["method"]), {})
         if any(seeds.keys() - own.get(rate, {}).keys() for rate, seeds in row["scores"].items()):
             raise SystemExit(
@@ -97,9 +103,9 @@ def refuse_loss(path: Path, result: dict[str, Any]) -> None:
             )
 
 
-def _rows_at(path: Path) -> list[dict[str, Any]]:
+def _result_at(path: Path) -> dict[str, Any]:
     file = named(path, ".json")
-    return json.loads(file.read_text())["rows"] if file.is_file() else []
+    return json.loads(file.read_text()) if file.is_file() else {"rows": []}
 
 
 def best(row: dict[str, Any]) -> str:

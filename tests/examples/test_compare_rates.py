@@ -71,7 +71,7 @@ def test_some_tasks_and_methods():
 
 def test_what_was_found_elsewhere_goes_beside_the_result_that_there_is(tmp_path: Path):
     path = tmp_path / "presets"
-    everything = {"environment": {"cores": 1}, "tasks": EXPERIMENT["tasks"]}
+    everything = {"environment": {"cores": 1}, "tasks": compare_rates.chosen(EXPERIMENT, None, ["full"])["tasks"]}
     whole = everything | {"rows": compare_rates.compare(EXPERIMENT, get)}
     compare_rates.save(path, whole, lambda result, path: None)
     some = compare_rates.chosen(EXPERIMENT, ["rte"], None)
@@ -87,4 +87,8 @@ def test_what_was_found_elsewhere_goes_beside_the_result_that_there_is(tmp_path:
     assert added["rows"][1]["environment"] == {"cores": 8} and "environment" not in added["rows"][0]
     for before, after in zip(whole["rows"], added["rows"], strict=True):
         assert before["method"] == "a" or before == after
+    assert added["tasks"] == compare_rates.chosen(EXPERIMENT, None, None)["tasks"]
     compare_rates.refuse_loss(path, added)
+    longer = EXPERIMENT | {"tasks": {"rte": {"arguments": ["--epochs", "3"]}}}
+    with pytest.raises(SystemExit, match="was measured with other tasks: leave --add out"):
+        compare_rates.joined(path, other | {"rows": []}, longer)
