@@ -158,7 +158,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
     figure = Figure(figsize=(4.6 * len(tasks) + 2.2, 4.4), dpi=130, layout="constrained")
     figure.suptitle(result["title"], x=0.01, ha="left", fontsize=11)
-    colors = {name: f"C{place % 10}" for place, name in enumerate(dict.fromkeys(r["method"] for r in result["rows"]))}
+    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
+    colors = {name: f"C{place % 10}" for place, name in enumerate(methods)}
+    marks = {name: "o-" if place < 10 else "s--" for place, name in enumerate(methods)}  # where colors begin again
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     lines: dict[str, Any] = {}
     for axes, task in zip(panels, tasks, strict=True):
@@ -170,7 +172,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
             means = [mean(row, rate) for rate in rates]
             style = {"linewidth": 2.2 if row["method"] == BASELINE else 1.2, "label": row["label"]}
             (lines[row["label"]],) = axes.plot(
-                list(map(float, rates)), means, "o-", color=colors[row["method"]], markersize=5, **style
+                list(map(float, rates)),
+                means,
+                marks[row["method"]],
+                color=colors[row["method"]],
+                markersize=5,
+                **style,
             )
         every = sorted({float(rate) for row in own for rate in row["scores"]})
         axes.set_xscale("log")
