@@ -134,6 +134,8 @@ def main() -> None:
     arguments = parser().parse_args()
     if arguments.methods and (arguments.finished or arguments.times):
         raise SystemExit("--finished and --times write the rows of all methods: leave --methods out.")
+    if arguments.times and arguments.add:
+        raise SystemExit("--times measures the result as it is: leave --add out, or call it with --finished before.")
     experiment = load_experiment(arguments.experiment)
     extra = ["--dataset", arguments.data] if arguments.data else []
     name = arguments.experiment + (f"_{Path(arguments.data).name}" if arguments.data else "")
@@ -142,19 +144,22 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     there = json.loads(named(path, ".json").read_text()) if named(path, ".json").is_file() else {"rows": []}
     if arguments.times:
+        if not there["rows"]:
+            raise SystemExit(
+                f"There is no {named(path, '.json')}, whose rows are to be timed: run some, or --finished."
+            )
         with alone(folder):
             shutil.rmtree(folder / "times", ignore_errors=True)  # of before: they are compared with each other
             times = measure(contenders, there["rows"], partial(execute, work_dir=folder / "times"))
             return save(path, there | {"times": times}, render)
     result = {"environment": describe() | {"threads": arguments.threads}}
     result |= {key: experiment[key] for key in ("title", "common", "search", "long")} | {"rows": []}
-    result |= {key: there[key] for key in ("times",) if key in there}
     known = _known(contenders, there, result, name) if arguments.add else {"search": {}, "long": {}}
     if arguments.status or arguments.finished:
         looks = (partial(_look, folder=folder / stage, known=known[stage]) for stage in ("search", "long"))
         for _ in contend(contenders, *looks):
             pass
-        result["rows"] = _rows(contenders, folder)
+        result |= _rows(contenders, there, folder)
         if arguments.finished:
             _refuse_loss(there["rows"], result["rows"], folder)
             return save(path, result, render)
@@ -163,7 +168,7 @@ def main() -> None:
     long = partial(short, known=known["long"], work_dir=folder / "long", save_steps=experiment["long"]["save_steps"])
     with alone(folder):
         for _ in contend(contenders, short, long):
-            result["rows"] = _rows(contenders, folder)
+            result |= _rows(contenders, there, folder)
             save(folder / name, result, render, quiet=True)
     print("\n" + table(result))
     whole = [len(c.results) == len(c.long.seeds) and len(c.short) == len(c.search.seeds) for c in contenders]
@@ -177,10 +182,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("experiment", help="name of a file in experiments/")
     found.add_argument("--data", help="data set for --dataset; results are written under its name")
     found.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
-    found.add_argument("--status", action="store_true", help="run nothing: what has finished, and its table")
-    found.add_argument("--finished", action="store_true", help="run nothing: write what has finished to results/")
     found.add_argument("--add", action="store_true", help="take the runs of the result in results/ as finished")
-    found.add_argument("--times", action="store_true", help="only measure a step of each method of that result")
+    instead = found.add_mutually_exclusive_group()
+    instead.add_argument("--status", action="store_true", help="run nothing: what has finished, and its table")
+    instead.add_argument("--finished", action="store_true", help="run nothing: write what has finished to results/")
+    instead.add_argument("--times", action="store_true", help="only measure a step of each method of that result")
     found.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
     found.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
     return found
@@ -205,17 +211,30 @@ def _known(
     return known
 
 
-def _rows(contenders: list[Contender], folder: Path) -> list[dict[str, Any]]:
+def _rows(contenders: list[Contender], there: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The rows, and of the times that the result in results/ has those of settings that are still the best."""
     for contender in contenders:
         own = [start for stage in ("search", "long") for start in started(folder / stage, contender.search.name)]
         contender.starts = contender.earlier + own
-    return [contender.row for contender in contenders if contender.results]
+    rows = [contender.row for contender in contenders if contender.results]
+    if "times" not in there:
+        return {"rows": rows}
+    timed = {row["method"]: row["best"] for row in there["rows"]}
+    same = {row["method"] for row in rows if row["best"] == timed.get(row["method"])}
+    seconds = {name: second for name, second in there["times"]["seconds_per_step"].items() if name in same}
+    return {"rows": rows, "times": there["times"] | {"seconds_per_step": seconds}}
 
 
 def _refuse_loss(there: list[dict[str, Any]], rows: list[dict[str, Any]], folder: Path) -> None:
     """Write no result that lacks a method, or a seed of one, which the one that there is has."""
-    found = {row["method"]: len(row["seeds"]) for row in rows}
-    lost = [row["method"] for row in there if found.get(row["method"], 0) < len(row["seeds"])]
+    found = {row["method"]: row for row in rows}
+    lost = [
+        row["method"]
+        for row in there
+        if any(
+            len(found.get(row["method"], {}).get(seeds, ())) < len(row[seeds]) for seeds in ("seeds", "short_seeds")
+        )
+    ]
     if lost := lost or (["any method"] if not found else []):
         raise SystemExit(
             f"{folder} has no finished runs of {', '.join(lost)}: give another --work_dir, or keep them by --add."

@@ -164,6 +164,8 @@ def test_finished_runs_alone_can_be_written(tmp_path: Path, monkeypatch, capsys)
     for more, message in (
         (["--work_dir", str(tmp_path / "other")], "other/few has no finished runs of b: give another --work_dir"),
         (["--methods", "b"], "leave --methods out"),
+        (["--status"], "not allowed with argument"),
+        (["--times"], "not allowed with argument"),
     ):
         monkeypatch.setattr(sys, "argv", ["compare_long.py", *words, *more])
         with pytest.raises(SystemExit) as refused:
@@ -172,11 +174,14 @@ def test_finished_runs_alone_can_be_written(tmp_path: Path, monkeypatch, capsys)
     assert (tmp_path / "results" / "here" / "few.md").read_text() == table  # and nothing was lost
     committed = tmp_path / "results" / "here" / "few.json"
     there = json.loads(committed.read_text())
-    there["rows"][0]["seeds"].append(7.0)  # a seed that is not here
-    committed.write_text(json.dumps(there))
     monkeypatch.setattr(sys, "argv", ["compare_long.py", *words])
-    with pytest.raises(SystemExit, match="has no finished runs of b: .* or keep them by --add"):
-        compare_long.main()
+    for seeds in ("short_seeds", "seeds"):  # one that is not here
+        lost = json.loads(json.dumps(there))
+        lost["rows"][0][seeds].append(7.0)
+        committed.write_text(json.dumps(lost))
+        with pytest.raises(SystemExit, match="has no finished runs of b: .* or keep them by --add"):
+            compare_long.main()
+    there = lost
     there["rows"][0] |= {"commits": ["earlier"], "curves": [*there["rows"][0]["curves"], [[50, 2.0], [100, 1.9]]]}
     del there["rows"][0]["processors"]  # as they were written once
     committed.write_text(json.dumps(there | {"times": {"seconds_per_step": {"b": 0.5}}}))
@@ -188,6 +193,13 @@ def test_finished_runs_alone_can_be_written(tmp_path: Path, monkeypatch, capsys)
         row["processors"] == [there["environment"]["processor"]]
         and "| 500 |" in committed.with_suffix(".md").read_text()
     )
+    changed = json.loads(json.dumps(there | {"times": {"seconds_per_step": {"b": 0.5}}}))
+    changed["rows"][0] |= {"best": {"learning_rate": 3}, "seeds": [8.0]}  # timed at another setting
+    committed.write_text(json.dumps(changed))
+    monkeypatch.setattr(sys, "argv", ["compare_long.py", *words])
+    compare_long.main()
+    assert json.loads(committed.read_text())["times"]["seconds_per_step"] == {}
+    monkeypatch.setattr(sys, "argv", ["compare_long.py", *words, "--add"])
     committed.write_text(json.dumps(there | {"long": there["long"] | {"save_steps": 6}}))
     with pytest.raises(SystemExit, match="measured with another long: leave --add out"):
         compare_long.main()
@@ -207,6 +219,19 @@ def test_the_committed_experiment_is_complete(tmp_path: Path):
         assert args.max_steps % args.eval_steps == 0 == every % args.eval_steps  # times are counted between these
         # a chunk between two evaluations has as many SVDs as any other
         assert all(args.eval_steps % interval == 0 for interval in contender.long.grid.get("interval", []))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [([], "There is no .*few.json, whose rows"), (["--add"], "leave --add out")]
+)
+def test_times_are_those_of_a_result(more: list[str], message: str, tmp_path: Path, monkeypatch):
+    """Without one nothing is written."""
+    monkeypatch.setattr(compare_long, "load_experiment", lambda name: EXPERIMENT)
+    monkeypatch.setattr(compare_long, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare_long.py", "few", "--times", "--work_dir", str(tmp_path), *more])
+    with pytest.raises(SystemExit, match=message):
+        compare_long.main()
+    assert not list(tmp_path.iterdir())
 
 
 def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
