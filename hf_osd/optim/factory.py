@@ -13,6 +13,7 @@ from ..subspace import SubspaceRule, name_rule
 from ..text import shortened
 from .arrival.hooks import release
 from .groups import by_name
+from .options.asked import Asked
 from .options.full_size import by_size
 from .options.general import DEFAULT_RANK
 from .options.mode import MODE_DEFAULTS, mode_of
@@ -22,7 +23,7 @@ from .osd import OSD
 from .selection.adapters import module_names
 from .selection.patterns import RANKS, RATES
 from .selection.ratios import multiples
-from .selection.targets import ALL_LINEAR, Selection, select
+from .selection.targets import ALL_LINEAR, Selection, parse_modules, select
 from .selection.wrappers import plain_name, unwrapped
 from .step.sharding import INT8_NOT_SHARDED, is_sharded, sharding_of
 from .summary import announce_summary
@@ -95,6 +96,7 @@ def osd_kwargs(
     lr_pattern: str | Mapping[str, float] | None = None,
     full_size: Mapping[str, Any] | None = None,
     ratios: Mapping[str, Ratio] | None = None,
+    preset: str | None = None,
 ) -> dict[str, Any]:
     """What [`OSD`] is constructed with besides parameters, learning rate and mode: options and what they go for.
 
@@ -107,10 +109,13 @@ def osd_kwargs(
         lr_pattern (`str` or `Mapping[str, float]`, *optional*): See [`create_osd_optimizer`].
         full_size (`dict`, *optional*): What groups at full size have instead, as `full_size.by_size` gives it.
         ratios (`dict[str, Ratio]`, *optional*): Learning rates of kinds of parameters, as `lr_ratios` gives them.
+        preset (`str`, *optional*): What the settings are from.
     """
     unload(model)
     whole, model = model, unwrapped(model)
-    pattern = RANKS.parse(rank_pattern)
+    pattern, multiples_asked = RANKS.parse(rank_pattern), RATES.parse(lr_pattern)
+    target_modules = parse_modules(target_modules)
+    exclude_modules = None if exclude_modules is None else parse_modules(exclude_modules)
     selection = select(model, target_modules, exclude_modules, settings["rank"])
     if selection.ignored:
         warnings.warn(
@@ -130,7 +135,7 @@ def osd_kwargs(
     ranks = RANKS.values(usual, pattern, plain_modules, shared)
     trained = dict.fromkeys([*selection.projected, *selection.full_size], 1.0)
     trained |= multiples(model, selection, ratios or {})
-    rates = RATES.values(trained, RATES.parse(lr_pattern), plain_modules, shared)
+    rates = RATES.values(trained, multiples_asked, plain_modules, shared)
     if full_size and not selection.full_size:
         raise ValueError("`full_size_optim` has no effect: all that is trained is projected. Leave it out.")
     if settings["source"] == "activations":
@@ -139,6 +144,15 @@ def osd_kwargs(
         if settings["weight_dtype"] is not None and any(map(is_sharded, selection.projected.values())):
             raise ValueError(INT8_NOT_SHARDED)
         own["layers"] = PreparedLayers(model, ranks, plain_name, sharding_of)
+    own["asked"] = Asked(
+        preset=preset,
+        init=settings["init"] if isinstance(settings["init"], str) else "auto",
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        lr_pattern=multiples_asked,
+        full_size_optim=(full_size or {}).get("weight_rule"),
+        lr_ratios={name: ratio.value for name, ratio in (ratios or {}).items()},
+    )
     return {"selection": selected_groups(selection, ranks, rates, settings["init"], full_size or {}), **own}
 
 
@@ -242,10 +256,10 @@ def create_osd_optimizer(
     settings, full_size = by_size(settings, full_size_optim, where, KEYWORD_OF)
     if mode["layerwise"]:
         warn_compiled(model)
-    chosen = target_modules, exclude_modules, rank_pattern, rank is not None, lr_pattern, full_size, ratios
+    chosen = target_modules, exclude_modules, rank_pattern, rank is not None, lr_pattern, full_size, ratios, preset
     kwargs = osd_kwargs(model, settings, *chosen)
     optimizer = OSD(decay_groups(model, settings["weight_decay"]), lr=lr, **mode, **kwargs)
     if not optimizer.param_groups[0]["params"][0].is_meta:  # else nobody trains: it is measured
-        announce_summary(optimizer, model, preset)
+        announce_summary(optimizer, model)
         optimizer.weights.let_go()
     return optimizer

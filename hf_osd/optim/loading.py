@@ -94,7 +94,23 @@ def match_state(
         if replaced:
             warnings.warn(f"The saved state's options are restored: {'; '.join(replaced)}.", stacklevel=4)
     state = {params[name]: _to_device(entries, params[name]) for name, entries in by_name.items() if entries}
-    return state, saved_groups if as_saved else _with_schedule(live_groups, saved_groups)
+    if as_saved:
+        return state, saved_groups
+    groups = _with_schedule(live_groups, saved_groups)
+    _warn_of_schedules(groups, saved_groups)
+    return state, groups
+
+
+def _warn_of_schedules(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    """A schedule's own state has learning rates by the place of a group, and is loaded after the optimizer's."""
+    now, before = ([group.get("initial_lr") for group in own] for own in (groups, saved_groups))
+    if now != before and any(rate is not None for rate in before):
+        warnings.warn(
+            "The groups of this run have other learning rates than the saved ones, which a schedule's saved state "
+            "would bring back. Trainer keeps those of this run; in a loop of your own set `schedule.base_lrs = "
+            "[group['initial_lr'] for group in optimizer.param_groups]` after `schedule.load_state_dict`.",
+            stacklevel=4,
+        )
 
 
 def saved_inputs(state_dict: Mapping[str, Any]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from .groups import (
     with_plain_names,
 )
 from .options import table as options
+from .options.asked import Asked
 from .options.mode import MODE_DEFAULTS, Mode
 from .saving import STAND_INS, SavedOptimizer
 from .statistics import share_observations, summarize
@@ -177,6 +178,7 @@ class OSD(SavedOptimizer):
         maximize (`bool`, *optional*, defaults to `False`): Not supported: negate the loss.
         selection (`Sequence[dict]`, *optional*):
             Groups that differ in what is projected, which `params` are divided into. Trainer's own arguments have it.
+        asked ([`~optim.options.asked.Asked`], *optional*): What a summary and a model card tell. Likewise.
 
     Raises:
         ValueError: For an option that is unknown, out of range or without effect, for a projected parameter that is
@@ -246,6 +248,7 @@ class OSD(SavedOptimizer):
         layers: PreparedLayers | None = None,
         maximize: bool = False,
         selection: Sequence[Mapping[str, Any]] | None = None,
+        asked: Asked | None = None,
     ):
         if maximize:
             raise ValueError("OSD has no `maximize`: P learns from the loss's own gradients. Negate the loss instead.")
@@ -253,6 +256,7 @@ class OSD(SavedOptimizer):
         defaults = {name: given[name] for name in options.DEFAULTS} | {"lr": lr}
         self.mode = Mode(**{name: plain(given[name]) for name in MODE_DEFAULTS})
         self.partial_load = self.mode.partial_load
+        self.asked = asked or Asked()
         self._given_projections: dict[str, Tensor] = {}
         self._uncycled: dict[str, Any] = {}  # defaults that `defaults` does not have
         self._clipped: list[str] = []

@@ -14,6 +14,7 @@ from ..layers import PreparedLayers
 from .arrival.clipping import take_norm
 from .arrival.stream import GradientStream
 from .loading import as_of_today, match_state, saved_inputs
+from .options.asked import Asked
 from .options.mode import Mode
 from .options.table import loaded_lr
 from .step.layer_weights import LayerWeights
@@ -28,6 +29,7 @@ class SavedOptimizer(torch.optim.Optimizer):
     """Groups and states with the weights that are made of them. [`OSD`] makes and steps them."""
 
     mode: Mode
+    asked: Asked
     partial_load: bool
     _given_projections: dict[str, Tensor]
     _stream: GradientStream | None
@@ -133,14 +135,15 @@ class SavedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""
-        kept = "_given_projections _uncycled _clipped _constructed partial_load mode _stream _layers".split()
+        kept = "_given_projections _uncycled _clipped _constructed partial_load mode asked _stream _layers".split()
         return super().__getstate__() | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and forget what was derived."""
         super().__setstate__(state)  # torch's `load_state_dict` comes by here too, with state and groups alone
-        for name, default in (("mode", Mode()), ("_stream", None), ("_layers", None), ("_weights", None)):
-            self.__dict__.setdefault(name, default)  # the first two were saved before there were modes
+        once = {"mode": Mode(), "asked": Asked(), "_stream": None, "_layers": None}  # saved before there were any
+        for name, default in {**once, "_weights": None}.items():
+            self.__dict__.setdefault(name, default)
         for group in self.param_groups:
             today = as_of_today(group)  # may be another version's
             group.clear()

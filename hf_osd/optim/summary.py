@@ -21,10 +21,10 @@ KINDS_SHOWN = 8
 _SUMMARIZED: WeakSet[OSD] = WeakSet()
 
 
-def announce_summary(optimizer: OSD, model: object, preset: str | None = None) -> None:
+def announce_summary(optimizer: OSD, model: object) -> None:
     """Say the line once for an optimizer, on the main process: where it is made for a model, or Trainer trains."""
     if optimizer not in _SUMMARIZED and _is_main_process():
-        announce(summary(optimizer, model, preset))
+        announce(summary(optimizer, model))
     _SUMMARIZED.add(optimizer)
 
 
@@ -34,13 +34,12 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"  # of a launcher, before the processes have met
 
 
-def summary(optimizer: OSD, model: object = None, preset: str | None = None) -> str:
+def summary(optimizer: OSD, model: object = None) -> str:
     """What is projected, by the names of the layers, what that saves, and how large first updates are.
 
     Args:
         optimizer ([`OSD`]): The optimizer.
         model (`nn.Module`, *optional*): The model, to tell of what is frozen in it, too; anything else tells nothing.
-        preset (`str`, *optional*): The preset that its options are from.
 
     Example:
         `OSD: 28 matrices projected to rank 8 (1.2M parameters: q_proj, o_proj), 0.3M parameters at full size
@@ -67,6 +66,7 @@ def summary(optimizer: OSD, model: object = None, preset: str | None = None) -> 
     rank = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}" if ranks else "no rank"
     projected_kinds, whole_kinds = (shortened(kinds[projected], KINDS_SHOWN) for projected in (True, False))
     whole = ", ".join(filter(None, [whole_kinds, f"{vectors} vectors" if vectors else ""]))
+    preset = optimizer.asked.preset
     return (
         f"OSD{f' (preset {preset})' if preset else ''}: "
         f"{matrices} matrices projected to {rank} ({format_count(numel[True], 'M')} parameters"
@@ -98,9 +98,10 @@ def _first_updates(optimizer: OSD) -> str:
     """Their root mean square over AdamW's, whose entries are lr.
 
     Those of a D are, too, and up(D) has sqrt(r/s) of that. Entries of `residual="sign"` are 1, and all but orthogonal
-    to up(D). What `scaled` adds is known from the gradient alone.
+    to up(D). What `scaled` adds is known from the gradient alone. Two-sided, where P and Q start from the gradient's
+    singular vectors, R is diagonal at first, and most entries of D are next to nothing.
     """
-    squares, numel, scaled = 0.0, 0, False
+    squares, numel, scaled, two_sided = 0.0, 0, False, False
     for group in optimizer.trained_groups:
         if group["rank"] is None or group["weight_rule"] == "sgd":
             continue
@@ -108,14 +109,16 @@ def _first_updates(optimizer: OSD) -> str:
         for p in group["params"]:
             geometry = optimizer.weight_of(p).geometry
             if isinstance(geometry, ProjectedGeometry):
-                squares += p.numel() * _first_mean_square(group, geometry.full_scale)
+                mean_square = _first_mean_square(group, geometry.full_scale)
+                squares += p.numel() * group.get(LR_MULTIPLE, 1) ** 2 * mean_square
                 numel += p.numel()
+                two_sided |= geometry.two_sided
     if not numel:
         return ""
     first = optimizer.param_groups[0]
     lr = float(first.get("initial_lr", first["lr"])) / first.get(LR_MULTIPLE, 1)
     size = f"{(squares / numel) ** 0.5:.2g} of AdamW's (root mean square) at learning rate {lr:.3g}"
-    return f"; first updates {'before the residual ' * scaled}{size}"
+    return f"; first updates {'before the residual ' * scaled}{'at most ' * two_sided}{size}"
 
 
 def _rounded_away(optimizer: OSD) -> str:

@@ -28,7 +28,7 @@ from .checkpoints import written_checkpoint
 from .forward_only import begin_training, check_subzero, save_log
 from .gathered import gather_projections, gathered_projections
 from .push import OF_OSD, refresh_card, set_aside
-from .settings import asked_for, check_arguments, refuse_ignored_by_mode
+from .settings import check_arguments, refuse_ignored_by_mode
 from .statistics_file import StatisticsFile
 
 
@@ -89,7 +89,7 @@ class OSDCallback(TrainerCallback):
         if args.should_save and (args.save_strategy != SaveStrategy.NO or args.push_to_hub):
             with _may_fail():  # said now, and not at the first save
                 refuse_names(group for group in osd.trained_groups if group["rank"] is not None)
-        announce_summary(osd, model, asked_for(args, "preset"))
+        announce_summary(osd, model)
         osd.attach()  # a second training: the first has taken the hooks off at its end
         osd.begin_loop()
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -19,16 +19,11 @@ from ..hub.card.facts import repository_of, users_on_hub
 from ..hub.card.model_card import CARD_NAME, PICTURE_NAME, CardFacts, place_section, read_card, update_card
 from ..hub.config import CONFIG_NAME, DATA_NAME
 from ..optim import OSD
-from ..optim.options.presets import LR_RATIOS, lr_ratios
-from ..optim.options.table import LR_MULTIPLE
 from ..optim.osd import osd_of
-from ..optim.selection.ratios import KINDS
-from ..subspace.initialization import INITS
 from ..subzero import SubZero, SubZeroLog, subzero_of
 from ..subzero.card import forward_only_metadata, forward_only_section
 from ..subzero.log_file import FILE as SUBZERO_LOG
 from ..text import write_text
-from .settings import asked_for
 
 
 logger = logging.getLogger("hf_osd")
@@ -143,7 +138,8 @@ def make_card(original: Callable[..., None], trainer: Trainer, *args: Any, **kwa
         metadata["tags"] = _listed(kwargs.get("tags"))
         repo_id, base = repository_of(run, trainer.hub_model_id), kwargs.get("finetuned_from")
         if osd is not None:
-            facts = _facts(osd, run, trainer.state, trainer.model, repo_id=repo_id, base_model=base, dataset=names)
+            model: Any = trainer.model
+            facts = CardFacts.from_run(osd, run, trainer.state, model, repo_id=repo_id, base_model=base, dataset=names)
             card.update(facts, generated, **metadata)
         elif subzero is not None:
             metadata["datasets"] = users_on_hub(names) or None
@@ -165,7 +161,7 @@ def refresh_card(
         model (`nn.Module`): The model.
     """
     destination: Destination | None = getattr(state, "pushes_to", None)
-    if destination is None or destination.repo_id is None:  # else Trainer makes its card in this push
+    if destination is None or destination.repo_id is None or model is None:  # else Trainer makes its card in this push
         return
     with _card_may_fail():
         card = RunCard(str(args.output_dir))
@@ -175,7 +171,7 @@ def refresh_card(
         if isinstance(optimizer, SubZero):
             card.tell_of(optimizer, destination.repo_id, generated)
         else:
-            card.update(_facts(optimizer, args, state, model, repo_id=destination.repo_id), generated)
+            card.update(CardFacts.from_run(optimizer, args, state, model, repo_id=destination.repo_id), generated)
 
 
 def set_aside(folder: Path, patterns: Iterable[str]) -> None:
@@ -215,24 +211,6 @@ def _card_may_fail() -> Iterator[None]:
     except Exception as error:
         explained = isinstance(error, ValueError)
         logger.warning("README.md is left without news of this run: %s", error, exc_info=not explained)
-
-
-def _facts(osd: OSD, args: TrainingArguments, state: TrainerState, model: Any, **given: Any) -> CardFacts:
-    given |= {key: asked_for(args, key) for key in ("preset", "init", "lr_pattern", "full_size_optim")}
-    ratios = lr_ratios({name: asked_for(args, name) for name in LR_RATIOS}, given["preset"], "the training arguments")
-    given["lr_ratios"] = {name: own.value for name, own in ratios.items() if _has(osd, KINDS[name](model), own.value)}
-    init, rates = given["init"], given["lr_pattern"]
-    if init is not None and init not in INITS and os.path.isdir(init):
-        given["init"] = "a folder"  # its name tells nobody anything
-    if isinstance(rates, Mapping):
-        given["lr_pattern"] = ";".join(f"{modules}:{rate:g}" for modules, rate in rates.items())
-    return CardFacts.from_run(osd, args, state, model, **given)
-
-
-def _has(osd: OSD, known: Collection[nn.Parameter], multiple: float) -> bool:
-    """Whether one of these is trained at so many times the learning rate, which `lr_pattern` may say otherwise."""
-    groups = [group for group in osd.trained_groups if group.get(LR_MULTIPLE, 1) == multiple]
-    return any(p in known for group in groups for p in group["params"])
 
 
 def _digest(text: str) -> str:

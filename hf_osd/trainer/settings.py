@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -13,6 +13,7 @@ from ..declare import RETIRED, check_values, refuse_unknown
 from ..hub import ProjectionState
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
 from ..optim.factory import learned_rank, warn_compiled
+from ..optim.options.asked import Asked
 from ..optim.options.full_size import by_size
 from ..optim.options.mode import MODE_DEFAULTS, Mode, mode_of
 from ..optim.options.presets import ARGUMENT_OF, KEYS, Ratio, lr_ratios
@@ -45,6 +46,7 @@ class OSDSettings(NamedTuple):
     full_size: dict[str, Any]  # what groups at full size have instead of the options
     lr_ratios: dict[str, Ratio]
     mode: dict[str, Any]
+    preset: str | None
 
 
 def uses_osd(args: TrainingArguments) -> bool:
@@ -74,8 +76,8 @@ def read_settings(args: TrainingArguments) -> OSDSettings:
     by_size(options, full_size_optim, where, ARGUMENT_OF)  # which refuses
     options |= _adam_fields(args, {*used_rules(options), full_size_optim} - {None}, where)
     options, full_size = by_size(options, full_size_optim, where, ARGUMENT_OF)
-    targets = target_modules_of(args)
-    return OSDSettings(options | init, "rank" in own, *targets, rank_pattern, lr_pattern, full_size, ratios, mode)
+    chosen = *target_modules_of(args), rank_pattern, lr_pattern, full_size, ratios, mode, preset
+    return OSDSettings(options | init, "rank" in own, *chosen)
 
 
 def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> dict[str, Any]:
@@ -86,14 +88,14 @@ def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> d
         model (`nn.Module`, *optional*): The model. Without it every matrix of the groups is projected.
     """
     settings = read_settings(args)
-    options = settings.options
-    if options["init"] not in INITS:
-        options["init"] = ProjectionState.from_pretrained(options["init"])
+    options, start = settings.options, settings.options["init"]
+    if start not in INITS:
+        options["init"] = ProjectionState.from_pretrained(start)
         if not settings.rank_given:
             options["rank"] = learned_rank(options["init"]) or options["rank"]
     if model is None:
         _refuse_without_model(args, settings)
-        return {"lr": args.learning_rate, **settings.mode, **options}
+        return {"lr": args.learning_rate, **settings.mode, **options, "asked": Asked(preset=settings.preset)}
     if settings.mode["layerwise"]:  # accelerate's regions are the blocks
         warn_compiled(model, args.torch_compile and not told_by_launcher("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"))
     kwargs = osd_kwargs(
@@ -106,7 +108,9 @@ def constructor_arguments(args: TrainingArguments, model: nn.Module | None) -> d
         lr_pattern=settings.lr_pattern,
         full_size=settings.full_size,
         ratios=settings.lr_ratios,
+        preset=settings.preset,
     )
+    kwargs["asked"] = replace(kwargs["asked"], init=start)  # by name, which what was loaded no longer tells
     return {"lr": args.learning_rate, **settings.mode, **kwargs}
 
 
@@ -144,13 +148,6 @@ def check_arguments(args: TrainingArguments) -> None:
             f"optim={optim_name(args)!r} ignores optim_args={args.optim_args!r}. For Online Subspace Descent choose "
             f"one of {', '.join(OPTIM_NAMES)}; else leave `optim_args` out."
         )
-
-
-def asked_for(args: TrainingArguments, key: str) -> Any:
-    """What a run's arguments say of one of our options; `None` where they do not, or another optimizer was passed."""
-    if not uses_osd(args):
-        return None
-    return parse_optim_args(args.optim_args).get(key) or getattr(args, f"osd_{key}", None)
 
 
 def refuse_ignored_by_mode(optimizer: OSD, args: TrainingArguments) -> None:

@@ -1,8 +1,10 @@
 """Our section of a model card tells what the run was."""
 
+import copy
 import dataclasses
 import importlib.util
 import math
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from hf_osd import OSDTrainingArguments
 from hf_osd.hub import ProjectionState
 from hf_osd.hub.card import picture
 from hf_osd.hub.card.model_card import PICTURE_NAME, CardFacts, update_card
+from hf_osd.hub.card.section import render_section
 from hf_osd.optim import adamw_state_bytes, state_bytes
 
 
@@ -107,6 +110,40 @@ def test_targets_are_shown_as_given(run, tmp_path):
     )
     text = update_card(tmp_path, run(args=args, target_modules=pattern).facts).read_text()
     assert "| projected layers | `" + pattern.replace("|", "\\|") + "` |" in text  # a bare bar would end the cell
+
+
+def test_an_optimizer_that_was_passed_is_told_by_itself_whatever_the_arguments_say(run, tmp_path):
+    others = "rank=64,preset=finetune,lr_pattern=lm_head:3,full_size_optim=sgd"
+    args = TrainingArguments(str(tmp_path / "out"), optim="osd_adamw8bit", optim_args=others, report_to="none")
+    asked = {
+        "preset": "pretrain",
+        "lr_pattern": {"q_proj": 2.0},
+        "full_size_optim": "lion",
+        "exclude_modules": "up_proj",
+    }
+    facts = run(args=args, init="orthonormal", **asked).facts
+    shown, text = rows(update_card(tmp_path, facts).read_text()), render_section(facts, picture=None, projections=True)
+    assert shown["optimizer"] == "`osd_adamw`" and shown["preset"] == "`pretrain`" and shown["rank"] == "4"
+    assert shown["rule at full size"] == "`lion`" and shown["multiples of it"] == "`q_proj:2`"
+    assert shown["embeddings' over it"] == "16" and "task head's over it" not in shown
+    assert shown["start of P"] == "`orthonormal`" and shown["except"] == "`up_proj`"
+    assert 'lr_pattern="q_proj:2"' in text and "embedding_lr_ratio=16" in text
+
+    bare = rows(update_card(tmp_path / "bare", run(args=args).facts).read_text())
+    told = {"preset", "multiples of it", "rule at full size", "embeddings' over it", "start of P"}
+    assert not told & bare.keys() and bare["rank"] == "4"
+
+
+def test_a_copy_of_an_optimizer_tells_the_same(llama):
+    made = hf_osd.create_osd_optimizer(llama, rank=4, preset="pretrain", lr_pattern="q_proj:2")
+    assert copy.deepcopy(made).asked == pickle.loads(pickle.dumps(made)).asked == made.asked
+    assert made.asked.preset == "pretrain" and made.asked.lr_pattern == {"q_proj": 2}
+    state = made.__getstate__()
+    del state["asked"]  # as it was pickled before there was any
+    made.__setstate__(state)
+    del made.asked
+    made.__setstate__(state)
+    assert made.asked.preset is None
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_osd import OSD, OSDTrainingArguments, create_osd_optimizer
+from hf_osd.hub.card.facts import CardFacts
 from hf_osd.hub.card.section import render_section
-from hf_osd.optim.osd import osd_of
-from hf_osd.trainer.push import _facts
 from reference.tiny_models import tiny_llama
 
 
@@ -197,7 +196,7 @@ def test_trainer_logs_the_rate_itself_and_resumes(tmp_path: Path):
     for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q)
 
-    facts = _facts(osd_of(again.optimizer), again.args, again.state, again.model)  # type: ignore[arg-type]
+    facts = CardFacts.from_run(again.optimizer, again.args, again.state, again.model)
     card = render_section(facts, picture=None, projections=True)
     assert "| learning rate | 0.01, linear schedule |" in card and "| rule at full size | `sgd` |" in card
     assert f'lr_pattern="{everywhere}"' in card and 'full_size_optim="sgd"' in card

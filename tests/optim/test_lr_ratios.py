@@ -30,9 +30,8 @@ from transformers import (
 )
 
 from hf_osd import OSDTrainingArguments, create_osd_optimizer
+from hf_osd.hub.card.facts import CardFacts
 from hf_osd.hub.card.section import render_section
-from hf_osd.optim.osd import osd_of
-from hf_osd.trainer.push import _facts
 
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -204,14 +203,14 @@ def test_trainer_logs_the_rate_itself_resumes_and_its_card_tells(tmp_path: Path)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q)
-    facts = _facts(osd_of(again.optimizer), again.args, again.state, again.model)  # type: ignore[arg-type]
+    facts = CardFacts.from_run(again.optimizer, again.args, again.state, again.model)
     card = render_section(facts, picture=None, projections=True)
     assert "| task head's over it | 64 |" in card and "task_head_lr_ratio=64" in card
     for frozen, pattern in ((True, ""), (False, ",lr_pattern=classifier:2")):  # which has the last word
         run = trainer_of(tmp_path / "d", optim_args="rank=4,preset=finetune" + pattern)
         run.model.classifier.requires_grad_(not frozen)
         run.create_optimizer()
-        assert not _facts(osd_of(run.optimizer), run.args, run.state, run.model).lr_ratios  # type: ignore[arg-type]
+        assert not CardFacts.from_run(run.optimizer, run.args, run.state, run.model).lr_ratios
     other = trainer_of(
         tmp_path / "c", OSDTrainingArguments, osd_rank=4, osd_preset="finetune", osd_task_head_lr_ratio=1
     )

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from typing import Any
 
 import pytest
@@ -211,7 +212,6 @@ def test_the_summary_of_a_known_model():
         "; first updates before the residual 1 of AdamW's (root mean square) at learning rate 0.001"
     )
     signs = OSD([{"params": matrices, "rank": 10}], scale="auto", residual="sign", residual_scale=0.5)
-    assert summary(signs, preset="finetune").startswith("OSD (preset finetune): 2 matrices projected to rank 10 ")
     assert summary(signs).endswith("; first updates 1.1 of AdamW's (root mean square) at learning rate 0.001")
     assert summary(OSD([{"params": matrices, "rank": 10}], weight_rule="sgd")).endswith("MB")
     half = nn.Parameter(torch.randn(64, 32, dtype=torch.bfloat16))
@@ -221,6 +221,25 @@ def test_the_summary_of_a_known_model():
     ranks = OSD([{"params": [matrices[0]], "rank": 10}, {"params": [matrices[1]], "rank": 20}])
     assert "2 matrices projected to ranks 10 to 20 (1.0M" in summary(ranks)
     assert "0 matrices projected to no rank" in summary(OSD([plain]))
+    sides = OSD([{"params": matrices, "rank": 10, "side": "two_sided"}], scale="auto")
+    assert "; first updates at most 1 of AdamW's" in summary(sides)
+
+
+def test_the_first_updates_have_the_size_that_is_told():
+    """Projected weights alone, with multiples of the learning rate and without."""
+    for options in ({}, {"lr_pattern": "mlp.*:0.1"}, {"lr_pattern": "self_attn.*|mlp.*:10", "scale": 0.25}):
+        model = tiny_llama().double()
+        optimizer = create_osd_optimizer(model, rank=4, lr=1e-6, preset="pretrain", **options)
+        assert summary(optimizer, model).startswith("OSD (preset pretrain): ")
+        told = float(re.search(r"first updates (\S+) of AdamW's", summary(optimizer, model)).group(1))
+        projected = [p for group in optimizer.param_groups if group["rank"] for p in group["params"]]
+        before = [p.detach().double().clone() for p in projected]
+        ids = torch.randint(0, 32, (4, 16))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        squares = [(p - old).square().sum() for p, old in zip(projected, before, strict=True)]
+        seen = (sum(squares) / sum(p.numel() for p in projected)).sqrt().item() / 1e-6
+        assert seen == pytest.approx(told, rel=0.1), options
 
 
 def test_the_summary_is_said_once_when_training_begins(trainer, caplog):

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...optim import ALL_LINEAR, OPTIM_NAMES, adamw_state_bytes, predicted_state_bytes
+from ...optim import OSD, adamw_state_bytes, predicted_state_bytes
 from ...optim.options.rules import rules_of
 from ...optim.options.table import DEFAULTS, LR_MULTIPLE
 from ...optim.osd import osd_of
-from ...optim.selection.targets import parse_modules
+from ...optim.selection.ratios import KINDS
 from ...optim.step.geometry import ProjectedGeometry
 from ...subspace import SUBSPACES
+from ...subspace.initialization import INITS
 from ..config import group_options, versions
 
 
@@ -48,13 +49,13 @@ class CardFacts:
     learning_rate: float  # the initial one
     lr_scheduler: str  # name of the schedule
     steps: int  # so far
-    targets: str | list[str] | None  # what to project, as the training arguments say
+    targets: str | list[str] | None  # what to project, as the optimizer was asked
     exclude: str | list[str] | None  # what not to project, likewise
     preset: str | None  # its name
     init: str | None  # where P started from, if that was asked for
     lr_pattern: str | None  # as in the training arguments
     full_size_optim: str | None  # likewise
-    lr_ratios: Mapping[str, float]  # by option, those that are not 1; likewise, or as the preset says
+    lr_ratios: Mapping[str, float]  # by option, those that a trained parameter has and that are not 1
     train_loss: float | None  # the last one that was logged
     eval_loss: float | None  # the last one
     perplexity: float | None  # exp(eval_loss), where that is the mean loss of a causal language model
@@ -76,11 +77,6 @@ class CardFacts:
         base_model: str | None = None,
         dataset: str | Sequence[str] | None = None,
         repo_id: str | None = None,
-        preset: str | None = None,
-        init: str | None = None,
-        lr_pattern: str | None = None,
-        full_size_optim: str | None = None,
-        lr_ratios: Mapping[str, float] | None = None,
     ) -> "CardFacts":
         """Read the facts from what a Trainer holds.
 
@@ -93,8 +89,6 @@ class CardFacts:
             dataset (`str` or `list[str]`, *optional*):
                 Names of the data. Those of the form `user/name` get into the metadata as data sets on the Hub.
             repo_id (`str`, *optional*): Defaults to `args.hub_model_id`, or a placeholder with the folder's name.
-            preset, init, lr_pattern, full_size_optim (`str`, *optional*): As the training arguments ask for them.
-            lr_ratios (`dict[str, float]`, *optional*): Likewise, or as the preset does.
         """
         osd = osd_of(optimizer)
         if osd is None:
@@ -106,7 +100,7 @@ class CardFacts:
                 own["update_interval"] = getattr(rules_of(group).subspace, "update_interval", None)
         sizes = [(osd.weight_of(p).geometry, p.numel()) for group in osd.trained_groups for p in group["params"]]
         low_rank = [(geometry, numel) for geometry, numel in sizes if isinstance(geometry, ProjectedGeometry)]
-        asked = str(getattr(args.optim, "value", args.optim)) in OPTIM_NAMES  # else the optimizer was passed in
+        asked = osd.asked
         repo_id = repository_of(args, repo_id)
         eval_loss, first = _last(state, "eval_loss"), osd.param_groups[0]
         return cls(
@@ -127,13 +121,13 @@ class CardFacts:
             learning_rate=float(first.get("initial_lr", first["lr"])) / first.get(LR_MULTIPLE, 1),
             lr_scheduler=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             steps=state.global_step,
-            targets=_targets(args) if asked else None,
-            exclude=getattr(args, "osd_exclude_modules", None) if asked else None,
-            preset=preset,
-            init=init,
-            lr_pattern=lr_pattern,
-            full_size_optim=full_size_optim,
-            lr_ratios=dict(lr_ratios or {}),
+            targets=asked.target_modules,
+            exclude=asked.exclude_modules,
+            preset=asked.preset,
+            init=_start(asked.init),
+            lr_pattern=";".join(f"{modules}:{rate:g}" for modules, rate in asked.lr_pattern.items()) or None,
+            full_size_optim=asked.full_size_optim,
+            lr_ratios={name: rate for name, rate in asked.lr_ratios.items() if _has(osd, KINDS[name](model), rate)},
             train_loss=_last(state, "loss"),
             eval_loss=eval_loss,
             perplexity=_perplexity(eval_loss) if is_causal_lm(model) and _loss_is_nll(args) else None,
@@ -179,8 +173,16 @@ def _last(state: "TrainerState", key: str) -> float | None:
     return next((float(row[key]) for row in reversed(state.log_history) if key in row), None)
 
 
-def _targets(args: "TrainingArguments") -> str | list[str]:
-    return ALL_LINEAR if args.optim_target_modules is None else parse_modules(args.optim_target_modules)
+def _start(init: str) -> str | None:
+    if init == "auto":
+        return None
+    return "a folder" if init not in INITS and os.path.isdir(init) else init  # whose name tells nobody anything
+
+
+def _has(osd: OSD, known: Collection[nn.Parameter], multiple: float) -> bool:
+    """Whether one of these is trained at so many times the learning rate, which `lr_pattern` may say otherwise."""
+    groups = [group for group in osd.trained_groups if group.get(LR_MULTIPLE, 1) == multiple]
+    return any(p in known for group in groups for p in group["params"])
 
 
 def _perplexity(loss: float | None) -> float | None:
