@@ -54,6 +54,25 @@ def test_every_parameter_has_its_multiple(source: str):
     assert [group["lr"] for group in optimizer.param_groups] == [lr / 2 for lr in before]
 
 
+class Plain(nn.Module):
+    """A language model of plain torch, which tells nobody what its head is."""
+
+    def __init__(self, head: str, looked_up: type[nn.Module] = nn.Embedding):
+        super().__init__()
+        self.wte, self.wpe = looked_up(40, 16), nn.Embedding(12, 16)
+        self.h = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(2))
+        self.into, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)  # at full size, and neither of them
+        setattr(self, head, nn.Linear(16, 40 if head == "to_tokens" else 5))
+
+
+@pytest.mark.parametrize("looked_up", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("head", ["lm_head", "classifier", "to_tokens"])
+def test_heads_of_models_of_plain_torch_have_the_ratio_of_heads(head: str, looked_up: type[nn.Module]):
+    optimizer = create_osd_optimizer(Plain(head, looked_up), rank=4, lr=0.01, preset="pretrain")
+    faster = {name for name, rate in rates_by_parameter(optimizer).items() if rate == pytest.approx(0.16)}
+    assert faster == {"wte.weight", "wpe.weight", f"{head}.weight"}
+
+
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
 def test_a_schedule_that_sets_all_groups_alike_is_told(lr: Any):
     """What OneCycleLR and CyclicLR do, unless they are given lists."""
@@ -157,9 +176,9 @@ def test_what_is_wrong_or_has_no_effect_is_refused():
         create_osd_optimizer(tiny_llama(tie_word_embeddings=True), rank=4, lr_pattern="lm_head:4")
     with pytest.raises(ValueError, match="`full_size_optim` has no effect: all that is trained is projected"):
         create_osd_optimizer(nn.Sequential(nn.Linear(6, 5, bias=False)), rank=4, full_size_optim="sgd")
-    with pytest.raises(ValueError, match="No embedding or head is trained at full size: give `embedding_lr_ratio` 1"):
+    with pytest.raises(ValueError, match="trained at full size: give `embedding_lr_ratio` 1, .* names, as wte:16"):
         create_osd_optimizer(nn.Sequential(nn.Linear(6, 5, bias=False)), rank=4, embedding_lr_ratio=2)
-    with pytest.raises(ValueError, match="`embedding_lr_ratio` 1, or leave preset='pretrain', which sets it, out."):
+    with pytest.raises(ValueError, match="or leave preset='pretrain', which sets it, out. `lr_pattern` takes names"):
         create_osd_optimizer(nn.Sequential(nn.Linear(6, 5, bias=False)), rank=4, preset="pretrain")
     with pytest.raises(TypeError, match="takes the model, .* not a generator. OSD takes parameters."):
         create_osd_optimizer(nn.Linear(6, 5).parameters(), rank=4)

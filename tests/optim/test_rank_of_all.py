@@ -53,8 +53,9 @@ def test_a_group_that_is_added_has_the_rank_of_the_optimizer_for_its_matrices():
     optimizer = OSD([parameter(8, 12)], rank=4)
     optimizer.add_param_group({"params": [parameter(9), parameter(12, 9)]})
     optimizer.add_param_group({"params": [parameter(9)]})
-    with pytest.raises(ValueError, match="cannot be projected"):
-        optimizer.add_param_group({"params": [parameter(9)], "rank": 2})
+    for shape in ((9,), (0, 9)):
+        with pytest.raises(ValueError, match="cannot be projected"):
+            optimizer.add_param_group({"params": [parameter(*shape)], "rank": 2})
     assert [group["rank"] for group in optimizer.param_groups] == [4, 4, None]
 
 

@@ -111,6 +111,8 @@ def test_patterns_that_are_wrong_or_match_nothing_are_refused():
     assert RANK_PATTERN.parse({"q_proj": np.int64(4)}) == {"q_proj": 4}
     with pytest.raises(ValueError, match=r"'\(\?i\)Q_PROJ' in `rank_pattern` is no regular expression: global flags"):
         RANK_PATTERN.parse("(?i)Q_PROJ:4")
+    with pytest.raises(ValueError, match="'q_proj' stands twice in `rank_pattern`"):
+        create_osd_optimizer(tiny_llama(), rank=4, rank_pattern="q_proj:4;k_proj:3;q_proj:2")
     with pytest.raises(ValueError, match=r"'q_proj\(' in `rank_pattern` is no regular expression"):
         RANK_PATTERN.parse("q_proj(:4")
     for pattern, unused in (({"query": 4}, "'query'"), ({"q_proj": 4, "layers.0.self_attn.q_proj": 2}, "'layers.0")):

@@ -8,6 +8,7 @@ from torch import nn
 
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 # Names that heads have in transformers, timm and torchvision; DETR's are the embeddings of classes and boxes.
 HEAD = re.compile(r"(\w*_)?(heads?|classifiers?|predictors?|(bbox|class)_embed)")
 OF_TOKENS, OF_CLASSES = "get_output_embeddings", "get_classifier"  # of transformers, of timm
@@ -77,14 +78,26 @@ def told(model: nn.Module, tell: str) -> set[nn.Module]:
 
 
 def embeddings(model: nn.Module) -> set[nn.Parameter]:
-    """The matrices that tokens and positions are looked up in, and those of the heads that the model tells of."""
-    heads = given_heads(model)
+    """The matrices that tokens and positions are looked up in, and those of heads, see `_heads`."""
+    heads = _heads(model)
     return {
         p
         for module in model.modules()
-        if isinstance(module, nn.Embedding) or module in heads
+        if isinstance(module, LOOKED_UP) or module in heads
         for p in module.parameters(recurse=False)
         if p.ndim == 2
+    }
+
+
+def _heads(model: nn.Module) -> set[nn.Module]:
+    """What a model tells of; in plain torch linear layers that are called so, or have an output for each token."""
+    if any(hasattr(type(module), tell) for module in model.modules() for tell in (OF_TOKENS, OF_CLASSES)):
+        return given_heads(model)
+    tokens = max((module.num_embeddings for module in model.modules() if isinstance(module, LOOKED_UP)), default=0)
+    return {
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (HEAD.fullmatch(name.rpartition(".")[2]) or module.out_features == tokens)
     }
 
 

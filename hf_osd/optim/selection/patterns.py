@@ -53,6 +53,8 @@ class ValuePattern:
                 re.compile(_end(key))
             except re.error as error:
                 raise ValueError(f"{key!r} in `{self.option}` is no regular expression: {error}.") from None
+            if [other for other, _ in items].count(key) > 1:
+                raise ValueError(f"{key!r} stands twice in `{self.option}`, got {pattern!r}.")
         return {key: self.check.kind(value) for key, value in items}
 
     def _number(self, text: str) -> Any:

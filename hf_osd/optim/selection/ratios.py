@@ -26,7 +26,11 @@ def multiples(model: nn.Module, selection: Selection, ratios: Mapping[str, Ratio
         ValueError: For a ratio that is required and has no parameters.
     """
     trained = {
-        "embedding_lr_ratio": (selection.full_size, "No embedding or head is trained at full size", "leave {it} out"),
+        "embedding_lr_ratio": (
+            selection.full_size,
+            "No embedding or head that is known as one is trained at full size",
+            "leave {it} out. `lr_pattern` takes names, as wte:16",
+        ),
         "task_head_lr_ratio": (
             selection.projected | selection.full_size,
             "No head of a task that is known as one is trained",

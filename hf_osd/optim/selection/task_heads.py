@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Their heads come with the pretrained model.
 PRETRAINING = re.compile(r"\w+For(PreTraining|NextSentencePrediction)")
+SPANS = re.compile(r"\w+ForQuestionAnswering\w*")
 
 
 def task_outputs(model: nn.Module) -> set[nn.Parameter]:
@@ -48,7 +49,8 @@ def _outputs(model: "PreTrainedModel") -> set[nn.Parameter]:
         and layer not in inside
         and (base is not model or "." not in plain)
     ]
-    for width in (_labels(model), 1):
+    spans = [2] if SPANS.fullmatch(type(model).__name__) else []  # a start and an end, whatever the labels
+    for width in (_labels(model), *spans, 1):
         outputs = [layer for layer in around if layer.out_features == width]
         if outputs:
             return {p for layer in outputs for p in layer.parameters()}
