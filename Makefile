@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: help install quickstart test gpu quality options format clean
 
 help:
-	@echo "make quickstart   pretrain a small LLaMA with Online Subspace Descent on this machine (about 5 minutes)"
+	@echo "make quickstart   pretrain a small LLaMA with Online Subspace Descent on this machine (2 minutes after the installation)"
 	@echo "make test         run the tests (about 10 minutes on two cores)"
 	@echo "make gpu          on a machine with a CUDA GPU: its tests and all benchmarks that want one (about 8 minutes)"
 	@echo "make quality      formatting, lint and types"

@@ -208,16 +208,21 @@ def build(cls: type, given: Mapping[str, Any]) -> Any:
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-# Options of earlier versions, and what has taken their place.
-RETIRED = {"ddp_compression": "source='activations' exchanges less between processes"}
+# Options of earlier versions and of other libraries, and what to do here.
+ELSEWHERE = {
+    "ddp_compression": "it is no more. Use source='activations', which exchanges less between processes",
+    "update_proj_gap": "it is GaLore's. Leave it out: P moves at every step (subspace='svd' has `update_interval`)",
+    "proj_type": "it is GaLore's. Leave it out, or choose `side`",
+    "r": "it is `rank` here",
+}
 
 
 def refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str) -> None:
     """Raise `ValueError` for the first name that is not allowed, with the nearest one and all of them."""
     allowed = sorted(allowed)
     for name in given:
-        if name in RETIRED:
-            raise ValueError(f"Unknown option `{name}` in {where}: it is no more. Use {RETIRED[name]}.")
+        if name in ELSEWHERE:
+            raise ValueError(f"Unknown option `{name}` in {where}: {ELSEWHERE[name]}.")
         if name not in allowed:
             close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
             hint = f" Did you mean `{close[0]}`?" if close else ""

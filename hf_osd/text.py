@@ -1,7 +1,8 @@
-"""Text for people, and files of text: one form for sizes, counts, tables and lists of names. Standard library only."""
+"""Text for people, and files of text: one form for sizes, counts, tables and names. Standard library only."""
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,13 @@ def shortened(names: Iterable[str], most: int) -> str:
     """`a, b, c and 4 more`: the first of many names."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def layer_and_kind(name: str) -> tuple[int, str]:
+    """`(3, "self_attn.q_proj")` for `model.layers.3.self_attn.q_proj.weight`; layer 0 where the name has none."""
+    match = re.search(r"\.(\d+)\.", name)
+    kind = re.sub(r"\d+", "*", name[match.end() :]) if match else name
+    return int(match.group(1)) if match else 0, kind.removesuffix(".weight")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:

@@ -36,18 +36,6 @@ def test_every_result_is_on_a_page():
         assert re.search(rf"\b{file.stem}(_all)?\b", text), file.stem
 
 
-def test_the_readmes_table_of_quality_is_of_the_committed_results():
-    rows = {row["label"]: row for row in rows_of("family_text")}
-    table = re.search(r"\| method \| perplexity \| optimizer state \|\n.*?\n\n", page("README.md"), re.DOTALL).group()
-    shown = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", table, re.MULTILINE)[2:]
-    assert len(shown) == 8
-    for label, perplexity, share in shown:
-        row = rows[label]
-        assert perplexity == f"{row['best_perplexity']:.2f} ± {row['spread']:.2f}"
-        assert share == f"{row['optimizer_state_bytes'] / row['adamw_state_bytes']:.0%}"
-        assert f"{row['tokens_seen']:,} tokens" in text_of("README.md") and len(row["seeds"]) == 2
-
-
 def test_the_time_of_int8_weights_is_the_committed_one():
     (row,) = rows_of("training_step_int8")
     floats, int8 = (row["seconds"][f"osd_adamw:source=activations{more}"] for more in ("", ",weight_dtype=int8"))

@@ -12,7 +12,7 @@ layer, memory by part, throughput, and the settings in which the runs differ. It
   hf-osd report out
   hf-osd report runs/osd runs/adamw --output comparison.html
 
-RUN_DIR is the output_dir of a Trainer, or one of its checkpoints. Needs pip install "hf_osd[report]".
+RUN_DIR is the output_dir of a Trainer, or one of its checkpoints. Needs pip install ".[report]" in a clone.
 """
 
 

@@ -9,8 +9,7 @@ from ..hub import ProjectionFileError, ProjectionState
 from ..hub.analysis import ModelWeights, orthogonality, random_share, share_of_change
 from ..hub.config import FURTHER_OPTIONS
 from ..hub.locate import Source
-from ..report.layers import layer_and_kind
-from ..text import format_bytes, printable, table
+from ..text import format_bytes, layer_and_kind, printable, table
 
 
 SETTINGS = ("optim", "weight_rule", "projection_rule", "subspace", "alpha", "lambda", "scale", "weight_decay", "step")

@@ -58,7 +58,9 @@ class Source:
         if inside:
             newest = max(inside, key=lambda name: (len(name), name))  # of checkpoint-500 and checkpoint-1000
             return f": give {folder / newest}, which has one"
-        return " (it is written last: a save was interrupted)" if list(folder.glob("*osd_projection*")) else ""
+        if list(folder.glob("*osd_projection*")):
+            return " (it is written last: a save was interrupted)"
+        return ": checkpoints have one, and ProjectionState.save_pretrained writes it" if folder.is_dir() else ""
 
     def find(self, file: str) -> Path | None:
         """The file on this machine, or `None` if the folder or repository has none of that name."""
@@ -86,8 +88,8 @@ class Source:
             )
         except HFValidationError as error:
             raise ProjectionFileError(f"{self.name!r} is neither a folder nor the id of a repository.") from error
-        except LocalEntryNotFoundError:
-            raise  # the Hub was not asked: nothing is known of the file
+        except LocalEntryNotFoundError as error:  # the Hub was not asked: nothing is known of the file
+            raise LocalEntryNotFoundError(f"{self.name} is no folder here, and on the Hub: {error}") from error
         except EntryNotFoundError:
             return None
         commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", path)

@@ -223,7 +223,8 @@ def warn_far(groups: Sequence[Mapping[str, Any]]) -> None:
             root = "" if rule == "sgd" else f" sqrt({rows})"
             warnings.warn(
                 f"lr alpha{root} = {rate * rows**0.5:.2g}: P turns far at each step, and longer steps are cut. "
-                f"Use an alpha of {group['alpha'] / (rate * rows**0.5):.1g} or less, or a lower learning rate.",
+                f"Lower the learning rate ({plain(group['lr']):.3g}), if it is that of the weights that is too high. "
+                f"Use an alpha of {group['alpha'] / (rate * rows**0.5):.1g} or less otherwise.",
                 stacklevel=4,
             )
             return

@@ -1,5 +1,6 @@
 """The one line that says what is projected, what is not, and what that saves."""
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,8 @@ from .selection.quantised import is_quantised
 from .step.geometry import ProjectedGeometry
 
 
+logger = logging.getLogger("hf_osd")
+
 KINDS_SHOWN = 8
 _SUMMARIZED: WeakSet[OSD] = WeakSet()
 
@@ -25,6 +28,11 @@ def announce_summary(optimizer: OSD, model: object) -> None:
     """Say the line once for an optimizer, on the main process: where it is made for a model, or Trainer trains."""
     if optimizer not in _SUMMARIZED and _is_main_process():
         announce(summary(optimizer, model))
+        if loses_small_steps(optimizer):
+            logger.warning(
+                "Small steps of bfloat16 weights are rounded away: set stochastic_rounding=true, or load the model in "
+                "float32 (dtype=torch.float32), with bf16=True in Trainer."
+            )
     _SUMMARIZED.add(optimizer)
 
 
@@ -76,7 +84,6 @@ def summary(optimizer: OSD, model: object = None) -> str:
         f"{_other_groups(optimizer)}; optimizer state {'' if _sharing_is_known(optimizer) else 'at most '}"
         f"{format_bytes(predicted_state_bytes(optimizer), smallest='MB')}, "
         f"AdamW's {format_bytes(adamw_state_bytes(optimizer), smallest='MB')}{_first_updates(optimizer)}"
-        f"{_rounded_away(optimizer)}"
     )
 
 
@@ -121,11 +128,10 @@ def _first_updates(optimizer: OSD) -> str:
     return f"; first updates {'before the residual ' * scaled}{'at most ' * two_sided}{size}"
 
 
-def _rounded_away(optimizer: OSD) -> str:
-    """What bfloat16 weights lose, if nothing is done about it."""
+def loses_small_steps(optimizer: OSD) -> bool:
+    """Whether there are weights in bfloat16 and nothing is done about their rounding."""
     groups = [group for group in optimizer.trained_groups if not group["stochastic_rounding"]]
-    kinds = {p.dtype for group in groups for p in group["params"] if p.ndim > 1}
-    return "; bfloat16 rounds small steps away without stochastic_rounding=true" * (torch.bfloat16 in kinds)
+    return any(p.dtype == torch.bfloat16 and p.ndim > 1 for group in groups for p in group["params"])
 
 
 def _first_mean_square(group: Mapping[str, Any], full: float) -> float:

@@ -177,7 +177,7 @@ def _svg(draw: Callable[[Any], None], size: tuple[float, float], name: str, labe
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('a report needs matplotlib and jinja2: pip install "hf_osd[report]"') from error
+        raise ImportError('a report needs matplotlib and jinja2: pip install ".[report]" in a clone') from error
 
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")

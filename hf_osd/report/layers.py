@@ -1,13 +1,13 @@
 """PCA loss and orthogonality of every projected weight over the steps of a run."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..optim.statistics import OBSERVED
+from ..text import layer_and_kind
 from ..trainer.statistics_file import number, read_lines
 
 
@@ -49,13 +49,6 @@ class Layers:
             kind = layer_and_kind(name)[1]
             counts[kind] = counts.get(kind, 0) + 1
         return list(counts.items())
-
-
-def layer_and_kind(name: str) -> tuple[int, str]:
-    """`(3, "self_attn.q_proj")` for `model.layers.3.self_attn.q_proj.weight`; layer 0 where the name has none."""
-    match = re.search(r"\.(\d+)\.", name)
-    kind = re.sub(r"\d+", "*", name[match.end() :]) if match else name
-    return int(match.group(1)) if match else 0, kind.removesuffix(".weight")
 
 
 def read_layers(path: Path, until: int | None = None) -> Layers | None:

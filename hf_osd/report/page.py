@@ -34,7 +34,7 @@ def render(runs: Sequence[Run], errors: Mapping[str, str]) -> str:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
     except ImportError as error:
-        raise ImportError('a report needs matplotlib and jinja2: pip install "hf_osd[report]"') from error
+        raise ImportError('a report needs matplotlib and jinja2: pip install ".[report]" in a clone') from error
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,  # names and settings come from files

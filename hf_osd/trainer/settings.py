@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import TrainingArguments
 
-from ..declare import RETIRED, check_values, refuse_unknown
+from ..declare import ELSEWHERE, check_values, refuse_unknown
 from ..hub import ProjectionState
 from ..optim import ALL_LINEAR, OPTIM_NAMES, OSD, osd_kwargs, resolve
 from ..optim.factory import learned_rank, warn_compiled
@@ -175,7 +175,7 @@ def _is_repository(init: str) -> bool:
 
 def _fields(args: TrainingArguments) -> dict[str, Any]:
     # arguments that an earlier version has saved may have more
-    found = {key: getattr(args, f"osd_{key}", None) for key in (*KEYS, *RETIRED)}
+    found = {key: getattr(args, f"osd_{key}", None) for key in (*KEYS, *ELSEWHERE)}
     given = {key: value for key, value in found.items() if value is not None}
     checks = {key: own.check for key, own in KEYS.items()}
     return {key: typed(value, checks.get(key), f"`osd_{key}`") for key, value in given.items()}

@@ -42,6 +42,13 @@ def test_help_of_a_command(command):
     assert done.stdout.startswith(f"usage: hf-osd {command} ")
 
 
+def test_show_needs_no_trainer():
+    """Which with all that it takes along is three quarters of the time that a look at some tables takes."""
+    code = "import sys; import hf_osd.cli.show_report; print([name for name in sys.modules if 'transformers' in name])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "transformers.trainer" not in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -161,7 +161,10 @@ def test_a_run_whose_p_is_in_its_checkpoints_is_told_which(folders, capsys, tmp_
     show(capsys, str(newest))
     (newest / "osd_config.json").unlink()
     assert refused(capsys, str(newest)).endswith("(it is written last: a save was interrupted).")
-    assert refused(capsys, folders["base"]).endswith(f"osd_config.json is missing in {folders['base']}.")
+    missing = (
+        f"osd_config.json is missing in {folders['base']}: checkpoints have one, and ProjectionState.save_pretrained"
+    )
+    assert missing in refused(capsys, folders["base"])
 
 
 def test_a_damaged_file_is_said_in_one_sentence(folders, capsys, tmp_path):

@@ -107,7 +107,7 @@ def same(got, step):
     return got.keys() == wanted[step].keys() and all(torch.equal(got[name], P) for name, P in wanted[step].items())
 
 # Reading
-with pytest.raises(LocalEntryNotFoundError):
+with pytest.raises(LocalEntryNotFoundError, match=f"{REPO} is no folder here"):
     ProjectionState.from_pretrained(REPO, local_files_only=True)
 for token in (False, "hf_wrong", "hf_other"):  # none, unknown, another user's
     with pytest.raises(OSError) as error:

@@ -296,5 +296,5 @@ def test_a_rate_at_which_most_steps_are_too_long_is_told(rows: int, options: dic
         return OSD([{"params": [nn.Parameter(torch.zeros(rows, 2 * rows))], "rank": 8}], lr=lr, **options)
 
     make(1e-3)
-    with pytest.warns(UserWarning, match=r"lr alpha.* Use an alpha of"):
+    with pytest.warns(UserWarning, match=r"lr alpha.* Lower the learning rate .* Use an alpha of"):
         make(1e-2)

@@ -50,6 +50,12 @@ MISTAKES = [
     ("alpha=3,projection_lr=0.1", "set the same thing"),
     ("momentum=0.5", "`momentum` .* no effect with the update rule adamw"),
     ("ddp_compression=subspace", "`ddp_compression` in `optim_args`: it is no more. Use source='activations'"),
+    (
+        "rank=4,update_proj_gap=200,scale=0.25",
+        "`update_proj_gap` in `optim_args`: it is GaLore's. Leave it out: P moves",
+    ),
+    ("proj_type=std", "`proj_type` in `optim_args`: it is GaLore's. Leave it out, or choose `side`"),
+    ("r=4", "`r` in `optim_args`: it is `rank` here"),
     ("residual_limit=0", "Unknown option `residual_limit` in `optim_args`. Did you mean `residual`"),
     *((f"{key}=0.1", re.escape(f"Set `{name}` of the training arguments")) for key, name in TRAINER_FIELDS.items()),
 ]
