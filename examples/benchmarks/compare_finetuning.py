@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import added, describe, load_experiment, named, results_folder, save
+from kept_runs import claim, finished
 from q_galore_weights import obeyed
 
 
@@ -63,23 +64,18 @@ class Runner:
 
     def __call__(self, name: str, arguments: list[str]) -> dict[str, Any]:
         """The run's results.json, from disk where the same run has finished before."""
-        found = self.finished(name, arguments)
+        folder, command = self.work_dir / name, self._command(name, arguments)
+        claim(folder, command)
+        found = finished(folder, command)
         if found is None:
-            folder = self.work_dir / name
-            folder.mkdir(parents=True, exist_ok=True)
-            self.pool.submit(finetune, self._command(name, arguments), folder / "log.txt").result()
-            (folder / "command.json").write_text(json.dumps(self._command(name, arguments)))
-            found = self.finished(name, arguments)
+            self.pool.submit(finetune, command, folder / "log.txt").result()
+            found = finished(folder, command)
         print(f"{name}: {found['runs'][0]['score']:.2f}", flush=True)
         return found
 
     def finished(self, name: str, arguments: list[str]) -> dict[str, Any] | None:
         """The same from disk alone; `None` where it has not finished."""
-        results, command_file = (self.work_dir / name / file for file in ("results.json", "command.json"))
-        if not (results.is_file() and command_file.is_file()):
-            return None
-        same = json.loads(command_file.read_text()) == self._command(name, arguments)
-        return json.loads(results.read_text()) if same else None
+        return finished(self.work_dir / name, self._command(name, arguments))
 
     def start(self, task: str, arguments: list[str], seed: int) -> tuple[dict[str, Any], Path]:
         """A run whose model others begin with, and the model's folder; with other arguments it is another folder."""

@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from environment import describe, load_experiment, named, results_folder, save
+from kept_runs import claim, finished
 
 
 SCRIPT = Path(__file__).parents[1] / "pretrain_llama.py"
+NOTE = "arguments.json"  # in the folder of every run
 METRICS = {  # what the paper may report of a run -> how it is called, and where our results.json has it
     "training_perplexity": ("training perplexity, last 10 steps", lambda run: math.exp(last_training_loss(run))),
     "perplexity": ("validation perplexity", lambda run: run["perplexity"]),
@@ -81,22 +83,32 @@ def execute(arguments: list[str], folder: Path, launcher: list[str] | None) -> d
 
     Returns:
         `dict[str, Any]`: The results, *optional*: `None` where there are none and nothing is to be run.
+
+    Raises:
+        SystemExit: If the run fails, or its folder holds what other arguments have made.
     """
-    results, arguments_file = folder / "results.json", folder / "arguments.json"
-    done = results.is_file() and arguments_file.is_file() and json.loads(arguments_file.read_text()) == arguments
-    if not done and launcher is None:
-        return None
-    if not done:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "log.txt", "w") as log:
-            line = command(arguments, folder, launcher or [])
-            code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-        if code:
-            raise SystemExit(f"{folder} failed; see {folder / 'log.txt'}")
-        arguments_file.write_text(json.dumps(arguments))
-    found = json.loads(results.read_text())
+    if launcher is None:
+        try:
+            found = finished(folder, arguments, NOTE)
+        except SystemExit as other:  # such as further arguments, which only some columns are run with
+            print(other)
+            return None
+        if found is None:
+            return None
+    else:
+        claim(folder, arguments, NOTE)
+        found = finished(folder, arguments, NOTE) or _run(arguments, folder, launcher)
     print(f"{folder}: validation perplexity {found['perplexity']:.2f}", flush=True)
     return found
+
+
+def _run(arguments: list[str], folder: Path, launcher: list[str]) -> dict[str, Any]:
+    with open(folder / "log.txt", "w") as log:
+        line = command(arguments, folder, launcher)
+        code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        raise SystemExit(f"{folder} failed; see {folder / 'log.txt'}")
+    return json.loads((folder / "results.json").read_text())
 
 
 def row(cell: Cell, found: dict[float, dict[str, Any]], experiment: dict[str, Any], reduced: bool) -> dict[str, Any]:

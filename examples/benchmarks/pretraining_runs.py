@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import kept_runs
 from hf_osd import last_complete_checkpoint
 from q_galore_weights import obeyed
 
@@ -67,11 +68,7 @@ def execute(
         SystemExit: If the run fails, or its folder holds what another command has made.
     """
     folder = work_dir / run.name
-    if not _is_of(run, folder):
-        if folder.is_dir() and any(folder.iterdir()):
-            raise SystemExit(f"{folder} is of another command: delete it, or give another --work_dir.")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "command.json").write_text(json.dumps(run.command))
+    kept_runs.claim(folder, run.command)
     if finished(run, work_dir) is None:
         checkpoint = last_complete_checkpoint(folder)
         resumed = ["--resume_from_checkpoint", checkpoint] if checkpoint else []
@@ -94,20 +91,18 @@ def execute(
 
 
 def finished(run: Run, work_dir: Path) -> dict[str, Any] | None:
-    """The results.json of a run that has finished, or `None`."""
-    results = work_dir / run.name / "results.json"
-    return json.loads(results.read_text()) if _is_of(run, results.parent) and results.is_file() else None
+    """The results.json of a run that has finished, or `None`.
+
+    Raises:
+        SystemExit: If its folder holds what another command has made.
+    """
+    return kept_runs.finished(work_dir / run.name, run.command)
 
 
 def started(work_dir: Path, method: str) -> list[dict[str, Any]]:
     """What was noted of every start of a run of a method."""
     notes = work_dir.glob(f"{method}-*/made.jsonl")
     return [json.loads(line) for note in notes for line in note.read_text().splitlines()]
-
-
-def _is_of(run: Run, folder: Path) -> bool:
-    command = folder / "command.json"
-    return command.is_file() and json.loads(command.read_text()) == run.command
 
 
 def _train(program: str, command: list[str], log: Path) -> None:

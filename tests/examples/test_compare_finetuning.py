@@ -95,8 +95,9 @@ def test_methods_begin_with_the_model_of_the_start_and_are_chosen_by_training_lo
     compare_finetuning.compare_task("rte", experiment, ["a"], run)
     assert len(calls) == 7  # all had finished
     experiment["start"] = start | {"learning_rate": 0.02}
-    compare_finetuning.compare_task("rte", experiment, ["a"], run)
-    assert len(calls) == 14  # another start, and runs that begin with it
+    with pytest.raises(SystemExit, match="lr0.1-seed1 is of another command"):
+        compare_finetuning.compare_task("rte", experiment, ["a"], run)
+    assert len(calls) == 10  # another start, but no runs in the place of those that began with the first
 
 
 def test_rates_of_a_method_that_has_not_run_are_refused():
@@ -125,17 +126,41 @@ def test_the_table_has_a_row_for_each_method():
     assert [line.split(" | ")[3] for line in (a, b, c)] == ["-", "4.0 ± 1.0", "-"]
 
 
-def test_finished_runs_are_not_repeated(tmp_path):
+def test_finished_runs_are_not_repeated_nor_overwritten_by_another_command(tmp_path):
     run = compare_finetuning.Runner(tmp_path, ["--bf16", "true"])
     folder = tmp_path / "name"
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps({"runs": [{"score": 1.0}]}))
     argv = ["--bf16", "true", "--seed", "1", "--output_dir", str(folder)]
     (folder / "command.json").write_text(json.dumps(argv))
-    assert run("name", ["--seed", "1"])["runs"][0]["score"] == 1.0
     run.pool.submit = lambda *args: (_ for _ in ()).throw(RuntimeError("it runs"))
-    with pytest.raises(RuntimeError, match="it runs"):  # other arguments are another run
-        run("name", ["--seed", "2"])
+    assert run("name", ["--seed", "1"])["runs"][0]["score"] == 1.0
+    for call in (run, run.finished):  # what only looks tells it, too
+        with pytest.raises(SystemExit, match="name is of another command: .* Only it has: 1; only this one: 2"):
+            call("name", ["--seed", "2"])
+    with pytest.raises(SystemExit, match="Only it has: --bf16 true; only this one: -"):
+        compare_finetuning.Runner(tmp_path, [])("name", ["--seed", "1"])
+    assert json.loads((folder / "command.json").read_text()) == argv
+    assert run.finished("other", []) is None and not (tmp_path / "other").exists()
+    with pytest.raises(RuntimeError, match="it runs"):
+        run("other", [])
+    (tmp_path / "other" / "command.json").rename(tmp_path / "other" / "results.json")
+    with pytest.raises(SystemExit, match="other does not tell which command it is of"):
+        run("other", [])
+
+
+def test_runs_are_found_in_a_work_dir_that_has_moved(tmp_path):
+    """Those, too, that began with a model in it."""
+    argv = ["--model_name_or_path", "/before/start/rte/seed-1", "--data_dir", "/data", "--output_dir", "/before/name"]
+    (tmp_path / "now" / "name").mkdir(parents=True)
+    (tmp_path / "now" / "name" / "command.json").write_text(json.dumps(argv))
+    (tmp_path / "now" / "name" / "results.json").write_text("{}")
+    run = compare_finetuning.Runner(tmp_path / "now", [])
+    start = str(tmp_path / "now" / "start" / "rte" / "seed-1")
+    assert run.finished("name", ["--model_name_or_path", start, "--data_dir", "/data"]) == {}
+    for model, data in (("/before/start/rte/seed-1", "/data"), (start, "/atad")):
+        with pytest.raises(SystemExit, match="is of another command"):
+            run.finished("name", ["--model_name_or_path", model, "--data_dir", data])
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "benchmarks" / "experiments").glob("glue_*.json")), ids=str)

@@ -288,5 +288,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_is_kept(tmp_path: Path, mo
     typed = Run("osd", run.options, 1, (*arguments[:-5], str(tmp_path / "txet"), *arguments[-4:]))
     with pytest.raises(SystemExit, match="is of another command: delete it, or give another --work_dir"):
         pretraining_runs.execute(typed, tmp_path / "cut", 2)
+    with pytest.raises(SystemExit, match=r"is of another command: .* Only it has: \S*text; only this one: \S*txet"):
+        pretraining_runs.finished(typed, tmp_path / "cut")
     assert pretraining_runs.finished(run, tmp_path / "cut") == resumed
     assert compare_pretraining.execute is pretraining_runs.execute

@@ -89,6 +89,12 @@ def test_finished_runs_fill_the_table_beside_the_papers_numbers(tmp_path: Path, 
     rows = json.loads((tmp_path / "out" / "paper_table1.json").read_text())["rows"]
     assert len(rows) == 9 and [row["ours"]["hours"] for row in rows if row["ours"]] == [2.0]
     assert text in capsys.readouterr().out + "\n"
+    with pytest.raises(SystemExit, match="is of another command: .*; only this one: --seed 7"):
+        paper_tables.main(["paper_table1", *asked, "--output_dir", str(tmp_path / "out"), "--seed", "7"])
+    folder = tmp_path / "paper_table1" / "60M-ours-lr0.005"
+    assert paper_tables.execute(["--seed", "7"], folder, None) is None
+    assert "60M-ours-lr0.005 is of another command" in capsys.readouterr().out
+    assert paper_tables.execute(["--seed", "7"], tmp_path / "none", None) is None and not (tmp_path / "none").exists()
 
 
 def test_a_dry_run_prints_every_command(capsys):
