@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import added, describe, load_experiment, named, results_folder, save
+from identity import weights_of
 from kept_runs import claim, finished
 from q_galore_weights import obeyed
 
@@ -253,7 +254,7 @@ def main() -> None:
     if arguments.tasks or (arguments.methods and not arguments.add):
         return
     result = {"environment": describe(), **{key: experiment[key] for key in ("model", "common", "tasks", "seeds")}}
-    result["rows"] = rows
+    result |= {"weights": weights_of(arguments.model or experiment["model"]), "rows": rows}
     path = results_folder() / arguments.experiment
     save(path, added(path, result, ("task", "method")) if arguments.add else result, render)
 

@@ -31,6 +31,7 @@ from typing import Any
 
 from comparison_plot import draw
 from environment import added, describe, load_experiment, named, results_folder, save
+from identity import text_of
 from pretraining_runs import PRELOADED, PROCESSES, Run, execute
 
 
@@ -221,6 +222,7 @@ def main() -> None:
     result = {
         "environment": describe(),
         **{key: experiment[key] for key in ("title", "common", "seeds", "curves", "against") if key in experiment},
+        **({"data": text_of(arguments.data)} if arguments.data else {}),
         "rows": rows,
     }
     path = results_folder() / name

@@ -14,7 +14,6 @@ Needs: the `examples` extra. Model and data come from the Hub, or from `--model`
     python examples/benchmarks/compare_rates.py glue_presets --tasks sst2 --methods full finetune-r8 --use_cpu --add
 """
 
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from compare_finetuning import PRELOADED, PROCESSES, parser_of, runner_of, told
-from environment import added, describe, load_experiment, named, results_folder, save
+from environment import added, describe, load_experiment, named, read, refuse_gone, results_folder, save, save_new
+from identity import weights_of
 
 
 BASELINE = "full"  # whose best rate the others are held against
@@ -74,38 +74,69 @@ def in_order(experiment: dict[str, Any], rows: list[dict[str, Any]]) -> list[dic
 
 def joined(path: Path, result: dict[str, Any], experiment: dict[str, Any]) -> dict[str, Any]:
     """The result that there is, with what was found in it: runs that were made again take the place of their own."""
-    before = _result_at(path)
+    before = read(path)
     there = {(row["task"], row["method"]): row for row in before["rows"]}
+    rows = []
     for row in result["rows"]:
-        old = there.get((row["task"], row["method"]), {"scores": {}, "losses": {}})
-        for key in ("scores", "losses"):
-            rates = sorted(old[key].keys() | row[key].keys(), key=float)
-            row[key] = {rate: old[key].get(rate, {}) | row[key].get(rate, {}) for rate in rates}
+        old = there.get((row["task"], row["method"]))
+        if old is not None:
+            refuse_other(path, old, row)
+            row = merged({"environment": before["environment"]} | old, row, result["environment"])
+        rows.append(row)
     tasks = chosen(experiment, None, None)["tasks"]
     measured = before.get("tasks", tasks)  # which methods run on a task may have changed since, what it is may not
     if any(own["arguments"] != tasks[task]["arguments"] for task, own in measured.items() if task in tasks):
         raise SystemExit(
             f"{named(path, '.json')} was measured with other tasks: leave --add out to measure all again."
         )
-    result = added(path, result | {"tasks": measured}, ("task", "method"))
+    result = added(path, result | {"tasks": measured, "rows": rows}, ("task", "method"))
     return result | {"tasks": tasks, "rows": in_order(experiment, result["rows"])}
+
+
+def refuse_other(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Put no runs of another model or of other arguments into a row: not every result tells its weights."""
+    if other := [key for key in ("arguments", "steps", "trained_parameters") if old[key] != new[key]]:
+        raise SystemExit(
+            f"{named(path, '.json')} has {new['method']} on {new['task']} with other {', '.join(other)} "
+            f"({old[other[0]]}; the runs here: {new[other[0]]}): take the model and the experiment that it was "
+            "measured with, or leave --add out to measure all again."
+        )
+
+
+def merged(old: dict[str, Any], new: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """A row with the runs of two; its environment is a list where they were made in several."""
+    row = dict(new)
+    for key in ("scores", "losses"):
+        rates = sorted(old[key].keys() | new[key].keys(), key=float)
+        row[key] = {rate: old[key].get(rate, {}) | new[key].get(rate, {}) for rate in rates}
+    cells, earlier = _cells(row), _cells(old)
+    environments = old["environment"] if isinstance(old["environment"], list) else [old["environment"]]
+    environments = [*environments] if cells.items() & earlier.items() else []
+    if cells != earlier and made not in environments:
+        environments.append(made)
+    return row | {"environment": environments[0] if len(environments) == 1 else environments}
+
+
+def _cells(row: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
+    """Score and loss of every run of a row, by rate and seed."""
+    losses = row["losses"]
+    return {
+        (rate, seed): (score, losses[rate][seed])
+        for rate, scores in row["scores"].items()
+        for seed, score in scores.items()
+    }
 
 
 def refuse_loss(path: Path, result: dict[str, Any]) -> None:
     """Write no result that lacks a run which the one that there is has."""
     found = {(row["task"], row["method"]): row["scores"] for row in result["rows"]}
-    for row in _result_at(path)["rows"]:
+    for row in read(path)["rows"]:
         own = found.get((row["task"], row["method"]), {})
         if any(seeds.keys() - own.get(rate, {}).keys() for rate, seeds in row["scores"].items()):
             raise SystemExit(
                 f"{named(path, '.json')} has runs of {row['method']} on {row['task']} that are not in --work_dir: "
                 "give another one, or keep them by --add."
             )
-
-
-def _result_at(path: Path) -> dict[str, Any]:
-    file = named(path, ".json")
-    return json.loads(file.read_text()) if file.is_file() else {"rows": []}
 
 
 def best(row: dict[str, Any]) -> str:
@@ -211,11 +242,16 @@ def main() -> None:
     result |= {"tasks": some["tasks"], "rows": compare(some, run.finished if arguments.finished else run)}
     print("\n" + table(result))
     path = results_folder() / arguments.experiment
+    if (arguments.tasks or arguments.methods) and not arguments.add:
+        return
+    if not result["rows"]:
+        raise SystemExit(f"{run.work_dir} has no finished runs of these: nothing is written.")
+    refuse_gone(path, read(path)["rows"], experiment)
+    result["weights"] = weights_of(arguments.model or experiment["model"])
     if arguments.add:
-        save(path, joined(path, result, experiment), render)
-    elif not (arguments.tasks or arguments.methods):
-        refuse_loss(path, result)
-        save(path, result, render)
+        return save_new(path, joined(path, result, experiment), render)
+    refuse_loss(path, result)
+    save(path, result, render)
 
 
 if __name__ == "__main__":

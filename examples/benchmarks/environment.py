@@ -95,26 +95,66 @@ def _show_again(before: str, after: str) -> None:
         page.write_text(text, encoding="utf-8")
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The result that there is at a path as of `save`; without one, a result without rows."""
+    file = named(path, ".json")
+    return json.loads(file.read_text()) if file.is_file() else {"rows": []}
+
+
+def save_new(path: Path, result: dict[str, Any], render: Callable[[dict[str, Any], Path], object]) -> None:
+    """`save`, unless the result that there is tells the same, however long ago and wherever it was written."""
+    there = read(path)
+    told = json.loads(json.dumps(result)) | {"environment": there.get("environment")}
+    if json.dumps(told, sort_keys=True) == json.dumps(there, sort_keys=True):
+        print(f"Nothing new: {named(path, '.json')} stays as it is.")
+    else:
+        save(path, result, render)
+
+
+def refuse_gone(path: Path, rows: list[dict[str, Any]], experiment: dict[str, Any]) -> None:
+    """Of a result whose rows are of methods or tasks that the experiment does not have any more nothing is written."""
+    kinds = [key for key in ("task", "method") if key + "s" in experiment]
+    gone = [row[key] for key in kinds for row in rows if row[key] not in experiment[key + "s"]]
+    if gone:
+        raise SystemExit(
+            f"{named(path, '.json')} has rows of {', '.join(dict.fromkeys(gone))}, which the experiment does not have "
+            "any more: put that back, or move the result away to measure all again."
+        )
+
+
 def added(path: Path, result: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
     """The result that there is, with these rows in the place of its own or after them; they say where they were made.
 
     Args:
         path (`Path`): As of `save`.
-        result (`dict`): What was measured, with the environment.
+        result (`dict`): What was measured, with the environment. A row with an `environment` of its own keeps that.
         keys (`tuple[str, ...]`): The entries by which rows are told apart.
     """
-    file = named(path, ".json")
-    if not file.is_file():
+    there = read(path)
+    if not there["rows"]:
         return result
-    there = json.loads(file.read_text())
+    untold = {key for key in ("data", "weights") if key not in there}  # by results of before these were noted
+    result = {key: value for key, value in result.items() if key not in untold}
     told = {"environment", "rows", "title", "curves"}
     differing = [key for key in (there.keys() | result.keys()) - told if there.get(key) != result.get(key)]
     if differing:
-        raise SystemExit(f"{file} was measured with another {', '.join(sorted(differing))}.")
+        raise SystemExit(
+            f"{named(path, '.json')} was measured with another {', '.join(sorted(differing))}: take that, or measure "
+            "all again without adding."
+        )
     rows = {tuple(row[key] for key in keys): row for row in there["rows"]}
-    own = {} if there["environment"] == result["environment"] else {"environment": result["environment"]}
-    rows |= {tuple(row[key] for key in keys): row | own for row in result["rows"]}
+    for row in result["rows"]:
+        key, found = tuple(row[key] for key in keys), {"environment": result["environment"]} | row
+        if found["environment"] == there["environment"]:
+            del found["environment"]
+        if key not in rows or _measured(rows[key]) != _measured(row):
+            rows[key] = found
     return result | {"environment": there["environment"], "rows": list(rows.values())}
+
+
+def _measured(row: dict[str, Any]) -> str:
+    """What a row tells but for where it was made: what was found again was not made again."""
+    return json.dumps({key: value for key, value in row.items() if key != "environment"}, sort_keys=True)
 
 
 def named(path: Path, ending: str) -> Path:

@@ -120,3 +120,9 @@ def test_rows_are_added_to_a_result_of_the_same_settings(tmp_path: Path):
     assert found["rows"] == [{"m": "x", "v": 2, **made}, {"m": "y", "v": 0}, {"m": "z", "v": 3, **made}]
     with pytest.raises(SystemExit, match="was measured with another seeds"):
         environment.added(path, new | {"seeds": [2]}, ("m",))
+    again = environment.added(path, new | {"rows": [{"m": "x", "v": 1}]}, ("m",))
+    assert again["rows"] == old["rows"]  # found again, not made again
+    assert "data" not in environment.added(path, new | {"data": "b"}, ("m",))  # the rows of before may be of another
+    environment.named(path, ".json").write_text(json.dumps(old | {"data": "a"}))
+    with pytest.raises(SystemExit, match="was measured with another data"):
+        environment.added(path, new | {"data": "b"}, ("m",))

@@ -84,7 +84,21 @@ def test_what_was_found_elsewhere_goes_beside_the_result_that_there_is(tmp_path:
     added = compare_rates.joined(path, other | {"rows": found}, EXPERIMENT)
     assert [(row["task"], row["method"]) for row in added["rows"]] == [("rte", "full"), ("rte", "a"), ("sst2", "full")]
     assert added["rows"][1]["scores"] == {"5e-05": {"1": 51, "2": 80}}  # its own first seed, the other's second one
-    assert added["rows"][1]["environment"] == {"cores": 8} and "environment" not in added["rows"][0]
+    assert added["rows"][1]["environment"] == [{"cores": 1}, {"cores": 8}]  # of both seeds
+    assert "environment" not in added["rows"][0]
+    compare_rates.save(path, added, lambda result, path: None)
+    again = other | {"environment": {"cores": 9}, "rows": found}
+    assert compare_rates.joined(path, again, EXPERIMENT) == added  # found again, not made again
+    (renamed,) = ({**row, "label": "B"} for row in found)
+    relabelled = compare_rates.joined(path, again | {"rows": [renamed]}, EXPERIMENT)["rows"][1]
+    assert relabelled == added["rows"][1] | {"label": "B"}
+    for row in again["rows"]:
+        row["losses"] = {rate: dict.fromkeys(seeds, 0.4) for rate, seeds in row["losses"].items()}
+    remade = compare_rates.joined(path, again, EXPERIMENT)["rows"]
+    assert remade[1]["environment"] == [{"cores": 1}, {"cores": 8}, {"cores": 9}]  # the first seed is that of before
+    both = found[0] | {"scores": {"5e-05": {"1": 70, "2": 71}}, "losses": {"5e-05": {"1": 0.1, "2": 0.1}}}
+    remade = compare_rates.joined(path, again | {"rows": [both]}, EXPERIMENT)["rows"]
+    assert remade[1]["environment"] == {"cores": 9}
     for before, after in zip(whole["rows"], added["rows"], strict=True):
         assert before["method"] == "a" or before == after
     assert added["tasks"] == compare_rates.chosen(EXPERIMENT, None, None)["tasks"]
@@ -92,3 +106,59 @@ def test_what_was_found_elsewhere_goes_beside_the_result_that_there_is(tmp_path:
     longer = EXPERIMENT | {"tasks": {"rte": {"arguments": ["--epochs", "3"]}}}
     with pytest.raises(SystemExit, match="was measured with other tasks: leave --add out"):
         compare_rates.joined(path, other | {"rows": []}, longer)
+
+
+@pytest.mark.parametrize(("key", "value"), [("arguments", ["--rank", "4"]), ("steps", 8), ("trained_parameters", 6)])
+def test_a_row_holds_runs_of_one_model_and_its_arguments(key: str, value: object, tmp_path: Path):
+    path = tmp_path / "presets"
+    whole = {"environment": {}, "rows": compare_rates.compare(EXPERIMENT, get)}
+    compare_rates.save(path, whole, lambda result, path: None)
+    rows = [row | {key: value} if row["method"] == "a" else row for row in whole["rows"]]
+    with pytest.raises(SystemExit, match=f"has a on rte with other {key} "):
+        compare_rates.joined(path, whole | {"rows": rows}, EXPERIMENT)
+
+
+def test_finished_runs_are_added_to_a_result_of_the_same_model(tmp_path: Path, monkeypatch, capsys):
+    """And where there is nothing new the file stays as it is."""
+    experiment = EXPERIMENT | {"model": str(tmp_path / "model"), "common": []}
+    monkeypatch.setattr(compare_rates, "load_experiment", lambda name: experiment)
+    monkeypatch.setattr(compare_rates, "results_folder", lambda: tmp_path / "results" / "here")
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    words = ["compare_rates.py", "few", "--finished", "--work_dir", str(tmp_path / "work")]
+
+    def call(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        compare_rates.main()
+        return capsys.readouterr().out
+
+    for more in ([], ["--add"]):
+        with pytest.raises(SystemExit, match="work/few has no finished runs of these: nothing is written"):
+            call(*more)
+    assert not (tmp_path / "results").exists()
+    for *_, name, arguments in compare_rates.planned(experiment):
+        if found := get(name, arguments):
+            folder = tmp_path / "work" / "few" / name
+            folder.mkdir(parents=True)
+            command = ["--model_name_or_path", experiment["model"], *arguments, "--output_dir", str(folder)]
+            (folder / "command.json").write_text(json.dumps(command))
+            (folder / "results.json").write_text(json.dumps(found))
+    assert "Written: " in call()
+    file = tmp_path / "results" / "here" / "few.json"
+    there = json.loads(file.read_text())
+    assert there["weights"]["files"] == ["model.safetensors"] and there["weights"]["bytes"] == 5
+    file.write_text(json.dumps(there | {"environment": {"cores": 99}}))
+    before = file.read_bytes()
+    assert f"Nothing new: {file} stays as it is." in call("--add") and file.read_bytes() == before
+    with pytest.raises(SystemExit, match="Only it has: .*model; only this one: .*other"):
+        call("--add", "--model", str(tmp_path / "other"))
+    experiment["model"] = "the same name"
+    file.write_text(json.dumps(there | {"model": "the same name"}))
+    (tmp_path / "model" / "model.safetensors").write_text("changed")
+    with pytest.raises(SystemExit, match="was measured with another weights"):
+        call("--add", "--model", str(tmp_path / "model"))
+    experiment["methods"] = {"full": EXPERIMENT["methods"]["full"]}
+    for more in ([], ["--add"]):
+        with pytest.raises(SystemExit, match="few.json has rows of a, which the experiment does not have any more"):
+            call("--model", str(tmp_path / "model"), *more)
