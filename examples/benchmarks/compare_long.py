@@ -10,11 +10,14 @@ has finished is not repeated. Both hold for the same command whatever the commit
 and in the result, and a run that should be made again is deleted by hand, with its folder in `--work_dir`.
 
 What has finished is in `<work_dir>/<name>.json`, .md and .png, written after every run, and with the last one, or by
-`--finished` before, in results/<device>: rows tell how many seeds they have. With `--add` the runs that the result in
-results/<device> was made of count as finished, wherever they were made; only what it lacks is run.
+`--finished` before, in results/<device>: rows tell how many seeds they have and all that their runs were made with
+(commits, processors, packages). With `--add` the runs that the result in results/<device> was made of count as
+finished, wherever they were made; only what it lacks is run. That result tells the text by its contents (`data`), and
+nothing of another text is put into it, whatever the folder is called.
 
 `--times` measures a step of every method of the result, one after the other on this machine, at the settings of the
-rows: seconds of the processor. The runs above, made beside other work and perhaps on several machines, tell no time.
+rows: seconds of the processor. The runs above, made beside other work and perhaps on several machines, tell no time. A
+method that fails has none; where the result has one, its times stay until all are there, and the next call goes on.
 
 Needs: the `examples` extra, text, and for its GaLore and APOLLO galore-torch and apollo-torch. Days on one core:
 
@@ -26,7 +29,6 @@ Needs: the `examples` extra, text, and for its GaLore and APOLLO galore-torch an
 """
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -37,14 +39,18 @@ from pathlib import Path
 from typing import Any
 
 from compare_pretraining import read_methods, walk
-from environment import describe, load_experiment, named, results_folder, save
-from long_rows import Contender, recalled, render, table
+from environment import describe, load_experiment, named, read, refuse_gone, results_folder, save
+from identity import text_of
+from long_result import known_runs, refuse_other_text, rows_of, write
+from long_rows import Contender, render, table
 from pretraining_runs import PRELOADED, PROCESSES, Run, execute, finished, started
 
 
 TIMED_STEPS = 400  # a multiple of every interval of an SVD
 TIMED = ("--max_steps", str(TIMED_STEPS), "--eval_steps", str(TIMED_STEPS), "--max_eval_tokens", "8192")
 Get = Callable[[Run], dict[str, Any]]  # makes a run, or finds it
+Runs = dict[str, dict[str, Any]]  # results by name
+Starts = dict[str, list[dict[str, Any]]]  # what the runs of a method were made with, by its name
 
 
 class Missing(Exception):
@@ -82,7 +88,7 @@ def contend(contenders: list[Contender], short: Get, long: Get) -> Iterator[Cont
         contender.results.append(long(contender.long.run(contender.best, seed)))
 
     def choose_and_train(contender: Contender, seed: int) -> None:
-        contender.losses, contender.best = walk(contender.search, short)
+        contender.walked, contender.best = walk(contender.search, short)
         repeat(contender, contender.search.seeds[0])  # which the walk has made
         train(contender, seed)
 
@@ -117,70 +123,88 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def measure(contenders: list[Contender], rows: list[dict[str, Any]], run: Get) -> dict[str, Any]:
-    """Seconds of the processor for a step of every row's method at its setting, one run after the other."""
+    """Seconds of the processor for a step of every row's method at its setting, one run after the other.
+
+    A method whose run fails has none, and the others go on.
+    """
     settings = {row["method"]: tuple(row["best"].values()) for row in rows}
     seconds = {}
     for contender in contenders:
         if contender.long.name in settings:
             made = contender.long.run(settings[contender.long.name], contender.long.seeds[0])
-            found = run(replace(made, arguments=(*made.arguments, *TIMED)))
+            try:
+                found = run(replace(made, arguments=(*made.arguments, *TIMED)))
+            except SystemExit as reason:
+                print(f"{contender.long.label}: {reason}", flush=True)
+                continue
             (entry,) = (entry for entry in found["log_history"] if "train_cpu_seconds" in entry)
             seconds[contender.long.name] = entry["train_cpu_seconds"] / entry["step"]
     return {"environment": describe(), "steps": TIMED_STEPS, "seconds_per_step": seconds}
 
 
+def write_times(contenders: list[Contender], there: dict[str, Any], path: Path, folder: Path) -> None:
+    """Measures all rows of the result and puts the times into it: all at once, they are compared with each other."""
+    file = named(path, ".json")
+    if not there["rows"]:
+        raise SystemExit(f"There is no {file}, whose rows are to be timed: run some, or --finished.")
+    here = folder / "times" / str(describe()["commit"])  # what was broken off goes on, but with no other code
+    with alone(folder):
+        times = measure(contenders, there["rows"], partial(execute, work_dir=here))
+        before, now = (found.get("seconds_per_step", {}) for found in (there.get("times", {}), times))
+        if lost := [name for name in before if name not in now] or (["any method"] if not now else []):
+            raise SystemExit(
+                f"{file} stays as it is, for there is no time of {', '.join(lost)}. The others are kept in {here}: "
+                "once that runs, --times goes on with it."
+            )
+        save(path, there | {"times": times}, render)
+        shutil.rmtree(folder / "times", ignore_errors=True)
+
+
 def main() -> None:
     """Run, summarise, write."""
-    arguments = parser().parse_args()
-    if arguments.methods and (arguments.finished or arguments.times):
-        raise SystemExit("--finished and --times write the rows of all methods: leave --methods out.")
-    if arguments.times and arguments.add:
-        raise SystemExit("--times measures the result as it is: leave --add out, or call it with --finished before.")
+    arguments = parse()
     experiment = load_experiment(arguments.experiment)
     extra = ["--dataset", arguments.data] if arguments.data else []
     name = arguments.experiment + (f"_{Path(arguments.data).name}" if arguments.data else "")
     folder, path = arguments.work_dir / name, results_folder() / name
     contenders = read_contenders(experiment, arguments.methods, extra)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    there = json.loads(named(path, ".json").read_text()) if named(path, ".json").is_file() else {"rows": []}
+    there, data = read(path), text_of(arguments.data)
+    refuse_other_text(path, there, data)
+    if not (arguments.status or arguments.methods):
+        refuse_gone(path, there["rows"], experiment)
     if arguments.times:
-        if not there["rows"]:
-            raise SystemExit(
-                f"There is no {named(path, '.json')}, whose rows are to be timed: run some, or --finished."
-            )
-        with alone(folder):
-            shutil.rmtree(folder / "times", ignore_errors=True)  # of before: they are compared with each other
-            times = measure(contenders, there["rows"], partial(execute, work_dir=folder / "times"))
-            return save(path, there | {"times": times}, render)
-    result = {"environment": describe() | {"threads": arguments.threads}}
-    result |= {key: experiment[key] for key in ("title", "common", "search", "long")} | {"rows": []}
-    known = _known(contenders, there, result, name) if arguments.add else {"search": {}, "long": {}}
+        return write_times(contenders, there, path, folder)
+    made = describe() | {"threads": arguments.threads}
+    result = {"environment": made} | {key: experiment[key] for key in ("title", "common", "search", "long")}
+    result |= ({"data": data} if data else {}) | {"rows": []}
+    known = known_runs(contenders, there, result, path) if arguments.add else {"search": {}, "long": {}}
+    starts = {contender.search.name: contender.starts for contender in contenders}
     if arguments.status or arguments.finished:
-        looks = (partial(_look, folder=folder / stage, known=known[stage]) for stage in ("search", "long"))
+        looks = (partial(_look, folder=folder / stage, known=known[stage], starts=starts) for stage in known)
         for _ in contend(contenders, *looks):
             pass
-        result |= _rows(contenders, there, folder)
+        result |= rows_of(contenders, there)
         if arguments.finished:
-            _refuse_loss(there["rows"], result["rows"], folder)
-            return save(path, result, render)
+            return write(path, there, result, folder, arguments.add)
         return print("\n" + table(result))
-    short = partial(_make, known=known["search"], work_dir=folder / "search", made=result["environment"])
+    short = partial(_make, known=known["search"], work_dir=folder / "search", starts=starts, made=made)
     long = partial(short, known=known["long"], work_dir=folder / "long", save_steps=experiment["long"]["save_steps"])
     with alone(folder):
         for _ in contend(contenders, short, long):
-            result |= _rows(contenders, there, folder)
+            result |= rows_of(contenders, there)
             save(folder / name, result, render, quiet=True)
     print("\n" + table(result))
     whole = [len(c.results) == len(c.long.seeds) and len(c.short) == len(c.search.seeds) for c in contenders]
     if all(whole) and not arguments.methods:
-        save(path, result, render)
+        write(path, there, result, folder, arguments.add)
 
 
-def parser() -> argparse.ArgumentParser:
+def parse() -> argparse.Namespace:
     """What it is asked on its command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("experiment", help="name of a file in experiments/")
-    found.add_argument("--data", help="data set for --dataset; results are written under its name")
+    found.add_argument("--data", help="file or folder of text, for --dataset; results are written under its name")
     found.add_argument("--methods", nargs="+", help="only these; nothing is written to results/ then")
     found.add_argument("--add", action="store_true", help="take the runs of the result in results/ as finished")
     instead = found.add_mutually_exclusive_group()
@@ -189,65 +213,30 @@ def parser() -> argparse.ArgumentParser:
     instead.add_argument("--times", action="store_true", help="only measure a step of each method of that result")
     found.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
     found.add_argument("--work_dir", type=Path, default=Path("runs/compare"), help="default: runs/compare")
+    arguments = found.parse_args()
+    if arguments.methods and (arguments.finished or arguments.times):
+        raise SystemExit("--finished and --times write the rows of all methods: leave --methods out.")
+    if arguments.times and arguments.add:
+        raise SystemExit("--times measures the result as it is: leave --add out, or call it with --finished before.")
+    if arguments.data and not Path(arguments.data).expanduser().exists():
+        raise SystemExit(f"--data {arguments.data}: there is no such file or folder.")
+    return arguments
+
+
+def _make(run: Run, known: Runs, starts: Starts, work_dir: Path, **options: Any) -> dict[str, Any]:
+    if run.name in known:
+        return known[run.name]
+    found = execute(run, work_dir, **options)
+    starts[run.method] += started(run, work_dir)
     return found
 
 
-def _known(
-    contenders: list[Contender], there: dict[str, Any], result: dict[str, Any], name: str
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """The runs that the result in results/ was made of, by stage and name; contenders get their commits."""
-    for key in ("common", "search", "long"):
-        if there["rows"] and there[key] != result[key]:
-            raise SystemExit(f"The result of {name} was measured with another {key}: leave --add out.")
-    rows = {row["method"]: row for row in there["rows"]}
-    known: dict[str, dict[str, dict[str, Any]]] = {"search": {}, "long": {}}
-    for contender in contenders:
-        if row := rows.get(contender.search.name):
-            for stage, runs in recalled(contender, row).items():
-                known[stage] |= runs
-            contender.earlier = [{"commit": commit} for commit in row["commits"]]
-            processors = row.get("processors", [there["environment"]["processor"]])
-            contender.earlier += [{"processor": found} for found in processors]
-    return known
-
-
-def _rows(contenders: list[Contender], there: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The rows, and of the times that the result in results/ has those of settings that are still the best."""
-    for contender in contenders:
-        own = [start for stage in ("search", "long") for start in started(folder / stage, contender.search.name)]
-        contender.starts = contender.earlier + own
-    rows = [contender.row for contender in contenders if contender.results]
-    if "times" not in there:
-        return {"rows": rows}
-    timed = {row["method"]: row["best"] for row in there["rows"]}
-    same = {row["method"] for row in rows if row["best"] == timed.get(row["method"])}
-    seconds = {name: second for name, second in there["times"]["seconds_per_step"].items() if name in same}
-    return {"rows": rows, "times": there["times"] | {"seconds_per_step": seconds}}
-
-
-def _refuse_loss(there: list[dict[str, Any]], rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write no result that lacks a method, or a seed of one, which the one that there is has."""
-    found = {row["method"]: row for row in rows}
-    lost = [
-        row["method"]
-        for row in there
-        if any(
-            len(found.get(row["method"], {}).get(seeds, ())) < len(row[seeds]) for seeds in ("seeds", "short_seeds")
-        )
-    ]
-    if lost := lost or (["any method"] if not found else []):
-        raise SystemExit(
-            f"{folder} has no finished runs of {', '.join(lost)}: give another --work_dir, or keep them by --add."
-        )
-
-
-def _make(run: Run, known: dict[str, dict[str, Any]], **options: Any) -> dict[str, Any]:
-    return known[run.name] if run.name in known else execute(run, **options)
-
-
-def _look(run: Run, folder: Path, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    if (found := known.get(run.name) or finished(run, folder)) is None:
-        raise Missing(f"{run.name} has not finished")
+def _look(run: Run, folder: Path, known: Runs, starts: Starts) -> dict[str, Any]:
+    found = known.get(run.name)
+    if found is None:
+        if (found := finished(run, folder)) is None:
+            raise Missing(f"{run.name} has not finished")
+        starts[run.method] += started(run, folder)
     print(f"{folder.name} {run.name}: perplexity {found['perplexity']:.2f}")
     return found
 

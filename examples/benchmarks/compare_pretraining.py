@@ -108,26 +108,26 @@ def search(grid: Grid, starts: tuple[Setting, ...], loss: Callable[[Setting], fl
 
 
 def walk(method: Method, run: Callable[[Run], dict[str, Any]]) -> tuple[dict[Setting, float], Setting]:
-    """The losses of the settings that were tried with a method's first seed, and the best setting."""
+    """The perplexities of the settings that were walked with a method's first seed, and the best setting."""
 
-    def loss(setting: Setting) -> float:
-        found = run(method.run(setting, method.seeds[0]))["eval_loss"]
+    def perplexity(setting: Setting) -> float:
+        found = run(method.run(setting, method.seeds[0]))["perplexity"]
         return found if math.isfinite(found) else math.inf
 
-    losses = search(method.grid, method.starts, loss)
-    return losses, min(losses, key=lambda setting: losses[setting])
+    walked = search(method.grid, method.starts, perplexity)
+    return walked, min(walked, key=lambda setting: walked[setting])
 
 
 def compare(method: Method, run: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
     """Finds a method's best setting with the first seed and runs it with the others: one row of the results."""
-    losses, best = walk(method, run)
-    return row_of(method, losses, best, [run(method.run(best, seed)) for seed in method.seeds])
+    walked, best = walk(method, run)
+    return row_of(method, walked, best, [run(method.run(best, seed)) for seed in method.seeds])
 
 
 def row_of(
-    method: Method, losses: dict[Setting, float], best: Setting, results: list[dict[str, Any]]
+    method: Method, walked: dict[Setting, float], best: Setting, results: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What is kept of a method: the settings tried, and what the best one gave with each seed."""
+    """What is kept of a method: the settings walked, and what the best one gave with each seed."""
     perplexities = [result["perplexity"] for result in results]
     finite = all(math.isfinite(perplexity) for perplexity in perplexities)
     return {
@@ -136,7 +136,7 @@ def row_of(
         "arguments": method.arguments,
         "grid": method.grid,
         "walked": bool(method.starts),
-        "perplexity": {setting_text(setting): math.exp(value) for setting, value in sorted(losses.items())},
+        "perplexity": {setting_text(setting): value for setting, value in sorted(walked.items())},
         "best": dict(zip(method.grid, best, strict=True)),
         "seeds": perplexities,
         "best_perplexity": statistics.fmean(perplexities) if finite else math.inf,

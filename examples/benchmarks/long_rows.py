@@ -1,5 +1,6 @@
 """What the long comparison keeps of each method, and how it is written: rows, tables, pictures."""
 
+import json
 import math
 import statistics
 from dataclasses import dataclass, field
@@ -12,33 +13,35 @@ from environment import named
 from long_plot import draw
 
 
+MADE = {"commits": "commit", "processors": "processor", "packages": "packages"}  # of a row -> of an environment
+
+
 @dataclass
 class Contender:
     """A method, and what has been found of it so far."""
 
     search: Method
     long: Method
-    losses: dict[Setting, float] = field(default_factory=dict)
+    walked: dict[Setting, float] = field(default_factory=dict)  # perplexities
     best: Setting | None = None
     short: list[dict[str, Any]] = field(default_factory=list)  # at the best setting, by seed
     results: list[dict[str, Any]] = field(default_factory=list)
-    starts: list[dict[str, Any]] = field(default_factory=list)  # commits and processors of all of its runs
-    earlier: list[dict[str, Any]] = field(default_factory=list)  # those of them that a result tells
+    starts: list[dict[str, Any]] = field(default_factory=list)  # what all of its runs were made with
 
     @property
     def row(self) -> dict[str, Any]:
         """What the result keeps of it, once a long run has finished."""
-        row = row_of(self.search, self.losses, self.best, self.results)
+        row = row_of(self.search, self.walked, self.best, self.results)
         return row | {
             "short_seeds": [result["perplexity"] for result in self.short],
             "parameters": self.results[0]["parameters"],
             "curves": [curve(result) for result in self.results],
-            "commits": self._made("commit"),
-            "processors": self._made("processor"),
+            **{key: self._made(what) for key, what in MADE.items()},
         }
 
-    def _made(self, what: str) -> list[str]:
-        return sorted({str(start[what]) for start in self.starts if what in start})
+    def _made(self, what: str) -> list[Any]:
+        told = {json.dumps(start[what], sort_keys=True) for start in self.starts if start.get(what)}
+        return [json.loads(text) for text in sorted(told)]
 
 
 def curve(result: dict[str, Any]) -> list[tuple[int, float]]:
@@ -57,12 +60,12 @@ def recalled(contender: Contender, row: dict[str, Any]) -> dict[str, dict[str, d
         raise SystemExit(f"{search.name} was measured with other arguments: leave --add out to measure all again.")
     best = tuple(row["best"].values())
     short = {
-        search.run(setting, search.seeds[0]).name: _ended(row["perplexity"][setting_text(setting)])
+        search.run(setting, search.seeds[0]).name: {"perplexity": row["perplexity"][setting_text(setting)]}
         for setting in product(*search.grid.values())
         if setting_text(setting) in row["perplexity"]
     }
     short |= {
-        search.run(best, seed).name: _ended(found)
+        search.run(best, seed).name: {"perplexity": found}
         for seed, found in zip(search.seeds, row["short_seeds"], strict=False)
     }
     sizes = {
@@ -71,12 +74,13 @@ def recalled(contender: Contender, row: dict[str, Any]) -> dict[str, dict[str, d
     whole = {}
     for seed, found, points in zip(long.seeds, row["seeds"], row["curves"], strict=False):
         entries = [{"step": step, "eval_loss": loss} for step, loss in points]
-        whole[long.run(best, seed).name] = _ended(found) | sizes | {"log_history": entries}
+        whole[long.run(best, seed).name] = sizes | {"perplexity": found, "log_history": entries}
     return {"search": short, "long": whole}
 
 
-def _ended(perplexity: float) -> dict[str, Any]:
-    return {"perplexity": perplexity, "eval_loss": math.log(perplexity)}
+def recalled_starts(row: dict[str, Any], environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a row tells its runs were made with; what it does not tell yet is the environment of its result."""
+    return [{what: found} for key, what in MADE.items() for found in row.get(key, [environment.get(what)])]
 
 
 def table(result: dict[str, Any]) -> str:

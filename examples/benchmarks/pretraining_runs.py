@@ -99,10 +99,10 @@ def finished(run: Run, work_dir: Path) -> dict[str, Any] | None:
     return kept_runs.finished(work_dir / run.name, run.command)
 
 
-def started(work_dir: Path, method: str) -> list[dict[str, Any]]:
-    """What was noted of every start of a run of a method."""
-    notes = work_dir.glob(f"{method}-*/made.jsonl")
-    return [json.loads(line) for note in notes for line in note.read_text().splitlines()]
+def started(run: Run, work_dir: Path) -> list[dict[str, Any]]:
+    """What was noted of every start of a run."""
+    note = work_dir / run.name / "made.jsonl"
+    return [json.loads(line) for line in note.read_text().splitlines()] if note.is_file() else []
 
 
 def _train(program: str, command: list[str], log: Path) -> None:

@@ -13,6 +13,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 BENCHMARKS = EXAMPLES / "benchmarks"
 sys.path[:0] = [str(EXAMPLES), str(BENCHMARKS)]
 
+from long_runs import EXPERIMENT, Runner  # noqa: E402
+
 import compare_long  # noqa: E402
 import compare_pretraining  # noqa: E402
 import long_rows  # noqa: E402
@@ -20,45 +22,6 @@ import pretrain_llama  # noqa: E402
 import pretraining_runs  # noqa: E402
 from hf_osd import OSDCallback  # noqa: E402
 from pretraining_runs import Run  # noqa: E402
-
-
-EXPERIMENT: dict[str, Any] = {
-    "common": ["--model", "m"],
-    "search": {"seeds": [1, 2], "arguments": ["--max_steps", "10"]},
-    "long": {"seeds": [1, 2], "save_steps": 5, "arguments": ["--max_steps", "100"]},
-    "methods": {
-        "a": {"label": "A", "learning_rates": [1, 2, 3], "starts": [{"learning_rate": 1}], "arguments": []},
-        "b": {"label": "B", "learning_rates": [1], "arguments": []},
-    },
-}
-
-
-def result(loss: float, steps: int) -> dict[str, Any]:
-    entries = [{"step": step, "eval_loss": loss, "train_cpu_seconds": 0.5 * step} for step in (steps // 2, steps)]
-    entries[1]["train_cpu_seconds"] = 0.1 * steps
-    return {
-        "eval_loss": loss,
-        "perplexity": math.exp(loss),
-        "optimizer_state_bytes": 50,
-        "adamw_state_bytes": 100,
-        "parameters": 10,
-        "steps": steps,
-        "tokens_seen": 4 * steps,
-        "log_history": [{"step": 1, "loss": 5.0}, *entries],
-    }
-
-
-class Runner:
-    """Stands in for training: the loss is least at learning rate 2."""
-
-    def __init__(self, steps: int, names: list[str], broken: str = "") -> None:
-        self.steps, self.names, self.broken = steps, names, broken
-
-    def __call__(self, run: Run) -> dict[str, Any]:
-        if run.method == self.broken:
-            raise SystemExit("out of memory")
-        self.names.append(f"{self.steps}: {run.name}")
-        return result(2 + (run.options[0][1] - 2) ** 2 + run.seed / 10, self.steps)
 
 
 def test_the_most_telling_runs_come_first(tmp_path: Path):
@@ -141,70 +104,6 @@ def test_a_method_that_fails_stops_no_other(capsys):
     assert "A: out of memory" in capsys.readouterr().out and not contenders[0].results
 
 
-def test_finished_runs_alone_can_be_written(tmp_path: Path, monkeypatch, capsys):
-    """A method without its long run has no row, and nothing is run."""
-    monkeypatch.setattr(compare_long, "load_experiment", lambda name: EXPERIMENT | {"title": "title"})
-    monkeypatch.setattr(compare_long, "results_folder", lambda: tmp_path / "results" / "here")
-    monkeypatch.setattr(compare_long, "execute", None)
-    for stage, run in (
-        ("search", Run("b", (("learning_rate", 1),), 1, ("--model", "m", "--max_steps", "10"))),
-        ("long", Run("b", (("learning_rate", 1),), 1, ("--model", "m", "--max_steps", "100"))),
-    ):
-        folder = tmp_path / "work" / "few" / stage / run.name
-        folder.mkdir(parents=True)
-        (folder / "command.json").write_text(json.dumps(run.command))
-        (folder / "results.json").write_text(json.dumps(result(2.0, 100)))
-    words = ["few", "--work_dir", str(tmp_path / "work"), "--finished"]
-    monkeypatch.setattr(sys, "argv", ["compare_long.py", *words])
-    compare_long.main()
-    assert "A: a-learning_rate1-seed1 has not finished" in capsys.readouterr().out
-    table = (tmp_path / "results" / "here" / "few.md").read_text()
-    assert "| B | 7.39 (one seed) | 7.39 (one seed) | learning rate 1 |" in table and "| A |" not in table
-    assert (tmp_path / "results" / "here" / "few.png").is_file()
-    for more, message in (
-        (["--work_dir", str(tmp_path / "other")], "other/few has no finished runs of b: give another --work_dir"),
-        (["--methods", "b"], "leave --methods out"),
-        (["--status"], "not allowed with argument"),
-        (["--times"], "not allowed with argument"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["compare_long.py", *words, *more])
-        with pytest.raises(SystemExit) as refused:
-            compare_long.main()
-        assert message in str(refused.value) + capsys.readouterr().err
-    assert (tmp_path / "results" / "here" / "few.md").read_text() == table  # and nothing was lost
-    committed = tmp_path / "results" / "here" / "few.json"
-    there = json.loads(committed.read_text())
-    monkeypatch.setattr(sys, "argv", ["compare_long.py", *words])
-    for seeds in ("short_seeds", "seeds"):  # one that is not here
-        lost = json.loads(json.dumps(there))
-        lost["rows"][0][seeds].append(7.0)
-        committed.write_text(json.dumps(lost))
-        with pytest.raises(SystemExit, match="has no finished runs of b: .* or keep them by --add"):
-            compare_long.main()
-    there = lost
-    there["rows"][0] |= {"commits": ["earlier"], "curves": [*there["rows"][0]["curves"], [[50, 2.0], [100, 1.9]]]}
-    del there["rows"][0]["processors"]  # as they were written once
-    committed.write_text(json.dumps(there | {"times": {"seconds_per_step": {"b": 0.5}}}))
-    monkeypatch.setattr(sys, "argv", ["compare_long.py", *words, "--add"])
-    compare_long.main()
-    (row,) = json.loads(committed.read_text())["rows"]
-    assert row["seeds"] == pytest.approx([math.exp(2.0), 7.0]) and row["commits"] == ["earlier"]
-    assert (
-        row["processors"] == [there["environment"]["processor"]]
-        and "| 500 |" in committed.with_suffix(".md").read_text()
-    )
-    changed = json.loads(json.dumps(there | {"times": {"seconds_per_step": {"b": 0.5}}}))
-    changed["rows"][0] |= {"best": {"learning_rate": 3}, "seeds": [8.0]}  # timed at another setting
-    committed.write_text(json.dumps(changed))
-    monkeypatch.setattr(sys, "argv", ["compare_long.py", *words])
-    compare_long.main()
-    assert json.loads(committed.read_text())["times"]["seconds_per_step"] == {}
-    monkeypatch.setattr(sys, "argv", ["compare_long.py", *words, "--add"])
-    committed.write_text(json.dumps(there | {"long": there["long"] | {"save_steps": 6}}))
-    with pytest.raises(SystemExit, match="measured with another long: leave --add out"):
-        compare_long.main()
-
-
 def test_the_committed_experiment_is_complete(tmp_path: Path):
     parser = HfArgumentParser((pretrain_llama.PretrainingArguments, pretrain_llama.OSDTrainingArguments))
     experiment = json.loads((BENCHMARKS / "experiments" / "family_long.json").read_text())
@@ -219,19 +118,6 @@ def test_the_committed_experiment_is_complete(tmp_path: Path):
         assert args.max_steps % args.eval_steps == 0 == every % args.eval_steps  # times are counted between these
         # a chunk between two evaluations has as many SVDs as any other
         assert all(args.eval_steps % interval == 0 for interval in contender.long.grid.get("interval", []))
-
-
-@pytest.mark.parametrize(
-    ("more", "message"), [([], "There is no .*few.json, whose rows"), (["--add"], "leave --add out")]
-)
-def test_times_are_those_of_a_result(more: list[str], message: str, tmp_path: Path, monkeypatch):
-    """Without one nothing is written."""
-    monkeypatch.setattr(compare_long, "load_experiment", lambda name: EXPERIMENT)
-    monkeypatch.setattr(compare_long, "results_folder", lambda: tmp_path)
-    monkeypatch.setattr(sys, "argv", ["compare_long.py", "few", "--times", "--work_dir", str(tmp_path), *more])
-    with pytest.raises(SystemExit, match=message):
-        compare_long.main()
-    assert not list(tmp_path.iterdir())
 
 
 def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -281,7 +167,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_is_kept(tmp_path: Path, mo
     resumed = pretraining_runs.execute(run, tmp_path / "cut", 2, {"commit": "second"})
     assert long_rows.curve(whole) == long_rows.curve(resumed) and len(long_rows.curve(whole)) == 3
     assert all(entry["train_cpu_seconds"] > 0 for entry in resumed["log_history"] if "eval_loss" in entry)
-    starts = pretraining_runs.started(tmp_path / "cut", "osd")
+    starts = pretraining_runs.started(run, tmp_path / "cut")
     assert starts == [{"from": None, "commit": "first"}, {"from": "checkpoint-2", "commit": "second"}]
     monkeypatch.setattr(pretraining_runs, "_train", None)
     assert pretraining_runs.execute(run, tmp_path / "cut", 2) == resumed  # kept
