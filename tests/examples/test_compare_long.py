@@ -70,12 +70,7 @@ def test_a_row_stands_for_the_runs_that_it_was_made_of():
         list(compare_long.contend(again, short, long))
         assert names == ["100: a-learning_rate2-seed2", "10: a-learning_rate2-seed2"][:left]
         whole = [json.loads(json.dumps(contender.row)) for contender in again]
-        assert [row["best"] for row in whole] == [contender.row["best"] for contender in first]
-        for row, contender in zip(whole, first, strict=True):
-            for key in ("seeds", "short_seeds", "optimizer_state_bytes", "tokens_seen"):
-                assert row[key] == pytest.approx(contender.row[key])
-            assert row["perplexity"] == pytest.approx(contender.row["perplexity"])
-            assert row["curves"] == json.loads(json.dumps(contender.row["curves"]))
+        assert whole == [json.loads(json.dumps(contender.row)) for contender in first]  # to the last bit
     with pytest.raises(SystemExit, match="a was measured with other arguments: leave --add out"):
         long_rows.recalled(first[0], rows["a"] | {"arguments": ["--optim", "sgd"]})
 
