@@ -118,7 +118,7 @@ def test_what_would_not_be_exact_is_refused(options: dict, reason: str):
     with pytest.raises(ValueError) as caught:
         optimizer_of(Net(), **options, layerwise=True, gradient_accumulation=True)
     assert "`layerwise` with `gradient_accumulation` is not for" in str(caught.value) and reason in str(caught.value)
-    told = "Give residual=none, also beside a preset, or leave one of the two out."
+    told = "which keeps the residual, or give residual=none, also beside a preset."
     assert str(caught.value).endswith(told if "residual" in options else "Leave one of them out.")
 
 
