@@ -149,7 +149,7 @@ def test_written_texts_are_what_the_declarations_make():
 def test_the_signature_is_complete():
     defaults = {**OSD.__init__.__kwdefaults__}
     assert defaults.pop("maximize") is False
-    assert defaults.pop("layers") is None and defaults.pop("selection") is None
+    assert [defaults.pop(name) for name in ("layers", "selection", "asked")] == [None] * 3
     assert all(defaults[name] == getattr(cls, name) for cls in (Options, Mode) for name in cls.__dataclass_fields__)
     rules = {"lambda_", "projection_interval", "update_interval", "distribution", "unbiased", "mixing"}
     rules |= {"betas", "eps", "momentum"}

@@ -15,8 +15,8 @@ FULL_SIZE = "full size"  # in place of the side
 
 
 def is_matrix(p: Tensor) -> bool:
-    """Whether a parameter can be projected: a matrix, or a stack of them, that has elements."""
-    return p.ndim in (2, 3) and 0 not in p.shape
+    """Whether a parameter can be projected: a matrix with rows and columns, or a stack of any number of them."""
+    return p.ndim in (2, 3) and 0 not in p.shape[-2:]
 
 
 def is_projected(p: Tensor, group: Mapping[str, Any]) -> bool:
