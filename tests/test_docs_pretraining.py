@@ -119,9 +119,23 @@ def test_the_long_comparison_is_on_its_page():
 def test_steps_of_the_long_comparison_are_timed_side_by_side():
     times = result("family_long_text")["times"]
     seconds = times["seconds_per_step"]
-    assert seconds.keys() == by_method("family_long_text").keys() and times["steps"] == 400
+    later = {"online_pca_sign", "online_pca_activations"}  # which were run since
+    assert seconds.keys() | later == by_method("family_long_text").keys() and times["steps"] == 400
     slower = [seconds[name] / seconds["adamw"] - 1 for name in ("preset_at_adamws", "preset_ratio8", "preset")]
     said = f"takes {100 * min(slower):.0f} to {max(slower):.0%} longer than AdamW's ({1000 * seconds['adamw']:.0f} ms)"
+    assert said in text_of("docs/benchmarks.md")
+
+
+def test_what_is_said_of_the_rows_without_a_preset():
+    rows = by_method("family_long_text")
+    first = {name: row["seeds"][0] for name, row in rows.items()}
+    short = {name: row["short_seeds"][0] for name, row in rows.items()}
+    signs = [own["online_pca_sign"] / own["preset"] - 1 for own in (short, first)]
+    said = (
+        f"with signs {first['online_pca_sign']:.2f}, {signs[1]:.1%} above the preset (after 2M tokens {signs[0]:.1%})"
+    )
+    more = first["online_pca_activations"] / first["galore"] - 1
+    said += f"; from activations {first['online_pca_activations']:.2f}, {more:.1%} above GaLore"
     assert said in text_of("docs/benchmarks.md")
 
 
@@ -139,4 +153,11 @@ def test_what_is_said_of_the_long_comparison_elsewhere():
     said = f"{end['preset']}, {scaled} below AdamW with its blocks at a scale that was searched for "
     said += f"({end['adamw_scaled']}; two seeds) and {plain} below AdamW with one rate ({end['adamw']}; one seed)"
     assert said in text_of("docs/choosing.md")
+    ends = f"{below(rows['preset'], rows['adamw_scaled']):.1%} below AdamW with its blocks at a scale, and only level"
+    assert ends in text_of("README.md")
+    same = mean(rows["preset_at_adamws"]["seeds"])
+    assert (
+        f"(AdamW's does as well: {same:.2f})" in text_of("README.md")
+        and abs(same / rows["preset"]["seeds"][0] - 1) < 0.01
+    )
     assert [len(rows[name]["seeds"]) for name in ("preset", "adamw_scaled", "adamw")] == [2, 2, 1]

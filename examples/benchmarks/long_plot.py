@@ -1,6 +1,7 @@
 """The picture of a long comparison: what each method reached, and how, by tokens and by time."""
 
 import math
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ def draw(rows: list[dict[str, Any]], seconds: dict[str, float], title: str, path
     figure = Figure(figsize=(16, max(4.8, 0.33 * len(rows) + 1.8)), dpi=130, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     final, by_tokens, *by_time = figure.subplots(1, 3 if seconds else 2)
-    colors = dict(zip((row["method"] for row in rows), COLORS, strict=False))
-    dots(final, rows, colors)
+    colors = dict(zip((row["method"] for row in rows), cycle(COLORS), strict=False))
+    dashed = [row["method"] for row in rows[len(COLORS) :]]  # whose colors others have had
+    told = [row | {"label": f"{row['label']} (dashed)"} if row["method"] in dashed else row for row in rows]
+    dots(final, told, colors)
     for row in rows:
         steps, losses = zip(*row["curves"][0], strict=True)
         millions = row["tokens_seen"] / row["steps"] / 1e6
-        style = {"color": colors.get(row["method"], "0.55"), "linewidth": 1.2}
+        line = "--" if row["method"] in dashed else "-"
+        style: dict[str, Any] = {"color": colors[row["method"]], "linestyle": line, "linewidth": 1.2}
         by_tokens.plot([step * millions for step in steps], losses, **style)
         if row["method"] in seconds:
             by_time[0].plot([step * seconds[row["method"]] / 60 for step in steps], losses, **style)

@@ -77,12 +77,17 @@ def redraw(file: Path, script: ModuleType, folder: Path | None = None) -> list[P
 
 
 def draw(names: list[str]) -> None:
-    """Draws the results of these experiments, or of all, on every device."""
-    for file in sorted(RESULTS.glob("*/*.json")):
-        script = script_of_result(file.stem)
-        if script and (not names or file.stem in names):
-            written = redraw(file, importlib.import_module(script))
-            print(f"{file.parent.name}/{file.stem}: {', '.join(other.name for other in written)}")
+    """Draws these results, or those of these experiments, or all, on every device."""
+    files = [file for file in sorted(RESULTS.glob("*/*.json")) if script_of_result(file.stem)]
+    asked = [file for file in files if not names or {file.stem, experiment_of_result(file.stem)} & set(names)]
+    drawn = {name for file in asked for name in (file.stem, experiment_of_result(file.stem))}
+    if unknown := [name for name in names if name not in drawn]:
+        raise SystemExit(
+            f"There is no result of {', '.join(unknown)}; known: {', '.join(file.stem for file in files)}."
+        )
+    for file in asked:
+        written = redraw(file, importlib.import_module(str(script_of_result(file.stem))))
+        print(f"{file.parent.name}/{file.stem}: {', '.join(other.name for other in written)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,6 +34,17 @@ def test_tables_and_pictures_are_made_of_the_committed_results_alone(file: Path,
             assert committed.read_text() == again.read_text()
 
 
+@pytest.mark.parametrize("name", ["family_long", "family_long_text"])
+def test_results_are_drawn_by_their_name_or_that_of_their_experiment(name: str, monkeypatch, capsys):
+    drawn: list[Path] = []
+    monkeypatch.setattr(run, "redraw", lambda file, script: drawn.append(file) or [])
+    assert run.main(["--draw", name]) == 0
+    assert [file.stem for file in drawn] == ["family_long_text"]
+    with pytest.raises(SystemExit, match="There is no result of family_lonk; known: .*family_long_text"):
+        run.main(["--draw", name, "family_lonk"])
+    assert len(drawn) == 1
+
+
 def test_every_experiment_is_listed_and_described(capsys):
     assert run.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
