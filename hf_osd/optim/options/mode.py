@@ -147,8 +147,8 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
     if sums and group["residual"] != "none":
         raise ValueError(
             f"`{name}` is not for {where}: residual={group['residual']!r} needs the whole gradient, of which this "
-            "keeps what is in the subspace. Accumulate without `layerwise` (the name without _layerwise), which keeps the "
-            "residual, or give residual=none, also beside a preset."
+            "keeps what is in the subspace. Accumulate without `layerwise` (a name without _layerwise), which keeps "
+            "the residual, or give residual=none, also beside a preset."
         )
     if sums and group["side"] == "two_sided":
         reason = "side='two_sided' needs the norm of the whole gradient, which is only estimated"
