@@ -74,6 +74,8 @@ def test_what_is_said_of_small_batches_was_measured():
     said += f"and at {at['0.0005']:.1f} at half of that; OSD with a scale that was searched for is at "
     said += f"{rows['by_name']['best_perplexity']:.1f}. Twice and a quarter of AdamW's rate are worse "
     assert said + f"({at['0.002']:.1f}, {at['0.00025']:.1f})" in text_of("docs/choosing.md")
+    readme = f"ends at {adamw['best_perplexity']:.1f} there, at the best of three learning rates ("
+    assert readme in text_of("README.md") and len(adamw["perplexity"]) == 3
 
 
 def below(ours: dict, theirs: dict) -> float:
