@@ -121,24 +121,33 @@ def test_the_long_comparison_is_on_its_page():
 def test_steps_of_the_long_comparison_are_timed_side_by_side():
     times = result("family_long_text")["times"]
     seconds = times["seconds_per_step"]
-    later = {"online_pca_sign", "online_pca_activations"}  # which were run since
+    later = {"online_pca", "online_pca_sign", "online_pca_activations", "preset_activations"}  # which were run since
     assert seconds.keys() | later == by_method("family_long_text").keys() and times["steps"] == 400
     slower = [seconds[name] / seconds["adamw"] - 1 for name in ("preset_at_adamws", "preset_ratio8", "preset")]
     said = f"takes {100 * min(slower):.0f} to {max(slower):.0%} longer than AdamW's ({1000 * seconds['adamw']:.0f} ms)"
     assert said in text_of("docs/benchmarks.md")
 
 
-def test_what_is_said_of_the_rows_without_a_preset():
-    rows = by_method("family_long_text")
-    first = {name: row["seeds"][0] for name, row in rows.items()}
-    short = {name: row["short_seeds"][0] for name, row in rows.items()}
-    signs = [own["online_pca_sign"] / own["preset"] - 1 for own in (short, first)]
-    said = (
-        f"with signs {first['online_pca_sign']:.2f}, {signs[1]:.1%} above the preset (after 2M tokens {signs[0]:.1%})"
+def test_what_is_said_of_what_lies_outside_the_subspaces():
+    first = {name: row["seeds"][0] for name, row in by_method("family_long_text").items()}
+    none, signs = first["online_pca"], first["online_pca_sign"]
+    activations, preset = first["online_pca_activations"], first["preset_activations"]
+    said = f"OSD ends at {none:.2f} without a residual and at {signs:.2f} with signs, GaLore at "
+    said += f"{first['galore']:.2f} and with Fira's residual at {first['svd_residual']:.2f}. "
+    said += "From activations, which have none, it is "
+    said += f"{activations:.2f}, and {preset:.2f} with the preset's ratio, {activations / none - 1:.1%} and "
+    said += f"{preset / none - 1:.1%} above OSD without a residual, {activations / first['adamw'] - 1:.1%} and "
+    assert said + f"{preset / first['adamw'] - 1:.1%} above AdamW" in text_of("docs/benchmarks.md")
+    above = (
+        f"{none / first['adamw'] - 1:.0%} above AdamW without a residual, {activations / first['adamw'] - 1:.0%} from "
     )
-    more = first["online_pca_activations"] / first["galore"] - 1
-    said += f"; from activations {first['online_pca_activations']:.2f}, {more:.1%} above GaLore"
-    assert said in text_of("docs/benchmarks.md")
+    assert above + "activations, where none is possible" in text_of("README.md")
+    more = activations / first["preset"] - 1
+    told = f"over 20M tokens it ends {activations / none - 1:.0%} above gradients without a residual, and {more:.0%} "
+    assert told + "above `preset=pretrain`" in text_of("docs/choosing.md")
+    told = f"({activations:.2f} beside {none:.2f}), and {more:.0%} above `preset=pretrain`, whose signs need G"
+    assert told in text_of("docs/activations.md")
+    assert f"from {none:.2f} to {signs:.2f} over 20M tokens" in text_of("docs/choosing.md")
 
 
 def test_what_is_said_of_the_long_comparison_elsewhere():
