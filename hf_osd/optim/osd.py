@@ -275,19 +275,23 @@ class OSD(SavedOptimizer):
         warn_far(self.param_groups)
         self._simplify_defaults()
         if layers is not None:
-            self._quantize(layers)
-            self._add_stand_ins(layers)
-            self._layer_weights.share_given()
-            self.weights.let_go()
-            self.attach()
-            layers.owner = weakref.ref(self)
-            weakref.finalize(self, layers.remove).atexit = False  # nobody else would step what the layers make
+            self._own(layers)
         if self.mode.layerwise:
-            if layers is not None:
-                layers.meeting.late = not self.mode.gradient_accumulation
             self._stream = GradientStream(self._weights_now(), self.mode)
             self._stream.attach()
         release((p for group in self.trained_groups for p in group["params"]), keep=self._stream)
+
+    def _own(self, layers: PreparedLayers) -> None:
+        """Step what prepared layers make, from now on until this optimizer goes."""
+        self._quantize(layers)
+        self._add_stand_ins(layers)
+        self._layer_weights.share_given()
+        self.weights.let_go()
+        self.attach()
+        layers.owner = weakref.ref(self)
+        weakref.finalize(self, layers.remove).atexit = False  # nobody else would step what the layers make
+        if self.mode.layerwise:
+            layers.meeting.late = not self.mode.gradient_accumulation
 
     def _quantize(self, layers: PreparedLayers) -> None:
         """Keep the weights of layers in the dtype that their groups say, one after the other."""

@@ -141,8 +141,8 @@ class SavedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and forget what was derived."""
         super().__setstate__(state)  # torch's `load_state_dict` comes by here too, with state and groups alone
-        once = {"mode": Mode(), "asked": Asked(), "_stream": None, "_layers": None}  # saved before there were any
-        for name, default in {**once, "_weights": None}.items():
+        defaults = {"mode": Mode(), "asked": Asked(), "_stream": None, "_layers": None, "_weights": None}
+        for name, default in defaults.items():  # of what was saved before there were any
             self.__dict__.setdefault(name, default)
         for group in self.param_groups:
             today = as_of_today(group)  # may be another version's

@@ -147,9 +147,7 @@ def make_card(original: Callable[..., None], trainer: Trainer, *args: Any, **kwa
     return None
 
 
-def refresh_card(
-    optimizer: OSD | SubZero, args: TrainingArguments, state: TrainerState, model: nn.Module | None
-) -> None:
+def refresh_card(optimizer: OSD | SubZero, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
     """Bring the card of a run up to date before a push in its middle, for which Trainer makes none.
 
     Call it on the main process only. It never raises: what goes wrong is said in the log.
@@ -161,7 +159,7 @@ def refresh_card(
         model (`nn.Module`): The model.
     """
     destination: Destination | None = getattr(state, "pushes_to", None)
-    if destination is None or destination.repo_id is None or model is None:  # else Trainer makes its card in this push
+    if destination is None or destination.repo_id is None:  # else Trainer makes its card in this push
         return
     with _card_may_fail():
         card = RunCard(str(args.output_dir))

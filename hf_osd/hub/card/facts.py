@@ -53,8 +53,8 @@ class CardFacts:
     exclude: str | list[str] | None  # what not to project, likewise
     preset: str | None  # its name
     init: str | None  # where P started from, if that was asked for
-    lr_pattern: str | None  # as in the training arguments
-    full_size_optim: str | None  # likewise
+    lr_pattern: str | None  # as one text
+    full_size_optim: str | None  # update rule at full size, if that was asked for
     lr_ratios: Mapping[str, float]  # by option, those that a trained parameter has and that are not 1
     train_loss: float | None  # the last one that was logged
     eval_loss: float | None  # the last one
@@ -174,9 +174,8 @@ def _last(state: "TrainerState", key: str) -> float | None:
 
 
 def _start(init: str) -> str | None:
-    if init == "auto":
-        return None
-    return "a folder" if init not in INITS and os.path.isdir(init) else init  # whose name tells nobody anything
+    """Where P starts from, if that is not left to the package; the name of a folder tells nobody anything."""
+    return None if init == "auto" else "a folder" if init not in INITS and os.path.isdir(init) else init
 
 
 def _has(osd: OSD, known: Collection[nn.Parameter], multiple: float) -> bool:
