@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..subspace import effective_rank
 from .layer import plain_class
 from .linear import prepared_classes
+from .outside import columns_at_once
 
 
 def owners_of(model: nn.Module) -> dict[Tensor, tuple[list[nn.Module], str | None]]:
@@ -32,10 +33,15 @@ def _reason(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def zeros_like_R(p: Tensor, rank: int, module: nn.Module, whole: bool) -> Tensor:
-    """Zeros shaped like R that take no memory, unless processes are to exchange them."""
-    rank = effective_rank(rank, *p.shape)
-    shape = (p.shape[0], rank) if plain_class(module) is nn.Linear else (rank, p.shape[1])
+def zeros_like_R(p: Tensor, rank: int, module: nn.Module, whole: bool, sample: int | None) -> Tensor:
+    """Zeros shaped like R, and what is made for the residual beside it, that take no memory.
+
+    They do where processes are to exchange them, which is `whole`.
+    """
+    right = plain_class(module) is nn.Linear
+    inputs = p.shape[1 if right else 0]
+    columns = effective_rank(rank, *p.shape) + (0 if sample is None else columns_at_once(inputs, sample))
+    shape = (p.shape[0], columns) if right else (columns, p.shape[1])
     return torch.zeros(shape if whole else (1, 1), dtype=p.dtype, device=p.device).expand(shape)
 
 

@@ -78,7 +78,7 @@ class Meeting:
         for known, version, kind, shared in self._seen:
             if self.sharing and known() is x and version == x._version and kind == layer.kind:
                 return shared
-        shared = SharedInput(layer.name, layer.first, layer.every, self.newest)
+        shared = SharedInput(layer.name, layer.first, layer.every, layer.residual_sample, self.newest)
         self._seen.append((weakref.ref(x), x._version, layer.kind, shared))
         return shared
 
@@ -92,6 +92,7 @@ class LayerInfo:
         stand_ins (`nn.Module`): Holds the stand-in, whose gradient is R, as the parameter `key`.
         key (`str`): As above.
         meeting ([`Meeting`]): Of all layers of the model.
+        residual_sample (`int`, *optional*): See [`SharedInput`].
 
     Attributes:
         stand_ins ([`PreparedLayers`]): As above.
@@ -103,6 +104,7 @@ class LayerInfo:
         sharding (`Sharding`, *optional*): How W, and with it the stand-in, is divided by rows.
         fsdp (`FSDPParamGroup`, *optional*): FSDP2's group of parameters that W is in, if FSDP2 divides it.
         leaf (`torch.Tensor`, *optional*): What this process's R arrives at, under FSDP2.
+        width (`int`): Columns of what the layers make: r, and those of G for a residual.
         kind (hashable): Layers of one kind may share P: those of one parameter group and rank; likewise.
     """
 
@@ -110,9 +112,19 @@ class LayerInfo:
     every: int
     kind: Any
 
-    def __init__(self, name: str, modules: list[nn.Module], stand_ins: nn.Module, key: str, meeting: Meeting):
+    def __init__(
+        self,
+        name: str,
+        modules: list[nn.Module],
+        stand_ins: nn.Module,
+        key: str,
+        meeting: Meeting,
+        residual_sample: int | None,
+    ):
         self.name, self.modules, self.key, self.stand_ins, self._meeting = name, modules, key, stand_ins, meeting
+        self.residual_sample = residual_sample
         self.transposed = plain_class(modules[0]) is not nn.Linear
+        self.width = self.stand_in.shape[0 if self.transposed else 1]
         self.input: SharedInput | None = None
         self.hidden = self.met = False
         self.sharding: Any = None
@@ -209,7 +221,7 @@ class LayerInfo:
         """The product x P of the input x, what R is to arrive at, and what P learns late; W is as the pass has it."""
         if torch.compiler.is_compiling():  # a look-up by key would be a graph for each key
             handle = self.input.handle if self.met else self._handle  # type: ignore[union-attr]
-            return project_compiled(x, handle, self.first.rank), self._known_leaf, None
+            return project_compiled(x, handle, self.width), self._known_leaf, None
         if not self.met:
             self.meet(x, W)
         xP, kept = self.input.project(x, self._meeting.late)  # type: ignore[union-attr]

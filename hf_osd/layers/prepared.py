@@ -35,6 +35,7 @@ class PreparedLayers(nn.Module):
         ranks (`Mapping[str, int]`): Rank by name of weight; those that cannot be prepared are left.
         plain_name (`Callable`): Makes such a name the one that the optimizer calls the weight by.
         sharding_of (`Callable`): Says how a parameter of a name is divided; `None` for a whole one.
+        residual_sample (`int`, *optional*): See [`SharedInput`].
 
     Attributes:
         layers (`dict[str, LayerInfo]`): By name of the weight.
@@ -51,6 +52,7 @@ class PreparedLayers(nn.Module):
         ranks: Mapping[str, int],
         plain_name: Callable[[str], str],
         sharding_of: Callable[[Tensor, str], Any],
+        residual_sample: int | None = None,
     ):
         super().__init__()
         self._model, self._sharding_of = (model,), sharding_of  # no child
@@ -72,8 +74,10 @@ class PreparedLayers(nn.Module):
                 self.left[name] = reason
                 continue
             key = name.replace(".", "/")
-            self.register_parameter(key, nn.Parameter(zeros_like_R(p, rank, modules[0], self._exchanged)))
-            self.layers[name] = LayerInfo(name, modules, self, key, self.meeting)
+            self.register_parameter(
+                key, nn.Parameter(zeros_like_R(p, rank, modules[0], self._exchanged, residual_sample))
+            )
+            self.layers[name] = LayerInfo(name, modules, self, key, self.meeting, residual_sample)
         keep_from_fsdp(self)
         self.follow_weights()
 
@@ -215,7 +219,9 @@ class PreparedLayers(nn.Module):
         for name, holder in self.shareable(holders).items():
             first = self.layers[holder]
             if holder not in known:
-                known[holder] = SharedInput(holder, first.first, first.every, self.meeting.newest)
+                known[holder] = SharedInput(
+                    holder, first.first, first.every, first.residual_sample, self.meeting.newest
+                )
             self.layers[name].input = known[holder]
             self.meeting.changed = True
 

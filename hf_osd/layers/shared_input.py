@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..subspace.precision import full_precision, reduced_precision
+from .outside import columns, filled
 from .start import FirstProjection
 
 
@@ -58,6 +59,8 @@ class SharedInput:
         leader (`str`): Name of the weight that holds P in the optimizer's state: of the layer that was called first.
         first ([`FirstProjection`]): How P starts.
         every (`int`): k: P learns of every k-th token.
+        residual_sample (`int`, *optional*):
+            Beside R its layers make one column of G in so many, which a residual is of; see `outside`.
         newest (`list[torch.Tensor]`):
             What any input of the model has kept last, which its inputs share: a checkpoint drops it at once, and the
             other layers of that x would make it again.
@@ -72,13 +75,17 @@ class SharedInput:
         kept (`bool`): Whether it is, or was, in the optimizer's state.
         learns (`bool`): Whether P is to move after the coming step.
         turn (`int`): Which of the k first tokens is the first that P learns of.
+        columns_turn (`int`): Whose turn it is among these columns.
         energy (`torch.Tensor`, *optional*): ||x_k||², 0-dim, likewise.
         averaged (`bool`): Whether both are those of all processes.
         handle (`torch.Tensor`): A number on the CPU that compiled functions, which are given it, find the input by.
     """
 
-    def __init__(self, leader: str, first: FirstProjection, every: int, newest: list[Tensor]):
+    def __init__(
+        self, leader: str, first: FirstProjection, every: int, residual_sample: int | None, newest: list[Tensor]
+    ):
         self.leader, self.first, self.every, self._newest = leader, first, every, newest
+        self.residual_sample = residual_sample
         self.handle = new_handle(self)
         self.P: Tensor | None = None
         self.rows: Any = None
@@ -116,6 +123,7 @@ class SharedInput:
         self.code: Tensor | None = None
         self.started, self.kept = self.first.complete, False
         self.learns, self.turn = not self.first.complete or self.first.rule.moves_at(0), 0
+        self.columns_turn = 0
 
     @property
     def size(self) -> int:
@@ -125,7 +133,7 @@ class SharedInput:
 
     @torch.no_grad()
     def project(self, x: Tensor, late: bool = False) -> tuple[Tensor, Seen | None]:
-        """The product x P, (T, r): once for all layers that are given this x.
+        """The product x P, (T, r), and x_S beside it: once for all layers that are given this x.
 
         Where P learns `late`, in the backward pass, with what each of them keeps for it: all do, since checkpoints
         count on it that a pass repeated keeps the same.
@@ -158,14 +166,28 @@ class SharedInput:
         with full_precision(x):
             xP = x.to(dtype) @ P.to(dtype)
         del P
+        if self.residual_sample is not None:
+            xP = torch.cat([xP, self.columns_of(x, dim=1).to(dtype)], dim=1)
         if learn and self.learns and self._is_new(compiled):
             self._learn(*self._part_of(x, xP))
         return xP
 
+    @property
+    def columns(self) -> slice:
+        """S, of the coming step, where its layers make G_S."""
+        assert self.residual_sample is not None
+        return columns(self.size, self.residual_sample, self.columns_turn)
+
+    def columns_of(self, X: Tensor, dim: int) -> Tensor:
+        """X_S, of columns (`dim` 1) or rows."""
+        assert self.residual_sample is not None
+        part = X[:, self.columns] if dim else X[self.columns]
+        return filled(part, self.size, self.residual_sample, dim)
+
     def _part_of(self, x: Tensor, xP: Tensor) -> tuple[Tensor, Tensor]:
         """x_k and x_k P."""
         start = self.turn % max(min(self.every, len(x)), 1)  # a few tokens are seen at every step, too
-        return x[start :: self.every], xP[start :: self.every]
+        return x[start :: self.every], xP[start :: self.every, : self.first.rank]
 
     def _learn(self, x: Tensor, xP: Tensor) -> None:
         self._add_energy(self._energy_of(x))

@@ -15,7 +15,7 @@ from .arrival.hooks import release
 from .groups import by_name
 from .options.asked import Asked
 from .options.full_size import by_size
-from .options.general import DEFAULT_RANK
+from .options.general import DEFAULT_RANK, residual_sample_of
 from .options.mode import MODE_DEFAULTS, mode_of
 from .options.presets import BY_NAME, KEYWORD_OF, KEYWORDS, Ratio, lr_ratios, resolve
 from .options.table import LR_MULTIPLE
@@ -143,7 +143,7 @@ def osd_kwargs(
         release(model.parameters(), keep=None)  # layers whose weights have hooks could not be prepared
         if settings["weight_dtype"] is not None and any(map(is_sharded, selection.projected.values())):
             raise ValueError(INT8_NOT_SHARDED)
-        own["layers"] = PreparedLayers(model, ranks, plain_name, sharding_of)
+        own["layers"] = PreparedLayers(model, ranks, plain_name, sharding_of, residual_sample_of(settings))
     own["asked"] = Asked(
         preset=preset,
         init=settings["init"] if isinstance(settings["init"], str) else "auto",

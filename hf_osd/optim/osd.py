@@ -99,8 +99,13 @@ class OSD(SavedOptimizer):
             Start moments and their bias correction anew with each new P (RSO, arXiv 2502.07222).
         residual (`str`, *optional*, defaults to `"none"`):
             The gradient outside the subspace: `none` drops it (the paper), `scaled` adds it in the scale of the inside
-            (Fira, arXiv 2410.01673), `sign` adds its sign (FRUGAL, arXiv 2411.07837). See [`~optim.step.residual`].
+            (Fira, arXiv 2410.01673), `sign` adds its sign (FRUGAL, arXiv 2411.07837). From activations it is of some
+            columns at a time (`residual_sample`), and only `sign` goes. See [`~optim.step.residual`].
         residual_scale (`float`, *optional*, defaults to 1.0): Factor on the residual.
+        residual_sample (`int`, *optional*, defaults to 4):
+            With `source=activations` the residual is of one column of the gradient in `residual_sample`, others at
+            each step. The fewer, the less is computed, kept of the inputs and exchanged for them. Steps in them are
+            sqrt(residual_sample) times as long: the root mean square of all is the same.
         projection_sample (`int`, *optional*):
             P learns of one in `projection_sample` parts of the gradient, another at each step. Defaults to 4, and 1
             with `power` on gradients and two-sided. They are blocks of the rows of G (the columns, where P is on its
@@ -221,6 +226,7 @@ class OSD(SavedOptimizer):
         restart_moments: bool = False,
         residual: str = "none",
         residual_scale: float = 1.0,
+        residual_sample: int = 4,
         projection_sample: int | None = None,
         projection_dtype: str | None = None,
         weight_dtype: str | None = None,

@@ -56,6 +56,7 @@ class OSDTrainingArguments(TrainingArguments):
     osd_restart_moments: bool | None = flag("restart_moments")
     osd_residual: str | None = flag("residual")
     osd_residual_scale: float | None = flag("residual_scale")
+    osd_residual_sample: int | None = flag("residual_sample")
     osd_projection_sample: int | None = flag("projection_sample")
     osd_projection_dtype: str | None = flag("projection_dtype")
     osd_weight_dtype: str | None = flag("weight_dtype")

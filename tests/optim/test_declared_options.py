@@ -35,7 +35,7 @@ def parameter() -> nn.Parameter:
 
 def test_a_checkpoint_must_match_or_is_restored():
     matched = "weight_rule source moment_dtype subspace projection_rule projection_dtype residual restart_moments"
-    assert {*matched.split(), "weight_dtype"} == set(MATCHED)
+    assert {*matched.split(), "weight_dtype", "residual_sample"} == set(MATCHED)
     restored = "alpha lambda_ scale weight_decay projection_lr projection_weight_decay betas eps momentum init seed"
     restored += (
         " update_interval projection_interval distribution mixing carry_moments residual_scale projection_sample"
@@ -55,7 +55,7 @@ def test_the_config_of_a_saved_p():
         **dict.fromkeys(
             ("source", "distribution", "residual", "projection_dtype", "moment_dtype", "weight_dtype"), str
         ),
-        **dict.fromkeys(("projection_interval", "projection_sample"), int),
+        **dict.fromkeys(("projection_interval", "projection_sample", "residual_sample"), int),
         **dict.fromkeys(("carry_moments", "restart_moments", "stochastic_rounding", "unbiased"), bool),
     }
 

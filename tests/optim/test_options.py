@@ -27,9 +27,10 @@ NEEDED: dict[str, dict[str, Any]] = {
     "mixing": {"subspace": "power"},
     "momentum": {"weight_rule": "sgd"},
     "residual_scale": {"residual": "scaled"},
+    "residual_sample": {"residual": "sign", "source": "activations"},
 }
 VALUES: dict[str, Any] = {"distribution": "gaussian", "mixing": 0.5, "momentum": 0.5, "update_interval": 7}
-VALUES |= {"unbiased": True, "restart_moments": True}
+VALUES |= {"unbiased": True, "restart_moments": True, "residual_sample": 3}
 
 
 def test_the_options_of_a_group_are_these():
@@ -37,7 +38,7 @@ def test_the_options_of_a_group_are_these():
     general = "rank weight_rule alpha scale weight_decay projection_rule subspace init side projection_lr seed"
     further = "projection_weight_decay carry_moments residual residual_scale projection_dtype moment_dtype source"
     rules = "lambda_ projection_interval update_interval distribution mixing betas eps momentum"
-    rules += " stochastic_rounding projection_sample unbiased restart_moments weight_dtype"
+    rules += " stochastic_rounding projection_sample residual_sample unbiased restart_moments weight_dtype"
     assert set(f"{general} {further} {rules}".split()) == OPTIONS.keys() == DEFAULTS.keys()
     given = {
         "weight_rule": "adamw",
@@ -48,7 +49,7 @@ def test_the_options_of_a_group_are_these():
         "weight_decay": 0.0,
     }
     given |= {"init": "auto", "side": "auto", "carry_moments": False, "residual": "none", "residual_scale": 1.0}
-    given |= {"stochastic_rounding": False, "seed": 0, "restart_moments": False}
+    given |= {"residual_sample": 4, "stochastic_rounding": False, "seed": 0, "restart_moments": False}
     assert {name: value for name, value in DEFAULTS.items() if value is not None} == given
     validate(DEFAULTS)
     validate(complete())
@@ -72,7 +73,7 @@ def test_who_declares_what():
 def test_what_only_projected_groups_use():
     projected = "subspace scale side init projection_dtype carry_moments residual residual_scale alpha projection_lr"
     projected += " projection_rule projection_weight_decay lambda_ update_interval projection_interval distribution"
-    projected += " mixing source projection_sample unbiased restart_moments weight_dtype"
+    projected += " mixing source projection_sample residual_sample unbiased restart_moments weight_dtype"
     assert set(projected.split()) == PROJECTED
 
 

@@ -40,14 +40,14 @@ def test_a_preset_beside_other_choices():
     plain = resolve("osd_adamw", {"residual": "none"}, "finetune", "a test")  # whose scale goes with it
     assert plain == {**resolve("osd_adamw", {}, None, "a test"), "scale": "auto"}
     resolve("osd_adamw", {"residual": "none", "source": "activations"}, "finetune", "a test")
-    with pytest.raises(ValueError, match="sets `residual`, which has no effect with source='activations'.*residual=n"):
-        resolve("osd_adamw", {"source": "activations"}, "finetune", "a test")
+    assert resolve("osd_adamw", {"source": "activations"}, "finetune", "a test")["residual"] == "sign"
     drawn = {"subspace": "random", "unbiased": True}
     with pytest.raises(
         ValueError, match="preset='finetune' of a test sets `scale` to 'auto'.*`unbiased` makes them lon"
     ):
         resolve("osd_adamw", drawn, "finetune", "a test")
-    assert resolve("osd_adamw", {**drawn, "scale": 2.0}, "finetune", "a test")["residual"] == "sign"
+    with pytest.raises(ValueError, match="sets `residual`, which has no effect with `unbiased`.*residual=none"):
+        resolve("osd_adamw", {**drawn, "scale": 2.0}, "finetune", "a test")
     with pytest.raises(ValueError, match="sets `projection_optim`, which has no effect with subspace='svd'"):
         resolve("osd_adamw", {"subspace": "svd"}, "reference", "a test")
     with pytest.raises(ValueError, match="preset='finetune' is for the `osd_` names"):

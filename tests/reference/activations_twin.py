@@ -16,19 +16,42 @@ class ActivationsTwin:
         shared (`list[list[str]]`): Names of the modules that are given one tensor, the first of which says P's seed.
         sketches (`dict[str, Tensor]`): Ω of each of these lists, by the first name.
         transposed (`set[str]`): Modules that store their weight as (in, out).
+        signs (`float`, *optional*): The residual's scale, `None` for none, of one column in `sample` at a step.
     """
 
-    def __init__(self, net, shared, sketches, transposed=(), lr=1e-2, alpha=5.0, lambda_=0.1, every=4, scale=1.0):
+    def __init__(
+        self,
+        net,
+        shared,
+        sketches,
+        transposed=(),
+        lr=1e-2,
+        alpha=5.0,
+        lambda_=0.1,
+        every=4,
+        scale=1.0,
+        signs=None,
+        sample=8,
+    ):
         self.net, self.shared, self.P = net, shared, dict(sketches)
         self.transposed, self.lr, self.alpha, self.lambda_ = transposed, lr, alpha, lambda_
         self.every, self.scale, self.started, self.steps = every, scale, False, 0
-        self.states, self.inputs = {}, {}
+        self.states, self.inputs, self.signs, self.sample = {}, {}, signs, sample
         for group in shared:
             module = net.get_submodule(group[0])
             module.register_forward_pre_hook(lambda module, args, name=group[0]: self.record(name, args[0]))
 
     def record(self, name, x):
         self.inputs.setdefault(name, []).append(x.detach().reshape(-1, x.shape[-1]))
+
+    def residual(self, G, P):
+        """Signs of every k-th column of the rest of G, from another one on at each step."""
+        S = torch.zeros_like(G)
+        if self.signs is not None:
+            k = min(self.sample, G.shape[1])
+            chosen = range((self.steps - 1) % k, G.shape[1], k)
+            S[:, chosen] = self.signs * k**0.5 * torch.sign((G - G @ P @ P.T)[:, chosen])
+        return S
 
     def step(self):
         turn = (self.steps - 1) % self.every if self.started else 0
@@ -41,7 +64,7 @@ class ActivationsTwin:
                 if self.started:
                     G = module.weight.grad.T if name in self.transposed else module.weight.grad
                     D = adamw(self.states.setdefault(name, {}), G @ P)
-                    dW = -self.lr * self.scale * D @ P.T
+                    dW = -self.lr * self.scale * (D @ P.T + self.residual(G, P))
                     module.weight.data += dW.T if name in self.transposed else dW
         for name, p in self.net.named_parameters():
             if p not in stepped:

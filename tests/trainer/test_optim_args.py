@@ -42,7 +42,14 @@ MISTAKES = [
     ("init=runs/a=b", "got 'init=runs/a=b' .* such as `osd_init`"),
     ("subspace=online_pc", "must be one of .*did you mean 'online_pca'"),
     ("init=svdd", "`init` .* must be one of .*did you mean 'svd'"),
-    ("preset=pretrain,source=activations", "sets `residual`, which has no effect with .*residual=none"),
+    ("source=activations,residual=scaled", "`residual` .* no effect with source='activations'.*use residual='sign'"),
+    (
+        "subspace=random,unbiased=true,residual=sign",
+        "`residual` .* no effect with `unbiased`, whose P is no projection",
+    ),
+    ("residual=sign,residual_sample=3", "`residual_sample` .* no effect with source='gradients'"),
+    ("source=activations,residual_sample=3", "`residual_sample` .* no effect without residual='sign'"),
+    ("source=activations,residual=sign,residual_sample=0", "`residual_sample` .* must be an integer >= 1, got 0"),
     ("preset=finetune,subspace=svd,embedding_lr_ratio=0", "`embedding_lr_ratio` .* must be a number > 0, got 0"),
     ("preset=referense", "`preset` of the training arguments must be one of reference"),
     ("subspace=svd,alpha=3", "`alpha` .* no effect with subspace='svd'"),
@@ -94,7 +101,7 @@ def test_the_keys_are_these():
     keys += " mixing carry_moments residual residual_scale momentum stochastic_rounding seed layerwise_clipping"
     keys += " source projection_sample unbiased restart_moments weight_dtype lr_pattern full_size_optim capturable"
     keys += " divide_projection embedding_lr_ratio task_head_lr_ratio"
-    keys += " projection_stream"
+    keys += " projection_stream residual_sample"
     assert set(keys.split()) == KEYS.keys()
     own = {field.name for field in fields(OSDTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
     assert own == {f"osd_{key}" for key in KEYS} | {"osd_exclude_modules"}
@@ -104,7 +111,7 @@ def test_the_keys_are_these():
 def test_what_a_key_sets_and_its_type():
     renamed = {key: own.name for key, own in KEYS.items() if own.name != key}
     assert renamed == {"lambda": "lambda_", "projection_optim": "projection_rule"}
-    whole = {"rank", "update_interval", "projection_interval", "projection_sample", "seed"}
+    whole = {"rank", "update_interval", "projection_interval", "projection_sample", "residual_sample", "seed"}
     texts = {"subspace", "init", "preset", "source", "scale"}  # which may be a number, and is one then
     kinds = {key: own.check.flag for key, own in KEYS.items()}
     assert {key for key, kind in kinds.items() if kind is int} == whole

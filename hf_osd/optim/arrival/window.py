@@ -54,7 +54,7 @@ class Window:
     def nbytes(self) -> int:
         """Bytes held."""
         parts = [X for low in self.lows or () if low is not None for X in low]
-        return sum(X.nbytes for X in (self.G, *parts) if X is not None)
+        return sum(X.nbytes for X in (self.G, *parts) if isinstance(X, Tensor))
 
     def arrived(self) -> Arrived:
         """What the window has come to."""

@@ -19,6 +19,7 @@ FLOAT_DTYPES = ("float32", "bfloat16")
 RESIDUALS = ("none", "scaled", "sign")
 SOURCES = ("gradients", "activations")
 PROJECTION_SAMPLE = 4  # the default of `projection_sample`, where that is not 1
+RESIDUAL_SAMPLE = 4  # the default of `residual_sample`
 
 
 def _rule(holds: Callable[[type[SubspaceRule]], bool], unknown: bool = True) -> Callable[[Mapping[str, Any]], bool]:
@@ -38,6 +39,11 @@ def names_in_code(rules: Iterable[str]) -> str:
 
 RANK = Need(lambda group: group["rank"] is not None, "without a `rank`")
 GRADIENTS = Need(lambda group: group["source"] == "gradients", "with source='activations', where there is no gradient")
+SIGNS_SUFFICE = Need(
+    lambda group: group["source"] == "gradients" or group["residual"] != "scaled",
+    "with source='activations', where there is no gradient",
+    ", or use residual='sign', which is of a part of it at each step",
+)
 LEARNED = Need(_rule(lambda rule: rule.learns, unknown=False), in_subspace(), ", or use subspace='online_pca'")
 
 
@@ -171,9 +177,14 @@ class Options:
     residual: str = option(
         "none",
         "The gradient outside the subspace: `none` drops it (the paper), `scaled` adds it in the scale of the inside "
-        "(Fira, arXiv 2410.01673), `sign` adds its sign (FRUGAL, arXiv 2411.07837).\n\nSee [`~optim.step.residual`].",
+        "(Fira, arXiv 2410.01673), `sign` adds its sign (FRUGAL, arXiv 2411.07837).\n\nFrom activations it is of "
+        "some columns at a time (`residual_sample`), and only `sign` goes. See [`~optim.step.residual`].",
         check=one_of(RESIDUALS),
-        needs=(RANK, GRADIENTS),
+        needs=(
+            RANK,
+            SIGNS_SUFFICE,
+            Need(lambda group: not group["unbiased"], "with `unbiased`, whose P is no projection"),
+        ),
         state=True,
         card="residual",
     )
@@ -183,6 +194,20 @@ class Options:
         check=number(0, open_below=True),
         needs=(RANK, Need(lambda group: group["residual"] != "none", "without residual='scaled' or 'sign'")),
         card="factor on the residual",
+    )
+    residual_sample: int = option(
+        RESIDUAL_SAMPLE,
+        "With `source=activations` the residual is of one column of the gradient in `residual_sample`, others at each "
+        "step.\n\nThe fewer, the less is computed, kept of the inputs and exchanged for them. Steps in them are "
+        "sqrt(residual_sample) times as long: the root mean square of all is the same.",
+        check=integer(1),
+        needs=(
+            RANK,
+            Need(lambda group: group["source"] == "activations", "with source='gradients', which has all of them"),
+            Need(lambda group: group["residual"] == "sign", "without residual='sign'"),
+        ),
+        state=True,
+        card="columns of the gradient for each that the residual is of",
     )
     projection_sample: int | None = option(
         None,
@@ -269,3 +294,9 @@ def projection_sample_of(group: Mapping[str, Any]) -> int:
     # a rule that makes a whole new P of A needs an A of full rank
     small_steps = _rule(lambda rule: rule.learns)(group) and group["side"] != "two_sided"
     return PROJECTION_SAMPLE if small_steps or group["source"] == "activations" else 1
+
+
+def residual_sample_of(group: Mapping[str, Any]) -> int | None:
+    """The `residual_sample` that a group's layers go by; `None` where they make nothing for a residual."""
+    asked = group["source"] == "activations" and group["residual"] == "sign"
+    return group["residual_sample"] if asked else None

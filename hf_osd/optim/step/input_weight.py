@@ -1,8 +1,9 @@
 """One step of a weight whose layers make R in the backward pass, and whose P learns from their inputs.
 
-Letters and shapes as in `subspace.operators` and `layers.shared_input`. P moves once, after all weights that share it
-have been stepped with it: after all weights of the step, and where processes divide it with the last of its own, as
-long as all of it is there. What it learns from is then of each process's own tokens; the sum is of gP, see `divided`.
+Letters and shapes as in `subspace.operators`, `layers.shared_input` and `layers.outside`. P moves once, after all
+weights that share it have been stepped with it: after all weights of the step, and where processes divide it with the
+last of its own, as long as all of it is there. What it learns from is then of each process's own tokens; the sum is of
+gP, see `divided`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from ...layers.layer import LayerInfo
 from ...layers.shared_input import SharedInput
 from ...layers.start import FirstProjection
 from ...update_rules import GradientCheck
-from ..options.general import projection_sample_of
+from ..options.general import projection_sample_of, residual_sample_of
 from ..options.rules import Rules
 from .algorithm import ONLY, ProjectedWeight, Turn
 from .geometry import ProjectedGeometry
@@ -25,6 +26,7 @@ from .low_rank import LowRank, Update
 from .movement import Movements, Moving
 from .observation import observation
 from .projection import Make, usable
+from .residual import SignOfColumns
 from .rounding import add_to_int8_
 from .sharding import local
 from .weight import Weight
@@ -103,8 +105,26 @@ class InputWeight(ProjectedWeight):
 
     def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
         """As of every matrix; the next forward pass needs the next P, see `LayerWeights.learn`."""
-        super().update(low, check, movements)
+        super().update(None if low is None else self._parted(low), check, movements)
         self.stepped = low is not None
+
+    def _parted(self, low: LowRank) -> LowRank:
+        """R, and what the layers have made beside it."""
+        if self.layer.residual_sample is None:
+            return low
+        assert self.input is not None and self.op.long_dim is not None
+        r, short, columns = self.geometry.rank, 1 - self.op.long_dim, self.input.columns
+        R, G = low.R.narrow(short, 0, r), low.R.narrow(short, r, len(range(*columns.indices(self.input.size))))
+        return LowRank(R.contiguous(), low.A, G, columns=columns)
+
+    def of_gradient(self, G: Tensor) -> Tensor:
+        """What its layers would have made of a gradient that W has from elsewhere: R, and with it G_S."""
+        R, shared = self.op.down(G, self.P.read().to(G.dtype)), self.input
+        if shared is None or shared.residual_sample is None:
+            return R
+        assert self.op.long_dim is not None
+        short = 1 - self.op.long_dim
+        return torch.cat([R, shared.columns_of(G, short)], dim=short)
 
     def move(self, D: Tensor, low: LowRank, check: GradientCheck) -> Moving | None:
         """As of every matrix; then a divided P moves, if this was the last weight that uses it."""
@@ -145,6 +165,11 @@ class InputWeight(ProjectedWeight):
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         super().follow(rules)
         group, geometry, layer = self.group, self.geometry, self.layer
+        if residual_sample_of(group) not in (None, layer.residual_sample):
+            raise ValueError(
+                f"The layers of {geometry.name} were prepared for another residual: make a new optimizer for it."
+            )
+        self.residual = None if rules.residual == "none" else SignOfColumns(geometry, group, self.slot)
         layer.every = projection_sample_of(group)
         layer.kind = (id(group), geometry.rank)  # those of one group move P alike
         layer.first = FirstProjection(
@@ -236,6 +261,7 @@ class InputWeight(ProjectedWeight):
         """Whether P is to learn in the next forward pass, and of which tokens."""
         clock, rule = self.clock, self.P.rule
         shared.learns, shared.turn = rule.moves_at(clock), clock // rule.stride % shared.every
+        shared.columns_turn = clock
 
     def observe_input(self, shared: SharedInput, check: GradientCheck) -> tuple[Tensor, Tensor] | None:
         """Share of the inputs outside the subspace and error of P's orthogonality; `None` where nothing was seen."""

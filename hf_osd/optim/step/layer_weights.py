@@ -180,7 +180,7 @@ class LayerWeights(SavedWeights):
         weight.leader.adopt()
         if G is None or not weight.P.started:
             return R
-        rest = weight.op.down(local(G), weight.P.read().to(G.dtype))
+        rest = weight.of_gradient(local(G))
         both = rest if R is None else local(R) + rest
         return both if layer.sharding is None else layer.sharding.wrap(both, layer.stand_in.shape, 0)
 

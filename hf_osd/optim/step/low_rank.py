@@ -20,6 +20,7 @@ class LowRank(NamedTuple):
     A: Tensor | None  # correlate(G, Z, P), shaped like P; None where P does not move
     G: Tensor | None = None  # the gradient itself, where its residual is used: then nothing is added up
     P: Tensor | None = None  # as it made R, where that is worth being held until W moves
+    columns: slice | None = None  # of G, where that is no more than these (its rows, where P is on the left)
 
     def wide(self, dtype: torch.dtype) -> "LowRank":
         """R and A in the precision of the computation: to be added up, scaled or kept."""

@@ -14,6 +14,13 @@ there phi is one number for the whole matrix.
 one product more, and worked out a few rows at a time. Its entries have the size of AdamW's as they are, so that
 `scale="auto"`, which gives up(D) that size, leaves them alone: they are `residual_scale` of AdamW's at every rank.
 
+Where G never exists (`source="activations"`), the layers make some columns S of it, every k-th, others at each step
+(`layers.outside`; of a layer that stores Wᵀ they are rows). The residual is of these,
+
+    S_S = sqrt(k) sign(G_S - (R Pᵀ)_S)                                                    0 in all other columns
+
+whose entries have the root mean square of signs.
+
 Letters and shapes as in `subspace.operators`.
 """
 
@@ -59,7 +66,6 @@ class Residual:
         """
         R, G, op = low.R, low.G, self.geometry.op
         assert G is not None
-        rounding = max(4 * torch.finfo(G.dtype).eps, 64 * torch.finfo(R.dtype).eps)
         if self._long is None:  # ||G||² loss, for the loss of PCA is ||G - up(R)||² / ||G||²
             # not the norm of the check, which is that of the gradient before clipping
             K, energy = self._sum(op.gram(R)), self._sum(torch.linalg.vector_norm(G, dtype=R.dtype).square())
@@ -72,7 +78,7 @@ class Residual:
                 CR = C @ R if short == 0 else R @ C
             energy = _squares(G, short, R.dtype)
             outside = energy + ((CR - 2 * R) * R).sum(dim=short, keepdim=True)
-        return torch.where(outside > rounding * energy, outside, 0.0)
+        return torch.where(outside > _rounding(G, R) * energy, outside, 0.0)
 
     def _rows_of(self, X: Tensor, rows: slice) -> Tensor:
         """The part of X, which broadcasts with G, that belongs to these rows."""
@@ -135,6 +141,41 @@ class Sign(Residual):
             add_times_(X, S.sign_().masked_fill_(~self._rows_of(some, rows), 0.0), rate * scale)
 
         return Update(D, P, add_rest)
+
+
+class SignOfColumns(Residual):
+    """The sign of the rest of some columns of G, 0 where nothing lies outside."""
+
+    def extend(self, update: Update, low: LowRank, check: GradientCheck) -> Update:
+        """The update with S in it."""
+        D, P, _ = update
+        R, G, own, op = low.R, low.G, low.columns, self.geometry.op
+        assert G is not None and own is not None and self._long is not None
+        k, short = own.step, 1 - self._long
+        # G_S - (R Pᵀ)_S
+        S = G.to(R.dtype, copy=True)
+        op.add_up_(S, R, P[own].to(R.dtype), alpha=-1.0)
+        nothing = _squares(S, short, R.dtype) <= _rounding(G, R) * _squares(G, short, R.dtype)
+        S.sign_().masked_fill_(nothing | check.skip, 0.0)
+        scale = k**0.5 * self.group["residual_scale"]
+        scale /= self.geometry.full_scale if self.group["scale"] == "auto" else 1.0
+
+        def add_rest(X: Tensor, rows: slice, rate: float | Tensor) -> None:
+            if short:
+                add_times_(X[:, own], S[rows], rate * scale)
+                return
+            first = (own.start - rows.start) % k  # of these rows
+            part = S[(rows.start + first - own.start) // k :][: len(range(first, len(X), k))]
+            if isinstance(rate, Tensor) and rate.ndim:  # one for each row
+                rate = rate[first::k]
+            add_times_(X[first::k], part, rate * scale)
+
+        return Update(D, P, add_rest)
+
+
+def _rounding(G: Tensor, R: Tensor) -> float:
+    """Share of the energy that may be no more than rounding."""
+    return max(4 * torch.finfo(G.dtype).eps, 64 * torch.finfo(R.dtype).eps)
 
 
 def _squares(G: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

@@ -79,12 +79,13 @@ def pieces(W: Tensor) -> Iterator[slice]:
 
 
 def add_to_int8_(W: Int8Weight, op: LinearOperator, update: Update, alpha: float, rounding: Rounding) -> None:
-    """W <- round(decay W + alpha up(D, P)), rounded once, with float32 temporaries of a few rows.
+    """W <- round(decay W + alpha (up(D, P) + S)), rounded once, with float32 temporaries of a few rows.
 
-    Of the rows of W = diag(s) K, in units of their scales s: X = decay K + diag(alpha / s) up(D, P). Where W is read
-    in bfloat16 so are the factors, as for a bfloat16 W: 0.3% of a step, without bias, is far below what rounding adds.
+    Of the rows of W = diag(s) K, in units of their scales s: X = decay K + diag(alpha / s) (up(D, P) + S). Where W is
+    read in bfloat16 so are the factors of up(D, P), as for a bfloat16 W: 0.3% of a step, without bias, is far below
+    what rounding adds.
     """
-    D, P, _ = update
+    D, P, add_rest = update
     left, right = (P, D) if op.long_dim else (D, P.t())
     narrow = W.dtype == torch.bfloat16
     right = right.to(torch.bfloat16) if narrow else right
@@ -92,12 +93,15 @@ def add_to_int8_(W: Int8Weight, op: LinearOperator, update: Update, alpha: float
         X = W.int_data[rows].to(D.dtype)
         if rounding.decay is not None:
             X.mul_(rounding.decay)
-        own = left[rows] * (alpha / W.scale[rows, None])
+        rate = alpha / W.scale[rows, None]
+        own = left[rows] * rate
         if narrow:
             X.add_(own.to(torch.bfloat16) @ right)
         else:
             with full_precision(X):
                 X.addmm_(own, right)
+        if add_rest is not None:
+            add_rest(X, rows, rate)
         W.round_rows_(X, rows, rounding.noise)
 
 
