@@ -80,7 +80,7 @@ def used_otherwise_too(rank: int, world: int, folder: Path):
     sharded = Twice().double()
     sharded.load_state_dict(single.state_dict())
     shard(sharded)
-    reference, optimizer = make(single), make(sharded)
+    reference, optimizer = (make(model, residual="sign") for model in (single, sharded))
     train(single, reference, range(STEPS))
     train(sharded, optimizer, range(STEPS), rank, world)
     assert sharded.gate.weight.grad is None and len(optimizer.layers.layers) == 5
@@ -235,7 +235,8 @@ def tensor_parallel(rank: int, world: int, folder: Path):
     for block, other in zip(single.blocks, parallel.blocks, strict=True):
         parallelize_module(other, mesh, {"tall": ColwiseParallel(), "wide": RowwiseParallel()})
         block.wide.weight.register_hook(lambda G: G)  # for which it goes by its gradients, too
-    reference, optimizer = (make(model, target_modules=["tall", "wide"]) for model in (single, parallel))
+    chosen = {"target_modules": ["tall", "wide"], "residual": "sign", "residual_sample": 3}
+    reference, optimizer = (make(model, **chosen) for model in (single, parallel))
     assert set(optimizer.layers.layers) == {"blocks.0.tall.weight", "blocks.1.tall.weight"}
     assert set(optimizer.layers.left.values()) == {"the dimension of its inputs is divided"}
     for step in range(STEPS):

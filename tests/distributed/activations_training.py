@@ -76,6 +76,7 @@ def compare(rank: int, world: int, clip: float = 0.0, how=MappingProxyType({}), 
 def dense(rank: int, world: int, folder: Path):
     for options in ({}, {"optim": "osd_lion"}, {"subspace": "power"}, {"subspace": "random", "update_interval": 3}):
         compare(rank, world, **options)
+    compare(rank, world, residual="sign", residual_sample=3)
 
 
 def clipped(rank: int, world: int, folder: Path):

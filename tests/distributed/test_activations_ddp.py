@@ -66,7 +66,7 @@ def trained(wrap=lambda net: net, parts=1, reset_after=None, **options):
 
 
 OPTIONS = [{}, {"projection_sample": 1}, {"subspace": "power"}, {"subspace": "random", "update_interval": 3}]
-OPTIONS += [{"reset_after": 3}]
+OPTIONS += [{"reset_after": 3}, {"residual": "sign", "residual_sample": 3}]
 INT8 = {"weight_dtype": "int8", "projection_dtype": "int8", "optim": "osd_sgd"}
 
 

@@ -61,13 +61,13 @@ def backend():
 
 @pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("way", [whole, by_blocks])
-@pytest.mark.parametrize("batches", [1, 3])
-def test_a_compiled_model_is_the_model(way, checkpoints, batches, backend):
+@pytest.mark.parametrize(("batches", "options"), [(1, {}), (3, {}), (3, {"residual": "sign", "residual_sample": 3})])
+def test_a_compiled_model_is_the_model(way, checkpoints, batches, options, backend):
     """Whatever P's turn, and whatever was seen before in the same step."""
     net = Blocks(checkpoints=checkpoints)
     plain = copy.deepcopy(net)
-    train(plain, make(plain), range(10), batches)  # before, for the other one would wait for its first step
-    train(way(net, backend), make(net), range(10), batches)
+    train(plain, make(plain, **options), range(10), batches)  # before: the other one would wait for its first step
+    train(way(net, backend), make(net, **options), range(10), batches)
     assert distance(net, plain) < 1e-12
     assert 1 <= backend.frame_count <= 2
 

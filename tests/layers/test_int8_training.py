@@ -18,11 +18,12 @@ from hf_osd.layers.int8 import Int8Weight
 from reference.nets_in_layers import Net, batch, int8_net, loss_of, make, train
 
 
-def test_a_step_is_that_of_a_float_weight_up_to_one_rounding():
-    net, optimizer = int8_net(weight_decay=0.1)
+@pytest.mark.parametrize("options", [{}, {"residual": "sign", "residual_sample": 3}], ids=str)
+def test_a_step_is_that_of_a_float_weight_up_to_one_rounding(options):
+    net, optimizer = int8_net(weight_decay=0.1, **options)
     train(net, optimizer, range(3))
     plain = copy.deepcopy(net)
-    twin = make(plain, weight_decay=0.1)
+    twin = make(plain, weight_decay=0.1, **options)
     twin.load_state_dict(copy.deepcopy({**optimizer.state_dict(), "param_groups": as_floats(optimizer)}))
     scales = {name: p.scale.clone() for name, p in net.named_parameters() if isinstance(p, Int8Weight)}
     assert len(scales) == 3

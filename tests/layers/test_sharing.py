@@ -87,9 +87,11 @@ def used_beside(layers, x):
     return layers["a"](x) @ layers["a"].weight @ layers["b"](x).mT
 
 
-def test_what_else_is_done_with_a_weight_is_in_its_r():
+@pytest.mark.parametrize("signs", [False, True])
+def test_what_else_is_done_with_a_weight_is_in_its_r(signs: bool):
     net = Other(used_beside, a=nn.Linear(20, 24), b=nn.Linear(20, 20))
-    optimizer = make(net)
+    options: dict = {"residual": "sign", "residual_sample": 3} if signs else {}
+    optimizer = make(net, **options)
     train(net, optimizer, range(1))
     plain, P = copy.deepcopy(net), optimizer._layers.layers["layers.a.weight"].input.P.clone()
     W = net.layers["a"].weight.detach().clone()
@@ -97,8 +99,12 @@ def test_what_else_is_done_with_a_weight_is_in_its_r():
     loss_of(plain(batch(1))).backward()
     optimizer.step()
     moment = optimizer.state[net.layers["a"].weight]["exp_avg"]
-    assert (moment - 0.1 * plain.layers["a"].weight.grad @ P).abs().max() < 1e-12
-    assert not torch.equal(net.layers["a"].weight, W)
+    G = plain.layers["a"].weight.grad
+    assert (moment - 0.1 * G @ P).abs().max() < 1e-12
+    D = moment / 0.1 / (optimizer.state[net.layers["a"].weight]["exp_avg_sq"] / 0.001).sqrt().add(1e-8)
+    rest = torch.zeros_like(G)
+    rest[:, ::3] = 3**0.5 * torch.sign(G - G @ P @ P.T)[:, ::3]
+    assert (W - 1e-2 * (D @ P.T + signs * rest) - net.layers["a"].weight).abs().max() < 1e-12
 
 
 def test_a_layer_that_is_never_called_goes_by_gradients(caplog):
@@ -172,7 +178,7 @@ def test_experts_go_by_gradients_and_both_resume_exactly():
     [
         ({"side": "left"}, "`side`"),
         ({"side": "two_sided"}, "`side`"),
-        ({"residual": "scaled"}, "`residual`"),
+        ({"residual": "scaled"}, "`residual`.*use residual='sign'"),
         ({"subspace": "svd"}, "made from gradients"),
         ({"subspace": "cosine"}, "made from gradients"),
         ({"init": "svd"}, "decomposes a gradient"),

@@ -36,6 +36,8 @@ def run_plain(net, optimizer, steps, micro=1):
         {"subspace": "power", "projection_interval": 2},
         {"subspace": "random", "update_interval": 3, "restart_moments": True},
         {"optim": "osd_adafactor", "projection_dtype": "bfloat16"},
+        {"residual": "sign", "residual_sample": 3},
+        {"residual": "sign", "weight_dtype": "int8", "scale": "auto"},
     ],
     ids=str,
 )
@@ -175,8 +177,9 @@ def test_a_model_makes_what_p_learns_of_once_whatever_another_does_meanwhile(mon
     optimizers[0].step()
 
 
+@pytest.mark.parametrize("options", [{}, {"residual": "sign", "residual_sample": 3}], ids=str)
 @pytest.mark.parametrize("first", [False, True])
-def test_what_else_is_done_with_a_weight_is_in_its_step(first):
+def test_what_else_is_done_with_a_weight_is_in_its_step(first, options):
     """The other use comes before, or after the layer's, in the backward pass."""
 
     def use(layers, x):
@@ -188,7 +191,7 @@ def test_what_else_is_done_with_a_weight_is_in_its_step(first):
     def make():
         return Other(use, a=nn.Linear(N, 24), b=nn.Linear(24, N))
 
-    assert distance(*pair(make, run=run_plain)) < 1e-13
+    assert distance(*pair(make, run=run_plain, **options)) < 1e-13
 
 
 def test_a_weight_whose_layer_is_not_called_goes_by_its_gradient():
@@ -199,7 +202,7 @@ def test_a_weight_whose_layer_is_not_called_goes_by_its_gradient():
     assert distance(*pair(make, run=run_plain)) < 1e-13
 
 
-@pytest.mark.parametrize("options", [LAYERS, INT8], ids=str)
+@pytest.mark.parametrize("options", [LAYERS, INT8, LAYERS | {"residual": "sign"}], ids=str)
 def test_a_broken_gradient_skips_one_weight_exactly(options):
     nets = plain_nets.Net(), plain_nets.Net()
     for net, layerwise in zip(nets, (False, True), strict=True):
@@ -243,7 +246,7 @@ def test_clipping_is_that_of_r(clipping):
     assert distance(ordinary, layerwise) < 1e-12
 
 
-@pytest.mark.parametrize("options", [LAYERS | {"max_grad_norm": 0.05}, INT8], ids=str)
+@pytest.mark.parametrize("options", [LAYERS | {"max_grad_norm": 0.05}, INT8, LAYERS | {"residual": "sign"}], ids=str)
 def test_resume_is_exact(options):
     whole, again = plain_nets.Net(), plain_nets.Net()
     optimizer = optimizer_of(whole, layerwise=True, **options)
