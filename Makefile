@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
 	touch $@
 
-# ARGS="--osd_source activations --osd_residual none --output_dir runs/quickstart_activations": any further arguments.
+# ARGS="--osd_source activations --output_dir runs/quickstart_activations": any further arguments.
 quickstart: install
 	$(BIN)/python examples/pretrain_llama.py --dataset docstrings --model llama_quickstart \
 		--optim osd_adamw8bit --osd_rank 48 --osd_preset pretrain --learning_rate 5e-4 --max_steps 400 \

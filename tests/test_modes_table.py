@@ -95,7 +95,15 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ),
         ("yes", [f"{STOCK}::test_resume_is_exact"]),
         ("exact", [f"{STOCK}::test_resume_is_exact", f"{LAYERS}/test_model_stays.py::test_resume_is_exact"]),
-        ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
+        (
+            "signs",
+            [
+                f"{LAYERS}/test_against_twin.py::test_a_hundred_steps",
+                f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused",
+                "distributed/test_activations_ddp.py::test_two_processes",
+                "distributed/test_activations_fsdp2.py::test_two_processes",
+            ],
+        ),
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
         ("yes", [f"{LAYERS}/test_model_stays.py::test_resume_is_exact"]),
     ],
@@ -106,7 +114,10 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ("refused", ["distributed/test_activations_fsdp2.py::test_two_processes"]),
         ("yes", [f"{STOCK}::test_layerwise_is_the_ordinary_mode_and_resumes"]),
         ("exact", [f"{STOCK}::test_layerwise_is_the_ordinary_mode_and_resumes", f"{BOTH}::test_resume_is_exact"]),
-        ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
+        (
+            "signs, without accumulation",
+            [f"{BOTH}::test_steps_are_the_ordinary_modes", f"{BOTH}::test_signs_are_refused_where_r_adds_up"],
+        ),
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
         (
             "without accumulation or clipping",
@@ -123,7 +134,7 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
             "exact",
             [f"{STOCK}::test_resume_is_exact", f"{INT8_SAVED}::test_training_goes_on_exactly_from_what_is_saved"],
         ),
-        ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
+        ("signs", [f"{INT8}::test_a_step_is_that_of_a_float_weight_up_to_one_rounding"]),
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
         ("yes", [f"{INT8_SAVED}::test_training_goes_on_exactly_from_what_is_saved"]),
     ],

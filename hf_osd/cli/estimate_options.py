@@ -62,14 +62,13 @@ def _usual(optim: str, arguments: argparse.Namespace) -> list[str]:
     """What a run should have beside the options that were given, as README and docs have it.
 
     A preset, where the options neither have one nor set any of what it sets, and it goes with them; without its
-    residual from activations. And steps that bfloat16 does not round away.
+    residual where weights are in 8 bits, to save memory. And steps that bfloat16 does not round away.
     """
     given, usual = parse_optim_args(arguments.optim_args), []
     if "adamw" in optim and not {"preset", *PRESETS[USUAL_PRESET].settings} & given.keys():
-        for residual in ({}, {"residual": "none"}):
-            if _goes_with(optim, {**given, **residual}):
-                usual = [f"preset={USUAL_PRESET}", *(f"{key}={value}" for key, value in residual.items())]
-                break
+        residual = {"residual": "none"} if "weight_dtype" in given else {}
+        if _goes_with(optim, {**given, **residual}):
+            usual = [f"preset={USUAL_PRESET}", *(f"{key}={value}" for key, value in residual.items())]
     if arguments.dtype in BFLOAT16 and "stochastic_rounding" not in given:
         usual.append("stochastic_rounding=true")
     return usual

@@ -49,8 +49,10 @@ def test_the_report(folder, capsys):
     text = estimate(capsys, *words, "--gpu", "2MB", "--reserve", "0KB")
     assert f"and 32 tokens:\n  {report['suggestion']['options']}\n" in text and "train.py" not in text
     assert "To train from scratch: estimate again with --preset pretrain." in text
-    for others in (("--preset", "pretrain"), ("--optim_args", "source=activations")):
-        assert "estimate again" not in estimate(capsys, *words, "--gpu", "2MB", "--reserve", "0KB", *others)
+    asked = (*words, "--gpu", "2MB", "--reserve", "0KB")
+    assert "estimate again with --preset" in estimate(capsys, *asked, "--optim_args", "source=activations")
+    for others in (("--preset", "pretrain"), ("--optim_args", "source=activations,weight_dtype=int8")):
+        assert "estimate again" not in estimate(capsys, *asked, *others)
     assert f"{report['parameters'] / 1e6:.1f}M parameters" in text
     lines = [line for line in text.splitlines() if line.startswith("osd_adamw8bit_layerwise")]
     assert [line.split()[-2] for line in lines] == [
@@ -87,7 +89,9 @@ def test_what_each_of_several_processes_holds(folder, capsys):
     led = [name for name in names if not name.split(".")[-2].startswith(("k_", "v_", "up_"))]  # q's and gate's P
     inputs = sum(model.get_parameter(name).shape[1] for name in led)
     assert each["whole"]["projection"] == 4 * 8 * inputs == 4 * each["divided"]["projection"]
-    R = sum(8 * model.get_parameter(name).shape[0] for name in names)
+    shapes = [model.get_parameter(name).shape for name in names]
+    R = sum((8 + n // 4) * m for m, n in shapes)  # and every fourth column, for the preset's signs
+    assert all(n % 4 == 0 for _, n in shapes)
     rest = sum(p.numel() for name, p in model.named_parameters() if name not in names)
     assert each["divided"]["gradients"] == 2 * (R + rest) // 4
     buffers = sum(X.nbytes for X in model.buffers())

@@ -17,7 +17,8 @@ GENERATES = LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"])
 CLASSIFIES = BertConfig(**SMALL, architectures=["BertForSequenceClassification"])
 DEFAULT_LR, UNBIASED = TrainingArguments.learning_rate, "subspace=random,unbiased=true"
 ROUNDED = "stochastic_rounding=true"
-USUAL, INPUTS = f"preset=finetune,{ROUNDED}", f"preset=finetune,residual=none,{ROUNDED}"
+USUAL, LEAN = f"preset=finetune,{ROUNDED}", f"preset=finetune,residual=none,{ROUNDED}"
+INT8 = "source=activations,weight_dtype=int8"
 NAMES = [["q_proj"], ["q_proj", "v_proj"], ["layers.1.mlp.up_proj"], ["model.layers.0.self_attn.q_proj", "o_proj"]]
 
 
@@ -89,7 +90,8 @@ def test_a_regular_expression_that_matches_nothing(capsys, tmp_path):
         (GENERATES, ("--optim_args", "preset=pretrain"), 1e-3, f"rank=8,{ROUNDED},preset=pretrain"),
         (GENERATES, ("--optim_args", "scale=0.25"), 2e-4, f"rank=8,{ROUNDED},scale=0.25"),
         (GENERATES, ("--optim_args", "residual=scaled"), 2e-4, f"rank=8,scale=1,{ROUNDED},residual=scaled"),
-        (CLASSIFIES, ("--optim_args", "source=activations"), 5e-5, f"rank=8,{INPUTS},source=activations"),
+        (CLASSIFIES, ("--optim_args", "source=activations"), 5e-5, f"rank=8,{USUAL},source=activations"),
+        (CLASSIFIES, ("--optim_args", INT8), 5e-5, f"rank=8,{LEAN},{INT8}"),
         (GENERATES, ("--optim_args", UNBIASED), 2e-4, f"rank=8,scale=1,{ROUNDED},{UNBIASED}"),
         (GENERATES, ("--optim", "osd_lion"), DEFAULT_LR, f"rank=8,{ROUNDED}"),
         (GENERATES, ("--optim", "rso_adamw"), DEFAULT_LR, f"rank=8,{ROUNDED}"),

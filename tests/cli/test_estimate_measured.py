@@ -122,7 +122,8 @@ def test_forward_passes_alone(dtype: str, source: str):
 
 
 @pytest.mark.parametrize(
-    "options", ["projection_dtype=bfloat16", "projection_dtype=int8", "subspace=static", "init=orthonormal"]
+    "options",
+    ["projection_dtype=bfloat16", "projection_dtype=int8", "subspace=static", "init=orthonormal", "residual=sign"],
 )
 def test_other_ways_to_learn_from_activations(options: str):
     check(*both(FAMILIES["llama"], f"osd_adamw:source=activations,{options}", False))

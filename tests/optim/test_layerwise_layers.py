@@ -226,6 +226,13 @@ def test_micro_batches_add_up_r():
     assert distance(*nets) < 1e-14
 
 
+def test_signs_are_refused_where_r_adds_up():
+    with pytest.raises(
+        ValueError, match="residual='sign' needs the whole gradient.*residual=none, also beside a pres"
+    ):
+        optimizer_of(plain_nets.Net(), **LAYERS, layerwise=True, gradient_accumulation=True, residual="sign")
+
+
 @pytest.mark.parametrize("clipping", ["parameter", "previous_norm"])
 def test_clipping_is_that_of_r(clipping):
     ordinary, layerwise = plain_nets.Net(), plain_nets.Net()
