@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compiled import new_handle, project_compiled
 from .exchange import group_of_ddp
 from .fsdp import RowExchange
-from .shared_input import Seen, SharedInput, new_handle, project_compiled
+from .shared_input import Seen, SharedInput
 from .start import FirstProjection
 from .wholes import Wholes
 

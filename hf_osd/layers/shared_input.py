@@ -15,13 +15,13 @@ checkpoint drops it, and makes it again.
 import weakref
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..subspace.precision import full_precision, reduced_precision
+from .compiled import dtype_of_products, new_handle
 from .outside import columns, filled
 from .start import FirstProjection
 
@@ -279,40 +279,3 @@ class SharedInput:
             self._wholes.remove(self)
         self.P, self.code, self.started, self.kept, self.rows, self._wholes = P, code, True, True, rows, wholes
         self.forget_product()
-
-
-def dtype_of_products(kind: str, dtype: torch.dtype) -> torch.dtype:
-    """What products of such inputs come in: autocast may be on for one layer and off for another."""
-    autocast = dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else dtype
-
-
-_numbers = count()
-_by_number: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-
-def new_handle(owner: Any) -> Tensor:
-    """A number that compiled functions find `owner.product` by: an input of theirs, not part of their code."""
-    number = next(_numbers)
-    _by_number[number] = owner
-    return torch.tensor(number, device="cpu")
-
-
-@torch.library.custom_op("hf_osd::project", mutates_args=())
-def _project(x: Tensor, handle: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-    """[`SharedInput.product`] as one operation of a compiled graph, which so depends on nothing that changes.
-
-    Blocks of one class share a graph, steps go by another P, and other tokens are learned of. Layers that share an
-    input pass the same arguments, so that the compiler makes one call of theirs.
-    """
-    return _by_number[int(handle)].product(x, dtype, compiled=True)
-
-
-@_project.register_fake
-def _(x: Tensor, handle: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.reshape(-1, x.shape[-1]).shape[0], rank, dtype=dtype)
-
-
-def project_compiled(x: Tensor, handle: Tensor, rank: int) -> Tensor:
-    """In a compiled function, the x P of whose handle it is."""
-    return torch.ops.hf_osd.project(x.detach(), handle, rank, dtype_of_products(x.device.type, x.dtype))
