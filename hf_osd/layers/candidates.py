@@ -34,10 +34,7 @@ def _reason(module: nn.Module, name: str) -> str | None:
 
 
 def zeros_like_R(p: Tensor, rank: int, module: nn.Module, whole: bool, sample: int | None) -> Tensor:
-    """Zeros shaped like R, and what is made for the residual beside it, that take no memory.
-
-    They do where processes are to exchange them, which is `whole`.
-    """
+    """Zeros shaped like R with what is made beside it; without memory unless `whole`, for processes to exchange."""
     right = plain_class(module) is nn.Linear
     inputs = p.shape[1 if right else 0]
     columns = effective_rank(rank, *p.shape) + (0 if sample is None else columns_at_once(inputs, sample))
