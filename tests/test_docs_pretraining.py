@@ -137,7 +137,8 @@ def test_the_long_comparison_is_on_its_page():
 def test_steps_of_the_long_comparison_are_timed_side_by_side():
     times = result("family_long_text")["times"]
     seconds = times["seconds_per_step"]
-    later = {"online_pca", "online_pca_sign", "online_pca_activations", "preset_activations"}  # which were run since
+    later = {"online_pca", "online_pca_sign", "online_pca_residual", "online_pca_activations"}  # which were run since
+    later |= {"preset_activations", "preset_activations_signs"}
     assert seconds.keys() | later == by_method("family_long_text").keys() and times["steps"] == 400
     slower = [seconds[name] / seconds["adamw"] - 1 for name in ("preset_at_adamws", "preset_ratio8", "preset")]
     said = f"takes {100 * min(slower):.0f} to {max(slower):.0%} longer than AdamW's ({1000 * seconds['adamw']:.0f} ms)"
@@ -148,21 +149,33 @@ def test_what_is_said_of_what_lies_outside_the_subspaces():
     first = {name: row["seeds"][0] for name, row in by_method("family_long_text").items()}
     none, signs = first["online_pca"], first["online_pca_sign"]
     activations, preset = first["online_pca_activations"], first["preset_activations"]
-    said = f"OSD ends at {none:.2f} without a residual and at {signs:.2f} with signs, GaLore at "
+    said = (
+        f"OSD ends at {none:.2f} without a residual, at {first['online_pca_residual']:.2f} with a scaled one and at "
+    )
+    said += f"{signs:.2f} with signs, GaLore at "
     said += f"{first['galore']:.2f} and with Fira's residual at {first['svd_residual']:.2f}. "
     said += "From activations and without one it is "
     said += f"{activations:.2f}, and {preset:.2f} with the preset's ratio, {activations / none - 1:.1%} and "
     said += f"{preset / none - 1:.1%} above OSD without a residual, {activations / first['adamw'] - 1:.1%} and "
-    assert said + f"{preset / first['adamw'] - 1:.1%} above AdamW" in text_of("docs/benchmarks.md")
+    with_signs = first["preset_activations_signs"]
+    apart = [with_signs / first[name] - 1 for name in ("preset_activations", "adamw", "preset")]
+    said += (
+        f"{preset / first['adamw'] - 1:.1%} above AdamW. **The preset as it is, with signs of every fourth column at "
+    )
+    said += f"a time, ends at {with_signs:.2f} from activations**: {-apart[0]:.1%} below that, "
+    said += f"{apart[1]:.1%} above AdamW, "
+    assert said + f"{apart[2]:.1%} above the preset on gradients" in text_of("docs/benchmarks.md")
     above = (
         f"{none / first['adamw'] - 1:.0%} above AdamW without a residual, {activations / first['adamw'] - 1:.0%} from "
     )
-    assert above + "activations without one" in text_of("README.md")
+    above += f"activations without one, and {apart[1]:.1%} from activations with the preset"
+    assert above in text_of("README.md")
     more = activations / first["preset"] - 1
     told = f"over 20M tokens it ends {activations / none - 1:.0%} above gradients without a residual, and {more:.0%} "
     assert told + "above `preset=pretrain`" in text_of("docs/choosing.md")
-    told = f"({activations:.2f} beside {none:.2f}), and {more:.0%} above `preset=pretrain` on gradients"
-    assert told in text_of("docs/activations.md")
+    told = f"ends at {with_signs:.2f} with `preset=pretrain`, {apart[1]:.1%} above AdamW and {apart[2]:.1%} above the "
+    assert told + f"preset on gradients; without its signs at {preset:.2f}" in text_of("docs/activations.md")
+    assert f"{with_signs:.2f} there, {apart[2]:.1%} above the same on gradients" in text_of("docs/choosing.md")
     assert f"from {none:.2f} to {signs:.2f} over 20M tokens" in text_of("docs/choosing.md")
 
 

@@ -66,7 +66,8 @@ def _usual(optim: str, arguments: argparse.Namespace) -> list[str]:
     """
     given, usual = parse_optim_args(arguments.optim_args), []
     if "adamw" in optim and not {"preset", *PRESETS[USUAL_PRESET].settings} & given.keys():
-        residual = {"residual": "none"} if "weight_dtype" in given else {}
+        lean = "weight_dtype" in given and "residual_sample" not in given
+        residual = {"residual": "none"} if lean else {}
         if _goes_with(optim, {**given, **residual}):
             usual = [f"preset={USUAL_PRESET}", *(f"{key}={value}" for key, value in residual.items())]
     if arguments.dtype in BFLOAT16 and "stochastic_rounding" not in given:

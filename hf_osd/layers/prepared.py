@@ -25,10 +25,11 @@ logger = logging.getLogger("hf_osd")
 class PreparedLayers(nn.Module):
     """The prepared layers of a model, as a child of it, for it holds parameters: for each weight a stand-in of zeros.
 
-    The gradient of a stand-in is R, so everything that works on gradients works on R: accumulation, clipping, loss
-    scaling, DDP. Where weights are divided among processes, it is divided like them. Weights keep `requires_grad` and
-    get no gradient from their layers; what else a model does with them is seen by the gradient that they get from
-    there. Nothing of this is in the model's `state_dict`, none of it in a copy of the model, which has plain layers.
+    The gradient of a stand-in is R, with what comes beside it (`outside`), so everything that works on gradients works
+    on R: accumulation, clipping, loss scaling, DDP. Where weights are divided, it is divided like them. Weights keep
+    `requires_grad` and get no gradient from their layers; what else a model does with them is seen by the gradient
+    that they get from there. Nothing of this is in the model's `state_dict`, none of it in a copy of the model, which
+    has plain layers.
 
     Args:
         model (`nn.Module`): The model.

@@ -68,7 +68,8 @@ class OSD(SavedOptimizer):
             What R and P are made of: `gradients`, or `activations`, with which gradients of projected linear layers
             never exist. The layers make R in the backward pass, and P learns from their inputs, one P for those that
             are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and Trainer
-            prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those of R.
+            prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those of what
+            the layers make.
         subspace (`str` or `SubspaceRule`, *optional*, defaults to `"online_pca"`):
             How P moves: `online_pca`, `svd`, `random`, `cosine`, `importance`, `power`, `static`. Or a
             [`SubspaceRule`] of your own.

@@ -94,7 +94,12 @@ def _charts(runs: Sequence[Run]) -> dict[str, list[tuple[str, str, str | None]]]
         ],
         "schedule": [
             ("Learning rate", "of the weights", "learning_rate", {"from_zero": True}),
-            ("Gradient norm", "before clipping; with source=activations of R, not G", "grad_norm", {}),
+            (
+                "Gradient norm",
+                "before clipping; with source=activations of what its layers make, not of G",
+                "grad_norm",
+                {},
+            ),
         ],
         "subspaces": [
             (

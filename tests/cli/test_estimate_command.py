@@ -92,6 +92,7 @@ def test_a_regular_expression_that_matches_nothing(capsys, tmp_path):
         (GENERATES, ("--optim_args", "residual=scaled"), 2e-4, f"rank=8,scale=1,{ROUNDED},residual=scaled"),
         (CLASSIFIES, ("--optim_args", "source=activations"), 5e-5, f"rank=8,{USUAL},source=activations"),
         (CLASSIFIES, ("--optim_args", INT8), 5e-5, f"rank=8,{LEAN},{INT8}"),
+        (CLASSIFIES, ("--optim_args", f"{INT8},residual_sample=2"), 5e-5, f"rank=8,{USUAL},{INT8},residual_sample=2"),
         (GENERATES, ("--optim_args", UNBIASED), 2e-4, f"rank=8,scale=1,{ROUNDED},{UNBIASED}"),
         (GENERATES, ("--optim", "osd_lion"), DEFAULT_LR, f"rank=8,{ROUNDED}"),
         (GENERATES, ("--optim", "rso_adamw"), DEFAULT_LR, f"rank=8,{ROUNDED}"),

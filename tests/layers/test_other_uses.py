@@ -101,3 +101,35 @@ def test_what_is_not_finite_never_enters_p(step_of_it: int, subspace: str):
         optimizer.zero_grad()
     assert all(shared.P.isfinite().all() for shared in optimizer.layers.inputs())
     assert all(p.isfinite().all() for p in net.parameters()) and distance(net, Net()) > 1e-3
+
+
+@pytest.mark.parametrize("optim", ["osd_adamw", "osd_adamw_layerwise"])
+@pytest.mark.parametrize("options", [{}, {"weight_dtype": "int8"}], ids=str)
+def test_signs_in_bfloat16_are_those_of_float32(options: dict, optim: str):
+    """At half of the rank half of each row's energy lies inside, and is no reason to take the rest for rounding."""
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        net = Other(lambda layers, x: layers["a"](x), a=nn.Linear(N, 24)).to(dtype)
+        signs = {"scale": 1e-6, "residual": "sign", "residual_scale": 1e6}
+        optimizer = make(net, optim, lr=0.1, rank=N // 2, **signs, **options)
+        for step in range(2):
+            before = net.layers["a"].weight.detach().float() + 0
+            loss_of(net(batch(step, tokens=100).to(dtype))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        change = net.layers["a"].weight.detach().float() - before
+        moved.append(torch.sign(change) * (change.abs() > 0.05))
+    assert moved[0].abs().mean() == 1 / 4 and (moved[0] == moved[1]).float().mean() > 0.97
+
+
+def test_a_residual_that_changes_in_a_group_is_refused():
+    for change in ({"residual": "scaled"}, {"residual_sample": 2}):
+        net = Other(lambda layers, x: layers["a"](x), a=nn.Linear(N, 24))
+        optimizer = make(net, residual="sign")
+        train(net, optimizer, range(2))
+        optimizer.param_groups[0].update(change)
+        with pytest.raises(
+            ValueError, match="`residual` and `residual_sample` of layers.a.weight cannot become other"
+        ):
+            train(net, optimizer, [2])

@@ -45,8 +45,9 @@ MISTAKES = [
     ("source=activations,residual=scaled", "`residual` .* no effect with source='activations'.*use residual='sign'"),
     (
         "subspace=random,unbiased=true,residual=sign",
-        "`residual` .* no effect with `unbiased`, whose P is no projection",
+        "`residual` .* no effect with `unbiased` or .*, whose P is no projection",
     ),
+    ("subspace=random,distribution=gaussian,residual=sign", "`residual` .* or distribution='gaussian', whose P is no"),
     ("residual=sign,residual_sample=3", "`residual_sample` .* no effect with source='gradients'"),
     ("source=activations,residual_sample=3", "`residual_sample` .* no effect without residual='sign'"),
     ("source=activations,residual=sign,residual_sample=0", "`residual_sample` .* must be an integer >= 1, got 0"),

@@ -75,7 +75,8 @@ class Options:
         "What R and P are made of: `gradients`, or `activations`, with which gradients of projected linear layers "
         "never exist.\n\nThe layers make R in the backward pass, and P learns from their inputs, one P for those that "
         "are given the same. For `online_pca`, `power`, `random` and `static`. [`create_osd_optimizer`] and Trainer "
-        "prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those of R.",
+        "prepare the model for it. What cannot be prepared goes by gradients. Norms and clipping are those of what "
+        "the layers make.",
         check=one_of(SOURCES),
         needs=(RANK,),
         state=True,
@@ -183,7 +184,10 @@ class Options:
         needs=(
             RANK,
             SIGNS_SUFFICE,
-            Need(lambda group: not group["unbiased"], "with `unbiased`, whose P is no projection"),
+            Need(
+                lambda group: not group["unbiased"] and group["distribution"] != "gaussian",
+                "with `unbiased` or distribution='gaussian', whose P is no projection",
+            ),
         ),
         state=True,
         card="residual",

@@ -145,10 +145,11 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
     name = "layerwise` with `gradient_accumulation"
     reason = None
     if sums and group["residual"] != "none":
+        whose = "" if group["source"] == "gradients" else ", of weights without prepared layers"
         raise ValueError(
-            f"`{name}` is not for {where}: residual={group['residual']!r} needs the whole gradient, of which this "
-            "keeps what is in the subspace. Accumulate without `layerwise` (a name without _layerwise), which keeps "
-            "the residual, or give residual=none, also beside a preset."
+            f"`{name}` is not for {where}: residual={group['residual']!r} needs the whole gradient{whose}, of "
+            "which this keeps what is in the subspace. Accumulate without `layerwise` (a name without _layerwise), "
+            "which keeps the residual, or give residual=none, also beside a preset."
         )
     if sums and group["side"] == "two_sided":
         reason = "side='two_sided' needs the norm of the whole gradient, which is only estimated"

@@ -100,22 +100,22 @@ class InputWeight(ProjectedWeight):
         return max(weight.count for weight in self.sharing)
 
     def project(self, G: Tensor, check: GradientCheck, turn: Turn = ONLY) -> LowRank | None:
-        """R itself, which is what has arrived; `None` as long as there is no P."""
-        return LowRank(G, None) if self.P.started else None
+        """What has arrived: R itself, and G_S beside it, if any; `None` as long as there is no P."""
+        if not self.P.started:
+            return None
+        if self.layer.residual_sample is None:
+            return LowRank(G, None)
+        assert self.input is not None and self.op.long_dim is not None
+        r, short, columns = self.geometry.rank, 1 - self.op.long_dim, self.input.columns
+        count = len(range(*columns.indices(self.input.size)))
+        # R as where G is there. The precision of G tells how much of a rest is rounding
+        R = G.narrow(short, 0, r).to(self.geometry.compute_dtype).contiguous()
+        return LowRank(R, None, G.narrow(short, r, count), columns=columns)
 
     def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
         """As of every matrix; the next forward pass needs the next P, see `LayerWeights.learn`."""
-        super().update(None if low is None else self._parted(low), check, movements)
+        super().update(low, check, movements)
         self.stepped = low is not None
-
-    def _parted(self, low: LowRank) -> LowRank:
-        """R, and what the layers have made beside it."""
-        if self.layer.residual_sample is None:
-            return low
-        assert self.input is not None and self.op.long_dim is not None
-        r, short, columns = self.geometry.rank, 1 - self.op.long_dim, self.input.columns
-        R, G = low.R.narrow(short, 0, r), low.R.narrow(short, r, len(range(*columns.indices(self.input.size))))
-        return LowRank(R.contiguous(), low.A, G, columns=columns)
 
     def of_gradient(self, G: Tensor) -> Tensor:
         """What its layers would have made of a gradient that W has from elsewhere: R, and with it G_S."""
@@ -165,9 +165,10 @@ class InputWeight(ProjectedWeight):
     def follow(self, rules: Rules) -> None:  # noqa: D102 - see Weight
         super().follow(rules)
         group, geometry, layer = self.group, self.geometry, self.layer
-        if residual_sample_of(group) not in (None, layer.residual_sample):
+        if rules.residual == "scaled" or residual_sample_of(group) not in (None, layer.residual_sample):
             raise ValueError(
-                f"The layers of {geometry.name} were prepared for another residual: make a new optimizer for it."
+                f"`residual` and `residual_sample` of {geometry.name} cannot become other ones: its layers were "
+                "prepared for those that the optimizer was made with. Make another one."
             )
         self.residual = None if rules.residual == "none" else SignOfColumns(geometry, group, self.slot)
         layer.every = projection_sample_of(group)

@@ -24,7 +24,7 @@ class LowRank(NamedTuple):
 
     def wide(self, dtype: torch.dtype) -> "LowRank":
         """R and A in the precision of the computation: to be added up, scaled or kept."""
-        return LowRank(self.R.to(dtype), None if self.A is None else self.A.to(dtype), self.G)
+        return self._replace(R=self.R.to(dtype), A=None if self.A is None else self.A.to(dtype), P=None)
 
 
 class Update(NamedTuple):
