@@ -47,9 +47,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "svd_two_sided_restart": EVERY_3 | TWO_SIDED | {"restart_moments": True, "weight_rule": "adafactor"},
     "svd_carry_scaled": EVERY_3 | CARRY | SCALED,
     "random": EVERY_3,
-    "random_gaussian_sign": EVERY_3
-    | SIGN
-    | {"distribution": "gaussian", "weight_rule": "lion", "residual_scale": 0.1},
+    "random_gaussian": EVERY_3 | {"distribution": "gaussian"},
+    "random_sign": EVERY_3 | SIGN | {"weight_rule": "lion", "residual_scale": 0.1},
     "random_unbiased_restart_8bit": EVERY_3 | {"unbiased": True, "restart_moments": True, "weight_rule": "adamw8bit"},
     "random_two_sided_carry": EVERY_3 | TWO_SIDED | CARRY,
     "cosine": EVERY_3,

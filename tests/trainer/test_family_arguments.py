@@ -37,7 +37,7 @@ def test_reaches_the_optimizer_and_is_refused_alone(key: str, value: Any, others
 def test_the_family_on_a_command_line(tmp_path):
     flags = {
         "osd_subspace": "random",
-        "osd_distribution": "gaussian",
+        "osd_distribution": "orthonormal",
         "osd_update_interval": "9",
         "osd_carry_moments": "True",
     }
