@@ -79,7 +79,7 @@ class Meeting:
         for known, version, kind, shared in self._seen:
             if self.sharing and known() is x and version == x._version and kind == layer.kind:
                 return shared
-        shared = SharedInput(layer.name, layer.first, layer.every, layer.residual_sample, self.newest)
+        shared = layer.new_input()
         self._seen.append((weakref.ref(x), x._version, layer.kind, shared))
         return shared
 
@@ -170,6 +170,10 @@ class LayerInfo:
         self._divided, self.sharding, self.fsdp = self.modules[0].weight, sharding, fsdp
         self._known_leaf = self.stand_in
         self._meeting.divide(self)
+
+    def new_input(self) -> SharedInput:
+        """An input that this is the first layer of, whose weight then holds P."""
+        return SharedInput(self.name, self.first, self.every, self.residual_sample, self._meeting.newest)
 
     def use(self, P: Tensor, code: Tensor | None, rows: Any) -> None:
         """Let the layers that have its input use this P of the optimizer from now on; see [`SharedInput.bind`]."""

@@ -218,11 +218,8 @@ class PreparedLayers(nn.Module):
         """
         known = {shared.leader: shared for shared in self.inputs()}
         for name, holder in self.shareable(holders).items():
-            first = self.layers[holder]
             if holder not in known:
-                known[holder] = SharedInput(
-                    holder, first.first, first.every, first.residual_sample, self.meeting.newest
-                )
+                known[holder] = self.layers[holder].new_input()
             self.layers[name].input = known[holder]
             self.meeting.changed = True
 

@@ -5,9 +5,8 @@ Letters and shapes as in `subspace.operators`; x (T, n) are the layer's inputs, 
 
     R = G P = dYᵀ (x P)
 
-needs x P (T, r) alone, which is all that is kept of x; with what comes beside it where there is a residual, see
-`outside`: R stands for both here. `Conv1D` stores Wᵀ: there R = Pᵀ G = (x P)ᵀ dY, on the left
-side.
+needs x P (T, r) alone, which is all that is kept of x. Where there is a residual x P and R stand here for what comes
+beside them as well, see `outside`. `Conv1D` stores Wᵀ: there R = Pᵀ G = (x P)ᵀ dY, on the left side.
 """
 
 from typing import Any

@@ -2,13 +2,13 @@
 
 import difflib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 from torch import Tensor
 
-from ..declare import plain
+from ..declare import plain, same
 from ..layers import PreparedLayers
 from ..subspace import SubspaceRule, name_rule, rule_class
 from ..text import shortened
@@ -174,6 +174,31 @@ def with_plain_names(params: Iterable) -> Any:
     for group in pairs:
         group["params"] = [(next(names), p) for _, p in group["params"]]
     return groups
+
+
+def refuse_unprepared(
+    group: Mapping[str, Any],
+    own: Collection[str],
+    shared: Mapping[str, Any],
+    where: str,
+    layers: PreparedLayers | None,
+) -> None:
+    """Raise `ValueError` for a `residual_sample` that a group gives of its own and whose weights no layer prepares.
+
+    Args:
+        group (`dict`): The group, complete.
+        own (`Collection[str]`): Names of the options that it gave itself.
+        shared (`dict`): The optimizer's options: a group may repeat them.
+        where (`str`): What the message calls the group.
+        layers ([`PreparedLayers`], *optional*): The model's.
+    """
+    name = "residual_sample"
+    if name in own and not same(group[name], shared[name]):
+        if layers is None or layers.by_weight().keys().isdisjoint(group["params"]):
+            raise ValueError(
+                f"`{name}` of {where} has no effect: layers are prepared when the optimizer is made, and the weights "
+                "of this group go by their gradients, of which they have all. Leave it out."
+            )
 
 
 def refuse_same_names(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from .groups import (
     named,
     refuse_ignored,
     refuse_same_names,
+    refuse_unprepared,
     refuse_without_movement,
     settle_group,
     warn_clipped,
@@ -402,6 +403,7 @@ class OSD(SavedOptimizer):
         try:
             refuse_same_names(self.param_groups)
             options.refuse_own_without_rank(group, own, shared, where)
+            refuse_unprepared(group, own, shared, where, self._layers)
             given, clipped = settle_group(group, where, position, self.mode, "rank" in own, self._layers)
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)

@@ -9,8 +9,6 @@ from reference.nets_in_layers import Net, batch, distance, loss_of, make, train
 
 
 SHARED = [["layers.0", "layers.1"], ["layers.2"]]
-
-
 SIGNS = {"residual": "sign", "residual_scale": 0.5, "residual_sample": 3}
 
 
@@ -23,6 +21,7 @@ SIGNS = {"residual": "sign", "residual_scale": 0.5, "residual_sample": 3}
         (4, SIGNS, {"signs": 0.5, "sample": 3}),
         (4, {**SIGNS, "residual_sample": 100}, {"signs": 0.5, "sample": 100}),
         (4, {**SIGNS, "scale": 0.8}, {"signs": 0.5, "sample": 3, "scale": 0.8}),
+        (4, {**SIGNS, "residual_sample": 1, "scale": "auto"}, {"signs": 0.5, "sample": 1, "scale": "auto"}),
     ],
 )
 def test_a_hundred_steps(batches, every, options, own):

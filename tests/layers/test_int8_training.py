@@ -19,7 +19,9 @@ from reference.nets_in_layers import Net, batch, int8_net, loss_of, make, train
 
 
 @pytest.mark.parametrize("options", [{}, {"residual": "sign", "residual_sample": 3}], ids=str)
-def test_a_step_is_that_of_a_float_weight_up_to_one_rounding(options):
+def test_a_step_is_that_of_a_float_weight_up_to_one_rounding(options, monkeypatch):
+    if options:  # whose rows are not those of the pieces
+        monkeypatch.setattr(int8, "PIECE", 2 * 16)
     net, optimizer = int8_net(weight_decay=0.1, **options)
     train(net, optimizer, range(3))
     plain = copy.deepcopy(net)

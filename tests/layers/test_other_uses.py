@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from transformers.pytorch_utils import Conv1D
 
+from hf_osd.optim.step import residual
 from reference.nets_in_layers import N, Net, Other, batch, distance, loss_of, make, train
 
 
@@ -133,3 +135,38 @@ def test_a_residual_that_changes_in_a_group_is_refused():
             ValueError, match="`residual` and `residual_sample` of layers.a.weight cannot become other"
         ):
             train(net, optimizer, [2])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nothing_outside_has_no_sign(transposed: bool):
+    """Inputs of rank 4, all of which P spans: what is left of G is rounding."""
+    layer = Conv1D(24, N) if transposed else nn.Linear(N, 24)
+    net = Other(lambda layers, x: layers["a"](x), a=layer)
+    optimizer = make(net, residual="sign", subspace="static")
+    span = torch.linalg.qr(torch.randn(N, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
+    start = layer.weight.detach().clone()
+    for step in range(4):
+        loss_of(net(batch(step) @ span @ span.T)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    change = layer.weight.detach() - start
+    change = change.T if transposed else change
+    assert change.norm() > 1e-2 and (change - change @ span @ span.T).abs().max() < 1e-10
+
+
+def test_a_group_added_later_has_no_residual_sample():
+    net = Other(lambda layers, x: layers["a"](x), a=nn.Linear(N, 24))
+    optimizer = make(net, residual="sign", residual_sample=3)
+    more = nn.Parameter(torch.randn(8, 12, dtype=torch.float64))
+    with pytest.raises(ValueError, match="`residual_sample` of parameter group .* has no effect: layers are prepared"):
+        optimizer.add_param_group({"params": [more], "rank": 4, "residual_sample": 8})
+    optimizer.add_param_group({"params": [more], "rank": 4, "residual_sample": 3})  # as the optimizer has it
+
+
+def test_a_step_in_pieces_is_a_step(monkeypatch: pytest.MonkeyPatch):
+    """A few rows at a time, which of Conv1D's weight start at any of the rows whose turn it is."""
+    whole, parts = Net(), Net()
+    train(whole, make(whole, residual="sign", residual_sample=3), range(5))
+    monkeypatch.setattr(residual, "PIECE", 2 * 16)
+    train(parts, make(parts, residual="sign", residual_sample=3), range(5))
+    assert distance(whole, parts) < 1e-13

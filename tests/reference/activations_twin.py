@@ -16,6 +16,7 @@ class ActivationsTwin:
         shared (`list[list[str]]`): Names of the modules that are given one tensor, the first of which says P's seed.
         sketches (`dict[str, Tensor]`): Ω of each of these lists, by the first name.
         transposed (`set[str]`): Modules that store their weight as (in, out).
+        scale (`float` or `"auto"`): As the option.
         signs (`float`, *optional*): The residual's scale, `None` for none, of one column in `sample` at a step.
     """
 
@@ -64,7 +65,10 @@ class ActivationsTwin:
                 if self.started:
                     G = module.weight.grad.T if name in self.transposed else module.weight.grad
                     D = adamw(self.states.setdefault(name, {}), G @ P)
-                    dW = -self.lr * self.scale * (D @ P.T + self.residual(G, P))
+                    inside, outside = self.scale, self.scale
+                    if self.scale == "auto":
+                        inside, outside = (len(P) / P.shape[1]) ** 0.5, 1.0
+                    dW = -self.lr * (inside * D @ P.T + outside * self.residual(G, P))
                     module.weight.data += dW.T if name in self.transposed else dW
         for name, p in self.net.named_parameters():
             if p not in stepped:

@@ -41,7 +41,7 @@ RANK = Need(lambda group: group["rank"] is not None, "without a `rank`")
 GRADIENTS = Need(lambda group: group["source"] == "gradients", "with source='activations', where there is no gradient")
 SIGNS_SUFFICE = Need(
     lambda group: group["source"] == "gradients" or group["residual"] != "scaled",
-    "with source='activations', where there is no gradient",
+    GRADIENTS.without,
     ", or use residual='sign', which is of a part of it at each step",
 )
 LEARNED = Need(_rule(lambda rule: rule.learns, unknown=False), in_subspace(), ", or use subspace='online_pca'")

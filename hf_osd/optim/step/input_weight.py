@@ -105,12 +105,11 @@ class InputWeight(ProjectedWeight):
             return None
         if self.layer.residual_sample is None:
             return LowRank(G, None)
-        assert self.input is not None and self.op.long_dim is not None
-        r, short, columns = self.geometry.rank, 1 - self.op.long_dim, self.input.columns
-        count = len(range(*columns.indices(self.input.size)))
+        assert self.input is not None
+        r, short, columns = self.geometry.rank, self._short, self.input.columns
         # R as where G is there. The precision of G tells how much of a rest is rounding
         R = G.narrow(short, 0, r).to(self.geometry.compute_dtype).contiguous()
-        return LowRank(R, None, G.narrow(short, r, count), columns=columns)
+        return LowRank(R, None, G.narrow(short, r, len(range(self.input.size)[columns])), columns=columns)
 
     def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
         """As of every matrix; the next forward pass needs the next P, see `LayerWeights.learn`."""
@@ -122,9 +121,12 @@ class InputWeight(ProjectedWeight):
         R, shared = self.op.down(G, self.P.read().to(G.dtype)), self.input
         if shared is None or shared.residual_sample is None:
             return R
-        assert self.op.long_dim is not None
-        short = 1 - self.op.long_dim
-        return torch.cat([R, shared.columns_of(G, short)], dim=short)
+        return torch.cat([R, shared.columns_of(G, self._short)], dim=self._short)
+
+    @property
+    def _short(self) -> int:
+        """The dimension of R that is projected: that of the inputs."""
+        return 0 if self.layer.transposed else 1
 
     def move(self, D: Tensor, low: LowRank, check: GradientCheck) -> Moving | None:
         """As of every matrix; then a divided P moves, if this was the last weight that uses it."""

@@ -127,12 +127,16 @@ class Scaled(Residual):
 class Sign(Residual):
     """FRUGAL's: S = sign(G - P R), 0 where nothing lies outside."""
 
+    def _scale(self) -> float:
+        """Of S: such that `scale="auto"` leaves it alone."""
+        return self.group["residual_scale"] / (self.geometry.full_scale if self.group["scale"] == "auto" else 1.0)
+
     def extend(self, update: Update, low: LowRank, check: GradientCheck) -> Update:
         """The update with S in it."""
         D, P, _ = update
         R, G, op = low.R, low.G, self.geometry.op
         assert G is not None
-        scale = self.group["residual_scale"] / (self.geometry.full_scale if self.group["scale"] == "auto" else 1.0)
+        scale = self._scale()
         some = (self._outside(low, P) > 0) & ~check.skip
 
         def add_rest(X: Tensor, rows: slice, rate: float | Tensor) -> None:
@@ -143,27 +147,30 @@ class Sign(Residual):
         return Update(D, P, add_rest)
 
 
-class SignOfColumns(Residual):
-    """The sign of the rest of some columns of G, 0 where nothing lies outside."""
+class SignOfColumns(Sign):
+    """The same of some columns of G, of the rows of a layer that stores Wᵀ."""
 
     def extend(self, update: Update, low: LowRank, check: GradientCheck) -> Update:
         """The update with S in it."""
         D, P, _ = update
         R, G, own, op = low.R, low.G, low.columns, self.geometry.op
         assert G is not None and own is not None and self._long is not None
-        k, short = own.step, 1 - self._long
-        # G_S - (R Pᵀ)_S
-        S = G.to(R.dtype, copy=True)
-        op.add_up_(S, R, P[own].to(R.dtype), alpha=-1.0)
-        nothing = _squares(S, short, R.dtype) <= _rounding(G, R) * _squares(G, short, R.dtype)
-        S.sign_().masked_fill_(nothing | check.skip, 0.0)
-        scale = k**0.5 * self.group["residual_scale"]
-        scale /= self.geometry.full_scale if self.group["scale"] == "auto" else 1.0
+        k, short, P_own = own.step, 1 - self._long, P[own].to(R.dtype)
+        scale = k**0.5 * self._scale()
+
+        def signs(part: slice) -> Tensor:
+            # G_S - (R Pᵀ)_S
+            S = G[part].to(R.dtype, copy=True)
+            energy = _squares(S, short, R.dtype)
+            op.add_up_(S, *op.factors(R, P_own, part), alpha=-1.0)
+            nothing = _squares(S, short, R.dtype) <= _rounding(G, R) * energy
+            return S.sign_().masked_fill_(nothing | check.skip, 0.0)
+
+        if short:
+            return Update(D, P, lambda X, rows, rate: add_times_(X[:, own], signs(rows), rate * scale))
+        S = signs(slice(None))  # what lies outside of a column is known of all its rows
 
         def add_rest(X: Tensor, rows: slice, rate: float | Tensor) -> None:
-            if short:
-                add_times_(X[:, own], S[rows], rate * scale)
-                return
             first = (own.start - rows.start) % k  # of these rows
             part = S[(rows.start + first - own.start) // k :][: len(range(first, len(X), k))]
             if isinstance(rate, Tensor) and rate.ndim:  # one for each row
