@@ -170,6 +170,12 @@ def test_the_card_tells_it_and_its_code_runs(run, llama, tmp_path):
     assert holders(again) == holders(ProjectionState.from_optimizer(made.optimizer))
 
 
+def test_the_card_of_signs_of_all_columns_claims_no_missing_gradients(run, tmp_path):
+    made = run(source="activations", residual="sign", residual_sample=1, facts={"repo_id": str(tmp_path)})
+    text = update_card(tmp_path, made.facts).read_text()
+    assert "Of 14 of them P belongs to the layers' inputs." in text and "no gradient of full size" not in text
+
+
 def test_a_push_comes_back(client, hub):
     state = ProjectionState.from_optimizer(trained()[1], include_moments=True)
     state.push_to_hub("tester/shared", token=hub.token)

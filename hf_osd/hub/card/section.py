@@ -46,6 +46,7 @@ def render_section(facts: CardFacts, *, picture: str | None, projections: bool) 
         "rank": _rank(facts),
         "movement": _movement(facts.options.get("subspace", ())),
         "from_activations": facts.from_activations,
+        "without_gradients": 1 not in facts.options.get("residual_sample", ()),  # at 1 all columns are computed
         "rows": [(name, value) for name, value in _rows(facts) if value],
         "state_size": format_bytes(facts.state_bytes),
         "adamw_size": format_bytes(facts.adamw_bytes),
