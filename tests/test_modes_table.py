@@ -115,12 +115,12 @@ TABLE: dict[str, list[tuple[str, list[str]]]] = {
         ("yes", [f"{STOCK}::test_layerwise_is_the_ordinary_mode_and_resumes"]),
         ("exact", [f"{STOCK}::test_layerwise_is_the_ordinary_mode_and_resumes", f"{BOTH}::test_resume_is_exact"]),
         (
-            "signs, without accumulation",
-            [f"{BOTH}::test_steps_are_the_ordinary_modes", f"{BOTH}::test_signs_are_refused_where_r_adds_up"],
+            "signs",
+            [f"{BOTH}::test_steps_are_the_ordinary_modes", f"{BOTH}::test_micro_batches_add_up_r"],
         ),
         ("refused", [f"{LAYERS}/test_sharing.py::test_what_needs_a_gradient_is_refused"]),
         (
-            "without accumulation or clipping",
+            "without clipping",
             [f"{BOTH}::test_steps_are_the_ordinary_modes", f"{BOTH}::test_power_with_clipping_is_refused"],
         ),
     ],

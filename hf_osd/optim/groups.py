@@ -126,11 +126,12 @@ def settle_group(
     if isinstance(group["subspace"], SubspaceRule):
         group["subspace"] = name_rule(group["subspace"])
     options.validate(group, where)
-    refuse_in_mode(group, mode, where)
+    names, prepared = names_of(group, position), {} if layers is None else layers.by_weight()
+    by_gradient = [name for name, p in zip(names, group["params"], strict=True) if is_matrix(p) and p not in prepared]
+    refuse_in_mode(group, mode, where, by_gradient)
     options.spell_out(group)
     if any(RULES[rule].eight_bit for rule in (group["weight_rule"], options.projection_rule(group)) if rule):
         require_bitsandbytes()
-    names = names_of(group, position)
     for name, p in zip(names, group["params"], strict=True):
         refuse_flat(p, name)
     given: str | Sequence[Tensor] | Mapping[str, Tensor] = group["init"]
@@ -148,7 +149,7 @@ def settle_group(
         raise ValueError(
             f"source='activations' of {where} needs a model with prepared layers: use create_osd_optimizer."
         )
-    settle_sides(group, names, {} if layers is None else layers.by_weight())
+    settle_sides(group, names, prepared)
     group["alpha"] = options.projection_alpha(group, number)
     clipped = [
         name

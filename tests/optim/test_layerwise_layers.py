@@ -219,18 +219,30 @@ def test_a_broken_gradient_skips_one_weight_exactly(options):
     assert distance(*nets) == 0
 
 
-def test_micro_batches_add_up_r():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"subspace": "power", "projection_interval": 2},
+        {"residual": "sign", "residual_sample": 3},
+        {"residual": "sign", "scale": "auto", "weight_dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_micro_batches_add_up_r(options):
     nets = plain_nets.Net(), plain_nets.Net()
     for net, more in zip(nets, ({}, {"layerwise": True, "gradient_accumulation": True}), strict=True):
-        plain_nets.train(net, optimizer_of(net, **LAYERS, **more), range(6), 3)
+        plain_nets.train(net, optimizer_of(net, **LAYERS | options, **more), range(6), 3)
     assert distance(*nets) < 1e-14
 
 
-def test_signs_are_refused_where_r_adds_up():
-    with pytest.raises(
-        ValueError, match="residual='sign' needs the whole gradient.*residual=none, also beside a pres"
-    ):
-        optimizer_of(plain_nets.Net(), **LAYERS, layerwise=True, gradient_accumulation=True, residual="sign")
+def test_signs_of_weights_without_prepared_layers_are_refused_where_r_adds_up():
+    """They go by gradients, of which R is kept."""
+    net = Other(lambda layers, x: layers["b"](layers["a"](x)), a=nn.Linear(N, N), b=nn.Linear(N, 24))
+    net.layers["a"].weight.register_hook(lambda G: G)  # so it is not prepared
+    said = "residual='sign' needs the whole gradient of layers.a.weight, without prepared layers.*residual=none, also"
+    with pytest.raises(ValueError, match=said):
+        optimizer_of(net, **LAYERS, layerwise=True, gradient_accumulation=True, residual="sign")
 
 
 @pytest.mark.parametrize("clipping", ["parameter", "previous_norm"])

@@ -4,7 +4,7 @@ Unlike the options of `table.py` they are not for single groups, and they do not
 mode continues in another.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ...declare import (
     refuse_without_effect,
 )
 from ...subspace import SubspaceRule, build_subspace, rule_class
+from ...text import shortened
 
 
 CLIPPINGS = ("parameter", "previous_norm")
@@ -131,8 +132,16 @@ MODE_OPTIONS: dict[str, Option] = options_of(Mode)
 MODE_DEFAULTS: dict[str, Any] = {name: own.default for name, own in MODE_OPTIONS.items()}
 
 
-def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
-    """Raise `ValueError` for options of a parameter group that would not be exact in this mode."""
+def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str, by_gradient: Sequence[str]) -> None:
+    """Raise `ValueError` for options of a parameter group that would not be exact in this mode.
+
+    Args:
+        group (`dict`): The group, its values checked.
+        mode ([`Mode`]): The optimizer's.
+        where (`str`): What the message calls the group.
+        by_gradient (`Sequence[str]`): Names of its weights that no prepared layers make R of: those of R add it up as
+            it is, with all that a residual needs beside it.
+    """
     if mode.capturable and (reason := _uncapturable(group)):
         raise ValueError(f"`capturable` is not for {where}: {reason}. Leave one of them out.")
     if group["rank"] is None:
@@ -141,11 +150,11 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str) -> None:
         raise ValueError(f"`divide_projection` is not for {where}: {reason}. Leave one of them out.")
     if not mode.layerwise:
         return
-    sums = mode.gradient_accumulation
+    sums = mode.gradient_accumulation and bool(by_gradient)
     name = "layerwise` with `gradient_accumulation"
     reason = None
     if sums and group["residual"] != "none":
-        whose = "" if group["source"] == "gradients" else ", of weights without prepared layers"
+        whose = "" if group["source"] == "gradients" else f" of {shortened(by_gradient, 3)}, without prepared layers"
         raise ValueError(
             f"`{name}` is not for {where}: residual={group['residual']!r} needs the whole gradient{whose}, of "
             "which this keeps what is in the subspace. Accumulate without `layerwise` (a name without _layerwise), "
