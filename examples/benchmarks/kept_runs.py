@@ -1,6 +1,7 @@
 """Folders of runs: each tells the command that it was made by and keeps what that gave; no other writes into it."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ def claim(folder: Path, command: list[str], note: str = NOTE) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise SystemExit(f"{folder} does not tell which command it is of: delete it, or give another --work_dir.")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / note).write_text(json.dumps(command))
+    unfinished = folder / f"{note}.unfinished"
+    unfinished.write_text(json.dumps(command))
+    os.replace(unfinished, folder / note)  # whole, or not at all
 
 
 def finished(folder: Path, command: list[str], note: str = NOTE) -> dict[str, Any] | None:
@@ -36,7 +39,7 @@ def finished(folder: Path, command: list[str], note: str = NOTE) -> dict[str, An
 
 def _tells(folder: Path, command: list[str], note: str) -> bool:
     """Whether a folder tells this command; `False` where it tells none."""
-    if not (folder / note).is_file():
+    if not (folder / note).is_file() or not (folder / note).stat().st_size:  # or was broken off there
         return False
     there, asked = _from_work_dir(json.loads((folder / note).read_text())), _from_work_dir(command)
     if there == asked:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from environment import named, save_new
+from environment import named, read, save_new
 from long_rows import Contender, recalled, recalled_starts, render
 
 
@@ -35,15 +35,29 @@ def known_runs(contenders: list[Contender], there: dict[str, Any], result: dict[
     return known
 
 
-def rows_of(contenders: list[Contender], there: dict[str, Any]) -> dict[str, Any]:
-    """The rows, and of the times that the result has those of settings that are still the best."""
+def rows_of(contenders: list[Contender], there: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """The rows, and of the times that the result has those of settings and arguments that are still the rows'."""
     rows = [contender.row for contender in contenders if contender.results]
-    if "times" not in there:
+    if "times" not in there or any(there[key] != result[key] for key in ("common", "long")):
         return {"rows": rows}
-    timed = {row["method"]: row["best"] for row in there["rows"]}
-    same = {row["method"] for row in rows if row["best"] == timed.get(row["method"])}
+    timed = {row["method"]: timed_of(row) for row in there["rows"]}
+    same = {row["method"] for row in rows if timed_of(row) == timed.get(row["method"])}
     seconds = {name: second for name, second in there["times"]["seconds_per_step"].items() if name in same}
     return {"rows": rows, "times": there["times"] | {"seconds_per_step": seconds}}
+
+
+def timed_of(row: dict[str, Any]) -> tuple[Any, Any]:
+    """What a row's time is of."""
+    return row["best"], list(row["arguments"])
+
+
+def refuse_changed(path: Path, there: dict[str, Any]) -> None:
+    """The result may have got other rows, from elsewhere, since this began."""
+    if read(path) != there:
+        raise SystemExit(
+            f"{named(path, '.json')} has changed since this began, and stays as it is. What has been run is kept: "
+            "call the same again."
+        )
 
 
 def write(path: Path, there: dict[str, Any], result: dict[str, Any], folder: Path, add: bool) -> None:
@@ -66,4 +80,5 @@ def write(path: Path, there: dict[str, Any], result: dict[str, Any], folder: Pat
             f"{folder} has no finished runs of {', '.join(lost) or 'any method'}: give another --work_dir, or keep "
             "them by --add."
         )
+    refuse_changed(path, there)
     save_new(path, result, render)

@@ -105,8 +105,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _mean(values: list[float]) -> str:
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return f"{statistics.fmean(values):.2f} (one seed)" if values else "-"
+    if len(values) < 2:
+        return f"{values[0]:.2f} (one seed)" if values else "-"
+    if not all(map(math.isfinite, values)):
+        return f"{statistics.fmean(values):.2f} ({len(values)} seeds)"
     return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 

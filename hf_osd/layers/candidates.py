@@ -1,5 +1,7 @@
 """Which layers of a model can be prepared, and the stand-ins that they begin with."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +42,17 @@ def zeros_like_R(p: Tensor, rank: int, module: nn.Module, whole: bool, sample: i
     columns = effective_rank(rank, *p.shape) + (0 if sample is None else columns_at_once(inputs, sample))
     shape = (p.shape[0], columns) if right else (columns, p.shape[1])
     return torch.zeros(shape if whole else (1, 1), dtype=p.dtype, device=p.device).expand(shape)
+
+
+def keeping_without_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What moves or converts tensors, for stand-ins: those without memory get none."""
+
+    def moved(t: Tensor) -> Tensor:
+        if type(t) is nn.Parameter and t.dim() == 2 and t.stride() == (0, 0):
+            return fn(t[:1, :1]).expand(t.shape)
+        return fn(t)
+
+    return moved
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -23,8 +23,10 @@ class InSubspace:
         """As of the plain layer; where gradients are computed, through [`SubspaceProduct`]."""
         osd, W = self.osd, self.weight  # type: ignore[attr-defined]
         trained = W.requires_grad or osd.hidden
-        # what is no parameter has been made of one, by pruning or a parametrization, or is a caller's own
-        if not trained or not torch.is_grad_enabled() or not isinstance(W, nn.Parameter):
+        # what is no parameter has been made of one, by pruning or a parametrization; another is a caller's own
+        known = torch.compiler.is_compiling() or osd.sharding is not None or W is osd.own
+        own = known and isinstance(W, nn.Parameter)
+        if not trained or not torch.is_grad_enabled() or not own:
             return self.plain.forward(self, x)
         if osd.sharding is not None and osd.fsdp is None:
             return parallel_product(osd, x, W, self.bias)  # type: ignore[attr-defined]
@@ -48,7 +50,9 @@ class InSubspace:
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         W = self.weight  # type: ignore[attr-defined]
         if not isinstance(W, Int8Weight):
-            return super()._apply(fn, recurse)  # type: ignore[misc]
+            super()._apply(fn, recurse)  # type: ignore[misc]
+            self.osd.own = self._parameters.get("weight")  # type: ignore[attr-defined]
+            return self
         own = vars(self)
         del own["_parameters"]["weight"]
         try:

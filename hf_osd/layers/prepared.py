@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .candidates import owners_of, zeros_like_R
+from .candidates import keeping_without_memory, owners_of, zeros_like_R
 from .divided import reason_of, zeros_by_rows
 from .exchange import add_energies, all_holders, average_inputs, ddp_may_come, share_int8
 from .first_pass import end_first_pass, wait_for_first_pass
@@ -45,6 +45,7 @@ class PreparedLayers(nn.Module):
         installed (`bool`): Whether the layers are in the model.
         owner (`Callable`): Gives the optimizer while it is there, whose hooks (`stream`), if any, go with the layers.
         findable (`bool`): Whether a loop is being made: DDP, and who lists what to clip, must find the stand-ins.
+        counting (`bool`): Whether somebody counts the model's parameters, and must not find them.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class PreparedLayers(nn.Module):
         self.layers: dict[str, LayerInfo] = {}
         self.left: dict[str, str] = {}
         self.meeting = Meeting(self.layers)
-        self.installed = self.findable = self._following = False
+        self.installed = self.findable = self.counting = self._following = False
         self.owner: Callable[[], Any] = lambda: None
         self._watch: Any = None
         owners = owners_of(model)
@@ -111,6 +112,7 @@ class PreparedLayers(nn.Module):
             for module in layer.modules:
                 module.__class__ = prepared_classes()[plain_class(module)]
                 vars(module)["osd"] = layer
+            layer.own = layer.modules[0]._parameters.get("weight")
             if self._exchanged:
                 layer.show()
                 layer.hide()
@@ -147,7 +149,7 @@ class PreparedLayers(nn.Module):
         What pairs the model's parameters with another's, to average or copy them, finds the model's own.
         """
         self.follow_weights()
-        if memo is None or self.findable or self.has_gradients:
+        if memo is None or not self.counting and (self.findable or self.has_gradients):
             yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def show(self) -> None:
@@ -281,6 +283,9 @@ class PreparedLayers(nn.Module):
         """Let the modules that FSDP2 gathers weights for send for each P that processes divide, from now on."""
         if self.installed:
             self.meeting.wholes.attach(self._model[0])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return super()._apply(keeping_without_memory(fn), recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Nothing."""

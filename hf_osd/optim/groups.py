@@ -184,7 +184,7 @@ def refuse_unprepared(
     where: str,
     layers: PreparedLayers | None,
 ) -> None:
-    """Raise `ValueError` for a `residual_sample` that a group gives of its own and whose weights no layer prepares.
+    """Raise `ValueError` for what only prepared layers do, given by a group of its own whose weights have none.
 
     Args:
         group (`dict`): The group, complete.
@@ -193,13 +193,16 @@ def refuse_unprepared(
         where (`str`): What the message calls the group.
         layers ([`PreparedLayers`], *optional*): The model's.
     """
-    name = "residual_sample"
-    if name in own and not same(group[name], shared[name]):
-        if layers is None or layers.by_weight().keys().isdisjoint(group["params"]):
-            raise ValueError(
-                f"`{name}` of {where} has no effect: layers are prepared when the optimizer is made, and the weights "
-                "of this group go by their gradients, of which they have all. Leave it out."
-            )
+    for name, otherwise in (
+        ("residual_sample", "go by their gradients, of which they have all"),
+        ("weight_dtype", "stay as they are"),
+    ):
+        if name in own and not same(group[name], shared[name]):
+            if layers is None or layers.by_weight().keys().isdisjoint(group["params"]):
+                raise ValueError(
+                    f"`{name}` of {where} has no effect: layers are prepared when the optimizer is made, and the "
+                    f"weights of this group {otherwise}. Leave it out."
+                )
 
 
 def refuse_same_names(groups: Sequence[Mapping[str, Any]]) -> None:
@@ -289,8 +292,8 @@ def given_projections(
         if not isinstance(P, Tensor) or tuple(P.shape) != shape or not P.isfinite().all():
             got = f"shape {tuple(P.shape)}" if isinstance(P, Tensor) else type(P).__name__
             raise ValueError(
-                f"`init` for {name} must be a finite tensor of shape {shape}, got {got}: give the rank "
-                f"and side that it was learned with, here rank {geometry.rank} and {geometry.side}."
+                f"`init` for {name} must be a finite tensor of shape {shape}, for rank {geometry.rank} and side "
+                f"{geometry.side}, got {got}: give the rank and side that it was learned with."
             )
     return dict(zip(names, tensors, strict=True))
 

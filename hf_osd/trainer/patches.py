@@ -19,9 +19,11 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 
+from ..layers import CHILD
 from ..names import add_names
 from ..optim import OPTIM_NAMES, OSD
 from ..optim.osd import osd_of
+from ..optim.selection.wrappers import unwrapped
 from ..subzero import NAME as SUBZERO
 from ..subzero import SubZero, subzero_of
 from . import forward_only
@@ -185,6 +187,15 @@ def _load_best(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> 
     return _load_whole(original, self, *args, **kwargs)
 
 
+def _count_own(original: Callable, of: Any, *args: Any, **kwargs: Any) -> Any:
+    model: Any = of.model if isinstance(of, Trainer) else of
+    stand_ins = unwrapped(model)._modules.get(CHILD)
+    if stand_ins is None:
+        return original(of, *args, **kwargs)
+    with on_object(stand_ins, "counting", True):
+        return original(of, *args, **kwargs)
+
+
 def _leave_clipping(original: Callable, self: Trainer, *args: Any, **kwargs: Any) -> Any:
     osd, subzero = osd_of(self.optimizer), subzero_of(self.optimizer)
     if subzero is not None:
@@ -262,6 +273,8 @@ PATCHES = (
         "SubZero's only gradient is rho, which is none of the model's",
         forward_only.grad_norm,
     ),
+    Patch(Trainer, "floating_point_ops", "those of stand-ins are none", _count_own),
+    Patch(transformers_trainer, "get_model_param_count", "stand-ins are no parameters of the model", _count_own),
     Patch(Trainer, "training_step", "SubZero evaluates the loss at two points", forward_only.training_step),
     Patch(Trainer, "_wrap_model", "SubZero has no gradients that DDP would need room for", forward_only.wrap_model),
 )

@@ -98,8 +98,47 @@ def test_times_of_other_settings_are_forgotten(place: Place):
     place.put(timed)
     place.call("--finished")
     assert place.there["times"]["seconds_per_step"] == {}
-    place.put(timed | {"long": timed["long"] | {"save_steps": 6}})
+    for key, other in (("common", ["--model", "larger"]), ("arguments", ["--osd_source", "activations"])):
+        timed = place.there | {"times": {"seconds_per_step": {"b": 0.5}}}
+        (timed if key == "common" else timed["rows"][0])[key] = other
+        place.put(timed)
+        place.call("--finished")
+        assert not place.there.get("times", {}).get("seconds_per_step")
+    place.put(timed | {"common": place.there["common"], "long": timed["long"] | {"save_steps": 6}})
     place.refused("measured with another long: leave --add out", "--add", "--finished")
+
+
+def test_a_result_that_changes_meanwhile_stays(place: Place):
+    """As by another machine's runs, or by --finished beside --times, which takes minutes."""
+    place.keep()
+    place.call("--finished")
+    first = place.there
+    more = json.loads(json.dumps(first))
+    more["rows"][0]["seeds"].append(7.0)
+
+    def execute(run: Run, work_dir: Path, **options: Any) -> dict[str, Any]:
+        place.put(more)
+        return {"log_history": [{"step": 100, "train_cpu_seconds": 7.0}]}
+
+    place.monkeypatch.setattr(compare_long, "execute", execute)
+    with pytest.raises(SystemExit, match="has changed since this began, and stays as it is"):
+        place.call("--times")
+    assert place.there == more
+    place.call("--times")  # from the start
+    assert place.there["rows"] == more["rows"] and place.there["times"]["seconds_per_step"] == {"b": 0.07}
+
+
+def test_a_seed_that_diverged_is_counted(place: Place):
+    place.keep()
+    keep(place.work / "few", "long", place.run("long", seed=2), math.nan)
+    place.call("--finished")
+    assert "| nan (2 seeds) | 7.39 (one seed) |" in place.file.with_suffix(".md").read_text()
+
+
+def test_a_run_whose_note_was_broken_off_has_not_finished(place: Place):
+    place.keep()
+    (place.work / "few" / "long" / place.run("long").name / "command.json").write_text("")
+    assert "b-learning_rate1-seed1 has not finished" in place.call("--status")
 
 
 OLD = {"commit": "old", "processor": "first", "packages": {"apollo-torch": "1.0", "torch": "2.0"}}
@@ -148,8 +187,16 @@ def test_a_result_is_of_one_text(place: Place, tmp_path: Path):
     for words in (["--add"], ["--add", "--finished"], ["--finished"], ["--times"], ["--add", "--status"]):
         place.refused("was measured on another text: give that --data", *words, *two)
     place.refused("nowhere: there is no such file or folder", "--status", "--data", str(tmp_path / "nowhere"))
+    told = place.there["data"]
     place.put({key: value for key, value in place.there.items() if key != "data"})
     place.refused("does not tell which text it was measured on", "--add", "--finished", *one)
+    shutil.rmtree(place.work)
+    place.keep("few_text", made={"data": told})
+    (tmp_path / "one" / "text" / "train.txt").write_text("words of later")
+    place.file.unlink()  # as one is told
+    with pytest.raises(SystemExit, match="no finished runs of any method"):
+        place.call("--finished", *one)
+    assert "few_text/search/b-learning_rate1-seed1 is of another text: delete it" in place.capsys.readouterr().out
 
 
 def test_what_a_grid_that_has_grown_lacks_is_told(place: Place):

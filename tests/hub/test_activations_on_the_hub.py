@@ -1,13 +1,14 @@
 """P that layers with one input share (`source="activations"`): stored once, shown, started from, told of in cards."""
 
 import json
+import re
 
 import pytest
 import torch
 from card_reading import code, rows
 from projection_sets import assert_same, projection
 from safetensors import safe_open
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_osd import create_osd_optimizer
 from hf_osd.cli.main import main
@@ -168,6 +169,39 @@ def test_the_card_tells_it_and_its_code_runs(run, llama, tmp_path):
     found["optimizer"].step()
     again = ProjectionState.from_optimizer(found["optimizer"])
     assert holders(again) == holders(ProjectionState.from_optimizer(made.optimizer))
+
+
+@pytest.mark.parametrize("model", [{}, {"target_modules": ["q_proj", "up_proj"]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"source": "activations"}, {"lr_pattern": "q_proj:2", "residual": "scaled"}], ids=str
+)
+def test_what_the_card_says_of_a_trainer_sets_it_as_the_run_was(options, model, run, llama, tmp_path):
+    made = run(preset="pretrain", facts={"repo_id": str(tmp_path)}, **options, **model)
+    llama.save_pretrained(tmp_path)
+    ProjectionState.from_optimizer(made.optimizer).save_pretrained(tmp_path)
+    text = update_card(tmp_path, made.facts).read_text()
+    told = re.search(r'`optim_args="([^"]*)"`(?: with `optim_target_modules=(.*)`)? starts from them', text)
+    targets = {"optim_target_modules": eval(told[2])} if told[2] else {}
+    args = TrainingArguments(
+        str(tmp_path / "next"), optim="osd_adamw", optim_args=told[1], report_to="none", use_cpu=True, **targets
+    )
+    again = Trainer(tiny_llama(), args, train_dataset=[]).create_optimizer()
+    for group, other in zip(made.optimizer.param_groups, again.param_groups, strict=True):
+        names = group.keys() - {"params", "init", "lr", "weight_decay", "sides", "seed", "eps", "betas"}
+        assert {name: group[name] for name in names} == {name: other[name] for name in names}
+    assert [group["init"] for group in again.param_groups if group["rank"] is not None] == ["given"] * sum(
+        group["rank"] is not None for group in made.optimizer.param_groups
+    )
+
+
+def test_the_card_says_of_how_many_columns_signs_are(run, tmp_path):
+    shown = []
+    for options in ({}, {"residual_sample": 2}, {"residual": "none"}, {"source": "gradients"}):
+        made = run(**{"source": "activations", "preset": "pretrain", "facts": {"repo_id": str(tmp_path)}} | options)
+        shown.append(
+            rows(update_card(tmp_path, made.facts).read_text()).get("residual of one column of the gradient in")
+        )
+    assert shown == ["`4`", "`2`", None, None]
 
 
 def test_the_card_of_signs_of_all_columns_claims_no_missing_gradients(run, tmp_path):

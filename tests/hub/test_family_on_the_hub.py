@@ -202,7 +202,7 @@ CARDS = [
     (
         {"side": "two_sided", "residual": "scaled", "residual_scale": 0.5},
         {"side": "`two_sided`", "residual": "`scaled`", "factor on the residual": "`0.5`"},
-        'optim_args="rank=4,side=two_sided,init=',
+        'optim_args="rank=4,side=two_sided,residual=scaled,residual_scale=0.5,init=',
     ),
     ({"subspace": Flipped(2.0)}, {"subspace": "`Flipped(sign=2.0)`"}, "which a rule of the run's own moves"),
     ({"rank_pattern": {"q_proj": 2}}, {"rank": "2 and 4"}, "in subspaces of ranks 2 to 4"),

@@ -154,13 +154,62 @@ def test_nothing_outside_has_no_sign(transposed: bool):
     assert change.norm() > 1e-2 and (change - change @ span @ span.T).abs().max() < 1e-10
 
 
-def test_a_group_added_later_has_no_residual_sample():
+@pytest.mark.parametrize("only", [{"residual_sample": 8}, {"weight_dtype": "int8"}], ids=str)
+def test_a_group_added_later_has_nothing_that_only_layers_do(only: dict):
     net = Other(lambda layers, x: layers["a"](x), a=nn.Linear(N, 24))
     optimizer = make(net, residual="sign", residual_sample=3)
     more = nn.Parameter(torch.randn(8, 12, dtype=torch.float64))
-    with pytest.raises(ValueError, match="`residual_sample` of parameter group .* has no effect: layers are prepared"):
-        optimizer.add_param_group({"params": [more], "rank": 4, "residual_sample": 8})
-    optimizer.add_param_group({"params": [more], "rank": 4, "residual_sample": 3})  # as the optimizer has it
+    (name,) = only
+    with pytest.raises(ValueError, match=f"`{name}` of parameter group .* has no effect: layers are prepared"):
+        optimizer.add_param_group({"params": [more], "rank": 4, **only})
+    optimizer.add_param_group({"params": [more], "rank": 4, name: optimizer.defaults[name]})  # as the optimizer has it
+
+
+def memory(net: nn.Module) -> int:
+    """Bytes that the stand-ins of a model hold."""
+    return sum(p.untyped_storage().nbytes() for p in net.osd_stand_ins._parameters.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": "sign"}, {"weight_dtype": "int8"}], ids=str)
+def test_a_model_that_is_moved_or_converted_has_no_gradients_room(options: dict):
+    net = Net()
+    optimizer = make(net, **options)
+    count = len(net.osd_stand_ins._parameters)
+    train(net, optimizer, range(2))
+    elsewhere = [] if "weight_dtype" in options else [lambda: net.to("meta")]  # int8 goes nowhere without its numbers
+    for move in (lambda: net.to(torch.float32), net.double, net.bfloat16, *elsewhere):
+        move()
+        assert memory(net) == count * next(iter(net.osd_stand_ins._parameters.values())).element_size()
+
+
+def test_a_callers_own_parameters_get_gradients_and_the_model_none():
+    net = Net()
+    optimizer = make(net)
+    train(net, optimizer, range(2))
+    own = {name: nn.Parameter(p.detach().clone()) for name, p in net.named_parameters()}
+    loss_of(torch.func.functional_call(net, own, (batch(2),))).backward()
+    assert all(p.grad is not None for p in own.values()) and not net.osd_stand_ins.has_gradients
+    again = Net()
+    again.load_state_dict(own)
+    loss_of(again(batch(2))).backward()
+    theirs = dict(again.named_parameters())
+    assert max((p.grad - theirs[name].grad).abs().max() for name, p in own.items()) < 1e-14
+    loss_of(torch.func.functional_call(net, dict(net.named_parameters()), (batch(2),))).backward()
+    assert net.osd_stand_ins.has_gradients  # its own are what the layers make R of
+
+
+def test_another_rule_and_sample_in_a_group_are_followed():
+    """As on gradients: the next step is theirs."""
+    still, sampled, same = (Net() for _ in range(3))
+    for net, change in ((still, {"subspace": "static"}), (sampled, {"projection_sample": 1}), (same, {})):
+        optimizer = make(net)
+        train(net, optimizer, range(2))
+        before = {p: state["projection"].clone() for p, state in optimizer.state.items() if "projection" in state}
+        optimizer.param_groups[0].update(change)
+        train(net, optimizer, range(2, 5))
+        stayed = all(torch.equal(optimizer.state[p]["projection"], P) for p, P in before.items())
+        assert stayed == (net is still)
+    assert distance(sampled, same) > 1e-6
 
 
 def test_a_step_in_pieces_is_a_step(monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """`source=activations` in stock Trainers: resume, accumulation, checkpointing, half precision, what comes after."""
 
 import copy
+import logging
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,23 @@ def make(
 def logged(trainer: Trainer) -> list[dict]:
     names = ("loss", "grad_norm", "step")
     return [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
+
+
+def test_stand_ins_are_no_parameters_of_the_model(tmp_path, caplog):
+    """Trainer says how many it trains, and counts operations by them."""
+    operations = {}
+    for source in ("gradients", "activations"):
+        caplog.clear()
+        trainer = make(tmp_path, optim_args=f"rank=4,source={source}", max_steps=3, save_strategy="no")
+        count = trainer.model.num_parameters()
+        with caplog.at_level("INFO", logger="transformers.trainer"):
+            monitored = logging.getLogger("transformers")
+            propagates, monitored.propagate = monitored.propagate, True
+            trainer.train()
+            monitored.propagate = propagates
+        assert f"Number of trainable parameters = {count:,}" in caplog.text
+        operations[source] = trainer.state.total_flos
+    assert operations["activations"] == operations["gradients"] > 0
 
 
 INT8 = {"optim_args": "rank=4,source=activations,weight_dtype=int8"}

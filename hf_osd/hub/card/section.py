@@ -55,6 +55,7 @@ def render_section(facts: CardFacts, *, picture: str | None, projections: bool) 
         "code": _code(facts, projections),
         "projections": projections,
         "optim_args": _optim_args(facts) if projections else "",
+        "targets": "" if facts.targets in (None, "all-linear") else _literal(facts.targets),
         "versions": ", ".join(f"{key.removesuffix('_version')} {value}" for key, value in facts.versions.items()),
         "install": f'pip install ".[{",".join(extras)}]"' if extras else "pip install .",
     }
@@ -82,6 +83,7 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("scale", option("scale")),
         ("side", f"`{option('side')}`" if option("side") not in ("", "auto") else ""),
         *((own.card, _cell(option(name))) for name, own in OPTIONS.items() if own.card is not None and option(name)),
+        (OPTIONS["residual_sample"].card or "", _usual_sample(facts)),
         ("start of P", _cell(facts.init) if facts.init else ""),
         ("projected layers", _cell(facts.targets) if facts.targets and facts.matrices else ""),
         ("except", _cell(facts.exclude) if facts.exclude else ""),
@@ -100,6 +102,12 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("evaluation loss", loss),
         ("perplexity (per token)", f"{facts.perplexity:.2f}" if facts.perplexity is not None else ""),
     ]
+
+
+def _usual_sample(facts: CardFacts) -> str:
+    """The default, which is as good as none where all of a gradient is there."""
+    signs = facts.from_activations and "sign" in facts.options.get("residual", ())
+    return f"`{DEFAULTS['residual_sample']}`" if signs and "residual_sample" not in facts.options else ""
 
 
 def _ratio(facts: CardFacts, option: str) -> str:
@@ -131,10 +139,18 @@ def _code(facts: CardFacts, projections: bool) -> str:
     return "\n".join(lines)
 
 
-def _arguments(facts: CardFacts) -> list[str]:
-    """The arguments of `create_osd_optimizer` that are not its defaults, where all groups agree."""
-    given = {name: values[0] for name, values in facts.options.items() if len(values) == 1}
-    subspace = given.get("subspace", DEFAULTS["subspace"])
+def _given(facts: CardFacts) -> dict[str, Any]:
+    """The options in which all groups agree."""
+    return {name: values[0] for name, values in facts.options.items() if len(values) == 1}
+
+
+def _subspace(facts: CardFacts) -> str:
+    return _given(facts).get("subspace", DEFAULTS["subspace"])
+
+
+def _settings(facts: CardFacts) -> dict[str, Any]:
+    """What was set otherwise than by default, where all groups agree, by its key; the rank in any case."""
+    given, subspace = _given(facts), _subspace(facts)
     defaults = group_options(DEFAULTS | {"rank": 1, "subspace": subspace})
     found = {"rank": given.get("rank")}
     if facts.targets not in (None, "all-linear"):
@@ -148,7 +164,12 @@ def _arguments(facts: CardFacts) -> list[str]:
     if given.get("projection_rule") not in (None, given.get("weight_rule")):
         found["projection_optim"] = given["projection_rule"]
     found["update_interval"] = given.get("update_interval")
-    found |= {"lr_pattern": facts.lr_pattern, "full_size_optim": facts.full_size_optim, **facts.lr_ratios}
+    return found | {"lr_pattern": facts.lr_pattern, "full_size_optim": facts.full_size_optim, **facts.lr_ratios}
+
+
+def _arguments(facts: CardFacts) -> list[str]:
+    """The arguments of `create_osd_optimizer`."""
+    found, subspace = _settings(facts), _subspace(facts)
     arguments = [
         f"{name}_={_literal(value)}" if iskeyword(name) else f"{name}={_literal(value)}"
         for name, value in found.items()
@@ -170,12 +191,17 @@ def _takes_init(facts: CardFacts) -> bool:
 
 
 def _optim_args(facts: CardFacts) -> str:
-    """What a Trainer needs to start from this P, by online PCA; nothing where ranks or sides differ."""
-    values = [facts.options.get(name) or (DEFAULTS[name],) for name in ("rank", "source", "side")]
-    if any(len(own) != 1 for own in values):
+    """What a Trainer needs to start from this P, set as this run was; nothing where a text cannot say that."""
+    if any(len(values) > 1 for values in facts.options.values()) or not _takes_init(facts):
         return ""
-    told = {"rank": values[0][0], "source": values[1][0], "side": values[2][0], "init": facts.repo_id}
-    return ",".join(f"{name}={value}" for name, value in told.items() if value != DEFAULTS[name])
+    told = _settings(facts) | {"init": facts.repo_id}
+    told.pop("target_modules", None)  # an argument of Trainer's
+    texts = {
+        name: str(value).lower() if isinstance(value, bool) else _joined((value,)) for name, value in told.items()
+    }
+    if facts.exclude or _subspace(facts) not in SUBSPACES or any(set(",=[") & set(text) for text in texts.values()):
+        return ""
+    return ",".join(f"{name}={text}" for name, text in texts.items() if told[name] is not None)
 
 
 def _movement(subspaces: tuple[str, ...]) -> str:

@@ -19,6 +19,7 @@ FLOAT_DTYPES = ("float32", "bfloat16")
 RESIDUALS = ("none", "scaled", "sign")
 SOURCES = ("gradients", "activations")
 PROJECTION_SAMPLE = 4  # the default of `projection_sample`, where that is not 1
+SAVED = "tensors, as `hf_osd.hub.ProjectionState.from_pretrained` gives them of a folder or repository"
 RESIDUAL_SAMPLE = 4  # the default of `residual_sample`
 
 
@@ -133,7 +134,7 @@ class Options:
         "P's start: `svd` or `randomized_svd` of the first gradient, `auto`: one of them by size, `orthonormal`, or a "
         "saved P.\n\nThat is tensors here: one for each parameter of the group, or by parameter name. See "
         "[`~subspace.choose_init`].",
-        check=one_of(INITS, lambda value: isinstance(value, (Mapping, list, tuple)), "tensors"),
+        check=one_of(INITS, lambda value: isinstance(value, (Mapping, list, tuple)), SAVED),
         needs=(RANK, Need(_rule(lambda rule: rule.uses_init), in_subspace(", which makes its own P"))),
     )
     side: str = option(
@@ -211,7 +212,7 @@ class Options:
             Need(lambda group: group["residual"] == "sign", "without residual='sign'"),
         ),
         state=True,
-        card="columns of the gradient for each that the residual is of",
+        card="residual of one column of the gradient in",
     )
     projection_sample: int | None = option(
         None,

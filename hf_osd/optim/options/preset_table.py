@@ -95,9 +95,14 @@ def options_of_preset(preset: str, given: Mapping[str, Any], where: str) -> dict
         need = OPTIONS[name].unmet(others)
         if need is not None:
             without = need.without if isinstance(need.without, str) else need.without(others)
+            usual = f"{OPTIONS[name].key}={DEFAULTS[name]}"
+            rest = {OPTIONS[one].key: value for one, value in own.items() if OPTIONS[one].unmet(others) is None}
+            way_out = f", or give {usual} beside it"
+            if DEFAULTS[name] is None:  # which is not to be given
+                way_out = f" and give what else it sets: {','.join(f'{one}={value}' for one, value in rest.items())}"
             raise ValueError(
                 f"preset={preset!r} of {where} sets `{OPTIONS[name].key}`, which has no effect {without}. Leave the "
-                f"preset out, or give {OPTIONS[name].key}={DEFAULTS[name]} beside it."
+                f"preset out{way_out}."
             )
     # what needs an option of the preset that the user has given another value, such as the scale of no residual
     return {name: value for name, value in own.items() if OPTIONS[name].unmet({**others, **given}) is None}

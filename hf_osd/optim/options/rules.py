@@ -32,7 +32,7 @@ class Rules(NamedTuple):
 
 # What the rules are made of: their names, and the options that they declare.
 _NAMES: tuple[str, ...] = ("rank", "weight_rule", "projection_rule", "projection_weight_decay")
-_NAMES += ("subspace", "moment_dtype", "residual", "residual_sample", "restart_moments")
+_NAMES += ("subspace", "projection_sample", "moment_dtype", "residual", "residual_sample", "restart_moments")
 _NAMES += tuple(name for name, own in OPTIONS.items() if own.owners)
 # A group's options that its rules are made of. No function of ours, because every step asks whether they changed.
 rule_options_of = itemgetter(*_NAMES)

@@ -1,5 +1,6 @@
 """Another rank or learning rate for some modules, by pattern, as peft's `rank_pattern`."""
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -96,9 +97,12 @@ class ValuePattern:
                     f"{key!r} in `{self.option}` matches {name}, which is {first} as well: use that name."
                 )
         if unused:
+            parts = {part for name in values for part in name.split(".")}
+            near = [one for key in unused for one in difflib.get_close_matches(key, parts, n=1)]
+            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"{', '.join(map(repr, unused))} in `{self.option}` matches no {self.things} that an earlier pattern "
-                f"has not taken. They are {shortened(values, 3)}."
+                f"has not taken.{hint} They are {shortened(values, 3)}."
             )
         return values
 
