@@ -98,6 +98,11 @@ def test_what_choosing_says_was_measured():
         seen["scale 0.125"],
     )  # 0.25 is not named
     assert "from {:.1f} at scale 0.5 to {:.1f} at 0.25 and {:.2f} at 0.125".format(*scales) in text
+    scale, by_svd = "scale {}", "scale {}, P by SVD every 200 steps (GaLore)"
+    said = (
+        "0.125 LLaMA 4M ends at {:.2f}, with SVD every 200 steps at {:.2f}, and at scale 0.0625 at {:.2f} and {:.2f}"
+    )
+    assert said.format(*(seen[name.format(at)] for at in (0.125, 0.0625) for name in (scale, by_svd))) in text
     step = [row["seconds"] for row in rows_of("step_time")]
     ratios = [row["osd_adamw, residual scaled"]["median"] / row["osd_adamw"]["median"] for row in step]
     assert f"{min(ratios):.1f} to {max(ratios):.1f} times" in text

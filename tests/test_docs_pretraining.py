@@ -116,8 +116,9 @@ def test_the_long_comparison_is_on_its_page():
     said += f"level with AdamW with its embeddings at the best ratio (by seed {apart_by_seed(rows)}), "
     said += f"{below(ours, adamw):.1%} below AdamW with one learning rate, "
     apollo, fira, galore = (rows[name] for name in ("apollo", "svd_residual", "galore"))
-    said += f"{below(ours, apollo):.1%} below APOLLO, {below(ours, fira):.1%} below Fira's residual and "
-    said += f"{below(ours, galore):.1%} below GaLore**"
+    by_seed = " and ".join(f"{1 - a / b:.1%}" for a, b in zip(ours["seeds"], apollo["seeds"], strict=True))
+    said += f"{below(ours, apollo):.1%} below APOLLO (by seed {by_seed}), {below(ours, fira):.1%} below Fira's residual "
+    said += f"and {below(ours, galore):.1%} below GaLore**"
     share, *others = (
         f"{row['optimizer_state_bytes'] / row['adamw_state_bytes']:.0%}" for row in (ours, apollo, fira, galore)
     )
@@ -130,15 +131,15 @@ def test_the_long_comparison_is_on_its_page():
     at = f"{lead[2800]} after 2,800 steps, {lead[5200]} after 5,200 and {lead[8800]} from 8,800 on"
     assert f"is {short:.1%} in runs of 2M tokens. Here, with the first seed, it is {at}" in text
     assert lead[8800] == lead[10000]
-    spreads = [max(row["seeds"]) / min(row["seeds"]) - 1 for row in (rows["adamw_ratio"], ours)]
-    assert "its seeds are {:.1%} apart, the preset's {:.1%}".format(*spreads) in text
+    spreads = [max(row["seeds"]) / min(row["seeds"]) - 1 for row in (rows["adamw_ratio"], ours, apollo)]
+    assert "its seeds are {:.1%} apart, the preset's {:.1%}, APOLLO's {:.1%}".format(*spreads) in text
 
 
 def test_steps_of_the_long_comparison_are_timed_side_by_side():
     times = result("family_long_text")["times"]
     seconds = times["seconds_per_step"]
     later = {"online_pca", "online_pca_sign", "online_pca_residual", "online_pca_activations"}  # which were run since
-    later |= {"preset_activations", "preset_activations_signs"}
+    later |= {"preset_activations", "preset_activations_signs", "rso"}
     assert seconds.keys() | later == by_method("family_long_text").keys() and times["steps"] == 400
     slower = [seconds[name] / seconds["adamw"] - 1 for name in ("preset_at_adamws", "preset_ratio8", "preset")]
     said = f"takes {100 * min(slower):.0f} to {max(slower):.0%} longer than AdamW's ({1000 * seconds['adamw']:.0f} ms)"
@@ -153,7 +154,8 @@ def test_what_is_said_of_what_lies_outside_the_subspaces():
         f"OSD ends at {none:.2f} without a residual, at {first['online_pca_residual']:.2f} with a scaled one and at "
     )
     said += f"{signs:.2f} with signs, GaLore at "
-    said += f"{first['galore']:.2f} and with Fira's residual at {first['svd_residual']:.2f}. "
+    said += f"{first['galore']:.2f} and with Fira's residual at {first['svd_residual']:.2f}, RSO, which "
+    said += f"draws P at random, at {first['rso']:.2f}. "
     said += "From activations and without one it is "
     said += f"{activations:.2f}, and {preset:.2f} with the preset's ratio, {activations / none - 1:.1%} and "
     said += f"{preset / none - 1:.1%} above OSD without a residual, {activations / first['adamw'] - 1:.1%} and "

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ..text import printable
+from ..version import __version__
 from . import estimate, extract_lora, report, run, show
 
 
@@ -13,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-osd", description="Online Subspace Descent for the Hugging Face ecosystem."
     )
+    parser.add_argument("--version", action="version", version=f"hf_osd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     run.add_parser(commands)
     show.add_parser(commands)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import hf_osd
 from hf_osd import estimate, optim
 from hf_osd.cli import estimate as estimate_command
 from hf_osd.cli import extract_lora as extract_command
@@ -27,6 +28,11 @@ COMMANDS = ("run", "show", "estimate", "extract-lora", "report")
 
 def ask(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", ASK, *words], capture_output=True, text=True)
+
+
+def test_the_version_is_told():
+    told = ask("--version").stdout
+    assert told.startswith(f"hf_osd {hf_osd.__version__}\n") and told.splitlines()[-1].strip() == "LOADED hf_osd"
 
 
 def test_help_names_the_commands():
