@@ -277,3 +277,20 @@ def test_a_complex_gradient_is_refused_by_name():
     p.grad = torch.randn_like(p)
     with pytest.raises(ValueError, match="filter has a complex gradient"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("optim", ["adamw", "lion"])
+def test_a_parameter_of_another_shape_is_refused(optim: str):
+    """As transformers resizes embeddings: in place."""
+    embeddings = nn.Embedding(6, 4)
+    optimizer = OSD(embeddings.parameters(), weight_rule=optim)
+    for rows in (6, 9):
+        embeddings.weight.data = torch.zeros(rows, 4)
+        embeddings(torch.tensor([1])).sum().backward()
+        if rows == 6:
+            optimizer.step()
+            optimizer.zero_grad()
+    with pytest.raises(
+        ValueError, match=r"has become \(9, 4\), and its state is of \(6, 4\), .*make the optimizer after"
+    ):
+        optimizer.step()
