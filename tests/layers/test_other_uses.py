@@ -182,6 +182,22 @@ def test_a_model_that_is_moved_or_converted_has_no_gradients_room(options: dict)
         assert memory(net) == count * next(iter(net.osd_stand_ins._parameters.values())).element_size()
 
 
+def test_weights_that_a_move_exchanges_are_the_layers_still():
+    """As to a device whose tensors cannot take the place of others."""
+    net = Net()
+    optimizer = make(net)
+    before = net.layers[0].weight
+    exchanges = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        net.to(torch.float32)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(exchanges)
+    loss_of(net(batch(0).float())).backward()
+    assert optimizer.layers is net.osd_stand_ins and net.osd_stand_ins.has_gradients
+    assert net.layers[0].weight is not before and net.layers[0].weight.grad is None
+
+
 def test_a_callers_own_parameters_get_gradients_and_the_model_none():
     net = Net()
     optimizer = make(net)
