@@ -24,7 +24,7 @@ class InSubspace:
         osd, W = self.osd, self.weight  # type: ignore[attr-defined]
         trained = W.requires_grad or osd.hidden
         # what is no parameter has been made of one, by pruning or a parametrization; another is a caller's own
-        known = torch.compiler.is_compiling() or osd.sharding is not None or W is osd.own
+        known = torch.compiler.is_compiling() or osd.sharding is not None or id(W) == osd.own
         own = known and isinstance(W, nn.Parameter)
         if not trained or not torch.is_grad_enabled() or not own:
             return self.plain.forward(self, x)
@@ -51,7 +51,7 @@ class InSubspace:
         W = self.weight  # type: ignore[attr-defined]
         if not isinstance(W, Int8Weight):
             super()._apply(fn, recurse)  # type: ignore[misc]
-            self.osd.own = self._parameters.get("weight")  # type: ignore[attr-defined]
+            self.osd.own = id(self._parameters.get("weight"))  # type: ignore[attr-defined]
             return self
         own = vars(self)
         del own["_parameters"]["weight"]

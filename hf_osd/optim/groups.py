@@ -292,8 +292,8 @@ def given_projections(
         if not isinstance(P, Tensor) or tuple(P.shape) != shape or not P.isfinite().all():
             got = f"shape {tuple(P.shape)}" if isinstance(P, Tensor) else type(P).__name__
             raise ValueError(
-                f"`init` for {name} must be a finite tensor of shape {shape}, for rank {geometry.rank} and side "
-                f"{geometry.side}, got {got}: give the rank and side that it was learned with."
+                f"`init` for {name} must be a finite tensor of shape {shape}, got {got}: here it is for rank "
+                f"{geometry.rank} and side {geometry.side}, give the rank and side that it was learned with."
             )
     return dict(zip(names, tensors, strict=True))
 

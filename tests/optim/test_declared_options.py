@@ -191,7 +191,7 @@ from types import SimpleNamespace
 options = {name: (value,) for name, value in group_options(group).items()}
 facts = dict.fromkeys("optim preset init targets exclude eval_loss train_loss perplexity".split())
 facts |= dict(lr_pattern=None, full_size_optim=None, lr_ratios={})
-facts |= dict(options=options, matrices=1, projections=1, learning_rate=1.0, lr_scheduler="linear")
+facts |= dict(options=options, matrices=1, from_activations=0, projections=1, learning_rate=1.0, lr_scheduler="linear")
 facts |= dict(full_size_parameters=0, projected_parameters=1, datasets=(), steps=1)
 assert ("damping", "`0.25`") in _rows(SimpleNamespace(**facts))
 print("complete")

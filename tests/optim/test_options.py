@@ -211,7 +211,7 @@ def test_only_matrices_are_projected(shape):
         ({"rank": 4, "projection_lr": 0.1, "lr": 0.0}, "`projection_lr` needs a positive initial `lr`"),
         (
             {"rank": 4, "init": [torch.zeros(8, 5)]},
-            r"must be a finite tensor of shape \(8, 4\), for rank 4 and side left, got shape \(8, 5\): give the rank",
+            r"a finite tensor of shape \(8, 4\), got shape \(8, 5\): here it is for rank 4 and side left, give",
         ),
         ({"rank": 4, "init": [torch.full((8, 4), torch.nan)]}, r"must be a finite tensor of shape \(8, 4\)"),
         ({"rank": 4, "init": []}, "`init` has 0 tensors for 1 parameters"),
