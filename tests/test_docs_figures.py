@@ -45,6 +45,22 @@ def test_the_time_of_int8_weights_is_the_committed_one():
     assert f"make float weights, {ratios['forward']:.2f} and {ratios['backward']:.2f} times" in text
 
 
+def test_the_time_of_signs_from_activations_is_the_committed_one():
+    names = ("adamw_torch_fused", "osd_adamw:source=activations", "osd_adamw:source=activations,residual=sign")
+    ratios = []
+    for row in rows_of("training_step_signs"):
+        adamw, none, signs = (row["seconds"][name]["whole"]["median"] for name in names)
+        ratios += [f"{signs / adamw:.2f}", f"{none / adamw:.2f}"]
+    small, small_none, large, large_none = ratios
+    assert f"{small} at 60M and {large} at 350M, where it is {small_none} and {large_none}" in text_of("README.md")
+    said = f"{small} of fused AdamW's step at 60M, {large} at 350M, and without them {small_none} and {large_none}"
+    assert said in text_of("docs/benchmarks.md")
+    said = (
+        f"at 350M {large_none} of it, with the signs of a preset, which are of a quarter of each gradient, {large}; "
+    )
+    assert f"{said}at 60M {small_none} and {small}" in text_of("docs/activations.md")
+
+
 def test_the_quickstarts_output_is_the_committed_run():
     run, readme = result("make_quickstart"), page("README.md")
     assert f"validation perplexity  {run['perplexity']:.2f} after {run['tokens_seen']:,} tokens" in readme
