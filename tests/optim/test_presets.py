@@ -48,8 +48,13 @@ def test_a_preset_beside_other_choices():
         resolve("osd_adamw", drawn, "finetune", "a test")
     with pytest.raises(ValueError, match="sets `residual`, which has no effect with `unbiased`.*residual=none"):
         resolve("osd_adamw", {**drawn, "scale": 2.0}, "finetune", "a test")
-    with pytest.raises(ValueError, match="sets `projection_optim`, which has no effect with subspace='svd'"):
+    with pytest.raises(
+        ValueError,
+        match="sets `projection_optim`, which has no effect with subspace='svd'. .* give what else it sets: s",
+    ) as refused:
         resolve("osd_adamw", {"subspace": "svd"}, "reference", "a test")
+    rest = dict(one.split("=") for one in str(refused.value).rsplit(": ", 1)[1].rstrip(".").split(","))
+    assert rest == {"scale": "0.25"}  # None, projection_optim's default, is not to be given
     with pytest.raises(ValueError, match="preset='finetune' is for the `osd_` names"):
         resolve("rso_adamw", {}, "finetune", "a test")
 
