@@ -227,7 +227,9 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def _make(run: Run, known: Runs, starts: Starts, work_dir: Path, made: dict[str, Any], **options: Any) -> Any:
+def _make(
+    run: Run, known: Runs, starts: Starts, work_dir: Path, made: dict[str, Any], **options: Any
+) -> dict[str, Any]:
     if run.name in known:
         return known[run.name]
     _refuse_other_text(run, work_dir, made.get("data"))

@@ -98,7 +98,8 @@ class LayerInfo:
     Attributes:
         stand_ins ([`PreparedLayers`]): As above.
         input ([`SharedInput`], *optional*): Of the layer; `None` before its first forward pass, unless it was loaded.
-        own (`int`): `id` of W as the model has it, whatever a call is given for it. What is sharded is not kept.
+        weight_id (`int`): `id` of the model's own W, whatever a call is given for it; a reference would keep what is
+            exchanged for a sharded one.
         met (`bool`): Whether it has had its first forward pass.
         first ([`FirstProjection`]): How P starts; the optimizer sets it.
         every (`int`): P learns of every k-th token; likewise.
@@ -128,7 +129,7 @@ class LayerInfo:
         self.transposed = plain_class(modules[0]) is not nn.Linear
         self.width = self.stand_in.shape[0 if self.transposed else 1]
         self.input: SharedInput | None = None
-        self.own = 0
+        self.weight_id = 0
         self.hidden = self.met = False
         self.sharding: Any = None
         self.fsdp: Any = None

@@ -24,9 +24,8 @@ class InSubspace:
         osd, W = self.osd, self.weight  # type: ignore[attr-defined]
         trained = W.requires_grad or osd.hidden
         # what is no parameter has been made of one, by pruning or a parametrization; another is a caller's own
-        known = torch.compiler.is_compiling() or osd.sharding is not None or id(W) == osd.own
-        own = known and isinstance(W, nn.Parameter)
-        if not trained or not torch.is_grad_enabled() or not own:
+        own = torch.compiler.is_compiling() or osd.sharding is not None or id(W) == osd.weight_id
+        if not trained or not torch.is_grad_enabled() or not own or not isinstance(W, nn.Parameter):
             return self.plain.forward(self, x)
         if osd.sharding is not None and osd.fsdp is None:
             return parallel_product(osd, x, W, self.bias)  # type: ignore[attr-defined]
@@ -51,7 +50,7 @@ class InSubspace:
         W = self.weight  # type: ignore[attr-defined]
         if not isinstance(W, Int8Weight):
             super()._apply(fn, recurse)  # type: ignore[misc]
-            self.osd.own = id(self._parameters.get("weight"))  # type: ignore[attr-defined]
+            self.osd.weight_id = id(self._parameters.get("weight"))  # type: ignore[attr-defined]
             return self
         own = vars(self)
         del own["_parameters"]["weight"]

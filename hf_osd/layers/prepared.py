@@ -112,7 +112,7 @@ class PreparedLayers(nn.Module):
             for module in layer.modules:
                 module.__class__ = prepared_classes()[plain_class(module)]
                 vars(module)["osd"] = layer
-            layer.own = id(layer.modules[0]._parameters.get("weight"))
+            layer.weight_id = id(layer.modules[0]._parameters.get("weight"))
             if self._exchanged:
                 layer.show()
                 layer.hide()

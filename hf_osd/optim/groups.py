@@ -2,13 +2,13 @@
 
 import difflib
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 from torch import Tensor
 
-from ..declare import plain, same
+from ..declare import plain
 from ..layers import PreparedLayers
 from ..subspace import SubspaceRule, name_rule, rule_class
 from ..text import shortened
@@ -177,32 +177,20 @@ def with_plain_names(params: Iterable) -> Any:
     return groups
 
 
-def refuse_unprepared(
-    group: Mapping[str, Any],
-    own: Collection[str],
-    shared: Mapping[str, Any],
-    where: str,
-    layers: PreparedLayers | None,
-) -> None:
-    """Raise `ValueError` for what only prepared layers do, given by a group of its own whose weights have none.
+UNPREPARED = {  # options that only prepared layers have -> what other weights do
+    "residual_sample": "go by their gradients, of which they have all",
+    "weight_dtype": "stay as they are",
+}
 
-    Args:
-        group (`dict`): The group, complete.
-        own (`Collection[str]`): Names of the options that it gave itself.
-        shared (`dict`): The optimizer's options: a group may repeat them.
-        where (`str`): What the message calls the group.
-        layers ([`PreparedLayers`], *optional*): The model's.
-    """
-    for name, otherwise in (
-        ("residual_sample", "go by their gradients, of which they have all"),
-        ("weight_dtype", "stay as they are"),
-    ):
-        if name in own and not same(group[name], shared[name]):
-            if layers is None or layers.by_weight().keys().isdisjoint(group["params"]):
-                raise ValueError(
-                    f"`{name}` of {where} has no effect: layers are prepared when the optimizer is made, and the "
-                    f"weights of this group {otherwise}. Leave it out."
-                )
+
+def refuse_unprepared(group: Mapping[str, Any], changed: set[str], where: str, layers: PreparedLayers | None) -> None:
+    """Raise `ValueError` for what only prepared layers do, `changed_by` a group whose weights have none."""
+    for name in sorted(UNPREPARED.keys() & changed):
+        if layers is None or layers.by_weight().keys().isdisjoint(group["params"]):
+            raise ValueError(
+                f"`{name}` of {where} has no effect: layers are prepared when the optimizer is made, and the weights "
+                f"of this group {UNPREPARED[name]}. Leave it out."
+            )
 
 
 def refuse_same_names(groups: Sequence[Mapping[str, Any]]) -> None:
@@ -222,7 +210,7 @@ def refuse_without_movement(groups: Sequence[Mapping[str, Any]], mode: Mode) -> 
     """Raise `ValueError` where no P moves that a stream of its own is asked for."""
     projected = [group for group in groups if group["rank"] is not None and group["source"] == "gradients"]
     rules = [rule_class(group["subspace"]) for group in projected]
-    if mode.projection_stream and all(rule.moves_at is SubspaceRule.moves_at for rule in rules):
+    if mode.projection_stream and not any(rule.moves() for rule in rules):
         raise ValueError(
             "`projection_stream` has no effect: no P moves beside the weights' steps, as with online_pca and power on "
             "gradients. Leave it out."

@@ -402,8 +402,9 @@ class OSD(SavedOptimizer):
         position = sum(len(other["params"]) for other in self.trained_groups[:-1])
         try:
             refuse_same_names(self.param_groups)
-            options.refuse_own_without_rank(group, own, shared, where)
-            refuse_unprepared(group, own, shared, where, self._layers)
+            changed = options.changed_by(group, own, shared)
+            options.refuse_own_without_rank(group, changed, where)
+            refuse_unprepared(group, changed, where, self._layers)
             given, clipped = settle_group(group, where, position, self.mode, "rank" in own, self._layers)
             if self._constructed:
                 refuse_without_bfloat16(self.param_groups)

@@ -154,6 +154,11 @@ class SubspaceRule:
         """What the columns of P (rows, rank) are meant to be long; statistics are those of a P of length 1."""
         return 1.0
 
+    @classmethod
+    def moves(cls) -> bool:
+        """Whether P moves after any step."""
+        return cls.moves_at is not SubspaceRule.moves_at
+
     def moves_at(self, count: int) -> bool:
         """Whether `advance_` is called after step `count`. A is only computed then."""
         return False

@@ -199,7 +199,7 @@ def _optim_args(facts: CardFacts) -> str:
     texts = {
         name: str(value).lower() if isinstance(value, bool) else _joined((value,)) for name, value in told.items()
     }
-    if facts.exclude or _subspace(facts) not in SUBSPACES or any(set(",=[") & set(text) for text in texts.values()):
+    if facts.exclude or _subspace(facts) not in SUBSPACES or any({",", "="} & set(text) for text in texts.values()):
         return ""
     return ",".join(f"{name}={text}" for name, text in texts.items() if told[name] is not None)
 

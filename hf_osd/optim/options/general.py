@@ -222,7 +222,7 @@ class Options:
         check=integer(1),
         needs=(
             RANK,
-            Need(_rule(lambda rule: rule.moves_at is not SubspaceRule.moves_at), in_subspace()),
+            Need(_rule(lambda rule: rule.moves()), in_subspace()),
             Need(lambda group: group["side"] != "two_sided", "with side='two_sided'"),
         ),
         card="parts of the gradient for each that P learns of",

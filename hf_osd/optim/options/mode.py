@@ -20,7 +20,7 @@ from ...declare import (
     refuse_unknown,
     refuse_without_effect,
 )
-from ...subspace import SubspaceRule, build_subspace, rule_class
+from ...subspace import build_subspace, rule_class
 from ...text import shortened
 
 
@@ -139,8 +139,8 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str, by_gradient
         group (`dict`): The group, its values checked.
         mode ([`Mode`]): The optimizer's.
         where (`str`): What the message calls the group.
-        by_gradient (`Sequence[str]`): Names of its weights that no prepared layers make R of: those of R add it up as
-            it is, with all that a residual needs beside it.
+        by_gradient (`Sequence[str]`): Names of its weights without prepared layers. With them nothing is missing where
+            micro-batches add up: R, and what a residual needs beside it, are an ordinary `.grad`.
     """
     if mode.capturable and (reason := _uncapturable(group)):
         raise ValueError(f"`capturable` is not for {where}: {reason}. Leave one of them out.")
@@ -195,7 +195,7 @@ def _uncapturable(group: Mapping[str, Any]) -> str | None:
         return f"subspace={group['subspace']!r} asks the host, or decomposes matrices"
     if rule.stride > 1:
         return f"the host counts the steps of projection_interval={rule.stride}"
-    if group["projection_dtype"] in ROUNDED and type(rule).moves_at is not SubspaceRule.moves_at:
+    if group["projection_dtype"] in ROUNDED and rule.moves():
         return f"projection_dtype={group['projection_dtype']!r} rounds P by noise that the host seeds, at each step"
     return "carry_moments decomposes matrices" if group["carry_moments"] else None
 

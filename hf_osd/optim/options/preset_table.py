@@ -95,11 +95,10 @@ def options_of_preset(preset: str, given: Mapping[str, Any], where: str) -> dict
         need = OPTIONS[name].unmet(others)
         if need is not None:
             without = need.without if isinstance(need.without, str) else need.without(others)
-            usual = f"{OPTIONS[name].key}={DEFAULTS[name]}"
-            rest = {OPTIONS[one].key: value for one, value in own.items() if OPTIONS[one].unmet(others) is None}
-            way_out = f", or give {usual} beside it"
+            way_out = f", or give {OPTIONS[name].key}={DEFAULTS[name]} beside it"
             if DEFAULTS[name] is None:  # which is not to be given
-                way_out = f" and give what else it sets: {','.join(f'{one}={value}' for one, value in rest.items())}"
+                rest = (f"{OPTIONS[one].key}={own[one]}" for one in own if OPTIONS[one].unmet(others) is None)
+                way_out = f" and give what else it sets: {','.join(rest) or 'nothing'}"
             raise ValueError(
                 f"preset={preset!r} of {where} sets `{OPTIONS[name].key}`, which has no effect {without}. Leave the "
                 f"preset out{way_out}."

@@ -91,20 +91,15 @@ def refuse_without_rank(options: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_own_without_rank(
-    group: Mapping[str, Any], own: Collection[str], shared: Mapping[str, Any], where: str
-) -> None:
-    """Raise `ValueError` for what a group without `rank` gives of its own that only projected groups use.
+def changed_by(group: Mapping[str, Any], own: Collection[str], shared: Mapping[str, Any]) -> set[str]:
+    """Names of the options that a complete group, which gave those in `own`, has otherwise than its optimizer."""
+    return {name for name in OPTIONS.keys() & own if not same(group[name], shared[name])}
 
-    Args:
-        group (`dict`): The group, complete.
-        own (`Collection[str]`): Names of the options that it gave itself.
-        shared (`dict`): The optimizer's options: a group may repeat them.
-        where (`str`): What the message calls the group.
-    """
+
+def refuse_own_without_rank(group: Mapping[str, Any], changed: set[str], where: str) -> None:
+    """Raise `ValueError` for what only projected groups use, `changed_by` a group without `rank`."""
     if group["rank"] is None:
-        given = {name: OPTIONS[name] for name in PROJECTED.intersection(own) if not same(group[name], shared[name])}
-        refuse_without_effect(given, group, where)
+        refuse_without_effect({name: OPTIONS[name] for name in PROJECTED & changed}, group, where)
 
 
 def _refuse_impossible_rule(options: Mapping[str, Any], where: str) -> None:

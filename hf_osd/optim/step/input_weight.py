@@ -16,7 +16,6 @@ from ...layers.int8 import Int8Weight
 from ...layers.layer import LayerInfo
 from ...layers.shared_input import SharedInput
 from ...layers.start import FirstProjection
-from ...subspace import SubspaceRule
 from ...update_rules import GradientCheck
 from ..options.general import projection_sample_of, residual_sample_of
 from ..options.rules import Rules
@@ -243,7 +242,7 @@ class InputWeight(ProjectedWeight):
             for weight in self.sharing:
                 if weight.mark is not None:
                     Weight.resume(weight)  # steps that were skipped before
-        elif A is not None and type(self.P.rule).moves_at is not SubspaceRule.moves_at:  # its rule may be another now
+        elif A is not None and self.P.rule.moves():  # its rule may be another now
             self.P.count = self.clock
             movements.add(Moving(self.P, self.P.kept(), A, check))
         if self.P.started:
