@@ -15,6 +15,13 @@ def series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list
     return [entry["step"] for entry in entries], [entry[key] for entry in entries]
 
 
+def optimizer_named(settings: dict[str, Any]) -> str:
+    """Returns the optimizer's name with the options that were given: `osd_adamw (rank=48, preset=pretrain)`."""
+    given = [f"{key.removeprefix('osd_')}={value}" for key, value in settings.items() if key.startswith("osd_")]
+    text = ", ".join(filter(None, [settings.get("optim_args"), *given]))
+    return settings["optim"] + (f" ({text})" if text else "")
+
+
 def save_loss_plot(log_history: list[dict[str, Any]], title: str, subtitle: str, path: Path) -> None:
     """Draws the losses of a run.
 

@@ -52,7 +52,7 @@ from transformers import (
 )
 
 from hf_osd import OSDTrainingArguments, last_complete_checkpoint
-from loss_plot import save_loss_plot
+from loss_plot import optimizer_named, save_loss_plot
 from packing import collate_blocks, tokenize, training_blocks, validation_blocks
 from pretraining_data import TextSplits, load_text
 from pretraining_tokenizer import DEFAULT_TOKENIZER, load_tokenizer, trained_tokenizer
@@ -264,7 +264,7 @@ def report(trainer: Trainer, clock: TrainingClock, args: PretrainingArguments) -
         save_loss_plot(
             results["log_history"],
             title=f"{args.model} on {args.dataset}",
-            subtitle=f"{settings['optim']}, learning rate {settings['learning_rate']:g}, "
+            subtitle=f"{optimizer_named(settings)}, learning rate {settings['learning_rate']:g}, "
             f"{results['tokens_seen'] / 1e6:.1f}M tokens: perplexity {results['perplexity']:.2f}",
             path=output_dir / "loss.png",
         )

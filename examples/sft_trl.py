@@ -43,7 +43,7 @@ from trl import SFTConfig, SFTTrainer, clone_chat_template
 from chat_templates import training_template
 from docstring_questions import questions_file
 from hf_osd import OSDTrainingArguments
-from loss_plot import save_loss_plot
+from loss_plot import optimizer_named, save_loss_plot
 from pretraining_data import load_splits
 from run_report import PerplexityCallback, TrainingClock, build_results, write_results
 
@@ -234,7 +234,7 @@ def write_report(trainer: SFTTrainer, clock: TrainingClock, args: ScriptArgument
         save_loss_plot(
             results["log_history"],
             title=f"{model_name} on {args.dataset}",
-            subtitle=f"all {results['parameters'] / 1e6:.0f}M weights, {settings['optim']}, learning rate "
+            subtitle=f"all {results['parameters'] / 1e6:.0f}M weights, {optimizer_named(settings)}, learning rate "
             f"{settings['learning_rate']:g}" + (", loss on the answers only" if chat["assistant_only_loss"] else ""),
             path=report.with_name(f"{report.name}.png"),
         )

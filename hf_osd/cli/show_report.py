@@ -106,16 +106,18 @@ def _holder(row: dict[str, Any]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Draw orthogonality, and shares where there are any, over the layers; one line for each kind of weight."""
+    """Draw each P's orthogonality, and shares where there are any, over the layers; a line for each kind of weight."""
     from matplotlib.figure import Figure
 
     values = ["orthogonality", *(["share"] if "share" in rows[0] else [])]
     figure = Figure(figsize=(9, 1 + 3 * len(values)), layout="constrained")
+    lines = {}
     for axes, value in zip(figure.subplots(len(values), 1, squeeze=False, sharex=True)[:, 0], values, strict=True):
-        for kind, points in _by_kind(rows).items():
-            drawn = [(layer, row[value]) for layer, row in points if row[value] is not None]
+        for i, (kind, points) in enumerate(_by_kind(rows).items()):
+            own = [row for row in points if value == "share" or row[1]["holder"] is None]  # a P once
+            drawn = [(layer, row[value]) for layer, row in own if row[value] is not None]
             if drawn:
-                axes.plot(*zip(*drawn, strict=True), marker="o", markersize=4, label=kind)
+                (lines[kind],) = axes.plot(*zip(*drawn, strict=True), color=f"C{i}", marker="o", markersize=4)
         axes.set_ylim(bottom=0, top=1.02 if value == "share" else None)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -123,7 +125,7 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     for axes, value in zip(figure.axes, values, strict=True):
         axes.set_ylabel(labels[value])
     figure.axes[-1].set_xlabel("layer")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=150)
 
 

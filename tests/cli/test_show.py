@@ -101,10 +101,27 @@ def test_the_plot(folders, capsys, tmp_path, with_base):
     assert "14 projections" in output and path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_plot_has_each_projection_once(tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    rows = [
+        {"name": f"h.{layer}.{kind}", "orthogonality": 0.1, "share": 0.5, "holder": holder and f"h.{layer}.{holder}"}
+        for layer in range(3)
+        for kind, holder in (("k.weight", "q.weight"), ("q.weight", None))
+    ]
+    plot(rows, str(tmp_path / "out.png"))
+    orthogonality, share = drawn[0].axes
+    (q,), both = orthogonality.lines, share.lines
+    assert list(q.get_xdata()) == [0, 1, 2] and len(both) == 2
+    assert q.get_color() == both[1].get_color() != both[0].get_color()
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["q", "k"]
+
+
 def test_names_without_layers_can_be_plotted(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [{"name": name, "orthogonality": 0.1} for name in ("head.weight", "h.0.experts.3.w", "h.1.experts.12.w")]
-    plot(rows, str(tmp_path / "out.png"))
+    names = ("head.weight", "h.0.experts.3.w", "h.1.experts.12.w")
+    plot([{"name": name, "orthogonality": 0.1, "holder": None} for name in names], str(tmp_path / "out.png"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loss_plot import save_loss_plot
+from loss_plot import optimizer_named, save_loss_plot
 from run_report import (
     PerplexityCallback,
     adamw_state_bytes,
@@ -71,3 +71,12 @@ def test_plot_is_written_for_long_short_and_resumed_histories(tmp_path):
         save_loss_plot(json.loads(json.dumps(entries)), "title", "subtitle", tmp_path / "loss.png")
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "loss.png").unlink()
+
+
+def test_the_plot_names_what_was_given_to_the_optimizer():
+    settings = {"optim": "osd_adamw", "learning_rate": 1e-3, "osd_rank": 8, "osd_source": "activations"}
+    assert optimizer_named(settings) == "osd_adamw (rank=8, source=activations)"
+    assert (
+        optimizer_named({"optim": "galore_adamw", "optim_args": "rank=8,scale=2"}) == "galore_adamw (rank=8,scale=2)"
+    )
+    assert optimizer_named({"optim": "adamw_torch_fused"}) == "adamw_torch_fused"
