@@ -115,13 +115,13 @@ def test_the_long_comparison_is_on_its_page():
     said = f"ends {below(ours, scaled):.1%} below AdamW with its best scale (by seed {seeds}), "
     said += f"level with AdamW with its embeddings at the best ratio (by seed {apart_by_seed(rows)}), "
     apollo, fira, galore = (rows[name] for name in ("apollo", "svd_residual", "galore"))
-    by_seed, of_apollo, of_fira = (
+    by_seed, of_apollo, of_fira, of_galore = (
         " and ".join(f"{1 - a / b:.1%}" for a, b in zip(ours["seeds"], row["seeds"], strict=True))
-        for row in (adamw, apollo, fira)
+        for row in (adamw, apollo, fira, galore)
     )
     said += f"{below(ours, adamw):.1%} below AdamW with one learning rate ({by_seed}), "
     said += f"{below(ours, apollo):.1%} below APOLLO (by seed {of_apollo}), {below(ours, fira):.1%} below Fira's "
-    said += f"residual ({of_fira}) and {below(ours, galore):.1%} below GaLore**"
+    said += f"residual ({of_fira}) and {below(ours, galore):.1%} below GaLore ({of_galore})**"
     share, *others = (
         f"{row['optimizer_state_bytes'] / row['adamw_state_bytes']:.0%}" for row in (ours, apollo, fira, galore)
     )
