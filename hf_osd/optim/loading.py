@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .differences import counted, differences, table, traits
-from .fitting import fitting_states
+from .fitting import fitting_states, moments_kept
 from .options.table import DEFAULTS, LR_MULTIPLE, OPTIONS, in_effect, spell_out
 from .selection.wrappers import plain_names
 from .step.geometry import names_of
@@ -81,6 +81,12 @@ def match_state(
             "`partial_load` would start it anew."
         )
     rows, as_saved = rows + unfit, as_saved and not unfit
+    before, now = _owners(saved_groups), _owners(live_groups)
+    for name in [] if as_saved else list(by_name):
+        kept = [moments_kept(owners[name]) for owners in (before, now)]
+        if kept[0] != kept[1]:
+            del by_name[name]
+            rows.append((name, *kept))
     for name, holder in _orphans(saved_groups, by_name, shared).items():
         if by_name.pop(name).get("step", 0) > 0:  # else it has learned nothing
             rows.append((name, f"P of {holder}", "-"))
@@ -93,12 +99,24 @@ def match_state(
         replaced = restored_options(saved_groups, live_groups)
         if replaced:
             warnings.warn(f"The saved state's options are restored: {'; '.join(replaced)}.", stacklevel=4)
+    else:
+        _warn_of_options([(now[name], before[name]) for name, entries in by_name.items() if entries])
     state = {params[name]: _to_device(entries, params[name]) for name, entries in by_name.items() if entries}
     if as_saved:
         return state, saved_groups
     groups = _with_schedule(live_groups, saved_groups)
     _warn_of_schedules(groups, saved_groups)
     return state, groups
+
+
+def _warn_of_options(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
+    """What continues from a saved state goes by this run's options, where some of it does not."""
+    changed = {text: None for now, before in pairs for text in _replaced(now, before, "this run", "the checkpoint's")}
+    if changed:
+        warnings.warn(
+            f"Parameters that continue from the saved state go by the options of this run: {'; '.join(changed)}.",
+            stacklevel=4,
+        )
 
 
 def _warn_of_schedules(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
@@ -135,6 +153,14 @@ def _by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for group in groups:
         found |= zip(names_of(group, len(found)), group["params"], strict=True)
+    return found
+
+
+def _owners(groups: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The group of each parameter, by its name."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for group in groups:
+        found |= dict.fromkeys(names_of(group, len(found)), group)
     return found
 
 
@@ -218,9 +244,7 @@ def _to_device(entries: Any, p: Tensor) -> Any:
 
 def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The live groups with the learning rate that the saved run had come to, for their first parameter or else any."""
-    owners: dict[str, dict[str, Any]] = {}
-    for group in saved_groups:
-        owners.update(dict.fromkeys(names_of(group, len(owners)), group))
+    owners = _owners(saved_groups)
     groups: list[dict[str, Any]] = []
     position = 0
     for group in live_groups:
@@ -235,13 +259,18 @@ def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[st
 
 def restored_options(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> list[str]:
     """Sentences for options whose saved value replaces another one."""
-    changed: dict[str, None] = {}
-    for new, old in zip(saved, current, strict=False):
-        for name in RESTORED:
-            a, b = (_plain(in_effect(group, name)) for group in (new, old))
-            if a != b and "given" not in (a, b):  # tensors that P has started from
-                changed[f"{name}={a!r} (checkpoint) instead of {b!r}"] = None
-    return list(changed)
+    pairs = zip(saved, current, strict=False)
+    return list(dict.fromkeys(text for new, old in pairs for text in _replaced(new, old, "checkpoint")))
+
+
+def _replaced(new: Mapping[str, Any], old: Mapping[str, Any], whose: str, others: str = "") -> list[str]:
+    """`alpha=5.0 (checkpoint) instead of 1.0` for options that shape the trajectory alone."""
+    found = []
+    for name in RESTORED:
+        a, b = (_plain(in_effect(group, name)) for group in (new, old))
+        if a != b and "given" not in (a, b):  # tensors that P has started from
+            found.append(f"{name}={a!r} ({whose}) instead of {others + ' ' if others else ''}{b!r}")
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ from hf_osd.hub.card import picture
 from hf_osd.hub.card.model_card import PICTURE_NAME, CardFacts, update_card
 from hf_osd.hub.card.section import render_section
 from hf_osd.optim import adamw_state_bytes, state_bytes
+from hf_osd.optim.options.table import OPTIONS, in_effect
 
 
 ROOT = Path(hf_osd.__file__).parents[1]
@@ -153,6 +154,10 @@ def test_a_copy_of_an_optimizer_tells_the_same(llama):
         {"target_modules": ["q_proj", "down_proj"], "side": "right", "lambda_": 0.2},
         {"target_modules": r".*\.(q_proj|up_proj)", "projection_lr": 0.01, "lr": 2e-3},
         {"subspace": "svd", "update_interval": 7},
+        {"preset": "reference"},
+        {"projection_optim": "sgd", "momentum": 0.0, "scale": 0.123456789, "lr": 1.2345678e-4},
+        {"weight_decay": 0.1, "projection_weight_decay": 0.0, "betas": (0.9, 0.95), "eps": 1e-6},
+        {"weight_decay": 0.1, "preset": "pretrain", "residual_scale": 0.7},
     ],
 )
 def test_the_code_in_the_card_runs(options, run, llama, tmp_path):
@@ -173,11 +178,16 @@ def test_the_code_in_the_card_runs(options, run, llama, tmp_path):
     old, new = made.optimizer, found["optimizer"]
     for group, other in zip(old.param_groups, new.param_groups, strict=True):
         assert group["param_names"] == other["param_names"]
-        same = ("lr", "rank", "sides", "subspace", "lambda_", "alpha", "projection_lr", "update_interval", "scale")
-        given = {name: (group.get(name), other.get(name)) for name in same}
+        same = (group.keys() & other.keys()) - {"params", "init", "seed"}
+        given = {
+            name: [in_effect(own, name) if name in OPTIONS else own[name] for own in (group, other)] for name in same
+        }
         if group["subspace"] == "svd" and group["rank"]:
             assert other["update_interval"] == 7
-        assert all(one == another for one, another in given.values()), given
+        assert not {name: values for name, values in given.items() if values[0] != values[1]}
+    shown = rows(update_card(folder, made.facts).read_text())
+    told = {"weight decay of P": "projection_weight_decay", "momentum": "momentum", "betas": "betas"}
+    assert {words in shown for words, name in told.items() if name in options} <= {True}
     ids = torch.randint(0, 32, (2, 8))
     found["model"](input_ids=ids, labels=ids).loss.backward()
     new.step()

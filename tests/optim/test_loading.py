@@ -142,6 +142,32 @@ def test_partial_load_does_not_mind_another_place():
         assert all(torch.equal(value, other.state[live][name]) for name, value in optimizer.state[saved].items())
 
 
+@pytest.mark.parametrize("options", [{"weight_rule": "sgd"}, {"projection_rule": "sgd"}])
+def test_partial_load_starts_anew_what_keeps_other_moments(options: dict):
+    params, optimizer = make(momentum=0.0, **options)
+    run(params, optimizer, range(2))
+    A, B, b = (nn.Parameter(p.detach().clone()) for p in params)
+    groups = [{"params": [("A", A)], "rank": 6}, {"params": [("B", B)], "rank": 4}, {"params": [("b", b)]}]
+    other = OSD(groups, lr=1e-2, partial_load=True, **options)
+    with pytest.warns(UserWarning, match=r"(?s)start anew.*\n  A +[^\n]* [^\n]*momentum_buffer"):
+        other.load_state_dict(optimizer.state_dict())
+    assert A not in other.state and (b in other.state) == ("weight_rule" not in options)
+    run([A, B, b], other, range(2, 4))
+    assert all(p.isfinite().all() for p in (A, B, b))
+
+
+def test_partial_load_says_whose_options_what_continues_goes_by():
+    params, optimizer = make(alpha=5.0, scale=1.0)
+    run(params, optimizer, range(2))
+    A, B, b = (nn.Parameter(p.detach().clone()) for p in params)
+    groups = [{"params": [("A", A)], "rank": 6}, {"params": [("B", B)], "rank": 4}, {"params": [("b", b)]}]
+    other = OSD(groups, lr=1e-2, alpha=1.0, scale=0.25, partial_load=True)
+    said = r"options of this run: alpha=1.0 \(this run\) instead of the checkpoint's 5.0; scale=0.25 .* 1.0\.$"
+    with pytest.warns(UserWarning, match="start anew"), pytest.warns(UserWarning, match=said):
+        other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["alpha"] == 1.0 and A in other.state
+
+
 def test_parameters_of_one_name_are_refused():
     a, b = nn.Linear(20, 30), nn.Linear(20, 30)
     with pytest.raises(ValueError, match=r"Two parameters are called weight.*named_parameters\(prefix"):

@@ -7,13 +7,20 @@ from typing import Any
 from ...optim.options.table import DEFAULTS, OPTIONS
 from ...subspace import SUBSPACES, rule_class
 from ...text import format_bytes, format_count
-from ..config import FURTHER_OPTIONS, group_options
+from ..config import config_name, group_options
 from .facts import CardFacts
 
 
 START, END = "<!-- hf_osd:start -->", "<!-- hf_osd:end -->"
 TEMPLATE = Path(__file__).parent / "templates" / "section.md"
 LINE_LENGTH = 100  # of the code
+EXACT = ".15g"  # of numbers that are to set a run as this one was
+# Options that are told in a way of their own, and those of Trainer's own arguments.
+TOLD_ELSEWHERE = {"rank", "subspace", "weight_rule", "projection_rule", "update_interval", "init", "seed"}
+OF_TRAINER = {config_name(name) for name, own in OPTIONS.items() if own.argument is not None}
+
+# option -> words for its row, where it was set
+SELDOM = {"projection_weight_decay": "weight decay of P", "momentum": "momentum", "betas": "betas", "eps": "epsilon"}
 
 # subspace -> what the text says of it
 MOVEMENTS = {
@@ -96,6 +103,7 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("task head's over it", _ratio(facts, "task_head_lr_ratio")),
         ("multiples of it", _cell(facts.lr_pattern) if facts.lr_pattern else ""),
         ("weight decay", _joined(decays)),
+        *((words, _set_to(facts, name)) for name, words in SELDOM.items()),
         ("data", ", ".join(_cell(name) for name in facts.datasets)),
         ("steps", f"{facts.steps:,}"),
         ("last training loss", f"{facts.train_loss:.4f}" if facts.train_loss is not None else ""),
@@ -108,6 +116,11 @@ def _usual_sample(facts: CardFacts) -> str:
     """The default, which is as good as none where all of a gradient is there."""
     signs = facts.from_activations and "sign" in facts.options.get("residual", ())
     return f"`{DEFAULTS['residual_sample']}`" if signs and "residual_sample" not in facts.options else ""
+
+
+def _set_to(facts: CardFacts, option: str) -> str:
+    value = _settings(facts).get(option)
+    return "" if value is None else _joined(value if isinstance(value, tuple) else (value,))
 
 
 def _ratio(facts: CardFacts, option: str) -> str:
@@ -131,7 +144,7 @@ def _code(facts: CardFacts, projections: bool) -> str:
     if projections:
         if starts:
             lines.append(f'projections = ProjectionState.from_pretrained("{facts.repo_id}")')
-        arguments = ["model", f'"{facts.optim}"', f"lr={facts.learning_rate:g}", *_arguments(facts)]
+        arguments = ["model", f'"{facts.optim}"', f"lr={facts.learning_rate:{EXACT}}", *_arguments(facts)]
         call = f"optimizer = create_osd_optimizer({', '.join(arguments)})"
         if len(call) > LINE_LENGTH:
             call = "\n".join(["optimizer = create_osd_optimizer(", *(f"    {own}," for own in arguments), ")"])
@@ -151,14 +164,18 @@ def _subspace(facts: CardFacts) -> str:
 def _settings(facts: CardFacts) -> dict[str, Any]:
     """What was set otherwise than by default, where all groups agree, by its key; the rank in any case."""
     given, subspace = _given(facts), _subspace(facts)
-    defaults = group_options(DEFAULTS | {"rank": 1, "subspace": subspace})
+    rules = {name: given.get(name) or DEFAULTS[name] for name in ("weight_rule", "projection_rule")}
+    defaults = group_options(DEFAULTS | {"rank": 1, "subspace": subspace, **rules})
+    # P has the weights' decay unless told
+    defaults["projection_weight_decay"] = given.get("weight_decay")
     found = {"rank": given.get("rank")}
     if facts.targets not in (None, "all-linear"):
         found["target_modules"] = facts.targets
     found["exclude_modules"] = facts.exclude
     found["subspace"] = subspace if subspace != DEFAULTS["subspace"] else None
-    told = [name for name in ("side", "alpha", "lambda", "scale", *FURTHER_OPTIONS) if name in given]
-    found |= {name: given[name] for name in told if given[name] != defaults.get(name)}
+    told = [name for name in map(config_name, OPTIONS) if name in given and name not in TOLD_ELSEWHERE]
+    changed = {name: given[name] for name in told if given[name] != defaults.get(name)}
+    found |= {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}
     if found.get("projection_lr") is not None:
         found.pop("alpha", None)  # that follows from it
     if given.get("projection_rule") not in (None, given.get("weight_rule")):
@@ -195,13 +212,17 @@ def _optim_args(facts: CardFacts) -> str:
     if any(len(values) > 1 for values in facts.options.values()) or not _takes_init(facts):
         return ""
     told = _settings(facts) | {"init": facts.repo_id}
-    told.pop("target_modules", None)  # an argument of Trainer's
-    texts = {
-        name: str(value).lower() if isinstance(value, bool) else _joined((value,)) for name, value in told.items()
-    }
+    told = {name: value for name, value in told.items() if name not in {"target_modules", *OF_TRAINER}}
+    texts = {name: _text(value) for name, value in told.items()}
     if facts.exclude or _subspace(facts) not in SUBSPACES or any({",", "="} & set(text) for text in texts.values()):
         return ""
     return ",".join(f"{name}={text}" for name, text in texts.items() if told[name] is not None)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:{EXACT}}" if isinstance(value, float) else str(value)
 
 
 def _movement(subspaces: tuple[str, ...]) -> str:
@@ -214,7 +235,7 @@ def _literal(value: Any) -> str:
         return "r" * ("\\" in value) + f'"{value}"' if '"' not in value and not value.endswith("\\") else repr(value)
     if isinstance(value, list):
         return "[" + ", ".join(_literal(one) for one in value) + "]"
-    return f"{value:g}" if isinstance(value, float) else repr(value)
+    return f"{value:{EXACT}}" if isinstance(value, float) else repr(value)
 
 
 def _cell(value: str | list[str]) -> str:
