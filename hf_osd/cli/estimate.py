@@ -51,6 +51,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="NAME",
         help="what is projected: names, or one regular expression for whole names (default: all-linear)",
     )
+    parser.add_argument(
+        "--exclude_modules",
+        nargs="+",
+        metavar="NAME",
+        help="of these what is not, as osd_exclude_modules of OSDTrainingArguments",
+    )
     parser.add_argument("--seq", type=int, default=1024, metavar="S", help="tokens of a sequence (default: 1024)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences on the device (default: 1)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: bf16)")

@@ -12,7 +12,7 @@ from ..optim.options.mode import LAYERWISE_SUFFIX, MODE_OPTIONS
 from ..optim.options.presets import ARGUMENT_OF, KEYS, KEYWORDS, NAME_OPTIONS
 from ..optim.options.table import OPTIONS
 from ..optim.selection.targets import parse_modules
-from ..trainer.optim_args import parse_optim_args
+from ..trainer.optim_args import keys_of, parse_optim_args
 
 
 DEFAULT_OPTIM = "osd_adamw8bit"
@@ -21,7 +21,7 @@ BFLOAT16 = {name for name, dtype in DTYPES.items() if dtype is torch.bfloat16}
 # Of `optim_args`, what has an option of its own here, or nothing to do with memory.
 NOT_HERE = {
     **{own.key: "it takes no memory" for own in (*MODE_OPTIONS.values(), OPTIONS["init"], OPTIONS["seed"])},
-    "rank": "use --rank",
+    **{key: f"use --{key}" for key in ("rank", "target_modules", "exclude_modules")},
     "divide_projection": "--processes tells both",
 }
 
@@ -31,21 +31,24 @@ def estimated_optimizer(arguments: argparse.Namespace) -> tuple[str, bool, dict[
 
     All options are in `--optim_args` afterwards.
     """
+    for key in sorted(keys_of(arguments.optim_args) & NOT_HERE.keys()):
+        raise ValueError(f"{key!r} has no effect in --optim_args of an estimate: {NOT_HERE[key]}.")
     optim = _take_preset(arguments)
     usual = _usual(optim, arguments)
     arguments.optim_args = ",".join(filter(None, [*usual, arguments.optim_args]))
     given = parse_optim_args(arguments.optim_args)
-    for key in given:
-        if key in NOT_HERE:
-            raise ValueError(f"{key!r} has no effect in --optim_args of an estimate: {NOT_HERE[key]}.")
     settings = resolve(optim, _of_groups(given), given.get("preset"), "--optim_args")
     by_size(settings, given.get("full_size_optim"), "--optim_args", ARGUMENT_OF)  # which refuses
     keywords = {own.key: keyword for keyword, own in KEYWORDS.items()}
     options: dict[str, Any] = {keywords[key]: value for key, value in given.items()}
-    words = arguments.target_modules or [ALL_LINEAR]
-    options["target_modules"] = parse_modules(words[0] if len(words) == 1 else words)
+    options["target_modules"] = _modules(arguments.target_modules or [ALL_LINEAR])
+    options["exclude_modules"] = _modules(arguments.exclude_modules) if arguments.exclude_modules else None
     layerwise = arguments.layerwise or optim.endswith(LAYERWISE_SUFFIX)
     return optim.removesuffix(LAYERWISE_SUFFIX), layerwise, options
+
+
+def _modules(words: list[str]) -> Any:
+    return parse_modules(words[0] if len(words) == 1 else words)
 
 
 def _take_preset(arguments: argparse.Namespace) -> str:

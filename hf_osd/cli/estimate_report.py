@@ -76,8 +76,8 @@ def make_report(
     work = Workload(config, DTYPES[arguments.dtype], arguments.seq, lora_rank)
     with explained(f"no model can be made of {arguments.model!r}"):
         model = work.model()
-    modules = options["target_modules"]
-    shapes = [tuple(p.shape) for p in select(model, modules).projected.values()]
+    modules, excluded = options["target_modules"], options["exclude_modules"]
+    shapes = [tuple(p.shape) for p in select(model, modules, excluded).projected.values()]
     highest = max(min(shape[-2:]) for shape in shapes)
     if arguments.rank > highest:
         raise ValueError(f"--rank {arguments.rank} is more than any of the matrices has: give at most {highest}.")
@@ -123,7 +123,7 @@ def make_report(
         report |= {
             "gpu": arguments.gpu,
             "usable_bytes": memory,
-            "suggestion": suggestion(report, modules, model),
+            "suggestion": suggestion(report, modules, excluded, model),
         }
     return report
 

@@ -12,6 +12,7 @@ from ..optim import OPTIM_NAMES
 from ..optim.options.mode import LAYERWISE_SUFFIX
 from ..subzero import NAME
 from ..trainer.optim_args import parse_optim_args
+from .estimate_options import DEFAULT_OPTIM
 
 
 # Learning rates to start from with a preset, which are AdamW's: README.md, docs/finetuning.md.
@@ -28,6 +29,7 @@ FORWARD_ONLY = ["--learning_rate", "1e-6", "--max_grad_norm", "0"]
 DATASET = "stanfordnlp/imdb"
 INT8 = "source=activations,weight_dtype=int8"
 ADAMW = "adamw_torch_fused"
+EXCLUDE = "--osd_exclude_modules"  # of OSDTrainingArguments: scripts that know nothing of hf_osd do not have it
 
 
 def start_of(model: Any, method: str, given: Mapping[str, Any]) -> tuple[float | None, str]:
@@ -41,7 +43,7 @@ def start_of(model: Any, method: str, given: Mapping[str, Any]) -> tuple[float |
     return lr, "" if "scale" in given else f"scale={scale:g}"
 
 
-def suggestion(report: dict[str, Any], modules: Any, model: Any) -> dict[str, Any] | None:
+def suggestion(report: dict[str, Any], modules: Any, excluded: Any, model: Any) -> dict[str, Any] | None:
     """What to run of ours: as asked, else with checkpointing, a smaller batch, layerwise or, last, a smaller rank.
 
     Where none of that fits, forward passes alone.
@@ -62,6 +64,8 @@ def suggestion(report: dict[str, Any], modules: Any, model: Any) -> dict[str, An
     words = ["--optim", found["method"], *([] if lr is None else ["--learning_rate", f"{lr:g}"])]
     words += ["--optim_args", ",".join(filter(None, [f"rank={rank}", scale, given]))]
     words += ["--optim_target_modules", modules if isinstance(modules, str) else ",".join(modules)]
+    if excluded is not None:
+        words += [EXCLUDE, excluded if isinstance(excluded, str) else ",".join(excluded)]
     return _told(report, model, words, rank, batch, found["gradient_checkpointing"])
 
 
@@ -80,7 +84,7 @@ def _told(
 ) -> dict[str, Any]:
     """As JSON. `command` is there where it can be copied as it is."""
     words += ["--per_device_train_batch_size", str(batch)]
-    loadable = is_causal_lm(model) and _can_be_loaded(report["model"])
+    loadable = is_causal_lm(model) and EXCLUDE not in words and _can_be_loaded(report["model"])
     if checkpointing or loadable:  # trl's default is to checkpoint
         words += ["--gradient_checkpointing", str(checkpointing)]
     command = None
@@ -147,4 +151,8 @@ def before_forward_only(report: dict[str, Any]) -> str | None:
     """What to estimate before one takes the suggestion of forward passes alone, which need whole weights."""
     if report["suggestion"]["rank"] is not None or "weight_dtype" in (report["optim_args"] or ""):
         return None
-    return f"Or weights in 8 bits, with gradients: estimate again with --layerwise --optim_args {INT8}."
+    ours = next(row["method"] for row in report["rows"] if row["method"] in OPTIM_NAMES)
+    other = (
+        "" if ours.removesuffix(LAYERWISE_SUFFIX) + LAYERWISE_SUFFIX in OPTIM_NAMES else f"--optim {DEFAULT_OPTIM} "
+    )
+    return f"Or weights in 8 bits, with gradients: estimate again with {other}--layerwise --optim_args {INT8}."

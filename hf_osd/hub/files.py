@@ -83,6 +83,14 @@ def write_set(
     return names
 
 
+def remove_set(folder: Path) -> None:
+    """Remove a set whose folder is about to hold another model, the config first; nothing where there is none."""
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_data_file(path.name):
+            path.unlink(missing_ok=True)
+
+
 def _split(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> dict[str, list[str]]:
     from huggingface_hub import split_torch_state_dict_into_shards
 

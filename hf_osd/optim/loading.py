@@ -83,10 +83,10 @@ def match_state(
     rows, as_saved = rows + unfit, as_saved and not unfit
     before, now = _owners(saved_groups), _owners(live_groups)
     for name in [] if as_saved else list(by_name):
-        kept = [moments_kept(owners[name]) for owners in (before, now)]
-        if kept[0] != kept[1]:
+        kept, wanted = moments_kept(before[name]), moments_kept(now[name])
+        if kept != wanted:
             del by_name[name]
-            rows.append((name, *kept))
+            rows.append((name, kept, wanted))
     for name, holder in _orphans(saved_groups, by_name, shared).items():
         if by_name.pop(name).get("step", 0) > 0:  # else it has learned nothing
             rows.append((name, f"P of {holder}", "-"))

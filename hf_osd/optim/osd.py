@@ -62,7 +62,8 @@ class OSD(SavedOptimizer):
             each is projected by itself and left alone in steps in which its gradient is zero. Parameters of other
             dimensions are updated at full size (in a group that has a `rank` of its own they are refused), and so are
             groups without it. Clipped to min(m, n), with one warning. Without a model, embeddings and heads are
-            matrices like others: `create_osd_optimizer` leaves them at full size.
+            matrices like others, and the weight of a Conv1d is a stack: `create_osd_optimizer` leaves them at full
+            size.
         weight_rule (`str`, *optional*, defaults to `"adamw"`):
             Update rule of the weights: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd`.
         source (`str`, *optional*, defaults to `"gradients"`):
@@ -79,7 +80,8 @@ class OSD(SavedOptimizer):
             Update rule of P: `adamw`, `adamw8bit`, `lion`, `lion8bit`, `adafactor`, `sgd` (every pair of the paper's
             Table 6). Defaults to the weights' own.
         projection_lr (`float`, *optional*):
-            P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule.
+            P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule, and has the
+            weights' multiples.
         projection_weight_decay (`float`, *optional*):
             P's decoupled decay (remark of Algorithm 1). Defaults to the weights' own.
         scale (`float` or `str`, *optional*, defaults to 1.0):
@@ -416,6 +418,9 @@ class OSD(SavedOptimizer):
             self.param_groups.pop()
             raise
         group[CLIP_NORM2] = None
+        if self._constructed:
+            warn_clipped(clipped)
+            warn_far([group])
         self._clipped += clipped
         if self._stream is not None:
             self._stream.extend()

@@ -69,6 +69,8 @@ class SubZero(torch.optim.Optimizer):
     ```
     """
 
+    _constructed = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -111,6 +113,13 @@ class SubZero(torch.optim.Optimizer):
         self._averaged = False
         self._end: tuple[int, str] | None = None  # a step, and the fingerprint of the weights that it has left
         super().__init__(groups, {"lr": lr})
+        self._constructed = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused but for the groups that it is made with."""
+        if self._constructed:
+            raise ValueError("SubZero's directions are of the parameters that it was made with: make a new one.")
+        super().add_param_group(param_group)
 
     @property
     def steps(self) -> int:

@@ -19,6 +19,7 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 
+from ..hub.files import remove_set
 from ..layers import CHILD
 from ..names import add_names
 from ..optim import OPTIM_NAMES, OSD
@@ -94,6 +95,8 @@ def _note_checkpoint(original: Callable, self: Trainer, model: Any, trial: Any, 
     destination = Destination(self.hub_model_id, self.args.hub_token, self.args.hub_revision)
     self.state.pushes_to = destination  # type: ignore[attr-defined]
     osd = osd_of(self.optimizer)
+    if self.args.should_save:
+        remove_set(folder)  # P of an earlier run, whose checkpoint this overwrites
     if osd is not None:
         if self.args.should_save:
             forget(folder)

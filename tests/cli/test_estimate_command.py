@@ -9,6 +9,7 @@ import pytest
 from estimates import SMALL, estimate, refused, report_of
 from transformers import AutoConfig, BertConfig, HfArgumentParser, LlamaConfig, MixtralConfig, TrainingArguments
 
+from hf_osd import OSDTrainingArguments
 from hf_osd.estimate.models import DTYPES, meta_model
 from hf_osd.optim import select
 
@@ -70,6 +71,24 @@ def test_other_options_are_one_word_each(suggested):
     _, args, _ = suggested(LlamaConfig(**SMALL), "--optim_args", given)
     assert args.optim_args == f"rank=8,{USUAL},{given}" and args.optim == "osd_adamw8bit"
     assert not args.gradient_checkpointing and args.per_device_train_batch_size == 1
+
+
+def test_what_is_excluded(capsys, tmp_path):
+    LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    words = (str(tmp_path), "--rank", "8", "--seq", "32", "--gpu", "1GB", "--reserve", "0KB")
+    whole, part = (report_of(capsys, *words, *own) for own in ((), ("--exclude_modules", "q_proj", "up_proj")))
+    assert part["matrices"] == whole["matrices"] - 4
+    ours = [next(row for row in report["rows"] if row["method"].startswith("osd_")) for report in (whole, part)]
+    assert ours[1]["bytes"]["state"] > ours[0]["bytes"]["state"]
+    options = part["suggestion"]["options"]
+    (args,) = HfArgumentParser(OSDTrainingArguments).parse_args_into_dataclasses(
+        [*shlex.split(options), "--output_dir", str(tmp_path / "out")]
+    )
+    assert args.osd_exclude_modules == "q_proj,up_proj"
+    for key in ("exclude_modules", "target_modules"):
+        assert f"'{key}' has no effect in --optim_args of an estimate: use --{key}." in refused(
+            capsys, *words, "--optim_args", f"{key}=q_proj"
+        )
 
 
 def test_a_regular_expression_that_matches_nothing(capsys, tmp_path):
@@ -141,6 +160,8 @@ def test_the_suggestion_is_the_least_change_that_fits(gpu, expected, tmp_path, c
         )
         hint = "estimate again with --layerwise --optim_args source=activations,weight_dtype=int8."
         assert hint in estimate(capsys, *words)
+        said = estimate(capsys, *words, "--optim", "rso_adamw8bit")
+        assert hint.replace("--layerwise", "--optim osd_adamw8bit --layerwise") in said
         asked = ("--optim_args", "source=activations,weight_dtype=int8")
         assert "estimate again" not in estimate(capsys, *words, *asked)
         assert "\nMeZO, forward only" in estimate(

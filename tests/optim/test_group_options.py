@@ -220,3 +220,10 @@ def test_a_group_that_takes_the_place_of_another_has_a_name_of_its_own():
         ["parameter 2"],
         ["parameter 3", "parameter 4"],
     ]
+
+
+def test_a_group_that_comes_later_is_warned_of_as_the_first_are():
+    W, V = nn.Parameter(torch.randn(20, 30)), nn.Parameter(torch.randn(4, 64))
+    optimizer = OSD([{"params": [W], "rank": 8}], lr=1e-3)
+    with pytest.warns(UserWarning, match="projected at full rank"), pytest.warns(UserWarning, match="P turns far"):
+        optimizer.add_param_group({"params": [V], "rank": 8, "lr": 1.0})

@@ -7,7 +7,8 @@ from matrices import RANK, give, matrix
 from torch import nn
 
 import hf_osd
-from hf_osd import OSD
+from hf_osd import OSD, create_osd_optimizer
+from reference.tiny_models import tiny_llama
 
 
 def test_numbers_of_numpy():
@@ -81,3 +82,29 @@ def test_a_learning_rate_that_is_no_number_is_told(lr):
     give(p, 0)
     with pytest.raises(ValueError, match="`lr` of parameter group 0 must be a number"):
         optimizer.step()
+
+
+def test_another_projection_lr_in_a_group_is_followed():
+    moved = []
+    for rate in (0.005, 0.05):
+        torch.manual_seed(0)
+        W = nn.Parameter(torch.randn(20, 30))
+        optimizer = OSD([W], lr=1e-2, rank=4, projection_lr=0.005)
+        for step in range(3):
+            if step == 2:
+                optimizer.param_groups[0]["projection_lr"] = rate
+                before = optimizer.state[W]["projection"].clone()
+            W.grad = torch.randn(20, 30)
+            optimizer.step()
+        assert optimizer.param_groups[0]["alpha"] == pytest.approx(rate / 1e-2)
+        moved.append(float((optimizer.state[W]["projection"] - before).norm()))
+    assert moved[1] == pytest.approx(10 * moved[0], rel=1e-3)
+
+
+def test_projection_lr_has_the_multiples_of_lr_pattern():
+    model = tiny_llama()
+    optimizer = create_osd_optimizer(model, lr=1e-3, rank=4, projection_lr=5e-3, lr_pattern={"q_proj": 0.1})
+    found = {
+        (group["lr"], round(group["lr"] * group["alpha"], 9)) for group in optimizer.param_groups if group["rank"]
+    }
+    assert found == {(1e-3, 5e-3), (1e-4, 5e-4)}

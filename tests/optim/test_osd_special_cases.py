@@ -171,3 +171,30 @@ def test_scale_auto_reaches_layers_and_goes_by_the_rank_that_there_is():
         optimizer.step()
     for p, old in zip(net.parameters(), before, strict=True):
         torch.testing.assert_close(((p - old) / 0.01).square().mean().sqrt().item(), 1.0, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("subspace", "steps"), [("online_pca", 1), ("svd", 3)])
+def test_two_sided_steps_from_fresh_singular_vectors_do_not_hang_on_rounding(subspace: str, steps: int):
+    """R is diagonal then: what AdamW makes of the sign of its rounding is no part of the step."""
+    Gs, W0 = [torch.randn(24, 40) for _ in range(steps)], torch.randn(24, 40)
+    further = {"update_interval": 2, "restart_moments": True} if subspace == "svd" else {}
+    ends = []
+    for error in (0.0, 1e-6):
+        W = nn.Parameter(W0.clone())
+        optimizer = OSD([W], lr=1e-2, rank=6, side="two_sided", subspace=subspace, **further)
+        for G in Gs:
+            W.grad = G * (1 + error * torch.randn_like(G))
+            optimizer.step()
+        ends.append(W.detach() - W0)
+    assert torch.cosine_similarity(ends[0].flatten(), ends[1].flatten(), dim=0) > 0.999
+
+
+def test_a_projected_matrix_of_another_shape_is_refused():
+    W = nn.Parameter(torch.randn(40, 64))
+    optimizer = OSD([W], lr=1e-3, rank=8)
+    W.grad = torch.randn(40, 64)
+    optimizer.step()
+    W.grad, W.data = None, torch.randn(48, 64)
+    W.grad = torch.randn(48, 64)
+    with pytest.raises(ValueError, match=r"has become \(48, 64\), and its state is of \(40, 64\)"):
+        optimizer.step()

@@ -65,3 +65,13 @@ def test_typed_options_of_osd_are_refused_and_others_work(tmp_path: Path):
     trainer = make(tmp_path, optim_target_modules=["q_proj"])
     low_rank = [name for name, w in subzero_of(trainer.create_optimizer()).weights.weights.items() if hasattr(w, "U")]
     assert len(low_rank) == 2 and all("q_proj" in name for name in low_rank)
+
+
+def test_further_parameters_are_refused():
+    model = tiny_llama()
+    model.lm_head.requires_grad_(False)
+    optimizer = SubZero(model, lr=1e-3, rank=4)
+    groups = len(optimizer.param_groups)
+    with pytest.raises(ValueError, match="directions are of the parameters that it was made with: make a new one"):
+        optimizer.add_param_group({"params": [("lm_head.weight", model.lm_head.weight)]})
+    assert len(optimizer.param_groups) == groups

@@ -116,3 +116,11 @@ def test_a_p_that_cannot_be_saved_costs_no_run(tmp_path: Path, caplog, monkeypat
     assert any(message.startswith("P is not saved") and fault in message for message in caplog.messages)
     folder = tmp_path / f"checkpoint-{SAVED_AT}"
     assert (folder / "trainer_state.json").exists() and not list(folder.glob("*osd_*"))
+
+
+def test_a_checkpoint_that_another_optimizer_writes_over_has_no_p(tmp_path: Path):
+    make_trainer(tmp_path, "osd_adamw").train()
+    assert (tmp_path / f"checkpoint-{STEPS}" / "osd_config.json").is_file()
+    make_trainer(tmp_path, "adamw_torch", optim_args=None).train()
+    names = {path.name for path in (tmp_path / f"checkpoint-{STEPS}").iterdir()}
+    assert "model.safetensors" in names and not [name for name in names if name.startswith("osd_")]

@@ -58,8 +58,8 @@ class Options:
         "It is for matrices (m, n), and stacks (E, m, n) of experts' matrices, of which each is projected by itself "
         "and left alone in steps in which its gradient is zero. Parameters of other dimensions are updated at full "
         "size (in a group that has a `rank` of its own they are refused), and so are groups without it. Clipped to "
-        "min(m, n), with one warning. Without a model, embeddings and heads are matrices like others: "
-        "`create_osd_optimizer` leaves them at full size.",
+        "min(m, n), with one warning. Without a model, embeddings and heads are matrices like others, and the weight "
+        "of a Conv1d is a stack: `create_osd_optimizer` leaves them at full size.",
         check=integer(1),
         state=True,
         in_run=str(DEFAULT_RANK),
@@ -108,7 +108,8 @@ class Options:
     )
     projection_lr: float | None = option(
         None,
-        "P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule.",
+        "P's learning rate at the initial learning rate, instead of `alpha`; it follows the schedule, and has the "
+        "weights' multiples.",
         check=number(0),
         needs=(RANK, LEARNED),
         card="learning rate of P",

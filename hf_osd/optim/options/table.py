@@ -156,12 +156,12 @@ def decay_of_projection(options: Mapping[str, Any]) -> str:
 
 
 def projection_alpha(options: Mapping[str, Any], lr: float) -> float:
-    """Alpha, P's learning rate over the weights'. `projection_lr` is P's at the group's first `lr`."""
+    """Alpha, P's learning rate over the weights'. `projection_lr` is P's at the first `lr`, and so many times it."""
     if options["projection_lr"] is None:
         return options["alpha"]
     if not lr > 0:
         raise ValueError(f"`projection_lr` needs a positive initial `lr` to follow the schedule of, got lr={lr!r}.")
-    return options["projection_lr"] / lr
+    return options["projection_lr"] * options.get(LR_MULTIPLE, 1) / lr
 
 
 def in_effect(group: Mapping[str, Any], name: str) -> Any:

@@ -147,17 +147,22 @@ class ProjectedWeight(Weight):
             `LowRank`: Without A where P does not move at this step, or was just made from this gradient and is
                 stationary there; `None` before the first gradient of any use, as long as there is no P.
         """
-        fresh = False
+        self.refuse_other_shape(G)
+        fresh = renewed = False
         if not self.P.started:
             fresh = self._start(G, check)
             if not self.P.started:
                 return None
         elif self._renewed and turn is not LATER:
             if self.renews(check) and self.steps > 0:  # a P that was given is used at first
-                self._renew(G, check)
+                renewed = self._renew(G, check)
         moves = not fresh and self.moves(check, turn)
         count = (self._counted() if self.capturable else self.count) if moves else None
-        return self.source.low_rank(G, count)
+        low = self.source.low_rank(G, count)
+        if self.geometry.two_sided and (fresh or renewed):
+            # P and Q are G's singular vectors: what is off the diagonal of R is rounding, whose sign means nothing
+            low.R.masked_fill_(low.R.abs() <= 4 * torch.finfo(G.dtype).eps * low.R.norm(), 0.0)
+        return low
 
     def update(self, low: LowRank | None, check: GradientCheck, movements: Movements) -> None:
         """The half that moves W, and P, whose movement may wait for that of others."""
@@ -264,14 +269,15 @@ class ProjectedWeight(Weight):
         size = torch.linalg.vector_norm(G, 1)
         return size if self.geometry.sharding is None else self.geometry.sharding.sum(size)
 
-    def _renew(self, G: Tensor, check: GradientCheck) -> None:
+    def _renew(self, G: Tensor, check: GradientCheck) -> bool:
         """Make P anew from G, if it is neither zero nor broken. Reads the device, as an SVD does anyway."""
         if not usable(check):  # an expert without tokens does not count this step
             self._note_overdue(self.overdue or bool(check.broken) or not bool(check.skip))
-            return
+            return False
         self._note_overdue(False)
         init = self.group["init"] if self.group["init"] in ("svd", "randomized_svd") else "auto"
         self.P.renew(G, Make(init, self.steps, first=False), check)
+        return self.rules.subspace.reads_gradient
 
     def _note_overdue(self, overdue: bool) -> None:
         """Also in the state while it is so, for whoever resumes from there."""

@@ -23,11 +23,7 @@ class FullWeight(Weight):
 
     def update(self, G: Tensor, check: GradientCheck, movements: Movements) -> None:
         """W <- (1 - lr weight_decay) W - lr rule(G), in pieces where the rule can."""
-        if self.geometry.sharding is None and G.shape != self.geometry.shape:  # the moments have that of before
-            raise ValueError(
-                f"{self.geometry.name} has become {tuple(G.shape)}, and its state is of {tuple(self.geometry.shape)}, "
-                "as when embeddings are resized: make the optimizer after that."
-            )
+        self.refuse_other_shape(G)
         self.slot.state["step"].add_(check.keep)
         self.count += 1
         lr, weight_decay = self.group["lr"], self.group["weight_decay"]

@@ -57,6 +57,14 @@ class Weight:
         """Whether all is there that first steps make: P moves at the second."""
         return self.count > 1
 
+    def refuse_other_shape(self, G: Tensor) -> None:
+        """Raise `ValueError` for a gradient that the state is not for, which has the shape of before."""
+        if self.geometry.sharding is None and G.shape != self.geometry.shape:
+            raise ValueError(
+                f"{self.geometry.name} has become {tuple(G.shape)}, and its state is of {tuple(self.geometry.shape)}, "
+                "as when embeddings are resized: make the optimizer after that."
+            )
+
     def release(self) -> None:
         """Let go of the state at the end of a step."""
         for slot in self.slots:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...declare import plain
 from ...layers.layer import LayerInfo
 from ...update_rules import GradientCheck
 from ..options.rules import Rules, rule_options_of, rules_of
-from ..options.table import lr_of_step, warn_one_rate
+from ..options.table import lr_of_step, projection_alpha, warn_one_rate
 from .algorithm import ProjectedWeight
 from .experts import ExpertWeights
 from .full_weight import FullWeight
@@ -65,6 +66,7 @@ class Weights:
         self.observing = False
         self.observations: dict[AnyWeight, tuple[Tensor, ...]] = {}
         self._weights: dict[Tensor, AnyWeight] = {}
+        self._projection_lrs: list[float | None] = []  # of each group, as its alpha goes by
         self._met = WeakTensorKeyDictionary()  # parameter -> its geometry and group, when last met
         self.meet()
 
@@ -169,6 +171,7 @@ class Weights:
         self.device_types = set(filter(torch.amp.is_autocast_available, types))
         self._options: list[Any] = [None] * len(self.groups)  # of each group, as its weights go by them
         self._rules: list[Rules | None] = [None] * len(self.groups)
+        self._projection_lrs += [group["projection_lr"] for group in self.groups[len(self._projection_lrs) :]]
         for group in self.groups:
             name_again(group, self._met)
             if group["rank"] is not None:
@@ -212,6 +215,9 @@ class Weights:
         for index, group in enumerate(self.groups):
             if type(group["lr"]) is not float:
                 group["lr"] = lr_of_step(group["lr"], f"parameter group {index}")
+            if group["projection_lr"] != self._projection_lrs[index]:
+                self._projection_lrs[index] = group["projection_lr"]
+                group["alpha"] = projection_alpha(group, plain(group.get("initial_lr", group["lr"])))
             options = rule_options_of(group)
             if options != self._options[index]:
                 self._options[index] = options
