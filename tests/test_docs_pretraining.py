@@ -11,7 +11,9 @@ from pages import RESULTS, by_method, page, result, text_of
 @pytest.mark.parametrize(
     "said",
     [
-        "{preset} becomes {rank96} with twice the rank, {alpha20} with `alpha=20`, {alpha1.25} with `alpha=1.25`",
+        "{preset} becomes {rank96} with twice the rank, {rank24} with half of it, {rank12} with a quarter",
+        "{alpha20} with `alpha=20`, {alpha1.25} with `alpha=1.25`, {carry_moments} with",
+        "{rank12} at rank 12, {rank24} at 24, {preset} at 48 and {rank96} at 96",
         "{carry_moments} with `carry_moments=true`, {inside_half} with half the step inside the subspaces",
         "{ratio8} with half the ratio, {beta2} with `adam_beta2=0.99`, {weight_decay} with `weight_decay=0.1`",
         "20 is as good as 5, and 1.25 worse ({alpha20}, {preset}, {alpha1.25})",
