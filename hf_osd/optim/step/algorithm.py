@@ -147,7 +147,8 @@ class ProjectedWeight(Weight):
             `LowRank`: Without A where P does not move at this step, or was just made from this gradient and is
                 stationary there; `None` before the first gradient of any use, as long as there is no P.
         """
-        self.refuse_other_shape(G)
+        if G.shape != self.geometry.shape:
+            self.refuse_other_shape(G)
         fresh = renewed = False
         if not self.P.started:
             fresh = self._start(G, check)
@@ -159,7 +160,7 @@ class ProjectedWeight(Weight):
         moves = not fresh and self.moves(check, turn)
         count = (self._counted() if self.capturable else self.count) if moves else None
         low = self.source.low_rank(G, count)
-        if self.geometry.two_sided and (fresh or renewed):
+        if (fresh or renewed) and self.geometry.two_sided:
             # P and Q are G's singular vectors: what is off the diagonal of R is rounding, whose sign means nothing
             low.R.masked_fill_(low.R.abs() <= 4 * torch.finfo(G.dtype).eps * low.R.norm(), 0.0)
         return low

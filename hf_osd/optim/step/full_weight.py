@@ -23,7 +23,8 @@ class FullWeight(Weight):
 
     def update(self, G: Tensor, check: GradientCheck, movements: Movements) -> None:
         """W <- (1 - lr weight_decay) W - lr rule(G), in pieces where the rule can."""
-        self.refuse_other_shape(G)
+        if G.shape != self.geometry.shape:
+            self.refuse_other_shape(G)
         self.slot.state["step"].add_(check.keep)
         self.count += 1
         lr, weight_decay = self.group["lr"], self.group["weight_decay"]

@@ -58,8 +58,8 @@ class Weight:
         return self.count > 1
 
     def refuse_other_shape(self, G: Tensor) -> None:
-        """Raise `ValueError` for a gradient that the state is not for, which has the shape of before."""
-        if self.geometry.sharding is None and G.shape != self.geometry.shape:
+        """Raise `ValueError` for a gradient of another shape than the state is for, but for part of a sharded one."""
+        if self.geometry.sharding is None:
             raise ValueError(
                 f"{self.geometry.name} has become {tuple(G.shape)}, and its state is of {tuple(self.geometry.shape)}, "
                 "as when embeddings are resized: make the optimizer after that."
