@@ -89,7 +89,7 @@ def make_report(
     say(f"steps of {optim}{LAYERWISE_SUFFIX * layerwise}")
     own = [subzero(model, forward_only), ours(arguments.rank)]  # first: what is wrong with their options
     kinds, missing = available(work, arguments.batch, say)
-    methods = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules)]
+    methods = [adamw(model), adamw8bit(model), galore(model, arguments.rank, modules, excluded)]
     methods += [lora(work.model("lora"))] if ("lora", False) in kinds else []
     methods += own
 

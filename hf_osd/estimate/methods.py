@@ -110,12 +110,12 @@ def adamw8bit(model: nn.Module) -> Method:
     return Method("adamw_bnb_8bit", state)
 
 
-def galore(model: nn.Module, rank: int, target_modules: Any) -> Method:
+def galore(model: nn.Module, rank: int, target_modules: Any, exclude_modules: Any = None) -> Method:
     """galore-torch's AdamW on the matrices that ours projects; experts' stacks, which it cannot take, stay whole.
 
     In float32 its P is a view of the SVD's factor, which it keeps alive: (s, s), not (s, r).
     """
-    projected = {name for name, p in select(model, target_modules).projected.items() if p.ndim == 2}
+    projected = {name for name, p in select(model, target_modules, exclude_modules).projected.items() if p.ndim == 2}
     method = Method("galore_adamw")
     for name, p in trained(model):
         size = p.element_size()

@@ -62,16 +62,6 @@ def fitting_states(
     return found, unfit
 
 
-def moments_kept(group: Mapping[str, Any]) -> str:
-    """Names of the entries that a group's rules keep moments in; whether SGD does, `momentum` decides."""
-    rules = rules_of(group)
-    named = (("", rules.weight), ("projection_", rules.projection))
-    keys = [
-        moment.kept(prefix, torch.float32).key for prefix, rule in named if rule for moment in rule.moments((2, 2))
-    ]
-    return ", ".join(keys) or "no moments"
-
-
 def _entries(state: Mapping[str, Tensor | TensorSpec]) -> Set[str]:
     return {f"{name} {tuple(entry.shape)} {str(entry.dtype)[6:]}": None for name, entry in state.items()}.keys()
 

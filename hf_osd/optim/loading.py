@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from .differences import counted, differences, table, traits
-from .fitting import fitting_states, moments_kept
+from .fitting import fitting_states
+from .options.rules import rules_of
 from .options.table import DEFAULTS, LR_MULTIPLE, OPTIONS, in_effect, spell_out
 from .selection.wrappers import plain_names
 from .step.geometry import names_of
@@ -83,8 +84,8 @@ def match_state(
     rows, as_saved = rows + unfit, as_saved and not unfit
     before, now = _owners(saved_groups), _owners(live_groups)
     for name in [] if as_saved else list(by_name):
-        kept, wanted = moments_kept(before[name]), moments_kept(now[name])
-        if kept != wanted:
+        kept, wanted = (", ".join(rules_of(own[name]).moments) or "no moments" for own in (before, now))
+        if kept != wanted:  # SGD's `momentum` decides that
             del by_name[name]
             rows.append((name, kept, wanted))
     for name, holder in _orphans(saved_groups, by_name, shared).items():
@@ -111,7 +112,7 @@ def match_state(
 
 def _warn_of_options(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
     """What continues from a saved state goes by this run's options, where some of it does not."""
-    changed = {text: None for now, before in pairs for text in _replaced(now, before, "this run", "the checkpoint's")}
+    changed = {text: None for now, before in pairs for text in _replaced(now, before, "this run")}
     if changed:
         warnings.warn(
             f"Parameters that continue from the saved state go by the options of this run: {'; '.join(changed)}.",
@@ -263,13 +264,13 @@ def restored_options(saved: Sequence[Mapping[str, Any]], current: Sequence[Mappi
     return list(dict.fromkeys(text for new, old in pairs for text in _replaced(new, old, "checkpoint")))
 
 
-def _replaced(new: Mapping[str, Any], old: Mapping[str, Any], whose: str, others: str = "") -> list[str]:
+def _replaced(new: Mapping[str, Any], old: Mapping[str, Any], whose: str) -> list[str]:
     """`alpha=5.0 (checkpoint) instead of 1.0` for options that shape the trajectory alone."""
     found = []
     for name in RESTORED:
         a, b = (_plain(in_effect(group, name)) for group in (new, old))
         if a != b and "given" not in (a, b):  # tensors that P has started from
-            found.append(f"{name}={a!r} ({whose}) instead of {others + ' ' if others else ''}{b!r}")
+            found.append(f"{name}={a!r} ({whose}) instead of {b!r}")
     return found
 
 

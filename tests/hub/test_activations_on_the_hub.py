@@ -173,7 +173,13 @@ def test_the_card_tells_it_and_its_code_runs(run, llama, tmp_path):
 
 @pytest.mark.parametrize("model", [{}, {"target_modules": ["q_proj", "up_proj"]}], ids=str)
 @pytest.mark.parametrize(
-    "options", [{"source": "activations"}, {"lr_pattern": "q_proj:2", "residual": "scaled"}], ids=str
+    "options",
+    [
+        {"source": "activations"},
+        {"lr_pattern": "q_proj:2", "residual": "scaled"},
+        {"projection_optim": "sgd", "momentum": 0.0, "scale": 0.123456789, "projection_weight_decay": 0.01},
+    ],
+    ids=str,
 )
 def test_what_the_card_says_of_a_trainer_sets_it_as_the_run_was(options, model, run, llama, tmp_path):
     made = run(preset="pretrain", facts={"repo_id": str(tmp_path)}, **options, **model)

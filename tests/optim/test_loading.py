@@ -162,7 +162,7 @@ def test_partial_load_says_whose_options_what_continues_goes_by():
     A, B, b = (nn.Parameter(p.detach().clone()) for p in params)
     groups = [{"params": [("A", A)], "rank": 6}, {"params": [("B", B)], "rank": 4}, {"params": [("b", b)]}]
     other = OSD(groups, lr=1e-2, alpha=1.0, scale=0.25, partial_load=True)
-    said = r"options of this run: alpha=1.0 \(this run\) instead of the checkpoint's 5.0; scale=0.25 .* 1.0\.$"
+    said = r"options of this run: alpha=1.0 \(this run\) instead of 5.0; scale=0.25 .* 1.0\.$"
     with pytest.warns(UserWarning, match="start anew"), pytest.warns(UserWarning, match=said):
         other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["alpha"] == 1.0 and A in other.state

@@ -15,12 +15,18 @@ START, END = "<!-- hf_osd:start -->", "<!-- hf_osd:end -->"
 TEMPLATE = Path(__file__).parent / "templates" / "section.md"
 LINE_LENGTH = 100  # of the code
 EXACT = ".15g"  # of numbers that are to set a run as this one was
-# Options that are told in a way of their own, and those of Trainer's own arguments.
+# Options that the code sets in a way of their own; P's seed and start come with P.
 TOLD_ELSEWHERE = {"rank", "subspace", "weight_rule", "projection_rule", "update_interval", "init", "seed"}
+# Options that arguments of Trainer's set, which `optim_args` does not take.
 OF_TRAINER = {config_name(name) for name, own in OPTIONS.items() if own.argument is not None}
 
 # option -> words for its row, where it was set
-SELDOM = {"projection_weight_decay": "weight decay of P", "momentum": "momentum", "betas": "betas", "eps": "epsilon"}
+ROWS_IF_SET = {
+    "projection_weight_decay": "weight decay of P",
+    "momentum": "momentum",
+    "betas": "betas",
+    "eps": "epsilon",
+}
 
 # subspace -> what the text says of it
 MOVEMENTS = {
@@ -75,6 +81,7 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
     def option(name: str) -> str:
         return _joined(facts.options.get(name, ()))
 
+    settings = _settings(facts)
     scheduled = f"{facts.learning_rate:g}, {facts.lr_scheduler} schedule"
     interval = f", every {option('update_interval')} steps" if option("update_interval") else ""
     decays = tuple(value for value in facts.options.get("weight_decay", ()) if value)
@@ -103,7 +110,7 @@ def _rows(facts: CardFacts) -> list[tuple[str, str]]:
         ("task head's over it", _ratio(facts, "task_head_lr_ratio")),
         ("multiples of it", _cell(facts.lr_pattern) if facts.lr_pattern else ""),
         ("weight decay", _joined(decays)),
-        *((words, _set_to(facts, name)) for name, words in SELDOM.items()),
+        *((words, _joined(_as_tuple(settings.get(name)))) for name, words in ROWS_IF_SET.items()),
         ("data", ", ".join(_cell(name) for name in facts.datasets)),
         ("steps", f"{facts.steps:,}"),
         ("last training loss", f"{facts.train_loss:.4f}" if facts.train_loss is not None else ""),
@@ -116,11 +123,6 @@ def _usual_sample(facts: CardFacts) -> str:
     """The default, which is as good as none where all of a gradient is there."""
     signs = facts.from_activations and "sign" in facts.options.get("residual", ())
     return f"`{DEFAULTS['residual_sample']}`" if signs and "residual_sample" not in facts.options else ""
-
-
-def _set_to(facts: CardFacts, option: str) -> str:
-    value = _settings(facts).get(option)
-    return "" if value is None else _joined(value if isinstance(value, tuple) else (value,))
 
 
 def _ratio(facts: CardFacts, option: str) -> str:
@@ -217,6 +219,10 @@ def _optim_args(facts: CardFacts) -> str:
     if facts.exclude or _subspace(facts) not in SUBSPACES or any({",", "="} & set(text) for text in texts.values()):
         return ""
     return ",".join(f"{name}={text}" for name, text in texts.items() if told[name] is not None)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 def _text(value: Any) -> str:

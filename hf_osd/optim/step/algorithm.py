@@ -161,7 +161,7 @@ class ProjectedWeight(Weight):
         count = (self._counted() if self.capturable else self.count) if moves else None
         low = self.source.low_rank(G, count)
         if (fresh or renewed) and self.geometry.two_sided:
-            # P and Q are G's singular vectors: what is off the diagonal of R is rounding, whose sign means nothing
+            # of singular vectors of G itself R is diagonal but for rounding, whose sign means nothing
             low.R.masked_fill_(low.R.abs() <= 4 * torch.finfo(G.dtype).eps * low.R.norm(), 0.0)
         return low
 
@@ -271,7 +271,7 @@ class ProjectedWeight(Weight):
         return size if self.geometry.sharding is None else self.geometry.sharding.sum(size)
 
     def _renew(self, G: Tensor, check: GradientCheck) -> bool:
-        """Make P anew from G, if it is neither zero nor broken. Reads the device, as an SVD does anyway."""
+        """Make P anew, unless G is zero or broken; whether from G's values. Reads the device, as SVDs do anyway."""
         if not usable(check):  # an expert without tokens does not count this step
             self._note_overdue(self.overdue or bool(check.broken) or not bool(check.skip))
             return False
