@@ -1,6 +1,7 @@
 """What a saved state and the optimizer that is to load it differ in, parameter by parameter, and its table."""
 
 from collections.abc import Mapping, Sequence
+from math import isclose
 from typing import Any
 
 from torch import Tensor
@@ -87,3 +88,19 @@ def table(rows: Sequence[tuple[str, str, str]]) -> str:
     if len(rows) > ROWS_SHOWN:
         lines.append(f"  ... and {len(rows) - ROWS_SHOWN} more")
     return "\n".join(lines)
+
+
+def replaced_numbers(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], key: str, name: str) -> list[str]:
+    """`lr=0.001 (checkpoint) instead of 1e-05`, once for each difference.
+
+    Args:
+        pairs (`list[tuple[dict, dict]]`): Saved groups, each with the present one in its place.
+        key (`str`): Where groups have the number; those without it are passed over.
+        name (`str`): What it is called here.
+    """
+    found = [tuple(float(group[key]) for group in pair) for pair in pairs if all(key in group for group in pair)]
+    return list(
+        dict.fromkeys(
+            f"{name}={a:g} (checkpoint) instead of {b:g}" for a, b in found if not isclose(a, b, rel_tol=1e-6)
+        )
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .differences import counted, differences, table, traits
+from .differences import counted, differences, replaced_numbers, table, traits
 from .fitting import fitting_states
 from .options.rules import rules_of
 from .options.table import DEFAULTS, LR_MULTIPLE, OPTIONS, in_effect, spell_out
@@ -259,9 +259,10 @@ def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[st
 
 
 def restored_options(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences for options whose saved value replaces another one."""
-    pairs = zip(saved, current, strict=False)
-    return list(dict.fromkeys(text for new, old in pairs for text in _replaced(new, old, "checkpoint")))
+    """Sentences for options whose saved value replaces another one, and for the rates that schedules begin with."""
+    pairs = list(zip(saved, current, strict=False))
+    options = [text for new, old in pairs for text in _replaced(new, old, "checkpoint")]
+    return list(dict.fromkeys([*replaced_numbers(pairs, "initial_lr", "lr"), *options]))
 
 
 def _replaced(new: Mapping[str, Any], old: Mapping[str, Any], whose: str) -> list[str]:

@@ -10,7 +10,7 @@ def make(rank: int = 6, **options) -> tuple[list[nn.Parameter], OSD]:
     torch.manual_seed(0)
     A, B, b = nn.Parameter(torch.randn(20, 30)), nn.Parameter(torch.randn(40, 16)), nn.Parameter(torch.randn(30))
     groups = [{"params": [("A", A), ("B", B)], "rank": rank}, {"params": [("b", b)]}]
-    return [A, B, b], OSD(groups, lr=1e-2, **options)
+    return [A, B, b], OSD(groups, **{"lr": 1e-2} | options)
 
 
 def run(params: list[nn.Parameter], optimizer: OSD, steps: range) -> None:

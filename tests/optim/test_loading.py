@@ -1,6 +1,7 @@
 """Refusing a saved state that does not fit, loading the part that does, and the ways that others save it."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -182,6 +183,23 @@ def test_saved_options_are_restored_and_said():
     with pytest.warns(UserWarning, match=r"alpha=2.0 \(checkpoint\) instead of 7.0"):
         other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["alpha"] == 2.0
+
+
+def test_a_restored_learning_rate_is_said_where_a_schedule_begins_with_it():
+    params, optimizer = make()
+    run(params, optimizer, range(2))
+    _, other = make(lr=1e-5)
+    with warnings.catch_warnings(action="error"):  # without a schedule nothing tells it from one that has come down
+        other.load_state_dict(optimizer.state_dict())
+    (_, optimizer), (_, other), (_, same) = make(lr=1e-3), make(lr=1e-5), make(lr=1e-3)
+    for each in (optimizer, other, same):
+        torch.optim.lr_scheduler.LambdaLR(each, lambda step: 0.5**step)
+    optimizer.param_groups[0]["lr"] = 1e-4
+    with pytest.warns(UserWarning, match=r"restored: lr=0.001 \(checkpoint\) instead of 1e-05\.$"):
+        other.load_state_dict(optimizer.state_dict())
+    with warnings.catch_warnings(action="error"):
+        same.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == same.param_groups[0]["lr"] == 1e-4
 
 
 def test_groups_without_names_are_matched_by_position():

@@ -118,6 +118,20 @@ def test_another_rank_is_refused_by_the_trainer(tmp_path: Path):
         partial.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(("optim", "optim_args"), [("osd_adamw", "rank=48"), ("subzero", "rank=4")])
+def test_a_learning_rate_that_a_resume_does_not_follow_is_said(tmp_path: Path, optim: str, optim_args: str):
+    """transformers 5.24: the schedule's saved rates go on, whatever `learning_rate` says."""
+    make_trainer(
+        tmp_path, optim, optim_args=optim_args, learning_rate=1e-3, weight_decay=0.1, max_steps=SAVED_AT
+    ).train()
+    other = make_trainer(tmp_path, optim, optim_args=optim_args, learning_rate=1e-5, weight_decay=0.2)
+    with pytest.warns(
+        UserWarning, match="lr=0.001 .checkpoint. instead of 1e-05; .*weight_decay=0.1 .* instead of 0.2"
+    ):
+        other.train(resume_from_checkpoint=True)
+    assert other.lr_scheduler.base_lrs[0] == 1e-3
+
+
 CHILD = """
 import sys, torch
 sys.path[:0] = {path!r}
