@@ -10,14 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..declare import plain, refuse_unknown
-from ..optim.differences import replaced_numbers
 from ..optim.factory import decay_groups
 from ..optim.options.table import check_lr
 from ..optim.selection.wrappers import unwrapped
 from .options import OPTIONS, Options, refuse_targets
 from .passes import RandomState, loss_at, without_dropout
 from .selection import given_bases, input_sides, trained_weights
-from .state import AGREE, checked_seed
+from .state import AGREE, checked_seed, warn_restored
 from .weights import Weights, fingerprint
 
 
@@ -267,15 +266,7 @@ class SubZero(torch.optim.Optimizer):
             ValueError: If it was saved with other options, matrices in subspaces, `init` or parameters.
         """
         seed = checked_seed(state_dict, self.param_groups, self.options)
-        if seed != self.options.seed:
-            warnings.warn(f"The saved seed {seed} replaces {self.options.seed}.", stacklevel=2)
-        pairs = list(zip(state_dict["param_groups"], self.param_groups, strict=True))
-        rates, decay = (
-            replaced_numbers(pairs, "initial_lr", "lr"),
-            replaced_numbers(pairs, "weight_decay", "weight_decay"),
-        )
-        if replaced := rates + decay:
-            warnings.warn(f"The saved state's options are restored: {'; '.join(replaced)}.", stacklevel=2)
+        warn_restored(state_dict, self.param_groups, self.options.seed)
         super().load_state_dict(state_dict)
         self.options = self.weights.options = replace(self.options, seed=seed)
         state = self.state.pop(self.direction)

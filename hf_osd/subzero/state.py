@@ -1,8 +1,10 @@
 """Which saved states an optimizer may go on from."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..optim.differences import replaced_numbers
 from .options import Options
 
 
@@ -32,3 +34,13 @@ def checked_seed(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], 
         raise ValueError("This state is of other parameters: freeze the same ones, and give the same `weight_decay`.")
     seed: int = saved["seed"]
     return seed
+
+
+def warn_restored(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], seed: int) -> None:
+    """Warn of what a saved state replaces: the seed, the learning rates of a schedule, weight decay."""
+    saved = state["param_groups"]
+    pairs = list(zip(saved, groups, strict=True))
+    replaced = [] if saved[-1]["seed"] == seed else [f"seed={saved[-1]['seed']} (checkpoint) instead of {seed}"]
+    replaced += replaced_numbers(pairs, "initial_lr", "lr") + replaced_numbers(pairs, "weight_decay", "weight_decay")
+    if replaced:
+        warnings.warn(f"The saved state's options are restored: {'; '.join(replaced)}.", stacklevel=3)

@@ -61,7 +61,7 @@ def test_a_state_goes_on_bit_for_bit_and_other_options_are_refused():
     saved = copy.deepcopy(first.state_dict())
     optimizer = SubZero(net, lr=1.0, rank=4, update_interval=3, weight_decay=0.1, queries=2, seed=9)
     optimizer.forward(lambda: net.loss(ids())).backward()
-    with pytest.warns(UserWarning, match="saved seed 0 replaces 9"):
+    with pytest.warns(UserWarning, match=r"restored: seed=0 \(checkpoint\) instead of 9"):
         optimizer.load_state_dict(saved)  # which drops what no step was made of
     for step in range(4, 7):
         optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
