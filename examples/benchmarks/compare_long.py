@@ -15,9 +15,11 @@ What has finished is in `<work_dir>/<name>.json`, .md and .png, written after ev
 finished, wherever they were made; only what it lacks is run. That result tells the text by its contents (`data`), and
 nothing of another text is put into it, whatever the folder is called.
 
-`--times` measures a step of every method of the result, one after the other on this machine, at the settings of the
-rows: seconds of the processor. The runs above, made beside other work and perhaps on several machines, tell no time. A
-method that fails has none; where the result has one, its times stay until all are there, and the next call goes on.
+`--times` measures a step of every method of the result on this machine, at the settings of the rows: seconds of the
+processor. The methods take turns of ten seconds, so that what slows a machine for minutes does not pass for one of
+them; all are in memory together, a gigabyte each. The runs above, made beside other work and perhaps on several
+machines, tell no time. A method that fails is tried once more, alone, and else has none; where the result has one, its
+times stay until all are there, and the next call goes on.
 
 Needs: the `examples` extra, text, and for its GaLore and APOLLO galore-torch and apollo-torch. Days on one core:
 
@@ -43,7 +45,7 @@ from environment import describe, load_experiment, named, read, refuse_gone, res
 from identity import text_of
 from long_result import known_runs, refuse_changed, refuse_other_text, rows_of, write
 from long_rows import Contender, render, table
-from pretraining_runs import PRELOADED, PROCESSES, Run, execute, finished, started
+from pretraining_runs import PRELOADED, PROCESSES, Run, execute, finished, in_turns, started
 
 
 TIMED_STEPS = 400  # a multiple of every interval of an SVD
@@ -122,23 +124,31 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def measure(contenders: list[Contender], rows: list[dict[str, Any]], run: Get) -> dict[str, Any]:
-    """Seconds of the processor for a step of every row's method at its setting, one run after the other.
+def timed(contenders: list[Contender], rows: list[dict[str, Any]]) -> dict[str, Run]:
+    """The short run that measures a step of every row's method at its setting, by the method's name."""
+    settings = {row["method"]: tuple(row["best"].values()) for row in rows}
+    found = {}
+    for contender in contenders:
+        if contender.long.name in settings:
+            run = contender.long.run(settings[contender.long.name], contender.long.seeds[0])
+            found[contender.long.name] = replace(run, arguments=(*run.arguments, *TIMED))
+    return found
+
+
+def measure(contenders: list[Contender], rows: list[dict[str, Any]], make: Get) -> dict[str, Any]:
+    """Seconds of the processor for a step of every row's method at its setting.
 
     A method whose run fails has none, and the others go on.
     """
-    settings = {row["method"]: tuple(row["best"].values()) for row in rows}
-    seconds = {}
-    for contender in contenders:
-        if contender.long.name in settings:
-            made = contender.long.run(settings[contender.long.name], contender.long.seeds[0])
-            try:
-                found = run(replace(made, arguments=(*made.arguments, *TIMED)))
-            except SystemExit as reason:
-                print(f"{contender.long.label}: {reason}", flush=True)
-                continue
-            (entry,) = (entry for entry in found["log_history"] if "train_cpu_seconds" in entry)
-            seconds[contender.long.name] = entry["train_cpu_seconds"] / entry["step"]
+    labels, seconds = {contender.long.name: contender.long.label for contender in contenders}, {}
+    for name, run in timed(contenders, rows).items():
+        try:
+            found = make(run)
+        except SystemExit as reason:
+            print(f"{labels[name]}: {reason}", flush=True)
+            continue
+        (entry,) = (entry for entry in found["log_history"] if "train_cpu_seconds" in entry)
+        seconds[name] = entry["train_cpu_seconds"] / entry["step"]
     return {"environment": describe(), "steps": TIMED_STEPS, "seconds_per_step": seconds}
 
 
@@ -149,6 +159,7 @@ def write_times(contenders: list[Contender], there: dict[str, Any], path: Path, 
         raise SystemExit(f"There is no {file}, whose rows are to be timed: run some, or --finished.")
     here = folder / "times" / str(describe()["commit"])  # what was broken off goes on, but with no other code
     with alone(folder):
+        in_turns(timed(contenders, there["rows"]).values(), here)
         times = measure(contenders, there["rows"], partial(execute, work_dir=here))
         before, now = (found.get("seconds_per_step", {}) for found in (there.get("times", {}), times))
         if lost := [name for name in before if name not in now] or (["any method"] if not now else []):

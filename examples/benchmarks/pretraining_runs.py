@@ -5,7 +5,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,16 +73,7 @@ def execute(
     folder = work_dir / run.name
     kept_runs.claim(folder, run.command)
     if finished(run, work_dir) is None:
-        checkpoint = last_complete_checkpoint(folder)
-        resumed = ["--resume_from_checkpoint", checkpoint] if checkpoint else []
-        saving = (
-            ["--save_steps", str(save_steps), "--save_total_limit", "1"] if save_steps else ["--save_strategy", "no"]
-        )
-        with open(folder / "made.jsonl", "a") as file:
-            file.write(json.dumps({"from": Path(checkpoint).name if checkpoint else None, **(made or {})}) + "\n")
-        command = [*run.command, "--output_dir", str(folder), *saving, *resumed]
-        process = PROCESSES.Process(target=_train, args=(run.program, command, folder / "log.txt"))
-        process.start()
+        process = _start(run, folder, save_steps, made)
         process.join()
         if process.exitcode:
             raise SystemExit(f"{run.name} failed; see {folder / 'log.txt'}")
@@ -88,6 +82,55 @@ def execute(
     found = finished(run, work_dir)
     print(f"{run.name}: perplexity {found['perplexity']:.2f}", flush=True)
     return found
+
+
+def in_turns(runs: Iterable[Run], work_dir: Path, seconds: float = 10.0) -> None:
+    """Makes runs beside each other, of which one works at a time: what slows the machine for minutes slows them alike.
+
+    So their seconds of the processor can be compared. One that has finished is not repeated; one that fails is left to
+    `execute`, which tells it.
+
+    Args:
+        runs (`Iterable[Run]`): What to run. All are in memory together.
+        work_dir (`Path`): Their folders are in there.
+        seconds (`float`, *optional*, defaults to 10): Of one turn.
+    """
+    waiting: list[Any] = []
+    try:
+        for run in runs:
+            kept_runs.claim(work_dir / run.name, run.command)
+            if finished(run, work_dir) is None:
+                waiting.append(_start(run, work_dir / run.name))
+                _signal(waiting[-1], signal.SIGSTOP)
+        while waiting:
+            process = waiting[0]
+            _signal(process, signal.SIGCONT)
+            process.join(seconds)
+            if process.exitcode is None:
+                _signal(process, signal.SIGSTOP)
+                waiting.append(process)
+            del waiting[0]
+    finally:
+        for process in waiting:
+            process.kill()
+
+
+def _signal(process: Any, number: int) -> None:
+    with suppress(ProcessLookupError):  # it may just have finished
+        os.kill(process.pid, number)
+
+
+def _start(run: Run, folder: Path, save_steps: int | None = None, made: dict[str, Any] | None = None) -> Any:
+    """The process of a run that has not finished, which goes on from its last checkpoint."""
+    checkpoint = last_complete_checkpoint(folder)
+    resumed = ["--resume_from_checkpoint", checkpoint] if checkpoint else []
+    saving = ["--save_steps", str(save_steps), "--save_total_limit", "1"] if save_steps else ["--save_strategy", "no"]
+    with open(folder / "made.jsonl", "a") as file:
+        file.write(json.dumps({"from": Path(checkpoint).name if checkpoint else None, **(made or {})}) + "\n")
+    command = [*run.command, "--output_dir", str(folder), *saving, *resumed]
+    process = PROCESSES.Process(target=_train, args=(run.program, command, folder / "log.txt"))
+    process.start()
+    return process
 
 
 def finished(run: Run, work_dir: Path) -> dict[str, Any] | None:

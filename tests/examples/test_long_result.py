@@ -28,6 +28,7 @@ class Place:
         monkeypatch.setattr(compare_long, "load_experiment", lambda name: self.experiment)
         monkeypatch.setattr(compare_long, "results_folder", lambda: self.file.parent)
         monkeypatch.setattr(compare_long, "execute", None)
+        monkeypatch.setattr(compare_long, "in_turns", lambda runs, work_dir: None)  # each is left to `execute`
 
     def run(self, stage: str, seed: int = 1, rate: int = 1, method: str = "b") -> Run:
         steps = {"search": "10", "long": "100"}[stage]
