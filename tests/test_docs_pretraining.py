@@ -144,7 +144,7 @@ def test_steps_of_the_long_comparison_are_timed_side_by_side():
     times = result("family_long_text")["times"]
     seconds = times["seconds_per_step"]
     later = {"online_pca", "online_pca_sign", "online_pca_residual", "online_pca_activations"}  # which were run since
-    later |= {"preset_activations", "preset_activations_signs", "rso"}
+    later |= {"preset_activations", "preset_activations_signs", "rso", "int8"}
     assert seconds.keys() | later == by_method("family_long_text").keys() and times["steps"] == 400
     slower = [seconds[name] / seconds["adamw"] - 1 for name in ("preset_at_adamws", "preset_ratio8", "preset")]
     said = f"takes {100 * min(slower):.0f} to {max(slower):.0%} longer than AdamW's ({1000 * seconds['adamw']:.0f} ms)"
