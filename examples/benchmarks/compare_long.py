@@ -135,17 +135,17 @@ def timed(contenders: list[Contender], rows: list[dict[str, Any]]) -> dict[str, 
     return found
 
 
-def measure(contenders: list[Contender], rows: list[dict[str, Any]], make: Get) -> dict[str, Any]:
-    """Seconds of the processor for a step of every row's method at its setting.
+def measure(runs: dict[str, Run], make: Get) -> dict[str, Any]:
+    """Seconds of the processor for a step of these runs, as `timed` gives them.
 
     A method whose run fails has none, and the others go on.
     """
-    labels, seconds = {contender.long.name: contender.long.label for contender in contenders}, {}
-    for name, run in timed(contenders, rows).items():
+    seconds = {}
+    for name, run in runs.items():
         try:
             found = make(run)
         except SystemExit as reason:
-            print(f"{labels[name]}: {reason}", flush=True)
+            print(f"{name}: {reason}", flush=True)
             continue
         (entry,) = (entry for entry in found["log_history"] if "train_cpu_seconds" in entry)
         seconds[name] = entry["train_cpu_seconds"] / entry["step"]
@@ -159,8 +159,9 @@ def write_times(contenders: list[Contender], there: dict[str, Any], path: Path, 
         raise SystemExit(f"There is no {file}, whose rows are to be timed: run some, or --finished.")
     here = folder / "times" / str(describe()["commit"])  # what was broken off goes on, but with no other code
     with alone(folder):
-        in_turns(timed(contenders, there["rows"]).values(), here)
-        times = measure(contenders, there["rows"], partial(execute, work_dir=here))
+        runs = timed(contenders, there["rows"])
+        in_turns(runs.values(), here)
+        times = measure(runs, partial(execute, work_dir=here))
         before, now = (found.get("seconds_per_step", {}) for found in (there.get("times", {}), times))
         if lost := [name for name in before if name not in now] or (["any method"] if not now else []):
             raise SystemExit(

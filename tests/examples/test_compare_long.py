@@ -85,7 +85,7 @@ def test_steps_of_all_rows_are_timed_at_their_settings():
             "log_history": [{"step": 400, "eval_loss": 1.0, "train_cpu_seconds": 20.0}, {"step": 400, "loss": 1.0}]
         }
 
-    found = compare_long.measure(contenders, [{"method": "b", "best": {"learning_rate": 1}}], run)
+    found = compare_long.measure(compare_long.timed(contenders, [{"method": "b", "best": {"learning_rate": 1}}]), run)
     assert found["seconds_per_step"] == {"b": 0.05} and found["steps"] == 400
     (timed,) = made
     assert timed.name == "b-learning_rate1-seed1" and timed.command.count("--max_steps") == 2

@@ -242,7 +242,7 @@ def test_times_of_all_or_the_result_keeps_those_it_has(place: Place):
     untimed = {key: value for key, value in place.there.items() if key != "times"}
     place.put(untimed)
     place.monkeypatch.setattr(compare_long, "execute", lambda run, work_dir: execute(run, work_dir, "a"))
-    assert "A: no such library" in place.call("--times") and place.there["times"]["seconds_per_step"] == {"b": 0.07}
+    assert "a: no such library" in place.call("--times") and place.there["times"]["seconds_per_step"] == {"b": 0.07}
     shutil.rmtree(place.work)
     place.put(untimed | {"rows": untimed["rows"][:1]})
     place.refused("there is no time of any method", "--times")

@@ -83,7 +83,8 @@ def test_layers_that_cannot_share_as_saved_have_a_p_of_their_own(options: dict):
     assert "projection" in second.state[other.layers[1].weight]
     again = make(third, **options)
     third.load_state_dict(other.state_dict())
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         again.load_state_dict(copy.deepcopy(second.state_dict()))
     train(other, second, range(6, 8)), train(third, again, range(6, 8))
     assert distance(other, third) == 0

@@ -71,7 +71,8 @@ def test_a_state_of_before_samples_goes_on_with_whole_gradients(given: dict):
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p.data)
     if given:
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             other.load_state_dict(saved)
     else:
         with pytest.warns(UserWarning, match=r"restored: projection_sample=1 \(checkpoint\) instead of 4\.$"):

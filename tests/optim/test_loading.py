@@ -189,7 +189,8 @@ def test_a_restored_learning_rate_is_said_where_a_schedule_begins_with_it():
     params, optimizer = make()
     run(params, optimizer, range(2))
     _, other = make(lr=1e-5)
-    with warnings.catch_warnings(action="error"):  # without a schedule nothing tells it from one that has come down
+    with warnings.catch_warnings():  # without a schedule nothing tells it from one that has come down
+        warnings.simplefilter("error")
         other.load_state_dict(optimizer.state_dict())
     (_, optimizer), (_, other), (_, same) = make(lr=1e-3), make(lr=1e-5), make(lr=1e-3)
     for each in (optimizer, other, same):
@@ -197,7 +198,8 @@ def test_a_restored_learning_rate_is_said_where_a_schedule_begins_with_it():
     optimizer.param_groups[0]["lr"] = 1e-4
     with pytest.warns(UserWarning, match=r"restored: lr=0.001 \(checkpoint\) instead of 1e-05\.$"):
         other.load_state_dict(optimizer.state_dict())
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         same.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["lr"] == same.param_groups[0]["lr"] == 1e-4
 
