@@ -1,6 +1,6 @@
 """What a saved state and the optimizer that is to load it differ in, parameter by parameter, and its table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isclose
 from typing import Any
 
@@ -15,6 +15,8 @@ Traits = dict[str, str]  # what must agree between a saved state and the paramet
 # Options that must agree for each parameter; rank and side do as they are settled for it.
 MATCHED = tuple(name for name, own in OPTIONS.items() if own.state and name not in ("rank", "side"))
 ROWS_SHOWN = 12
+DIGITS = 1e-5  # relative difference that six digits show
+Pair = tuple[Mapping[str, Any], Mapping[str, Any]]  # a saved group and the present one in its place
 
 
 def traits(groups: Sequence[Mapping[str, Any]], params: Mapping[str, Tensor]) -> dict[str, Traits | None]:
@@ -90,17 +92,29 @@ def table(rows: Sequence[tuple[str, str, str]]) -> str:
     return "\n".join(lines)
 
 
-def replaced_numbers(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], key: str, name: str) -> list[str]:
-    """`lr=0.001 (checkpoint) instead of 1e-05`, once for each difference.
+def replaced_rates(pairs: Iterable[Pair]) -> list[str]:
+    """`lr=0.001 (checkpoint) instead of 1e-05`, once for each difference of the rates that schedules begin with.
+
+    Where there is none, or `ReduceLROnPlateau`, which begins with none, that of the next step counts.
 
     Args:
-        pairs (`list[tuple[dict, dict]]`): Saved groups, each with the present one in its place.
-        key (`str`): Where groups have the number; those without it are passed over.
-        name (`str`): What it is called here.
+        pairs (`Iterable[tuple[dict, dict]]`): Saved groups, each with the present one in its place.
     """
-    found = [tuple(float(group[key]) for group in pair) for pair in pairs if all(key in group for group in pair)]
-    return list(
-        dict.fromkeys(
-            f"{name}={a:g} (checkpoint) instead of {b:g}" for a, b in found if not isclose(a, b, rel_tol=1e-6)
-        )
-    )
+    found = []
+    for saved, own in pairs:
+        if "initial_lr" not in saved and "initial_lr" not in own:
+            found.append((saved["lr"], own["lr"]))
+        elif "initial_lr" in saved and ("initial_lr" in own or "max_lr" not in saved):  # OneCycleLR's is not the lr
+            found.append((saved["initial_lr"], own.get("initial_lr", own["lr"])))
+    return _replaced_numbers(found, "lr")
+
+
+def replaced_decays(pairs: Iterable[Pair]) -> list[str]:
+    """`weight_decay=0.1 (checkpoint) instead of 0`, likewise."""
+    return _replaced_numbers([(saved["weight_decay"], own["weight_decay"]) for saved, own in pairs], "weight_decay")
+
+
+def _replaced_numbers(found: Iterable[tuple[Any, Any]], name: str) -> list[str]:
+    numbers = [(float(a), float(b)) for a, b in found]
+    texts = (f"{name}={a:g} (checkpoint) instead of {b:g}" for a, b in numbers if not isclose(a, b, rel_tol=DIGITS))
+    return list(dict.fromkeys(texts))

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .differences import counted, differences, replaced_numbers, table, traits
+from ..declare import plain
+from .differences import counted, differences, replaced_rates, table, traits
 from .fitting import fitting_states
 from .options.rules import rules_of
-from .options.table import DEFAULTS, LR_MULTIPLE, OPTIONS, in_effect, spell_out
+from .options.table import CYCLED, DEFAULTS, LR_MULTIPLE, OPTIONS, in_effect, projection_alpha, spell_out
 from .selection.wrappers import plain_names
 from .step.geometry import names_of
 from .step.sharding import is_sharded
@@ -96,17 +97,16 @@ def match_state(
             f"{counted(rows, current, 'differ from the saved state and start anew')}.\n{table(rows)}",
             stacklevel=4,
         )
+    state = {params[name]: _to_device(entries, params[name]) for name, entries in by_name.items() if entries}
     if as_saved:
         replaced = restored_options(saved_groups, live_groups)
         if replaced:
             warnings.warn(f"The saved state's options are restored: {'; '.join(replaced)}.", stacklevel=4)
-    else:
-        _warn_of_options([(now[name], before[name]) for name, entries in by_name.items() if entries])
-    state = {params[name]: _to_device(entries, params[name]) for name, entries in by_name.items() if entries}
-    if as_saved:
         return state, saved_groups
     groups = _with_schedule(live_groups, saved_groups)
-    _warn_of_schedules(groups, saved_groups)
+    now = _owners(groups)
+    _warn_of_options([(now[name], before[name]) for name, entries in by_name.items() if entries])
+    _warn_of_schedules(live_groups, groups, saved_groups)
     return state, groups
 
 
@@ -120,8 +120,15 @@ def _warn_of_options(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]
         )
 
 
-def _warn_of_schedules(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
-    """A schedule's own state has learning rates by the place of a group, and is loaded after the optimizer's."""
+def _warn_of_schedules(
+    live_groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    saved_groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """A schedule goes on from the rates that it began with; its state, loaded later, has them by place of group."""
+    replaced = replaced_rates(zip(groups, live_groups, strict=True))
+    if replaced:
+        warnings.warn(f"The saved learning rate is restored: {'; '.join(replaced)}.", stacklevel=4)
     now, before = ([group.get("initial_lr") for group in own] for own in (groups, saved_groups))
     if now != before and any(rate is not None for rate in before):
         warnings.warn(
@@ -253,7 +260,10 @@ def _with_schedule(live_groups: list[dict[str, Any]], saved_groups: list[dict[st
         owner = next((owners[name] for name in names if name in owners), saved_groups[0])
         factor = group.get(LR_MULTIPLE, 1) / owner.get(LR_MULTIPLE, 1)
         schedule: dict[str, Any] = {name: factor * owner[name] for name in ("lr", "initial_lr") if name in owner}
-        groups.append({**group, **schedule, "params": list(range(position, position + len(names)))})
+        merged = {**group, **schedule, "params": list(range(position, position + len(names)))}
+        if merged["projection_lr"] is not None:  # of which alpha is made, and the learning rate is another now
+            merged["alpha"] = projection_alpha(merged, plain(merged.get("initial_lr", merged["lr"])))
+        groups.append(merged)
         position += len(names)
     return groups
 
@@ -262,13 +272,17 @@ def restored_options(saved: Sequence[Mapping[str, Any]], current: Sequence[Mappi
     """Sentences for options whose saved value replaces another one, and for the rates that schedules begin with."""
     pairs = list(zip(saved, current, strict=False))
     options = [text for new, old in pairs for text in _replaced(new, old, "checkpoint")]
-    return list(dict.fromkeys([*replaced_numbers(pairs, "initial_lr", "lr"), *options]))
+    return list(dict.fromkeys([*replaced_rates(pairs), *options]))
 
 
 def _replaced(new: Mapping[str, Any], old: Mapping[str, Any], whose: str) -> list[str]:
     """`alpha=5.0 (checkpoint) instead of 1.0` for options that shape the trajectory alone."""
-    found = []
-    for name in RESTORED:
+    found, not_given = [], set()
+    if all(group["projection_lr"] is not None for group in (new, old)):
+        not_given.add("alpha")  # but made of that, and of the learning rate
+    if any("base_momentum" in group for group in (new, old)):
+        not_given.update(CYCLED)  # but a schedule's
+    for name in (name for name in RESTORED if name not in not_given):
         a, b = (_plain(in_effect(group, name)) for group in (new, old))
         if a != b and "given" not in (a, b):  # tensors that P has started from
             found.append(f"{name}={a!r} ({whose}) instead of {b!r}")

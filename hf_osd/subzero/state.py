@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..optim.differences import replaced_numbers
+from ..optim.differences import replaced_decays, replaced_rates
 from .options import Options
 
 
@@ -41,6 +41,6 @@ def warn_restored(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]],
     saved = state["param_groups"]
     pairs = list(zip(saved, groups, strict=True))
     replaced = [] if saved[-1]["seed"] == seed else [f"seed={saved[-1]['seed']} (checkpoint) instead of {seed}"]
-    replaced += replaced_numbers(pairs, "initial_lr", "lr") + replaced_numbers(pairs, "weight_decay", "weight_decay")
+    replaced += replaced_rates(pairs) + replaced_decays(pairs)
     if replaced:
         warnings.warn(f"The saved state's options are restored: {'; '.join(replaced)}.", stacklevel=3)

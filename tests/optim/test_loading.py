@@ -185,13 +185,87 @@ def test_saved_options_are_restored_and_said():
     assert other.param_groups[0]["alpha"] == 2.0
 
 
-def test_a_restored_learning_rate_is_said_where_a_schedule_begins_with_it():
-    params, optimizer = make()
+def plateau(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+def constant(optimizer):
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(None, None), (plateau, plateau), (constant, constant), (constant, None), (constant, plateau)],
+)
+def test_a_restored_learning_rate_is_said(first, second):
+    (params, optimizer), (_, other), (_, same) = make(lr=1e-3), make(lr=1e-5), make(lr=1e-3)
     run(params, optimizer, range(2))
-    _, other = make(lr=1e-5)
-    with warnings.catch_warnings():  # without a schedule nothing tells it from one that has come down
+    for each, schedule in ((optimizer, first), (other, second), (same, second)):
+        if schedule is not None:
+            schedule(each)
+    with pytest.warns(UserWarning, match=r"restored: lr=0.001 \(checkpoint\) instead of 1e-05\.$"):
+        other.load_state_dict(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == same.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_what_a_schedule_has_moved_is_no_other_option(between):
+    def cycle(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=20)
+
+    (params, optimizer), (_, same) = make(lr=1e-3), make(lr=1e-3)
+    schedule = cycle(optimizer)
+    for step in range(3):
+        run(params, optimizer, [step])
+        schedule.step()
+    if between:  # a schedule that is made later finds all in the groups
+        cycle(same)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same.load_state_dict(optimizer.state_dict())
+    assert same.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"] != (0.9, 0.999)
+
+
+def test_a_difference_that_six_digits_do_not_show_is_none():
+    (_, optimizer), (_, other) = make(lr=1e-3), make(lr=1e-3 * (1 + 3e-6))
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_partial_load_says_that_the_learning_rate_is_the_saved_one(scheduled):
+    (params, optimizer), (_, other) = make(lr=1e-3), make(lr=1e-5, partial_load=True, rank=5)
+    run(params, optimizer, range(2))
+    for each in (optimizer, other) if scheduled else ():
+        constant(each)
+    with pytest.warns(
+        UserWarning, match=r"saved learning rate is restored: lr=0.001 \(checkpoint\) instead of 1e-05\.$"
+    ):
+        other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("rank", [5, 6])
+def test_projection_lr_is_of_the_learning_rate_that_is_restored(scheduled, rank):
+    """Where it was of the run's own, P went at `projection_lr` times the ratio of both: a hundred times it here."""
+    options = {"projection_lr": 0.005, "partial_load": True}
+    (params, optimizer), (_, other) = make(lr=1e-3, **options), make(lr=1e-5, rank=rank, **options)
+    run(params, optimizer, range(2))
+    for each in (optimizer, other) if scheduled else ():
+        constant(each)
+    with pytest.warns(UserWarning) as told:
+        other.load_state_dict(optimizer.state_dict())
+    group = other.param_groups[0]
+    assert group["lr"] * group["alpha"] == pytest.approx(0.005)
+    assert not any("alpha=" in str(one.message) for one in told)  # which nobody has given
+
+
+def test_a_schedule_begins_with_the_restored_learning_rate():
     (_, optimizer), (_, other), (_, same) = make(lr=1e-3), make(lr=1e-5), make(lr=1e-3)
     for each in (optimizer, other, same):
         torch.optim.lr_scheduler.LambdaLR(each, lambda step: 0.5**step)
