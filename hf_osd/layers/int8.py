@@ -32,6 +32,7 @@ class Int8Weight(Tensor):
 
     int_data: Tensor
     scale: Tensor
+    expected: "Int8Weight | None" = None  # what a state has that came before its model
 
     @staticmethod
     def __new__(cls, int_data: Tensor, scale: Tensor, dtype: torch.dtype):  # noqa: D102
@@ -79,13 +80,15 @@ class Int8Weight(Tensor):
 
     @torch.no_grad()
     def copy_rows_(self, W: Tensor) -> None:
-        """Be another int8 weight, or W (m, n) rounded to nearest, some rows at a time."""
+        """Be another int8 weight; or W (m, n) rounded to nearest, some rows at a time, or what is expected."""
         if isinstance(W, Int8Weight):
             self.int_data.copy_(W.int_data)
             self.scale.copy_(W.scale)
             return
         for rows in self.pieces():
             self.int_data[rows], self.scale[rows] = _nearest(W[rows].to(self.device, self.scale.dtype, copy=True))
+        if self.expected is not None and self.become_(self.expected):
+            self.expected = None
 
     @torch.no_grad()
     def become_(self, W: "Int8Weight") -> bool:

@@ -85,7 +85,8 @@ class SavedOptimizer(torch.optim.Optimizer):
             for index, entries in self.weights.missing_states().items():
                 saved["state"][index] = entries | saved["state"].get(index, {})
             if self._layers is not None:
-                saved["state"] = self._layer_weights.with_int8(saved["state"])
+                # copies, for torch.distributed.checkpoint reads a saved state into this one, before its model
+                saved["state"] = self._layer_weights.with_int8(saved["state"], copies=_asking() is not None)
             if self._layers is not None and _asking() is not None:  # nor does its reader know which layers share a P
                 saved["state"] = self._layer_weights.with_shared(saved["state"])
         else:
@@ -125,13 +126,26 @@ class SavedOptimizer(torch.optim.Optimizer):
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         self.weights.meet()  # with the options that the state was saved with, before anybody changes them
         if self._layers is not None:
-            self._layer_weights.take_int8()
+            self._take_int8(later=_asking() is not None)
             self._layer_weights.give_projections()
             self._layers.hide()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
         if self._stream is not None:
             self._stream.load(clip_norm2)
+
+    def _take_int8(self, later: bool) -> None:
+        """Let int8 weights be those of the state; with `later`, also if the model is loaded before the next step."""
+        self._layer_weights.take_int8()
+        if not later:
+            self._layer_weights.forget_int8()
+            return
+
+        def forget(*_: Any) -> None:
+            self._layer_weights.forget_int8()
+            handle.remove()
+
+        handle = self.register_step_pre_hook(forget)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep: everything that cannot be derived."""

@@ -6,6 +6,8 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict as dcp
 
 import hf_osd
 from hf_osd.layers.int8 import Int8Weight
@@ -58,6 +60,67 @@ def test_training_goes_on_exactly_from_what_is_saved(dtype, subspace, accumulati
             assert torch.equal(a.int_data, b.int_data) and torch.equal(a.scale, b.scale)
         assert torch.equal(a + 0, b + 0)
     assert all(name not in state for state in other.state.values() for name in ("weight_int8", "weight_scale"))
+
+
+def in_dtype(dtype, seed=1):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(20, 33), nn.Tanh(), nn.Linear(33, 12)).to(dtype)
+    return net, make(net, "osd_adamw", weight_dtype="int8", stochastic_rounding=dtype == torch.bfloat16)
+
+
+def steps(net, optimizer, numbers):
+    for step in numbers:
+        net(batch(step).to(net[0].bias.dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def set_optimizer_first(net, optimizer, *, model_state_dict, optim_state_dict):
+    dcp.set_optimizer_state_dict(net, optimizer, optim_state_dict)
+    dcp.set_model_state_dict(net, model_state_dict)
+
+
+def set_model_first(net, optimizer, *, model_state_dict, optim_state_dict):
+    dcp.set_model_state_dict(net, model_state_dict)
+    dcp.set_optimizer_state_dict(net, optimizer, optim_state_dict)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("load", [dcp.set_state_dict, set_model_first, set_optimizer_first])
+def test_distributed_checkpoints_go_on_to_the_bit(dtype, load, tmp_path, caplog):
+    """`set_state_dict` loads the optimizer before the model, and `load` reads into the tensors that it is given."""
+    whole, own = in_dtype(dtype)
+    steps(whole, own, range(3))
+    checkpoint.save(dict(zip(("model", "optim"), dcp.get_state_dict(whole, own), strict=True)), checkpoint_id=tmp_path)
+    again, other = in_dtype(dtype, seed=2)
+    state = dict(zip(("model", "optim"), dcp.get_state_dict(again, other), strict=True))
+    checkpoint.load(state, checkpoint_id=tmp_path)
+    load(again, other, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    for numbers in (range(0), range(3, 6)):
+        steps(whole, own, numbers)
+        steps(again, other, numbers)
+        for a, b in zip(whole.parameters(), again.parameters(), strict=False):
+            if isinstance(a, Int8Weight):
+                assert torch.equal(a.int_data, b.int_data) and torch.equal(a.scale, b.scale)
+            assert torch.equal(a + 0, b + 0)
+    assert "is not the weight" not in caplog.text and all(
+        p.expected is None for p in again.parameters() if isinstance(p, Int8Weight)
+    )
+    assert not other._optimizer_step_pre_hooks
+
+
+def test_a_distributed_checkpoint_without_its_model_is_told_of_at_the_next_step(tmp_path, caplog):
+    whole, own = in_dtype(torch.float32)
+    steps(whole, own, range(3))
+    checkpoint.save({"optim": dcp.get_optimizer_state_dict(whole, own)}, checkpoint_id=tmp_path)
+    again, other = in_dtype(torch.float32, seed=2)
+    state = {"optim": dcp.get_optimizer_state_dict(again, other)}
+    before = again[0].weight + 0
+    checkpoint.load(state, checkpoint_id=tmp_path)
+    dcp.set_optimizer_state_dict(again, other, state["optim"])
+    assert torch.equal(again[0].weight + 0, before) and "is not the weight" not in caplog.text
+    steps(again, other, range(3, 5))
+    assert caplog.text.count("is not the weight that was saved") == 2  # once for each
 
 
 def test_a_state_of_other_weights_leaves_them(caplog):

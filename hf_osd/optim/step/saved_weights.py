@@ -30,21 +30,29 @@ class SavedWeights(Weights):
                 whole[index] = states[index] | {name: held[name] for name in shared}
         return whole
 
-    def with_int8(self, states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    def with_int8(self, states: dict[int, dict[str, Tensor]], copies: bool) -> dict[int, dict[str, Tensor]]:
         """States by position in which those of int8 weights have these, which a model is not saved in."""
         whole = dict(states)
         for index, p in enumerate(self._weights):
             if index in states and isinstance(p, Int8Weight):
-                whole[index] = states[index] | dict(zip(INT8, (p.int_data, p.scale), strict=True))
+                parts = (X.clone() if copies else X for X in (p.int_data, p.scale))
+                whole[index] = states[index] | dict(zip(INT8, parts, strict=True))
         return whole
 
     def take_int8(self) -> None:
-        """Let int8 weights be those of states that have been loaded, where a model that has been is these, rounded."""
+        """Let int8 weights be those of states that have been loaded, where the model is these, rounded, or will be."""
         for p in self._weights:
             own: Any = self.state.get(p, {})
             K, s = (own.pop(name, None) for name in INT8)
-            if isinstance(p, Int8Weight) and K is not None and not p.become_(Int8Weight(K, s, p.dtype)):
+            if isinstance(p, Int8Weight) and K is not None:
+                W = Int8Weight(K, s, p.dtype)
+                p.expected = None if p.become_(W) else W
+
+    def forget_int8(self) -> None:
+        """Expect no more models for the states that have been loaded, and tell of weights that are none of theirs."""
+        for p, weight in self._weights.items():
+            if isinstance(p, Int8Weight) and p.expected is not None:
+                p.expected = None
                 logger.warning(
-                    "%s is not the weight that was saved with the state, and stays as it is.",
-                    self._weights[p].geometry.name,
+                    "%s is not the weight that was saved with the state, and stays as it is.", weight.geometry.name
                 )
