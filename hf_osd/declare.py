@@ -214,6 +214,12 @@ ELSEWHERE = {
     "update_proj_gap": "it is GaLore's. Leave it out: P moves at every step (subspace='svd' has `update_interval`)",
     "proj_type": "it is GaLore's. Leave it out, or choose `side`",
     "r": "it is `rank` here",
+    "proj": "it is APOLLO's. P at random is subspace='random'",
+    "scale_type": "it is APOLLO's. Leave it out",
+    "lora_alpha": "it is LoRA's. The factor on the update is `scale`; `alpha` is P's learning rate",
+    "learning_rate": "it is `lr` here",
+    "perturbation": "it is for optim='subzero'",
+    "queries": "it is for optim='subzero'",
 }
 
 
@@ -221,9 +227,9 @@ def refuse_unknown(given: Iterable[str], allowed: Iterable[str], where: str) -> 
     """Raise `ValueError` for the first name that is not allowed, with the nearest one and all of them."""
     allowed = sorted(allowed)
     for name in given:
-        if name in ELSEWHERE:
-            raise ValueError(f"Unknown option `{name}` in {where}: {ELSEWHERE[name]}.")
         if name not in allowed:
+            if name in ELSEWHERE:
+                raise ValueError(f"Unknown option `{name}` in {where}: {ELSEWHERE[name]}.")
             close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
             hint = f" Did you mean `{close[0]}`?" if close else ""
             raise ValueError(f"Unknown option `{name}` in {where}.{hint} Allowed: {', '.join(allowed)}.")

@@ -57,6 +57,8 @@ def _take_preset(arguments: argparse.Namespace) -> str:
     if optim is None and preset is not None and preset.startswith(("osd", "rso")):
         preset, optim = None, preset
     if preset is not None:
+        if complaint := NAME_OPTIONS["preset"].check.complaint(preset):
+            raise ValueError(f"--preset must be {complaint}, got {preset!r}.")
         arguments.optim_args = ",".join(filter(None, [f"preset={preset}", arguments.optim_args]))
     return optim or DEFAULT_OPTIM
 

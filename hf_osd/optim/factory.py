@@ -117,10 +117,10 @@ def osd_kwargs(
     target_modules = parse_modules(target_modules)
     exclude_modules = None if exclude_modules is None else parse_modules(exclude_modules)
     selection = select(model, target_modules, exclude_modules, settings["rank"])
-    if selection.ignored:
+    if selection.left_out:
         warnings.warn(
-            f"{len(selection.ignored)} modules match but are not projected, because they are no linear layers: "
-            f"{shortened(selection.ignored, 5)}{selection.hint}.",
+            f"{len(selection.left_out)} modules match but are not projected, because they are no linear layers: "
+            f"{shortened(selection.left_out, 5)}{selection.hint}.",
             stacklevel=3,
         )
     own = {name: value for name, value in settings.items() if name not in ("rank", "init", "weight_decay")}

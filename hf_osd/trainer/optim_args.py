@@ -36,8 +36,7 @@ def parse_optim_args(
         key, equals, value = (part.strip() for part in entry.partition("="))
         if not equals or not key or not value or "=" in value:
             raise ValueError(
-                f"{where} must read key=value,key=value, got {entry.strip()!r} in {text!r}. A value with `,` or "
-                "`=` goes into a field of OSDTrainingArguments, such as `osd_init`."
+                f"{where} must read key=value,key=value, got {entry.strip()!r} in {text!r}. {_remedy(entry, keys)}"
             )
         if key in TRAINER_FIELDS and key not in keys:  # SubZero's `eps` is its own
             raise ValueError(f"Set `{TRAINER_FIELDS[key]}` of the training arguments instead of {key!r} in {where}.")
@@ -46,6 +45,18 @@ def parse_optim_args(
             raise ValueError(f"{key!r} is given twice in {where}: {text!r}.")
         values[key] = typed(value, keys[key].check, f"{key!r} in {where}")
     return values
+
+
+def _remedy(entry: str, keys: Mapping[str, Option]) -> str:
+    """What to do about an entry that is no key=value."""
+    key, _, value = (part.strip() for part in entry.partition("="))
+    if not entry.strip():
+        return "Leave out the comma that has nothing beside it."
+    if key in keys and not value:
+        return f"Give it a value{f': {key}=true' if keys[key].check.kind is bool else ''}, or leave it out."
+    if entry.lstrip().startswith("{"):
+        return "It is not JSON."
+    return "A value with `,` or `=` goes into a field of OSDTrainingArguments, such as `osd_init`."
 
 
 def keys_of(text: object) -> set[str]:

@@ -139,8 +139,9 @@ def check_arguments(args: TrainingArguments) -> None:
     stray = sorted(f"osd_{key}" for key in _fields(args))
     stray += ["osd_exclude_modules"] if getattr(args, "osd_exclude_modules", None) is not None else []
     if stray:
+        need = "needs" if len(stray) == 1 else "need"
         raise ValueError(
-            f"{', '.join(stray)} need an OSD optimizer, but optim is {optim_name(args)!r}. Choose one of "
+            f"{', '.join(stray)} {need} an OSD optimizer, but optim is {optim_name(args)!r}. Choose one of "
             f"{', '.join(OPTIM_NAMES)}."
         )
     if optim_name(args) in WITHOUT_OPTIM_ARGS and keys_of(args.optim_args) & KEYS.keys():

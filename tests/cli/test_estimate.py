@@ -235,7 +235,7 @@ def test_our_config_files_and_a_large_rank(capsys):
         (("{}", "--preset", "osd_adam8bit"), "Unknown optimizer 'osd_adam8bit'. Did you mean 'osd_adamw8bit'?"),
         (
             ("{}", "--preset", "pretran"),
-            "`preset` of --optim_args must be one of reference, finetune, pretrain (did you mean 'pretrain'?)",
+            "--preset must be one of reference, finetune, pretrain (did you mean 'pretrain'?), got 'pretran'",
         ),
         (("{}", "--optim_args", "projection_dtyp=bfloat16"), "Did you mean `projection_dtype`?"),
         (("{}", "--optim_args", "lambda=-1"), "`lambda` of --optim_args must be a number >= 0, got -1"),

@@ -118,8 +118,9 @@ def test_what_would_not_be_exact_is_refused(options: dict, reason: str):
     with pytest.raises(ValueError) as caught:
         optimizer_of(Net(), **options, layerwise=True, gradient_accumulation=True)
     assert "`layerwise` with `gradient_accumulation` is not for" in str(caught.value) and reason in str(caught.value)
-    told = "which keeps the residual, or give residual=none, also beside a preset."
+    told = "accumulate without `layerwise` (a name without _layerwise)."
     assert str(caught.value).endswith(told if "residual" in options else "Leave one of them out.")
+    assert ("take source=activations, whose" in str(caught.value)) == (options.get("residual") == "sign")
 
 
 def test_power_is_refused_with_clipping_and_works_without_momentum():

@@ -119,6 +119,12 @@ def test_modules_that_match_but_are_not_linear_are_reported():
         create_osd_optimizer(model, rank=4, target_modules=pattern)
 
 
+@pytest.mark.parametrize("pattern", [r".*\.(self_attn|mlp)\..*", r".*layers.*", r"model\.layers\.1\b.*"])
+def test_what_a_pattern_takes_in_without_a_matrix_that_is_left_out_is_not_reported(pattern, recwarn):
+    create_osd_optimizer(tiny_llama(), rank=4, target_modules=pattern)  # it matches activations, norms, whole blocks
+    assert not [str(told.message) for told in recwarn if "not projected" in str(told.message)]
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [

@@ -60,7 +60,7 @@ def test_engines_that_divide_the_weights_are_refused(tmp_path: Path, version: in
 
 
 def test_typed_options_of_osd_are_refused_and_others_work(tmp_path: Path):
-    with pytest.raises(ValueError, match="osd_rank need an OSD optimizer"):
+    with pytest.raises(ValueError, match="osd_rank needs an OSD optimizer"):
         OSDTrainingArguments(str(tmp_path), optim="subzero", osd_rank=8, use_cpu=True)
     trainer = make(tmp_path, optim_target_modules=["q_proj"])
     low_rank = [name for name, w in subzero_of(trainer.create_optimizer()).weights.weights.items() if hasattr(w, "U")]

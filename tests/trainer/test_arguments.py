@@ -39,7 +39,7 @@ def test_numbers_from_yaml_are_numbers(typed, tmp_path):
 @pytest.mark.parametrize("given", [{"osd_rank": 4}, {"osd_exclude_modules": ["q_proj"]}])
 def test_our_fields_with_another_optimizer_are_refused(optim, given, typed):
     name = next(iter(given))
-    with pytest.raises(ValueError, match=f"{name} need an OSD optimizer, but optim is '{optim}'. .*osd_adamw"):
+    with pytest.raises(ValueError, match=f"{name} needs an OSD optimizer, but optim is '{optim}'. .*osd_adamw"):
         typed(optim=optim, **given)
 
 

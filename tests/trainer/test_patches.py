@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers import trainer as transformers_trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
@@ -57,6 +57,27 @@ def test_transformers_own_members_are_untouched():
     assert pickle.loads(pickle.dumps(OptimizerNames.ADAMW_TORCH)) is OptimizerNames.ADAMW_TORCH
     with pytest.raises(ValueError, match="osd_adam .*please select one of .*osd_adamw8bit"):
         OptimizerNames("osd_adam")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("osd_adamw_8bit", "osd_adamw8bit"),
+        ("OSD_adamw", "osd_adamw"),
+        ("rso_adamw_8bit", "rso_adamw8bit"),
+        ("sub_zero", "subzero"),
+    ],
+)
+def test_a_misspelt_name_of_ours_is_answered_with_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=f"please select one of .*Did you mean '{nearest}'"):
+        TrainingArguments("out", optim=name, use_cpu=True)
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "galore_adamw_8", "adamw_torch_fuse", "nothing like it"])
+def test_nothing_of_ours_is_suggested_for_other_names(name):
+    with pytest.raises(ValueError, match="please select one of") as caught:
+        TrainingArguments("out", optim=name, use_cpu=True)
+    assert "Did you mean" not in str(caught.value)
 
 
 def test_registering_twice_changes_nothing():

@@ -259,7 +259,7 @@ def test_typed_fields_join_any_config_and_its_defaults_stay(name, tmp_path):
     assert args.osd_rank == 4 and args.osd_exclude_modules == ".*q_.*"
     both, own = args.to_dict(), plain.to_dict()
     assert {key for key in own if both[key] != own[key]} == {"optim"}
-    with pytest.raises(ValueError, match="osd_rank need an OSD optimizer"):
+    with pytest.raises(ValueError, match="osd_rank needs an OSD optimizer"):
         joined(output_dir=str(tmp_path), use_cpu=True, osd_rank=4)
 
 

@@ -154,11 +154,13 @@ def refuse_in_mode(group: Mapping[str, Any], mode: Mode, where: str, by_gradient
     name = "layerwise` with `gradient_accumulation"
     reason = None
     if sums and group["residual"] != "none":
-        whose = "" if group["source"] == "gradients" else f" of {shortened(by_gradient, 3)}, without prepared layers"
+        prepared = group["source"] != "gradients"
+        whose = f" of {shortened(by_gradient, 3)}, without prepared layers" if prepared else ""
+        layers = "" if prepared or group["residual"] != "sign" else "take source=activations, whose layers make it, "
         raise ValueError(
             f"`{name}` is not for {where}: residual={group['residual']!r} needs the whole gradient{whose}, of "
-            "which this keeps what is in the subspace. Accumulate without `layerwise` (a name without _layerwise), "
-            "which keeps the residual, or give residual=none, also beside a preset."
+            f"which this keeps what is in the subspace. Give residual=none, also beside a preset, {layers}or "
+            "accumulate without `layerwise` (a name without _layerwise)."
         )
     if sums and group["side"] == "two_sided":
         reason = "side='two_sided' needs the norm of the whole gradient, which is only estimated"

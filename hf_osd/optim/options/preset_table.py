@@ -82,7 +82,7 @@ def options_of_preset(preset: str, given: Mapping[str, Any], where: str) -> dict
     whole = PRESETS[preset].options
     own = {name: value for name, value in whole.items() if name not in given}
     if own.get("scale") == "auto" and given["weight_rule"] == "sgd":
-        raise ValueError(f"preset={preset!r} of {where} is for steps of AdamW's size, not for SGD's.")
+        raise ValueError(f"preset={preset!r} of {where} is for steps of AdamW's size, not for SGD's. Leave it out.")
     if own.get("scale") == "auto" and given.get("unbiased"):
         raise ValueError(
             f"preset={preset!r} of {where} sets `scale` to 'auto', for P with columns of length 1: `unbiased` "

@@ -97,7 +97,7 @@ class ValuePattern:
                     f"{key!r} in `{self.option}` matches {name}, which is {first} as well: use that name."
                 )
         if unused:
-            parts = {part for name in values for part in name.split(".")}
+            parts = {part for name in values for part in name.split(".")} - unused.keys()  # which are taken
             near = [one for key in unused for one in difflib.get_close_matches(key, parts, n=1)]
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(

@@ -25,6 +25,7 @@ class Selection:
         projected (`dict[str, nn.Parameter]`): Matrices (m, n) and experts' stacks (E, m, n) to project, by name.
         full_size (`dict[str, nn.Parameter]`): All others.
         ignored (`list[str]`): Modules that were asked for but are not linear layers.
+        left_out (`list[str]`): Those of them with matrices to train that are not projected.
         nameable (`list[str]`): Matrices right in those, which can be asked for by name.
         frozen (`list[str]`): Linear layers that were asked for but do not require gradients.
         quantised (`list[str]`): Quantised layers that `all-linear` has left.
@@ -34,6 +35,7 @@ class Selection:
     projected: dict[str, nn.Parameter] = field(default_factory=dict)
     full_size: dict[str, nn.Parameter] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     nameable: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
     quantised: list[str] = field(default_factory=list)
@@ -121,6 +123,8 @@ def select(
     for name, p in model.named_parameters():
         if p.requires_grad:
             (selection.projected if p in chosen else selection.full_size)[name] = p
+    # a pattern takes in activations, norms and what holds layers, too, of which nobody needs to be told
+    selection.left_out = [name for name in selection.ignored if _has_other(parts[name], chosen)]
     if not selection.projected:
         weights = {name: linear_weight(model.get_submodule(name)) for name in known.plain}
         others = [name for name, weight in weights.items() if weight is not None and weight.requires_grad]
@@ -128,6 +132,12 @@ def select(
     for entry in wanted if isinstance(wanted, list) else ():
         _refuse_idle(entry, matching([entry]).values())
     return selection
+
+
+def _has_other(module: nn.Parameter | nn.Module, chosen: set[nn.Parameter]) -> bool:
+    """Whether there are matrices in a module that are not chosen."""
+    assert isinstance(module, nn.Module)
+    return any(p.ndim > 1 and p.requires_grad and p not in chosen for p in module.parameters())
 
 
 def linear_classes() -> tuple[type[nn.Module], ...]:
