@@ -7,7 +7,7 @@ Optimization, or a baseline: `adamw_torch_fused`, `adamw_bnb_8bit`, or `galore_a
 `--optim_target_modules '.*(self_attn|mlp).*'` and `--optim_args rank=128,scale=0.25,update_proj_gap=200`.
 
 What it needs: `pip install ".[examples]"` in a clone. The small command needs neither a GPU nor a network and takes
-about five minutes on two CPU cores; the real one needs a GPU and streams C4 from the Hub.
+about two minutes on two CPU cores; the real one needs a GPU and streams C4 from the Hub.
 
     python examples/pretrain_llama.py --dataset docstrings --model llama_quickstart --optim osd_adamw8bit \
         --osd_rank 48 --osd_preset pretrain --learning_rate 5e-4 --max_steps 400 --per_device_train_batch_size 4 \

@@ -97,8 +97,9 @@ class ValuePattern:
                     f"{key!r} in `{self.option}` matches {name}, which is {first} as well: use that name."
                 )
         if unused:
-            parts = {part for name in values for part in name.split(".")} - unused.keys()  # which are taken
-            near = [one for key in unused for one in difflib.get_close_matches(key, parts, n=1)]
+            parts = {part for name in values for part in name.split(".")}
+            misspelt = [key for key in unused if key not in parts]  # the others are taken
+            near = [one for key in misspelt for one in difflib.get_close_matches(key, parts, n=1)]
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"{', '.join(map(repr, unused))} in `{self.option}` matches no {self.things} that an earlier pattern "
