@@ -41,7 +41,7 @@ def _suggest(enum: "type[OptimizerNames]") -> None:
         try:
             return refuse(value)
         except ValueError as error:
-            near = difflib.get_close_matches(str(value), list(enum._value2member_map_), n=1, cutoff=0.8)
+            near = difflib.get_close_matches(str(value).lower(), list(enum._value2member_map_), n=1, cutoff=0.8)
             if not near or near[0] not in (*OPTIM_NAMES, SUBZERO):
                 raise
             raise ValueError(f"{error}. Did you mean {near[0]!r}?") from None

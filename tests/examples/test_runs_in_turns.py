@@ -70,7 +70,7 @@ def test_one_works_at_a_time_and_a_broken_one_stops_no_other(tmp_path: Path, sig
     assert found == {"a": {"of": "a"}, "broken": None, "b": {"of": "b"}}
     assert [number for _, number in signals[:3]] == [signal.SIGSTOP] * 3  # before any has a turn
     turns = [sum(sent == (pid, signal.SIGCONT) for sent in signals) for pid, _ in signals[:3]]
-    assert turns[1] == 1 and min(turns[0], turns[2]) > 1
+    assert turns[1] >= 1 and min(turns[0], turns[2]) > 1  # it breaks when it has begun, which may take a turn or two
     before = len(signals)
     in_turns([run for run in runs() if run.method != "broken"], tmp_path)
     assert len(signals) == before  # those that have finished are not made again

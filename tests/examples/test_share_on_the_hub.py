@@ -98,7 +98,7 @@ def test_the_other_text_was_not_trained_on(options, tmp_path, documents, write_j
 
 def test_wrong_options_are_refused_before_training(options, monkeypatch):
     monkeypatch.setattr(pretrain_llama, "main", lambda argv: pytest.fail("it has begun to train"))
-    with pytest.raises(ValueError, match="osd_init.* needs an OSD optimizer"):
+    with pytest.raises(ValueError, match="osd_init, osd_rank need an OSD optimizer"):
         share_on_the_hub.share([*options, "--optim", "adamw_torch"])
     with pytest.raises(ValueError, match="'init' is given twice"):
         share_on_the_hub.share([*options, "--optim_args", "init=svd"])

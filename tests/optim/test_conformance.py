@@ -199,7 +199,7 @@ def test_modes_that_would_not_be_exact_are_refused_and_others_work(row: str):
         params = weights(row)
         if refused:
             with pytest.raises(
-                ValueError, match="is not for parameter group 0: .*(Leave one of them out|give residual=none)"
+                ValueError, match="is not for parameter group 0: .*(Leave one of them out|Give residual=none)"
             ):
                 make(row, params, **given)
             continue
