@@ -85,10 +85,10 @@ class SavedOptimizer(torch.optim.Optimizer):
             for index, entries in self.weights.missing_states().items():
                 saved["state"][index] = entries | saved["state"].get(index, {})
             if self._layers is not None:
-                # copies, for torch.distributed.checkpoint reads a saved state into this one, before its model
-                saved["state"] = self._layer_weights.with_int8(saved["state"], copies=_asking() is not None)
-            if self._layers is not None and _asking() is not None:  # nor does its reader know which layers share a P
-                saved["state"] = self._layer_weights.with_shared(saved["state"])
+                asked = _asking() is not None  # for what a saved state is read into, before its model is
+                saved["state"] = self._layer_weights.with_int8(saved["state"], copies=asked)
+                if asked:  # nor does its reader know which layers share a P
+                    saved["state"] = self._layer_weights.with_shared(saved["state"])
         else:
             self.weights.let_go()
         if self._layers is not None:

@@ -164,6 +164,7 @@ def test_what_is_wrong_or_has_no_effect_is_refused():
         # a word that is right, and taken, is no hint
         ({"lr_pattern": "layers.*:2;q_proj:3"}, "'q_proj' in `lr_pattern` .* has not taken. They are"),
         ({"rank_pattern": "layers.*:2;q_proj:3"}, "'q_proj' in `rank_pattern` .* has not taken. They are"),
+        ({"learning_rate": 1e-3}, "`learning_rate` in .*: it is `lr` here"),
         ({"lr_pattern": "q_proj:0"}, "`lr_pattern` must name modules and their multiples of the learning rate"),
         ({"lr_pattern": "q_proj:1e400"}, "must name modules"),
         ({"lr_pattern": {"q_proj": -1}}, "must name modules"),

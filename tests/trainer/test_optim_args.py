@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_osd import OSDTrainer, OSDTrainingArguments
 from hf_osd.optim.options.presets import KEYS
+from hf_osd.subzero.options import KEYS as SUBZERO_KEYS
 from hf_osd.trainer.optim_args import TRAINER_FIELDS, parse_optim_args
 from reference.tiny_models import tiny_llama
 
@@ -70,7 +71,10 @@ MISTAKES = [
     ("lora_alpha=32", "`lora_alpha` in `optim_args`: it is LoRA's. The factor on the update is `scale`"),
     ("scale_type=channel", "`scale_type` in `optim_args`: it is APOLLO's"),
     ("proj=random", "`proj` in `optim_args`: it is APOLLO's. P at random is subspace='random'"),
-    *((f"{key}=2", f"`{key}` in `optim_args`: it is for optim='subzero'") for key in ("perturbation", "queries")),
+    *(
+        (f"{key}=2", f"`{key}` in `optim_args`: it is for optim='subzero'")
+        for key in sorted(SUBZERO_KEYS.keys() - KEYS.keys() - TRAINER_FIELDS.keys())
+    ),
     ("residual_limit=0", "Unknown option `residual_limit` in `optim_args`. Did you mean `residual`"),
     *((f"{key}=0.1", re.escape(f"Set `{name}` of the training arguments")) for key, name in TRAINER_FIELDS.items()),
 ]
