@@ -15,9 +15,14 @@ help:
 
 install: $(VENV)/.installed
 
+# Told before gigabytes are fetched: the python3 of Ubuntu 22.04 is older.
+NEEDS := $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+IS_OLD := import sys; sys.exit(sys.version_info < tuple(map(int, "$(NEEDS)".split("."))) and \
+	"hf_osd needs Python $(NEEDS) or newer. Name one: make PYTHON=python$(NEEDS) $(MAKECMDGOALS)")
+
 # An environment that has a torch before we come keeps it: it may be the only build that fits the machine's GPU.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || { $(PYTHON) -c '$(IS_OLD)' && $(PYTHON) -m venv $(VENV); }
 	test ! -e $@ && $(BIN)/python -c "import torch" 2>/dev/null \
 		|| $(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	grep -v "^torch==" constraints.txt > $(VENV)/constraints.txt

@@ -2,6 +2,8 @@
 
 import shutil
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,7 @@ def make(tmp_path: Path):
 def test_a_new_environment_gets_the_tested_torch(make, tmp_path: Path):
     venv = tmp_path / "venv"
     calls = make("install", venv, has_torch=False)
-    assert calls[0] == f"-m venv {venv}"
+    assert calls[0].startswith("-c import sys") and calls[1] == f"-m venv {venv}"
     assert "-m pip install --quiet --constraint constraints.txt torch" in calls
     assert make("install", venv, has_torch=True) == []  # once
 
@@ -52,6 +54,25 @@ def test_an_environment_with_a_torch_keeps_it(make, tmp_path: Path):
     assert calls[-1] == "examples/benchmarks/run.py gpu"
     constraints = (venv / "constraints.txt").read_text()
     assert "\ntorch==" not in f"\n{constraints}" and "\ntransformers==" in constraints
+
+
+@pytest.mark.parametrize(
+    "version, taken", [((3, 9, 18), False), ((3, 10, 13), False), ((3, 11, 0), True), ((4, 0), True)]
+)
+def test_a_python_that_is_too_old_is_told_before_anything_is_fetched(tmp_path: Path, version: tuple, taken: bool):
+    python, venv = tmp_path / "python", tmp_path / "venv"
+    # A python of that version as far as `-c CODE` can see; it makes no environment.
+    code = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+    python.write_text(
+        f'#!/bin/sh\ntest "$1" = -c && exec {sys.executable} -c "{code}" "$2"\necho "asked for $*"; exit 1\n'
+    )
+    python.chmod(0o755)
+    command = ["make", "-C", str(ROOT), "quickstart", f"PYTHON={python}", f"VENV={venv}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and not venv.exists() and (f"asked for -m venv {venv}" in done.stdout) == taken
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    assert ("make PYTHON=python" + needs + " quickstart" in done.stderr) != taken
+    assert f"\nPython {needs}, " in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_help_lists_the_gpu_command():
