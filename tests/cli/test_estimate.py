@@ -14,7 +14,7 @@ from hf_osd import create_osd_optimizer
 from hf_osd.cli.estimate import usable_memory
 from hf_osd.cli.main import main
 from hf_osd.estimate import largest, share
-from hf_osd.estimate.live_bytes import LiveBytes
+from hf_osd.estimate.live_bytes import LiveBytes, meta_device
 from hf_osd.estimate.models import load_config, meta_model
 from hf_osd.hub import projection_bytes
 from hf_osd.optim import predicted_state_bytes, select
@@ -296,3 +296,11 @@ def test_learning_from_activations(folder, capsys):
 )
 def test_what_cannot_be_with_activations(more, message, folder, capsys):
     assert message in refused(capsys, folder, "--rank", "8", "--seq", "8", "--optim_args", *more)
+
+
+def test_models_may_ask_for_the_autocast_of_the_meta_device():
+    """As those of transformers 5.3 do, which torch answers with an error."""
+    with meta_device():
+        assert not torch.is_autocast_enabled("meta")
+        with torch.autocast("meta", enabled=False):
+            pass

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_osd
 from hf_osd.layers.shared_input import SharedInput
+from hf_osd.optim.arrival import hooks
 from reference import nets_in_layers as plain_nets
 from reference.nets_in_layers import N, Other, batch, distance, loss_of
 
@@ -93,6 +94,16 @@ def test_nothing_is_left_for_the_step(reentrant, options):
         optimizer.step()
         optimizer.zero_grad()
     assert distance(ordinary, layerwise) < 1e-14
+
+
+def test_a_torch_that_tells_of_no_weight_without_gradient_is_refused(monkeypatch):
+    """torch 2.6 calls a hook after accumulation only where there was something to accumulate."""
+    assert hooks.called_without_gradient()
+    monkeypatch.setattr(hooks, "called_without_gradient", lambda: False)
+    with pytest.raises(ValueError, match="needs a torch that calls the hooks of weights without a gradient, and "):
+        optimizer_of(Blocks(None), layerwise=True, **LAYERS)
+    optimizer_of(Blocks(None), layerwise=True)  # weights have their gradients
+    optimizer_of(Blocks(None), **LAYERS)
 
 
 def test_each_is_stepped_before_the_layer_below_it():

@@ -27,7 +27,7 @@ from ..step.movement import Movements
 from ..step.sharding import is_sharded
 from ..step.weights import Weights
 from .clipping import Clipping
-from .hooks import put_on
+from .hooks import put_on, refuse_deaf_torch
 from .window import Arrived, Lows, Window
 
 
@@ -77,6 +77,8 @@ class GradientStream:
 
     def _attach_missing(self) -> None:
         """Put hooks on parameters that need them and have none, as those that were unfrozen since."""
+        if not self.mode.gradient_accumulation:
+            refuse_deaf_torch(self.weights.groups)
         for p, target in self.weights.targets():
             if p.requires_grad and target not in self._handles:
                 self._handles[target] = put_on(target, self, p)
